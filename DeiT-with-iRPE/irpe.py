@@ -44,7 +44,7 @@ def _sum_buckets(attn, ids, num_buckets):
 # From positions to buckets
 
 class METHOD(str, enum.Enum):
-    """How an offset on the map becomes a bucket (paper section 3.3). The short names work wherever a member does."""
+    """How an offset on the map becomes a bucket (euclidean, quantization, cross, product in the paper). The short names work wherever a member does."""
     EUCLIDEAN = "euc"
     QUANT = "quant"
     PRODUCT = "product"
@@ -98,7 +98,7 @@ def _count_buckets(method, skip, beta):
 
 
 def get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype=torch.long, device="cpu"):
-    """Bucket of every pair of tokens (Eqs. 15-18, 21-25).
+    """Bucket of every pair of tokens: a mapping of the paper, made of its piecewise function g (Eq. 18).
 
     Args:
         method: a `METHOD` or its short name; cross is asked for an axis at a time (`cross_rows`, `cross_cols`).
@@ -190,8 +190,8 @@ def get_rpe_config(ratio=1.9, method="product", mode="ctx", shared_head=True, sk
 
     Args:
         ratio: scales the piecewise function: α = ratio, β = 2·ratio, γ = 8·ratio.
-        method: `euc`, `quant`, `cross` or `product` (section 3.3), or a `METHOD`.
-        mode: `bias` (a number per bucket, Eq. 13) or `ctx`/`contextual` (a vector per bucket, Eqs. 9-12).
+        method: `euc`, `quant`, `cross` or `product`, or a `METHOD`.
+        mode: `bias` (a number per bucket) or `ctx`/`contextual` (a vector per bucket, which meets q, k or p).
         shared_head: one table for all heads, or one a head.
         skip: prefix tokens before the map: 0 in DETR, 1 with a class token, 2 in a distilled DeiT.
         rpe_on: where it acts: q, k, v, qk, kv, qv or qkv; v only in contextual mode.
@@ -253,7 +253,7 @@ class iRPE(nn.Module):
         return _bucket_ids(self.method, int(height), int(width), skip, *self.config.piecewise, device)
 
     def forward(self, x, height=None, width=None):
-        """The term of Eq. 13 (bias) or of Eqs. 9-12 (contextual).
+        """What this table adds to the logits (on q, k) or to the output (on v).
 
         Args:
             x: on q and k the scaled queries or keys, (B, H, L, D); on v the attention after softmax, (B, H, L, L).
@@ -280,7 +280,7 @@ class iRPE(nn.Module):
 
 
 class iRPE_Cross(nn.Module):
-    """The cross method (Eqs. 21, 22): a table for rows and one for columns, whose terms are added."""
+    """The cross method: a table for rows and one for columns, whose terms are added."""
 
     def __init__(self, head_dim, num_heads, config, on="k"):
         super().__init__()
@@ -303,7 +303,7 @@ def build_rpe(rpe_config, head_dim, num_heads):
 
 
 def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, width=None, attn_mask=None, dropout_p=0.0):
-    """softmax(scale·q·kᵀ + terms on keys and queries + mask)·v + term on values, with scale = D^-1/2 (Eqs. 9-13).
+    """softmax(scale·q·kᵀ + terms on keys and queries + mask)·v + term on values, with scale = D^-1/2.
 
     Args:
         q, k, v: (B, H, L, D), q not yet scaled.

@@ -1,0 +1,157 @@
+"""DeiT with iRPE by name: deit_{size}_patch16_{res}_{mode}_{method}_{buckets}_{shared|unshared}_{where}.
+
+`deit_small_patch16_224_ctx_product_50_shared_qk` is DeiT-small at 224×224 with contextual product encoding of 50
+buckets, shared by the heads, on queries and keys. `parse_name` reads such a name, `create_model` builds it, and the
+nine names of the public implementation are registered with timm when this module is imported.
+"""
+import difflib
+import functools
+import itertools
+import re
+from dataclasses import dataclass
+
+import timm
+from timm.models import generate_default_cfgs, register_model
+
+import models
+from irpe import RPEConfig, get_bucket_ids_2d, get_rpe_config
+from runtime import UserError
+
+RELEASES = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/"
+RELEASED = ("deit_tiny_patch16_224_ctx_product_50_shared_k",
+            "deit_small_patch16_224_ctx_product_50_shared_k",
+            "deit_small_patch16_224_ctx_product_50_shared_qk",
+            "deit_small_patch16_224_ctx_product_50_shared_qkv",
+            "deit_base_patch16_224_ctx_product_50_shared_k",
+            "deit_base_patch16_224_ctx_product_50_shared_qkv")
+UNRELEASED = ("deit_small_patch16_224_ctx_euc_20_shared_k",
+              "deit_small_patch16_224_ctx_quant_51_shared_k",
+              "deit_small_patch16_224_ctx_cross_56_shared_k")
+
+# the ratios behind the bucket counts in the published names
+PUBLISHED_RATIOS = {("euc", 20): 20, ("quant", 51): 33, ("cross", 56): 20, ("product", 50): 1.9}
+
+GRAMMAR = "deit_{tiny|small|base}_patch16_{resolution}_{bias|ctx}_{euc|quant|cross|product}_{buckets}_" \
+          "{shared|unshared}_{q|k|v|qk|kv|qv|qkv}"
+_NAME = re.compile(r"deit_(tiny|small|base)_patch16_(\d+)_(bias|ctx)_(euc|quant|cross|product)_(\d+)_"
+                   r"(shared|unshared)_(q|k|v|qk|kv|qv|qkv)")
+
+
+@dataclass(frozen=True)
+class DeiTName:
+    """What a name encodes: `size` tiny, small or base, `resolution` in pixels, and the encoding."""
+    size: str
+    resolution: int
+    rpe_config: RPEConfig
+
+
+def count_used_buckets(method, ratio):
+    """Buckets that a 14×14 map with a class token really uses, the number in a model's name (cross: both tables)."""
+    tables = ("cross_rows", "cross_cols") if method == "cross" else (method,)
+    return sum(len(get_bucket_ids_2d(table, 14, 14, 1, ratio, 2 * ratio, 8 * ratio)[0].unique()) for table in tables)
+
+
+@functools.lru_cache
+def _ratios(method):
+    # 338 = 13² + 13² is the largest squared distance on the map: from that ratio on nothing changes
+    steps = [step / 10 for step in range(1, 200)] + list(range(20, 339 if method == "quant" else 21))
+    ratios = {}
+    for ratio in steps:
+        ratios.setdefault(count_used_buckets(method, ratio), ratio)
+    return ratios
+
+
+def ratio_of(method, buckets):
+    """Ratio of the mapping that uses `buckets` buckets on a 14×14 map with a class token.
+
+    It is the published one where there is one, else the smallest among 0.1, 0.2, ..., 20 (and whole numbers up to 338
+    for quantization). Raises: ValueError that lists the counts this method can have.
+    """
+    if (method, buckets) in PUBLISHED_RATIOS:
+        return PUBLISHED_RATIOS[method, buckets]
+    if buckets not in _ratios(method):
+        raise ValueError(f"no {method} mapping of a 14×14 map uses {buckets} buckets; "
+                         f"it can use {', '.join(map(str, sorted(_ratios(method))))}")
+    return _ratios(method)[buckets]
+
+
+def parse_name(name):
+    """The DeiTName that `name` encodes.
+
+    Raises: ValueError for a name outside the grammar, a bias on values, a bucket count that the method cannot have or
+        a resolution that patches of 16 pixels do not divide.
+    """
+    match = _NAME.fullmatch(name)
+    if not match:
+        raise ValueError(f"model name {name!r} is not of the form {GRAMMAR}")
+    size, resolution, mode, method, buckets, shared, rpe_on = match.groups()
+    resolution = int(resolution)
+    if resolution % 16 or not resolution:
+        raise ValueError(f"model name {name!r} asks for {resolution}×{resolution} pixels, "
+                         "which patches of 16 do not divide; use a multiple of 16")
+    try:
+        ratio = ratio_of(method, int(buckets))
+        config = get_rpe_config(ratio, method, mode, shared == "shared", skip=1, rpe_on=rpe_on)
+    except ValueError as error:
+        raise ValueError(f"model name {name!r}: {error}") from error
+    return DeiTName(size, resolution, config)
+
+
+def build_named(name, pretrained=False, **kwargs):
+    """The model of an iRPE name; kwargs are timm's (`num_classes`, `img_size`, `drop_rate`, `drop_path_rate`, ...).
+
+    Raises: ValueError as `parse_name`; UserError when `pretrained` weights cannot be had.
+    """
+    parsed = parse_name(name)
+    url = f"{RELEASES}{name}.pth"
+    if pretrained and name not in RELEASED:
+        raise UserError(f"no weights were released for {name}; released are {', '.join(RELEASED)}")
+    kwargs.setdefault("img_size", parsed.resolution)
+    kwargs["pretrained_cfg"] = default_cfgs[name].default if name in default_cfgs else _cfg(parsed.resolution)
+    return models.build_deit(f"deit_{parsed.size}_patch16_224", pretrained, parsed.rpe_config, url, **kwargs)
+
+
+def near_names(name):
+    """Up to four known names that look like `name`."""
+    grammar = ("_".join(("deit", size, "patch16_224", mode, f"{method}_{count}", shared, where))
+               for size, mode, (method, count), shared, where in itertools.product(
+                   ("tiny", "small", "base"), ("ctx", "bias"), PUBLISHED_RATIOS, ("shared", "unshared"),
+                   ("k", "q", "qk", "v", "kv", "qv", "qkv")) if not (mode == "bias" and "v" in where))
+    return difflib.get_close_matches(name, [*RELEASED, *UNRELEASED, *models.__all__, *grammar, *timm.list_models()], 4)
+
+
+def create_model(name, pretrained=False, **kwargs):
+    """A model by its name: any valid iRPE name, a DeiT baseline, or any other model of timm; kwargs are timm's.
+
+    Raises: ValueError for an unknown name, with the known ones that are near; UserError when `pretrained` weights
+        cannot be had.
+    """
+    if name in models.__all__:
+        return getattr(models, name)(pretrained, **kwargs)
+    if _NAME.fullmatch(name):
+        return build_named(name, pretrained, **kwargs)
+    if not timm.is_model(name):
+        near = near_names(name)
+        raise ValueError(f"model {name!r} is unknown; " + (f"did you mean {', '.join(dict.fromkeys(near))}?" if near
+                                                           else f"names with iRPE are {GRAMMAR}"))
+    return timm.create_model(name, pretrained, **kwargs)
+
+
+def _cfg(resolution, url=""):
+    return {**timm.get_pretrained_cfg("deit_base_patch16_224").to_dict(), "url": url, "hf_hub_id": None, "tag": None,
+            "architecture": None, "input_size": (3, resolution, resolution)}
+
+
+def _register(name):
+    def model(pretrained=False, **kwargs):
+        return build_named(name, pretrained, **kwargs)
+
+    model.__name__ = model.__qualname__ = name
+    model.__doc__ = f"{name}, as `parse_name` reads it. Arguments are timm's; `pretrained` loads the released weights."
+    globals()[name] = register_model(model)
+
+
+default_cfgs = generate_default_cfgs({
+    name: _cfg(224, f"{RELEASES}{name}.pth" if name in RELEASED else "") for name in (*RELEASED, *UNRELEASED)})
+for _name in (*RELEASED, *UNRELEASED):
+    _register(_name)

@@ -1,0 +1,126 @@
+"""Time and memory of DeiT-S with iRPE over timm's own DeiT-S, on this machine.
+
+    python benchmarks/deit.py [--device cuda] [--batch-size 16] [--rounds 15] [--amp-dtype bfloat16]
+
+Every round runs each model once, in turn, so that a change of the machine's speed meets all of them; printed are the
+medians of a round's ratios. Memory is the peak of a process that trains one step, of CUDA's allocator on a GPU.
+"""
+import argparse
+import datetime
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "DeiT-with-iRPE"))
+import irpe  # noqa: E402
+import rpe_models  # noqa: E402
+
+PEER = "deit_small_patch16_224"
+MODELS = [f"{PEER}_ctx_product_50_shared_{where}" for where in ("k", "qk", "qkv")]
+
+
+def build(name, args):
+    """The model with its optimizer; the peer comes from timm itself, with the same drop path."""
+    torch.manual_seed(0)
+    make = timm.create_model if name == PEER else rpe_models.create_model
+    model = make(name, drop_path_rate=0.1).to(args.device)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
+def step(model, optimizer, x, y, train, args):
+    """One training step or one inference, to the end of the device's work; seconds."""
+    model.train(train)
+    autocast = torch.autocast(args.device, dtype=getattr(torch, args.amp_dtype), enabled=args.amp_dtype != "float32")
+    start = time.perf_counter()
+    if train:
+        with autocast:
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    else:
+        with torch.inference_mode(), autocast:
+            model(x)
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def batch(args):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(args.batch_size, 3, 224, 224, generator=generator).to(args.device)
+    return x, torch.randint(1000, (args.batch_size,), generator=generator).to(args.device)
+
+
+def ratios(train, args):
+    """Median seconds of each model, and median ratio to the peer in the same round."""
+    built, data = {name: build(name, args) for name in (PEER, *MODELS)}, batch(args)
+    times = {name: [] for name in built}
+    for round_ in range(args.rounds + 2):
+        for name, (model, optimizer) in built.items():
+            seconds = step(model, optimizer, *data, train, args)
+            if round_ >= 2:  # the first two warm up
+                times[name].append(seconds)
+    return {name: (statistics.median(own), statistics.median(a / b for a, b in zip(own, times[PEER], strict=True)))
+            for name, own in times.items()}
+
+
+def peak_memory(name, args):
+    """MiB at the peak of two training steps, measured in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", name, "--device", args.device, "--batch-size",
+               str(args.batch_size), "--amp-dtype", args.amp_dtype]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_own_peak(args):
+    model, optimizer = build(args.memory_of, args)
+    data = batch(args)
+    for _ in range(2):
+        step(model, optimizer, *data, True, args)
+    on_gpu = args.device == "cuda"
+    print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else
+          resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+def machine(device):
+    """The processor's (and GPU's) name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+    return f"{torch.cuda.get_device_name()} ({name})" if device == "cuda" else name
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--amp-dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        return print_own_peak(args)
+    print(f"{datetime.date.today()}  {machine(args.device)}\ntorch {torch.__version__}, timm {timm.__version__}, "
+          f"{torch.get_num_threads()} threads, batch {args.batch_size}, {args.amp_dtype}, {args.rounds} rounds, "
+          f"rpe_ops {'in use' if getattr(irpe, 'HAS_RPE_OPS', False) else 'absent'}\n")
+    inference, training = ratios(False, args), ratios(True, args)
+    memory = {name: peak_memory(name, args) for name in (PEER, *MODELS)}
+    print(f"{'':50}{'inference':>16}{'training':>18}{'peak memory':>20}")
+    for name in (PEER, *MODELS):
+        columns = (f"{inference[name][0] * 1e3:8.0f} ms ×{inference[name][1]:5.2f}",
+                   f"{training[name][0] * 1e3:8.0f} ms ×{training[name][1]:5.2f}",
+                   f"{memory[name]:8.0f} MiB ×{memory[name] / memory[PEER]:5.2f}")
+        print(f"{name:50}{''.join(f'{column:>19}' for column in columns)}")
+
+
+if __name__ == "__main__":
+    main()
