@@ -16,7 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -297,24 +297,28 @@ def load_checkpoint(path_or_url: str) -> dict:
     """
     path = cached_download(path_or_url) if is_url(path_or_url) else path_or_url
     try:
-        file = open(path, "rb")
+        with open(path, "rb") as file:
+            checkpoint = _read_checkpoint(file, path)
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
-    with file, torch.serialization.safe_globals(_ALLOWED_GLOBALS):
-        if file.read(4) not in (b"PK\x03\x04", b"\x80\x02\x8a\n"):
-            raise UserError(f"{path} is not a PyTorch checkpoint")
-        file.seek(0)
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            name = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"it needs {name[1]} to be read" if name else "it holds more than tensors and plain containers"
-            raise UserError(f"checkpoint {path} is refused: {reason}, which could run foreign code") from error
-        except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
-            raise UserError(f"checkpoint {path} is truncated or damaged: {_first_line(error)}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
+
+
+def _read_checkpoint(file: IO[bytes], path: str) -> Any:
+    if file.read(4) not in (b"PK\x03\x04", b"\x80\x02\x8a\n"):  # zip, or the pickled magic number of old files
+        raise UserError(f"{path} is {'empty' if not file.tell() else 'not a PyTorch checkpoint'}")
+    file.seek(0)
+    try:
+        with torch.serialization.safe_globals(_ALLOWED_GLOBALS):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it needs {name[1]} to be read" if name else "it holds more than tensors and plain containers"
+        raise UserError(f"checkpoint {path} is refused: {reason}, which could run foreign code") from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        raise UserError(f"checkpoint {path} is truncated or damaged: fetch or copy it again") from error
 
 
 def model_weights(checkpoint: Mapping[str, Any], path: str) -> dict[str, torch.Tensor]:
