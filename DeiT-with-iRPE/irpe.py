@@ -318,17 +318,19 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
     scale = q.shape[-1] ** -0.5
     q = q * scale
-    terms = []
-    if rpe_k is not None:
-        terms.append(rpe_k(q, height, width))
+    # each term is a new tensor that no backward reads, so adding in place is safe and saves a pass over (B, H, L, L)
+    bias = None if rpe_k is None else rpe_k(q, height, width)
     if rpe_q is not None:
-        terms.append(rpe_q(k * scale, height, width).transpose(-2, -1))
+        term = rpe_q(k * scale, height, width).transpose(-2, -1)
+        bias = term if bias is None else bias.add_(term)
     if attn_mask is not None:
-        terms.append(attn_mask if attn_mask.dtype != torch.bool else
-                     torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf))
-    bias = functools.reduce(torch.add, terms) if terms else None
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
+        bias = attn_mask if bias is None else bias + attn_mask
     if rpe_v is None:
         return F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=1.0)
     logits = torch.matmul(q, k.transpose(-2, -1))
-    attn = F.dropout((logits if bias is None else logits + bias).softmax(-1), dropout_p)
-    return torch.matmul(attn, v) + rpe_v(attn, height, width)
+    if bias is not None:
+        logits += bias
+    attn = F.dropout(logits.softmax(-1), dropout_p)
+    return torch.matmul(attn, v).add_(rpe_v(attn, height, width))

@@ -5,7 +5,7 @@ from timm.models import deit as timm_deit
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from rpe_vision_transformer import equip_irpe
-from runtime import UserError, cached_download, load_checkpoint
+from runtime import UserError, cached_download, key_differences, load_checkpoint, model_weights
 
 __all__ = [f"deit_{variant}" for variant in (
     "tiny_patch16_224", "small_patch16_224", "base_patch16_224", "base_patch16_384", "tiny_distilled_patch16_224",
@@ -20,15 +20,13 @@ def load_pretrained(model, url):
     Raises: UserError when the file can be neither found nor fetched, or belongs to another model.
     """
     path = cached_download(url)
-    checkpoint = load_checkpoint(path)
-    state = checkpoint_filter_fn(checkpoint.get("model", checkpoint), model)
-    own = model.state_dict()
-    heads = [key for key in state if key.startswith("head") and key in own and state[key].shape != own[key].shape]
-    result = model.load_state_dict({k: v for k, v in state.items() if k not in heads}, strict=False)
-    missing = [key for key in result.missing_keys if key not in heads]
-    if missing or result.unexpected_keys:
-        raise UserError(f"{path} belongs to another model: it lacks {missing[:3]} and has {result.unexpected_keys[:3]} "
-                        "besides; remove it to have it fetched anew, or ask for the model it was made from")
+    weights, own = checkpoint_filter_fn(model_weights(load_checkpoint(path), path), model), model.state_dict()
+    for key, value in own.items():
+        if key.startswith("head") and key in weights and weights[key].shape != value.shape:
+            weights[key] = value
+    if differences := key_differences(own, weights):
+        raise UserError(f"{path} belongs to another model ({differences}): remove it to have it fetched anew")
+    model.load_state_dict(weights)
 
 
 def build_deit(name, pretrained=False, rpe_config=None, url=None, **kwargs):

@@ -69,8 +69,8 @@ def equip_irpe(model, rpe_config):
     if rpe_config is None:
         return model
     if not isinstance(model, timm_vit.VisionTransformer):
-        raise TypeError(f"{type(model).__name__} is not a timm VisionTransformer; use irpe.rpe_attention in its own "
-                        "attention (see HOW_TO_EQUIP_iRPE.md)")
+        raise TypeError(f"{type(model).__name__} is not a timm VisionTransformer; give its own attention the modules "
+                        "of irpe.build_rpe and compute it with irpe.rpe_attention")
     attentions = [getattr(block, "attn", None) for block in model.blocks]
     for attn in attentions:
         if isinstance(attn, RPEAttention):

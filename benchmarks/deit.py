@@ -20,8 +20,8 @@ import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "DeiT-with-iRPE"))
-import irpe  # noqa: E402
-import rpe_models  # noqa: E402
+import irpe
+import rpe_models
 
 PEER = "deit_small_patch16_224"
 MODELS = [f"{PEER}_ctx_product_50_shared_{where}" for where in ("k", "qk", "qkv")]
@@ -62,7 +62,8 @@ def batch(args):
 
 def ratios(train, args):
     """Median seconds of each model, and median ratio to the peer in the same round."""
-    built, data = {name: build(name, args) for name in (PEER, *MODELS)}, batch(args)
+    data = batch(args)
+    built = {name: build(name, args) for name in (PEER, *MODELS)}
     times = {name: [] for name in built}
     for round_ in range(args.rounds + 2):
         for name, (model, optimizer) in built.items():
@@ -112,8 +113,9 @@ def main():
     print(f"{datetime.date.today()}  {machine(args.device)}\ntorch {torch.__version__}, timm {timm.__version__}, "
           f"{torch.get_num_threads()} threads, batch {args.batch_size}, {args.amp_dtype}, {args.rounds} rounds, "
           f"rpe_ops {'in use' if getattr(irpe, 'HAS_RPE_OPS', False) else 'absent'}\n")
-    inference, training = ratios(False, args), ratios(True, args)
+    # memory first: a child's peak starts at what its parent held when it was forked
     memory = {name: peak_memory(name, args) for name in (PEER, *MODELS)}
+    inference, training = ratios(False, args), ratios(True, args)
     print(f"{'':50}{'inference':>16}{'training':>18}{'peak memory':>20}")
     for name in (PEER, *MODELS):
         columns = (f"{inference[name][0] * 1e3:8.0f} ms ×{inference[name][1]:5.2f}",

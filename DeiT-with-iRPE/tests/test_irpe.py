@@ -1,0 +1,264 @@
+"""irpe.py against the golden numbers, brute force and the ways in which a module is used."""
+import copy
+import hashlib
+import io
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import irpe
+from fill import fill_state_dict, image
+from irpe import METHOD, build_rpe, get_bucket_ids_2d, get_rpe_config, iRPE, piecewise_index, rpe_attention
+
+GOLDEN = Path(__file__).parent / "golden"
+METHODS = ("euc", "quant", "cross", "product")
+
+
+def only_module(modules):
+    module, = (module for module in modules if module is not None)
+    return module
+
+
+def fill(module, prefix=""):
+    module.load_state_dict(fill_state_dict(module.state_dict(), prefix))
+    return module
+
+
+# --- buckets ---------------------------------------------------------------------------------------------------------
+
+def test_bucket_ids_equal_the_golden_ones():
+    for case in json.loads((GOLDEN / "buckets.json").read_text()):
+        ratio = case["ratio"]
+        ids, num_buckets = get_bucket_ids_2d(case["method"], case["height"], case["width"], case["skip"],
+                                             ratio, 2 * ratio, 8 * ratio)
+        assert num_buckets == case["num_buckets"], case
+        assert (ids.min(), ids.max()) == (case["min"], case["max"]), case
+        assert hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest() == case["sha256"], case
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.9, 2.0, 20])
+def test_piecewise_index_is_its_formula_for_scalars(ratio):
+    alpha, beta, gamma = ratio, 2 * ratio, 8 * ratio
+    x = torch.arange(-60, 61)
+    for value, index in zip(x.tolist(), piecewise_index(x, alpha, beta, gamma, torch.long).tolist(), strict=True):
+        expected = abs(value)
+        if expected > alpha:
+            expected = min(round(alpha + math.log(expected / alpha) / math.log(gamma / alpha) * (beta - alpha)), beta)
+        assert index == int(math.copysign(expected, value))
+
+
+def test_transposed_pair_has_the_mirrored_product_bucket():
+    ids, num_buckets = get_bucket_ids_2d("product", 5, 7, 0, 1.9, 3.8, 15.2)
+    assert torch.equal(ids + ids.T, torch.full_like(ids, num_buckets - 1))
+
+
+def test_method_members_and_short_names_mean_the_same():
+    for member in METHOD:
+        if member is not METHOD.CROSS:
+            by_name = get_bucket_ids_2d(member.value, 4, 3, 1, 1.9, 3.8, 15.2)
+            by_member = get_bucket_ids_2d(member, 4, 3, 1, 1.9, 3.8, 15.2)
+            assert torch.equal(by_name[0], by_member[0]) and by_name[1] == by_member[1]
+    with pytest.raises(ValueError, match="cross_rows"):
+        get_bucket_ids_2d("cross", 4, 3, 1, 1.9, 3.8, 15.2)
+
+
+# --- single modules --------------------------------------------------------------------------------------------------
+
+def unit_id(case):
+    return "-".join(str(case[key]) for key in ("method", "mode", "shared_head", "rpe_on", "ratio", "height", "skip"))
+
+
+@pytest.mark.parametrize("case", json.loads((GOLDEN / "irpe_unit.json").read_text()), ids=unit_id)
+def test_module_output_and_gradients_equal_the_golden_ones(case):
+    config = get_rpe_config(*(case[key] for key in ("ratio", "method", "mode", "shared_head", "skip", "rpe_on")))
+    module = fill(only_module(build_rpe(config, case["D"], case["H"])), "unit.")
+    assert {name: list(p.shape) for name, p in module.named_parameters()} == case["parameters"]
+    on_values, length = case["rpe_on"] == "v", case["height"] * case["width"] + case["skip"]
+    x = image(case["seed"], (case["B"], case["H"], length, length if on_values else case["D"]))
+    x = (x.softmax(-1) if on_values else x).requires_grad_()
+    y = module(x, case["height"], case["width"])
+    (y * image(case["seed"] + 1, tuple(y.shape))).sum().backward()
+
+    def check(tensor, norm, head, tail):
+        flat = tensor.detach().flatten()
+        assert flat.double().norm().item() == pytest.approx(norm, rel=1e-5)
+        ends = torch.cat([flat[:6], flat[-6:]])
+        assert (ends - torch.tensor(head[:6] + tail[-6:])).abs().max() <= 1e-5 * flat.abs().max()
+
+    assert list(y.shape) == case["shape"]
+    check(y, case["out_norm"], case["out_head"], case["out_tail"])
+    for name, parameter in module.named_parameters():
+        check(parameter.grad, *(case["grad"][name][key] for key in ("norm", "head", "tail")))
+    if case["grad_x_norm"] is not None:
+        assert x.grad.double().norm().item() == pytest.approx(case["grad_x_norm"], rel=1e-5)
+
+
+def brute_force_attention(q, k, v, modules, height, width, skip):
+    """Float64 loops over the formulas of the paper, with ids computed pair by pair from the positions."""
+    q, k, v = q.double(), k.double(), v.double()
+    B, H, L, D = q.shape
+    q, k_scaled = q * D ** -0.5, k * D ** -0.5
+    logits = q @ k.transpose(-2, -1)
+    terms = []  # (place, module, ids)
+    for place, module in zip("qkv", modules, strict=True):
+        for part in [] if module is None else [module] if isinstance(module, iRPE) else [module.rp_rows, module.rp_cols]:
+            ids, _ = get_bucket_ids_2d(part.method, height, width, skip, *part.config.piecewise)
+            terms.append((place, part, ids))
+    for h, i, j in itertools.product(range(H), range(L), range(L)):
+        for place, part, ids in terms:
+            if place == "v":
+                continue
+            bucket = ids[i, j] if place == "k" else ids[j, i]
+            table = next(part.parameters()).double()
+            table = table[h if len(table) > 1 else 0]
+            x = q[:, h, i] if place == "k" else k_scaled[:, h, j]
+            logits[:, h, i, j] += table[bucket] if table.ndim == 1 else x @ table[:, bucket]
+    attn = logits.softmax(-1)
+    out = attn @ v
+    for h, i, j in itertools.product(range(H), range(L), range(L)):
+        for place, part, ids in terms:
+            if place == "v":
+                table = part.lookup_table_weight.double()
+                out[:, h, i] += attn[:, h, i, j, None] * table[h if len(table) > 1 else 0][ids[i, j]]
+    return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode, rpe_on", [("bias", "q"), ("bias", "qk"), *(("ctx", on) for on in irpe._RPE_ON)])
+@pytest.mark.parametrize("shared_head, skip", [(True, 1), (False, 0)])
+def test_attention_equals_brute_force_on_an_oblong_map(method, mode, rpe_on, shared_head, skip):
+    height, width, H, D = 2, 4, 2, 4
+    config = get_rpe_config(1.9, method, mode, shared_head, skip, rpe_on)
+    modules = [module and fill(module, f"{place}.") for place, module in zip("qkv", build_rpe(config, D, H), strict=True)]
+    q, k, v = image(5, (3, 2, H, height * width + skip, D))
+    out = rpe_attention(q, k, v, *modules, height, width)
+    expected = brute_force_attention(q, k, v, modules, height, width, skip)
+    assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rpe_on", ["k", "qkv"])
+def test_bool_and_additive_masks_hide_the_same_keys(rpe_on):
+    modules = [module and fill(module) for module in build_rpe(get_rpe_config(rpe_on=rpe_on), 4, 2)]
+    q, k, v = image(6, (3, 2, 2, 9, 4))
+    seen = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    seen[0, ..., 6:] = False
+    with_bool = rpe_attention(q, k, v, *modules, attn_mask=seen)
+    with_float = rpe_attention(q, k, v, *modules, attn_mask=torch.zeros(2, 1, 1, 9).masked_fill(~seen, -math.inf))
+    torch.testing.assert_close(with_bool, with_float)
+    changed = v.clone()
+    changed[0, :, 6:] += 100  # what is hidden does not matter
+    torch.testing.assert_close(rpe_attention(q, k, changed, *modules, attn_mask=seen), with_bool)
+
+
+def test_attention_passes_gradcheck():
+    modules = [fill(module).double() for module in build_rpe(get_rpe_config(rpe_on="qkv", skip=1), 3, 2)]
+    tables = [p for module in modules for p in module.parameters()]
+    q, k, v = (x.double().requires_grad_() for x in image(7, (3, 1, 2, 5, 3)))
+    assert torch.autograd.gradcheck(lambda q, k, v, *_: rpe_attention(q, k, v, *modules), (q, k, v, *tables))
+
+
+def test_dropout_hides_attention_from_the_value_term_too():
+    modules = build_rpe(get_rpe_config(rpe_on="v"), 4, 2)
+    fill(modules[2])
+    q, k, v = image(8, (3, 2, 2, 9, 4))
+    assert rpe_attention(q, k, v, *modules, dropout_p=1.0).abs().max() == 0
+
+
+# --- use of a module -------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def module():
+    return fill(only_module(build_rpe(get_rpe_config(skip=1), 8, 2)))
+
+
+def test_one_module_sees_several_maps_in_turn(module):
+    for height, width in ((3, 3), (2, 5), (5, 2), (3, 3)):
+        x = image(1, (1, 2, height * width + 1, 8))
+        ids, _ = get_bucket_ids_2d("product", height, width, 1, 1.9, 3.8, 15.2)
+        expected = (x @ module.lookup_table_weight).gather(-1, ids.expand(1, 2, -1, -1))
+        torch.testing.assert_close(module(x, height, width), expected)
+
+
+def test_bucket_ids_are_shared_by_layers_and_not_in_the_state_dict(module):
+    other = only_module(build_rpe(get_rpe_config(skip=1, rpe_on="v"), 8, 2))
+    device = torch.device("cpu")
+    assert module.bucket_ids(10, device).data_ptr() == other.bucket_ids(10, device).data_ptr()
+    assert list(module.state_dict()) == ["lookup_table_weight"]
+
+
+def test_a_copy_and_a_saved_module_compute_the_same(module):
+    x = image(2, (1, 2, 10, 8))
+    expected = module(x)
+    torch.testing.assert_close(copy.deepcopy(module)(x), expected)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(torch.load(buffer, weights_only=False)(x), expected)
+
+
+def test_ids_follow_the_module_to_another_device(module):
+    assert module.to("meta")(torch.empty(1, 2, 10, 8, device="meta")).device.type == "meta"
+
+
+def test_ids_first_made_in_inference_mode_serve_training():
+    module = only_module(build_rpe(get_rpe_config(ratio=1.7), 4, 1))
+    x = image(3, (1, 1, 9, 4))
+    with torch.inference_mode():
+        module(x)
+    module(x).sum().backward()
+    assert module.lookup_table_weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("rpe_on", ["k", "qkv"])
+def test_torch_compile_takes_the_whole_graph(rpe_on):
+    modules = [module and fill(module) for module in build_rpe(get_rpe_config(skip=1, rpe_on=rpe_on), 8, 2)]
+    q, k, v = image(4, (3, 2, 2, 10, 8))
+    compiled = torch.compile(lambda q, k, v: rpe_attention(q, k, v, *modules), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), rpe_attention(q, k, v, *modules))
+
+
+def test_torch_export_makes_the_ids_constants_and_leaves_later_calls_alone():
+    module = fill(only_module(build_rpe(get_rpe_config(ratio=1.6), 4, 1)))
+    x = image(9, (2, 1, 9, 4))
+    program = torch.export.export(module, (x,))
+    torch.testing.assert_close(program.module()(x), module(x))
+    assert not any(node.target is torch.ops.aten.log.default for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("rpe_on", ["qk", "v"])
+def test_half_precision_sums_in_float32(rpe_on):
+    module = fill([m for m in build_rpe(get_rpe_config(rpe_on=rpe_on), 4, 1) if m][0]).bfloat16()
+    x = image(1, (1, 1, 49, 49 if rpe_on == "v" else 4)).abs().softmax(-1).bfloat16()
+    expected = copy.deepcopy(module).double()(x.double())
+    assert module(x).dtype == torch.bfloat16
+    assert (module(x) - expected).abs().max() <= 2 ** -7 * expected.abs().max()
+
+
+def test_tables_start_at_zero_and_attention_without_tables_is_plain():
+    q, k, v = image(4, (3, 2, 2, 9, 8))
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    for rpe_on in ("k", "qkv"):
+        torch.testing.assert_close(rpe_attention(q, k, v, *build_rpe(get_rpe_config(rpe_on=rpe_on), 8, 2)), plain)
+    torch.testing.assert_close(rpe_attention(q, k, v, *build_rpe(None, 8, 2)), plain)
+
+
+@pytest.mark.parametrize("wrong, named", [
+    (dict(method="products"), "product"), (dict(mode="context"), "ctx"), (dict(rpe_on="vk"), "kv"),
+    (dict(shared_head="yes"), "True"), (dict(ratio=0), "above 0"), (dict(ratio="1.9"), "above 0"),
+    (dict(skip=-1), "prefix tokens"), (dict(mode="bias", rpe_on="qkv"), "bias on values"),
+    (dict(mode="bias", rpe_on="v"), "bias on values")])
+def test_wrong_configuration_names_what_is_allowed(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        get_rpe_config(**wrong)
+
+
+def test_length_that_disagrees_with_skip_names_the_skip_to_set():
+    module = only_module(build_rpe(get_rpe_config(skip=0), 4, 1))
+    with pytest.raises(ValueError, match=r"197 tokens on a map of 14×14.*set skip=1"):
+        module(torch.zeros(1, 1, 197, 4))
+    with pytest.raises(ValueError, match=r"12 tokens on a map of 2×5.*set skip=2"):
+        module(torch.zeros(1, 1, 12, 4), 2, 5)

@@ -1,0 +1,323 @@
+"""The named models against the golden numbers, and equip_irpe on other ViTs of timm."""
+import copy
+import json
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+import rpe_models
+from fill import fill_state_dict, image
+from irpe import get_rpe_config
+from rpe_vision_transformer import RPEAttention, VisionTransformer, equip_irpe
+from runtime import UserError
+
+GOLDEN = Path(__file__).parent / "golden"
+MANIFESTS = json.loads((GOLDEN / "deit_manifest.json").read_text())
+TINY = "deit_tiny_patch16_224_ctx_product_50_shared_k"
+# the table of released models: millions of parameters, millions of multiply-accumulates
+TABLE = {"deit_tiny_patch16_224_ctx_product_50_shared_k": (5.76, 1284),
+         "deit_small_patch16_224_ctx_product_50_shared_k": (22.09, 4659),
+         "deit_small_patch16_224_ctx_product_50_shared_qk": (22.13, 4706),
+         "deit_small_patch16_224_ctx_product_50_shared_qkv": (22.17, 4885),
+         "deit_base_patch16_224_ctx_product_50_shared_k": (86.61, 17684),
+         "deit_base_patch16_224_ctx_product_50_shared_qkv": (86.68, 18137)}
+
+
+def filled(name, **kwargs):
+    model = rpe_models.create_model(name, **kwargs)
+    model.load_state_dict(fill_state_dict(model.state_dict()))
+    return model.eval()
+
+
+# --- golden numbers --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_keys_shapes_and_logits_equal_the_golden_ones(name):
+    model = filled(name)
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == MANIFESTS[name]
+    size = 384 if name.endswith("384") else 224
+    with torch.no_grad():
+        logits = model(image(2021, (2, 3, size, size))).numpy()
+    golden = np.load(GOLDEN / "deit_logits.npz")[name]
+    assert np.abs(logits - golden).max() <= 1e-4 * np.abs(golden).max()
+
+
+@pytest.mark.parametrize("name, gradients", json.loads((GOLDEN / "deit_grads.json").read_text()).items())
+def test_gradients_equal_the_golden_ones(name, gradients):
+    model = filled(name, drop_path_rate=0.0).train()
+    model(image(2021, (2, 3, 224, 224))).square().mean().backward()
+    parameters = dict(model.named_parameters())
+    for key, (norm, *head) in gradients.items():
+        # 1e-8 is for what is zero but for rounding: in the last block only the class token's query counts, and its
+        # keys all lie in one bucket, whose term cancels in the softmax
+        gradient = parameters[key].grad.flatten()
+        assert gradient.double().norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-8), key
+        assert (gradient[:8] - torch.tensor(head)).abs().max() <= 1e-3 * gradient.abs().max() + 1e-8, key
+
+
+@pytest.mark.parametrize("name, golden", json.loads((GOLDEN / "deit_steps.json").read_text()).items())
+def test_training_steps_equal_the_golden_ones(name, golden):
+    model = filled(name, drop_path_rate=0.0).train()
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
+    sizes = {bool(group["weight_decay"]): len(group["params"]) for group in optimizer.param_groups}
+    assert sizes == {True: golden["n_decay"], False: golden["n_no_decay"]}
+    x, y = image(31, (4, 3, 224, 224)), torch.tensor([3, 141, 592, 653])
+    for expected in golden["losses"]:
+        loss = torch.nn.functional.cross_entropy(model(x), y, label_smoothing=0.1)
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    parameters = dict(model.named_parameters())
+    for key, (norm, *_) in golden["after"].items():
+        assert parameters[key].detach().double().norm().item() == pytest.approx(norm, rel=1e-3), key
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_parameters_and_macs_match_the_released_table(name):
+    model = rpe_models.create_model(name).eval()
+    millions, mmacs = TABLE[name]
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, 224, 224))
+    counted = counter.get_total_flops() / 2 / 1e6
+    if name.endswith("qkv"):  # a sum per bucket first takes fewer than the public L·L·D way
+        assert 0.9 * mmacs < counted < mmacs
+    else:
+        assert counted == pytest.approx(mmacs, rel=0.01)
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+def test_published_names_have_their_published_ratios():
+    for name in rpe_models.RELEASED + rpe_models.UNRELEASED:
+        method, buckets = name.split("_")[5:7]
+        config = rpe_models.parse_name(name).rpe_config
+        assert rpe_models.count_used_buckets(method, config.ratio) == int(buckets)
+        assert (config.skip, config.mode, config.shared_head) == (1, "contextual", True)
+    assert {(m, r) for (m, _), r in rpe_models.PUBLISHED_RATIOS.items()} == \
+        {("euc", 20), ("quant", 33), ("cross", 20), ("product", 1.9)}
+
+
+@pytest.mark.parametrize("method", ["euc", "quant", "cross", "product"])
+def test_every_ratio_found_for_a_count_uses_that_many_buckets(method):
+    for buckets in list(rpe_models._ratios(method))[:12]:
+        assert rpe_models.count_used_buckets(method, rpe_models.ratio_of(method, buckets)) == buckets
+
+
+@pytest.mark.parametrize("name, mode, shared, tables", [
+    ("deit_tiny_patch16_224_bias_cross_56_unshared_qk", "bias", False, {"rpe_q.rp_rows", "rpe_q.rp_cols",
+                                                                        "rpe_k.rp_rows", "rpe_k.rp_cols"}),
+    ("deit_tiny_patch16_384_ctx_product_82_unshared_v", "contextual", False, {"rpe_v"}),
+    ("deit_tiny_patch16_32_ctx_euc_20_shared_qv", "contextual", True, {"rpe_q", "rpe_v"})])
+def test_combinations_of_the_ablations_are_built_as_named(name, mode, shared, tables):
+    model, size = rpe_models.create_model(name, num_classes=7).eval(), int(name.split("_")[3])
+    found = {key for key, _ in model.blocks[3].attn.named_parameters() if "lookup" in key}
+    assert {key.rsplit(".", 1)[0] for key in found} == tables
+    assert all(("bias" in key.rsplit(".", 1)[1]) == (mode == "bias") for key in found)
+    table = next(p for key, p in model.blocks[0].attn.named_parameters() if "lookup" in key)
+    assert len(table) == (1 if shared else 3)
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, size, size)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("name, said", [
+    ("deit_small_patch16_224_ctx_product_50_shared_kq", "deit_small_patch16_224_ctx_product_50_shared_k"),
+    ("deit_smal_patch16_224", "deit_small_patch16_224"), ("resnet5", "resnet50"),
+    ("deit_small_patch16_224_bias_product_50_shared_v", "bias on values"),
+    ("deit_small_patch16_224_ctx_product_51_shared_k", "50, 82"),
+    ("deit_small_patch16_230_ctx_product_50_shared_k", "multiple of 16"),
+    ("zzz", "names with iRPE are")])
+def test_a_wrong_name_is_answered_with_what_is_near(name, said):
+    with pytest.raises(ValueError, match="(?s)" + name) as error:
+        rpe_models.create_model(name)
+    assert said in str(error.value)
+
+
+def test_nine_names_are_timm_models_and_hub_models():
+    import hubconf
+    for name in rpe_models.RELEASED + rpe_models.UNRELEASED:
+        assert timm.is_model(name)
+        assert hasattr(hubconf, name)
+    assert all(hasattr(hubconf, name) for name in models.__all__)
+    model = timm.create_model(TINY, num_classes=5, drop_path_rate=0.1, img_size=64)
+    assert model.head.out_features == 5 and model.patch_embed.grid_size == (4, 4)
+    assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+    assert model.pretrained_cfg["url"].endswith(f"/1.0/{TINY}.pth")
+    hub = torch.hub.load(str(Path(hubconf.__file__).parent), TINY, source="local", num_classes=3)
+    assert hub.head.out_features == 3
+
+
+def test_initial_values_are_those_of_deit():
+    model = rpe_models.create_model("deit_small_patch16_224_ctx_product_50_shared_qkv")
+    for tensor in (model.cls_token, model.pos_embed, model.head.weight, model.blocks[3].mlp.fc1.weight):
+        assert tensor.std().item() == pytest.approx(0.02, rel=0.15)
+        assert tensor.abs().max() <= 2
+    assert all(p.abs().max() == 0 for key, p in model.named_parameters()
+               if "lookup_table" in key or (key.endswith("bias") and "patch_embed" not in key))
+
+
+# --- released weights ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache and no network."""
+    def offline(url, *args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
+
+
+def test_pretrained_offline_names_the_url_and_the_place_of_the_file(hub):
+    with pytest.raises(UserError) as error:
+        timm.create_model(TINY, pretrained=True)
+    assert f"https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/{TINY}.pth" in str(error.value)
+    assert str(hub / f"{TINY}.pth") in str(error.value)
+    with pytest.raises(UserError, match="deit_tiny_patch16_224-a1311bcf.pth"):
+        models.deit_tiny_patch16_224(pretrained=True)
+
+
+def test_pretrained_reads_the_cached_file_and_adapts_head_and_positions(hub):
+    source = filled(TINY)
+    torch.save({"model": source.state_dict()}, hub / f"{TINY}.pth")
+    x = image(1, (1, 3, 224, 224))
+    with torch.no_grad():
+        torch.testing.assert_close(rpe_models.create_model(TINY, pretrained=True).eval()(x), source(x))
+    other = rpe_models.create_model(TINY, pretrained=True, num_classes=10, img_size=288)
+    assert other.head.out_features == 10 and other.pos_embed.shape[1] == 18 * 18 + 1
+    torch.testing.assert_close(other.blocks[5].attn.rpe_k.lookup_table_weight,
+                               source.blocks[5].attn.rpe_k.lookup_table_weight)
+
+
+def test_pretrained_refuses_the_file_of_another_model_and_names_without_release(hub):
+    torch.save({"model": filled("deit_tiny_patch16_224").state_dict()}, hub / f"{TINY}.pth")
+    with pytest.raises(UserError, match=r"belongs to another model \(12 missing .*rpe_k"):
+        rpe_models.create_model(TINY, pretrained=True)
+    with pytest.raises(UserError, match="no weights were released"):
+        rpe_models.create_model(rpe_models.UNRELEASED[0], pretrained=True)
+
+
+# --- equip_irpe ------------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "vit_small_patch16_224": {},
+    "vit_small_patch14_reg4_dinov2": dict(img_size=(84, 112)),  # one class and four register tokens, oblong map
+    "vit_base_patch16_gap_224": {},  # no prefix at all
+    "deit_tiny_distilled_patch16_224": {},
+    "vit_base_patch16_clip_224": dict(dynamic_img_size=True),
+}
+
+
+def brute_force_logits(model, x, height, width):
+    """The equipped model's logits with each attention computed by loops over pairs, in place of irpe.py."""
+    from test_irpe import brute_force_attention
+
+    def attend(attn, x):
+        B, L, _ = x.shape
+        q, k, v = attn.qkv(x).reshape(B, L, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        out = brute_force_attention(q, k, v, (attn.rpe_q, attn.rpe_k, attn.rpe_v), height, width,
+                                    model.num_prefix_tokens)
+        return attn.proj(out.float().transpose(1, 2).reshape(B, L, -1))
+
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        block.attn.forward = lambda x, attn=block.attn, **_: attend(attn, x)
+    return model(x)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@torch.no_grad()
+def test_equipped_vit_starts_where_it_was_and_agrees_with_brute_force(name):
+    model = timm.create_model(name, **OTHERS[name]).eval()
+    patch = model.patch_embed.patch_size[0]
+    x = image(1, (1, 3, *model.patch_embed.img_size))
+    plain = model(x)
+    equip_irpe(model, get_rpe_config(rpe_on="qkv", shared_head=False))
+    assert {attn.rpe_k.config.skip for attn in (b.attn for b in model.blocks)} == {model.num_prefix_tokens}
+    assert (model(x) - plain).abs().max() <= 1e-6 * plain.abs().max().clamp(min=1)
+
+    small = timm.create_model(name, **OTHERS[name] | dict(img_size=(2 * patch, 3 * patch)), depth=2).eval()
+    equip_irpe(small, get_rpe_config(rpe_on="qkv", shared_head=False))
+    small.load_state_dict(fill_state_dict(small.state_dict()))
+    x = image(2, (1, 3, 2 * patch, 3 * patch))
+    expected = brute_force_logits(small, x, 2, 3)
+    assert (small(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (small(x) - small(x.flip(3))).abs().max() > 0.01 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_equipped_vit_follows_its_picture_size():
+    config = get_rpe_config(rpe_on="qk")
+    dynamic = equip_irpe(timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=2), config).eval()
+    fixed = equip_irpe(timm.create_model("vit_tiny_patch16_224", img_size=(64, 32), depth=2), config).eval()
+    dynamic.load_state_dict(fill_state_dict(dynamic.state_dict()))
+    resized = copy.deepcopy(dynamic)
+    resized.dynamic_img_size = False
+    x = image(3, (1, 3, 64, 32))
+    weights = dynamic.state_dict()
+    weights["pos_embed"] = timm.layers.resample_abs_pos_embed(weights["pos_embed"], (4, 2), (14, 14))
+    fixed.load_state_dict(weights)
+    torch.testing.assert_close(dynamic(x), fixed(x))
+    assert dynamic(image(3, (1, 3, 224, 96))).isfinite().all()
+    fixed.set_input_size(img_size=(32, 64))
+    assert fixed(image(3, (1, 3, 32, 64))).isfinite().all()
+
+
+def test_a_copied_model_records_its_own_map():
+    config = get_rpe_config()
+    model = equip_irpe(timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=1), config).eval()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin(image(1, (1, 3, 32, 64)))
+    assert (model.blocks[0].attn.map_size.height, twin.blocks[0].attn.map_size.height) == (14, 2)
+
+
+def test_equip_refuses_what_it_cannot_equip():
+    config = get_rpe_config()
+    with pytest.raises(TypeError, match="ResNet"):
+        equip_irpe(timm.create_model("resnet18"), config)
+    with pytest.raises(TypeError, match="knows timm's Attention only"):
+        equip_irpe(timm.create_model("vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ParallelScalingBlock),
+                   config)
+    with pytest.raises(ValueError, match="patch_drop_rate=0"):
+        equip_irpe(timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.5), config)
+    with pytest.raises(ValueError, match="already"):
+        equip_irpe(rpe_models.create_model(TINY), config)
+
+
+def test_attention_and_vision_transformer_take_a_config_themselves():
+    attention = RPEAttention(32, num_heads=2, qkv_bias=True, rpe_config=get_rpe_config(skip=1, rpe_on="qkv"))
+    attention.load_state_dict(fill_state_dict(attention.state_dict()))
+    x = image(1, (2, 10, 32))
+    assert attention(x).shape == x.shape
+    causal = attention(x, is_causal=True)
+    later = torch.cat([x[:, :6], x[:, 6:] + 1], 1)
+    torch.testing.assert_close(attention(later, is_causal=True)[:, :6], causal[:, :6])
+    model = VisionTransformer(img_size=32, patch_size=16, embed_dim=32, depth=1, num_heads=2, num_classes=3,
+                              rpe_config=get_rpe_config())
+    assert isinstance(model.blocks[0].attn, RPEAttention) and model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("wrapper", ["compile", "checkpointing"])
+def test_a_wrapped_model_has_the_same_gradients(wrapper):
+    model = filled("deit_tiny_patch16_32_ctx_product_50_shared_qkv", drop_path_rate=0.0, num_classes=5, depth=2).train()
+    x, twin = image(4, (2, 3, 32, 32)), copy.deepcopy(model)
+    model(x).square().mean().backward()
+    if wrapper == "checkpointing":
+        twin.set_grad_checkpointing()
+        twin(x).square().mean().backward()
+    else:
+        torch.compile(twin, fullgraph=True, backend="aot_eager")(x).square().mean().backward()
+    for (key, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() <= 1e-5 * a.grad.abs().max() + 1e-7, key

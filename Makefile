@@ -1,0 +1,29 @@
+# make        set up .venv and build rpe_ops into it
+# make test   all tests      make demo   train and evaluate a small model on real digits
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(abspath $(VENV))/bin/python
+
+.PHONY: build test demo clean
+.DELETE_ON_ERROR:
+
+build: $(VENV)/rpe_ops.done
+
+$(VENV)/packages.done: requirements.txt requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+$(VENV)/rpe_ops.done: $(VENV)/packages.done $(shell git ls-files rpe_ops 2>/dev/null)
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --force-reinstall ./rpe_ops
+	touch $@
+
+test: build
+	$(PY) .ci/test.py
+
+demo: build
+	cd DeiT-with-iRPE && $(PY) demo.py --output_dir ../outputs/demo
+
+clean:
+	rm -rf $(VENV) outputs rpe_ops/build rpe_ops/*.egg-info
