@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import random
 import re
 import sys
 import time
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -205,6 +207,14 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, NumPy and PyTorch from non-negative integers, such as (seed, rank, epoch)."""
+    python, numpy, pytorch = np.random.SeedSequence(numbers).generate_state(3)
+    random.seed(int(python))
+    np.random.seed(numpy)
+    torch.manual_seed(int(pytorch))
 
 
 def print_once(*values: Any) -> None:
@@ -399,7 +409,7 @@ class Progress:
             return {}
         device = self.device if dist.is_initialized() and self.device else "cpu"
         sums = all_reduce_sum(torch.tensor(list(self.totals.values()), dtype=torch.float64, device=device)).tolist()
-        return {name: total / count for name, (total, count) in zip(self.totals, sums)}
+        return {name: total / count for name, (total, count) in zip(self.totals, sums, strict=True)}
 
     def _show(self, elapsed: float) -> None:
         if not is_main_process():
@@ -439,7 +449,7 @@ class DeferredScalars:
     def flush(self) -> dict[str, float]:
         if self._pending is None:
             return {}
-        values = dict(zip(self._names, self._pending()))
+        values = dict(zip(self._names, self._pending(), strict=True))
         self._pending = None
         for name, value in values.items():
             if not math.isfinite(value):

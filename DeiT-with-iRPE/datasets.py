@@ -1,0 +1,366 @@
+"""The data sets by name and the transforms of DeiT's recipe.
+
+Tars are read by a small reader of its own. timm's ReaderImageInTar keeps a pickled index beside the data and one
+open tarfile, whose position forked workers share; here the headers are scanned once into arrays, and a picture is
+one ``os.pread``, which has no position to share. The order is torchvision's, so folder and tar give equal results.
+"""
+import argparse
+import functools
+import io
+import json
+import os
+import posixpath
+import struct
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import torchvision
+from PIL import Image, UnidentifiedImageError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import Dataset, default_collate
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from runtime import UserError, print_once
+
+IMAGENET_CLASSES = 1000
+CIFAR_SIZE = 32
+
+
+def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, int]:
+    """The training or validation set that ``args`` name, and its number of classes.
+
+    Raises ``UserError`` for files that are missing or classes that disagree.
+    """
+    transform = build_transform(is_train, args)
+    if not os.path.isdir(args.data_path):
+        raise UserError(f"--data-path {args.data_path} is not a folder")
+    if args.data_set == "CIFAR":
+        return _build_cifar(args.data_path, is_train, transform), 100
+    if args.data_set in ("INAT", "INAT19"):
+        dataset = INaturalist(args.data_path, is_train, 2018 if args.data_set == "INAT" else 2019, args.inat_category,
+                              transform)
+        return dataset, len(dataset.classes)
+    dataset = _build_split(is_train, args, transform)
+    if args.data_set == "FOLDER":
+        return dataset, len(dataset.classes)
+    if len(dataset.classes) > IMAGENET_CLASSES:
+        raise UserError(f"{args.data_path} has {len(dataset.classes)} classes and --data-set IMNET means "
+                        f"{IMAGENET_CLASSES}: say --data-set FOLDER to count them")
+    if len(dataset.classes) < IMAGENET_CLASSES:
+        print_once(f"note: {len(dataset.classes)} class folders, numbered in the order of their names, and a model of "
+                   f"{IMAGENET_CLASSES} classes; --data-set FOLDER counts the classes")
+    return dataset, IMAGENET_CLASSES
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Transforms
+# --------------------------------------------------------------------------------------------------------------
+
+
+def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Image.Image], Any]:
+    """Transform of one picture to a normalized (3, ``args.input_size``, ``args.input_size``) tensor.
+
+    Training uses DeiT's augmentation as the flags set it; validation resizes the short side to ⌊256/224·size⌋ and
+    crops the centre. CIFAR at its own 32 pixels is padded and cropped instead. Raises ``UserError`` for values that
+    timm does not know.
+    """
+    size = args.input_size
+    own_size = args.data_set == "CIFAR" and size == CIFAR_SIZE
+    if is_train:
+        transform = _train_transform(args)
+        if own_size:
+            transform.transforms[0] = transforms.RandomCrop(size, padding=4)
+        return transform
+    resize = [] if own_size else [
+        transforms.Resize(size * 256 // 224, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
+    return transforms.Compose([*resize, transforms.ToTensor(),
+                               transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+
+
+def _train_transform(args: argparse.Namespace) -> transforms.Compose:
+    try:
+        return create_transform(
+            args.input_size, is_training=True, hflip=args.hflip, color_jitter=args.color_jitter,
+            auto_augment=None if args.aa in ("", "none") else args.aa, interpolation=args.train_interpolation,
+            re_prob=0.0 if args.resplit else args.reprob, re_mode=args.remode, re_count=args.recount)
+    except (AssertionError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"--aa {args.aa!r}, --train-interpolation {args.train_interpolation!r} or --remode "
+                        f"{args.remode!r} is unknown to timm: {error or 'see its documentation'}") from error
+
+
+def build_collate(args: argparse.Namespace) -> Callable[[list], Any]:
+    """How training samples become a batch; with ``--resplit`` random erasing spares the first half of it."""
+    if not (args.resplit and args.reprob > 0):
+        return default_collate
+    erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, num_splits=2, device="cpu")
+    return functools.partial(_collate_and_erase, erase)
+
+
+def _collate_and_erase(erase: RandomErasing, samples: list) -> Any:
+    images, targets = default_collate(samples)
+    return erase(images), targets
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------------------
+
+
+def load_image(path: str) -> Image.Image:
+    """RGB picture of a file; ``UserError`` that names a file that is missing, truncated or no picture."""
+    return _decode(path, path)
+
+
+def _decode(file: str | BinaryIO, name: str) -> Image.Image:
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UserError(f"picture {name} cannot be read: it is in no format that Pillow knows") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(f"picture {name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Class folders, in a folder or in a tar
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _build_split(is_train: bool, args: argparse.Namespace, transform: Callable) -> Dataset:
+    """DIR/train or DIR/val, or their tars; the classes of validation are numbered as in training."""
+    train, val = (os.path.join(args.data_path, split + (".tar" if args.load_tar else "")) for split in ("train", "val"))
+    kind = ImageTar if args.load_tar else ImageFolder
+    if is_train:
+        return kind(train, transform)
+    # Scanning ImageNet's 150 GB of training pictures only to evaluate would take minutes, and its classes are known.
+    costly = args.load_tar and args.eval and args.data_set == "IMNET"
+    has_train = os.path.isfile(train) if args.load_tar else os.path.isdir(train)
+    return kind(val, transform, kind.class_names(train) if has_train and not costly else None)
+
+
+def _number_classes(names: list[str], known: list[str] | None, path: str) -> tuple[list[str], dict[str, int]]:
+    """(all classes, index of each of ``names``), the index being that in ``known`` where it is given."""
+    known = names if known is None else known
+    index = {name: number for number, name in enumerate(known)}
+    strangers = [name for name in names if name not in index]
+    if strangers:
+        raise UserError(f"{path} has {len(strangers)} classes that training has not, such as {strangers[0]}")
+    return known, {name: index[name] for name in names}
+
+
+class ImageFolder(torchvision.datasets.ImageFolder):
+    """torchvision's ImageFolder whose classes may be numbered as another folder's, and whose errors name the file."""
+
+    def __init__(self, root: str, transform: Callable, known_classes: list[str] | None = None) -> None:
+        self._known_classes = known_classes
+        try:
+            super().__init__(root, transform, loader=load_image)
+        except OSError as error:
+            raise UserError(f"{root} is not a folder of class folders with pictures: "
+                            f"{error.strerror or error}") from error
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        return _number_classes(super().find_classes(directory)[0], self._known_classes, directory)
+
+    @staticmethod
+    def class_names(root: str) -> list[str]:
+        """Sorted names of the class folders; empty folders count, as they do for torchvision."""
+        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+
+
+class ImageTar(Dataset):
+    """Class folders, or one tar per class as ImageNet ships them, inside an uncompressed tar.
+
+    Yields what ``ImageFolder`` yields for the unpacked files, in the same order. Raises ``UserError`` for a tar that
+    is missing, truncated, compressed or laid out otherwise.
+    """
+
+    def __init__(self, path: str, transform: Callable, known_classes: list[str] | None = None) -> None:
+        self.path, self.transform = path, transform
+        self.index = _tar_index(path)
+        self.classes, self.class_to_idx = _number_classes(self.index.classes, known_classes, path)
+        self.numbers = np.array([self.class_to_idx[name] for name in self.index.classes])
+        self._file: io.FileIO | None = None
+
+    def __len__(self) -> int:
+        return len(self.index.offsets)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        image = _decode(io.BytesIO(self._read(i)), f"{self.index.names[i].decode(errors='replace')} in {self.path}")
+        return self.transform(image), int(self.numbers[self.index.targets[i]])
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_file": None}  # a spawned worker opens the tar itself
+
+    def _read(self, i: int) -> bytes:
+        if self._file is None:
+            self._file = io.FileIO(self.path)
+        return _pread(self._file.fileno(), int(self.index.offsets[i]), int(self.index.sizes[i]))
+
+    @staticmethod
+    def class_names(path: str) -> list[str]:
+        """Sorted names of the class folders in the tar."""
+        return _tar_index(path).classes
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """Where the pictures of a tar are: sorted class names, and per picture its name, position, size and class."""
+    classes: list[str]
+    names: np.ndarray  # (N,) bytes
+    offsets: np.ndarray  # (N,) int64
+    sizes: np.ndarray  # (N,) int64
+    targets: np.ndarray  # (N,) int64
+
+
+def _tar_index(path: str) -> TarIndex:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return _scan_tar(path, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _scan_tar(path: str, _mtime: int) -> TarIndex:
+    names, offsets, sizes = [], [], []
+    with open(path, "rb", buffering=0) as file:
+        for name, offset, size in _pictures(file.fileno(), path):
+            names.append(name)
+            offsets.append(offset)
+            sizes.append(size)
+    if not names:
+        raise UserError(f"{path} holds no pictures ({', '.join(IMG_EXTENSIONS)})")
+    parts = [name.split("/", 2) for name in names]
+    if len({part[0] for part in parts}) == 1 and all(len(part) == 3 for part in parts):
+        parts = [part[1:] for part in parts]  # everything lies in one folder, such as train/
+    for name, part in zip(names, parts, strict=True):
+        if len(part) < 2:
+            raise UserError(f"{name} in {path} lies in no class folder")
+    classes, targets = np.unique([part[0] for part in parts], return_inverse=True)
+    folders, files = zip(*(posixpath.split(name) for name in names), strict=True)
+    order = np.lexsort((_bytes(files), _bytes(folders), targets))  # the order of torchvision's ImageFolder
+    return TarIndex([str(name) for name in classes], _bytes(names)[order], np.array(offsets, np.int64)[order],
+                    np.array(sizes, np.int64)[order], targets[order])
+
+
+def _bytes(names: list[str]) -> np.ndarray:
+    return np.array([name.encode(errors="surrogateescape") for name in names])
+
+
+def _pictures(fd: int, path: str) -> Iterator[tuple[str, int, int]]:
+    """(name, position in the file, size) of every picture; a tar inside the tar counts as a folder."""
+    for name, offset, size in _members(fd, 0, os.fstat(fd).st_size, path):
+        if name.endswith(".tar"):
+            for inner, inner_offset, inner_size in _members(fd, offset, size, f"{name} in {path}"):
+                if inner.lower().endswith(IMG_EXTENSIONS):
+                    yield f"{name[:-4]}/{inner}", inner_offset, inner_size
+        elif name.lower().endswith(IMG_EXTENSIONS):
+            yield name, offset, size
+
+
+def _members(fd: int, start: int, size: int, label: str) -> Iterator[tuple[str, int, int]]:
+    window = _Window(fd, start, size)
+    try:
+        with tarfile.open(fileobj=window, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                if member.isreg():
+                    yield posixpath.normpath(member.name).lstrip("/"), start + member.offset_data, member.size
+                tar.members.clear()  # a million TarInfo objects would take a gigabyte
+            window.seek(tar.offset)
+    except tarfile.ReadError as error:
+        raise UserError(f"tar {label} is truncated, compressed or no tar: {error}") from error
+    if window.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
+        raise UserError(f"tar {label} is truncated or damaged at byte {window.tell()}")
+
+
+class _Window:
+    """A part of a file as the file object that tarfile reads."""
+
+    def __init__(self, fd: int, start: int, size: int) -> None:
+        self.fd, self.start, self.size, self.position = fd, start, size, 0
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, position: int) -> int:
+        self.position = position
+        return position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.size - self.position)
+        data = _pread(self.fd, self.start + self.position, left if size < 0 else min(size, left))
+        self.position += len(data)
+        return data
+
+
+def _pread(fd: int, offset: int, size: int) -> bytes:
+    """``size`` bytes, fewer only at the end of the file: one ``os.pread`` may return less than it is asked for."""
+    parts = []
+    while size > 0 and (part := os.pread(fd, size, offset)):
+        parts.append(part)
+        offset += len(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# CIFAR and iNaturalist
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _build_cifar(root: str, is_train: bool, transform: Callable) -> Dataset:
+    cifar = torchvision.datasets.CIFAR100
+    try:
+        return cifar(root, is_train, transform)
+    except RuntimeError as error:
+        raise UserError(f"CIFAR-100 is not whole under {os.path.join(root, cifar.base_folder)}: fetch {cifar.url} "
+                        f"and unpack it in {root}") from error
+
+
+class INaturalist(Dataset):
+    """iNaturalist 2018 or 2019: pictures of ``{train|val}{year}.json``, classes of one level of ``categories.json``.
+
+    Args:
+        root: folder of the two JSON files, and of the pictures under the paths that they give.
+        year: 2018 or 2019.
+        level: key of the categories, from "kingdom" to "name"; its sorted values are the classes.
+    """
+
+    def __init__(self, root: str, is_train: bool, year: int, level: str, transform: Callable) -> None:
+        path = os.path.join(root, f"{'train' if is_train else 'val'}{year}.json")
+        listing = _read_json(path)
+        self.root, self.transform = root, transform
+        try:
+            categories = {category.get("id", number): category[level] for number, category in
+                          enumerate(_read_json(os.path.join(root, "categories.json")))}
+            self.classes = sorted(set(categories.values()))
+            files = {image["id"]: image["file_name"] for image in listing["images"]}
+            index = {name: number for number, name in enumerate(self.classes)}
+            self.samples = [(files[entry["image_id"]], index[categories[entry["category_id"]]])
+                            for entry in listing["annotations"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} and categories.json beside it do not fit together or lack --inat-category "
+                            f"{level!r}: {error!r}") from error
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        file_name, target = self.samples[i]
+        return self.transform(load_image(os.path.join(self.root, file_name))), target
+
+
+def _read_json(path: str) -> Any:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error

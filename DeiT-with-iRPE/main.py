@@ -1,0 +1,406 @@
+"""Train and evaluate DeiT with iRPE.
+
+    torchrun --nproc_per_node=8 main.py --model NAME --data-path DIR --output_dir OUT
+    python -m torch.distributed.launch --nproc_per_node=8 --use_env main.py ... --eval --resume OUT/checkpoint.pth
+    python main.py ... --device cpu
+"""
+import argparse
+import os
+import time
+from collections.abc import Iterator
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler
+from timm.scheduler.plateau_lr import PlateauLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from checkpoint import TrainingState, finetune_from, load_weights
+from datasets import build_collate, build_dataset
+from engine import evaluate, train_one_epoch
+from losses import DistillationLoss
+from rpe_models import create_model
+from runtime import (
+    RunLog,
+    UserError,
+    get_rank,
+    get_world_size,
+    init_distributed,
+    is_main_process,
+    load_checkpoint,
+    prepare_output_dir,
+    print_once,
+    run,
+    seed_everything,
+)
+from samplers import RASampler, ShardSampler
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Parser of all flags, to be given to ArgumentParser as a parent."""
+    parser = argparse.ArgumentParser("DeiT with iRPE", add_help=False)
+    add = parser.add_argument
+
+    add("--batch-size", default=64, type=int, help="pictures a step and process")
+    add("--epochs", default=300, type=int)
+
+    # Model
+    add("--model", default="deit_base_patch16_224", type=str, metavar="NAME",
+        help="deit_{size}_patch16_{res}_{bias|ctx}_{method}_{buckets}_{shared|unshared}_{q|k|v|qk|...}, or timm's name")
+    add("--pretrained", action="store_true", help="start from the released weights")
+    add("--input-size", default=224, type=int, help="side of the pictures, and of the model's map, in pixels")
+    add("--drop", type=float, default=0.0, metavar="P", help="dropout")
+    add("--drop-path", type=float, default=0.1, metavar="P", help="stochastic depth of the last block")
+    add("--model-ema", action="store_true", default=True, help="keep a moving average of the weights (the default)")
+    add("--no-model-ema", action="store_false", dest="model_ema")
+    add("--model-ema-decay", type=float, default=0.99996)
+    add("--model-ema-force-cpu", action="store_true", default=False, help="keep the average in main memory")
+
+    # Optimizer
+    add("--opt", default="adamw", type=str, help="any of timm's optimizers")
+    add("--opt-eps", default=1e-8, type=float)
+    add("--opt-betas", default=None, type=float, nargs="+")
+    add("--clip-grad", type=float, default=None, metavar="NORM")
+    add("--momentum", type=float, default=0.9)
+    add("--weight-decay", type=float, default=0.05, help="not for 1-D weights, biases, positions and tokens")
+
+    # Learning rate
+    add("--sched", default="cosine", type=str, help="any of timm's schedules")
+    add("--lr", type=float, default=5e-4, help="for 512 pictures a step; scaled with their number")
+    add("--lr-noise", type=float, nargs="+", default=None, help="part of the epochs where noise starts (and ends)")
+    add("--lr-noise-pct", type=float, default=0.67, help="bound of the noise, relative")
+    add("--lr-noise-std", type=float, default=1.0)
+    add("--warmup-lr", type=float, default=1e-6, help="of the first epoch; not scaled")
+    add("--min-lr", type=float, default=1e-5, help="of the last epoch; not scaled")
+    add("--decay-epochs", type=float, default=30, help="between two decays of --sched step")
+    add("--warmup-epochs", type=int, default=5)
+    add("--cooldown-epochs", type=int, default=10, help="after a decay of --sched plateau, until it counts again")
+    add("--patience-epochs", type=int, default=10, help="without a better top-1 before --sched plateau decays")
+    add("--decay-rate", "--dr", type=float, default=0.1)
+
+    # Augmentation
+    add("--color-jitter", type=float, default=0.4, help="used without --aa")
+    add("--aa", type=str, default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment or RandAugment policy, or none")
+    add("--hflip", type=float, default=0.5, metavar="P", help="probability of a mirrored picture; 0 for writing")
+    add("--smoothing", type=float, default=0.1, help="of the labels")
+    add("--train-interpolation", type=str, default="bicubic", help="bicubic, bilinear or random")
+    add("--repeated-aug", action="store_true", default=True, help="three copies of each picture (the default)")
+    add("--no-repeated-aug", action="store_false", dest="repeated_aug")
+    add("--load-tar", action="store_true", help="read train.tar and val.tar instead of the folders")
+    add("--reprob", type=float, default=0.25, metavar="P", help="random erasing")
+    add("--remode", type=str, default="pixel", help="erase with noise (pixel), one colour (rand) or zero (const)")
+    add("--recount", type=int, default=1, help="erased rectangles at most")
+    add("--resplit", action="store_true", default=False, help="erase nothing in the first half of a batch")
+    add("--mixup", type=float, default=0.8, metavar="ALPHA")
+    add("--cutmix", type=float, default=1.0, metavar="ALPHA")
+    add("--cutmix-minmax", type=float, nargs="+", default=None, help="side of the cut relative to the picture's")
+    add("--mixup-prob", type=float, default=1.0, metavar="P", help="of mixup or cutmix")
+    add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="of cutmix where both are on")
+    add("--mixup-mode", type=str, default="batch", help="one ratio for a batch, pair or elem")
+
+    # Distillation and fine-tuning
+    add("--teacher-model", default="regnety_160", type=str, metavar="NAME")
+    add("--teacher-path", type=str, default="", help="checkpoint or URL")
+    add("--distillation-type", default="none", choices=["none", "soft", "hard"], type=str)
+    add("--distillation-alpha", default=0.5, type=float, help="share of the distillation in the loss")
+    add("--distillation-tau", default=1.0, type=float, help="temperature")
+    add("--finetune", default="", help="checkpoint or URL to start from; resolution and classes may differ")
+
+    # Data
+    add("--data-path", default="/datasets01/imagenet_full_size/061417/", type=str, help="folder of train/ and val/")
+    add("--data-set", default="IMNET", choices=["CIFAR", "IMNET", "INAT", "INAT19", "FOLDER"], type=str,
+        help="FOLDER is IMNET with the classes counted")
+    add("--inat-category", default="name", type=str,
+        choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"])
+
+    # Run
+    add("--output_dir", default="", help="folder of checkpoint.pth, log.txt and tensorboard/; none by default")
+    add("--device", default="cuda", help="cuda or cpu")
+    add("--amp-dtype", default=None, choices=["float32", "bfloat16", "float16"],
+        help="of mixed precision; by default float16 on CUDA and float32 (none) on CPU")
+    add("--seed", default=0, type=int)
+    add("--resume", default="", help="checkpoint or URL to go on from, or to evaluate")
+    add("--start_epoch", default=0, type=int, metavar="N", help="where --resume does not say")
+    add("--eval", action="store_true", help="only evaluate")
+    add("--dist-eval", action="store_true", default=True, help="share the evaluation out (the default)")
+    add("--no-dist-eval", action="store_false", dest="dist_eval", help="every process evaluates all pictures")
+    add("--num_workers", default=10, type=int, help="loading processes for each training process")
+    add("--pin-mem", action="store_true", help="lock the memory that batches go to the GPU from (the default)")
+    add("--no-pin-mem", action="store_false", dest="pin_mem")
+    parser.set_defaults(pin_mem=True)
+
+    # Processes
+    add("--world_size", default=1, type=int, help="number of processes under SLURM; other launchers tell it")
+    add("--dist_url", default="env://", help="where the processes meet")
+    add("--local-rank", "--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # torch.distributed.launch's
+    return parser
+
+
+def main(args: argparse.Namespace) -> dict[str, float]:
+    """Train, or with ``args.eval`` only evaluate; returns the last evaluation's loss, acc1 and acc5."""
+    device = init_distributed(args)
+    check_args(args)
+    prepare_output_dir(args.output_dir)
+    seed_everything(args.seed)
+    torch.backends.cudnn.benchmark = True
+    if args.eval:
+        return evaluate_only(args, device)
+    train_loader, nb_classes = build_train_loader(args, device)
+    val_loader, _ = build_val_loader(args, device)
+    state = build_state(args, build_model(args, nb_classes).to(device))
+    start_epoch = resume(args, state)
+    return train(args, device, state, start_epoch, train_loader, val_loader, nb_classes)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Checks
+# --------------------------------------------------------------------------------------------------------------
+
+_RANGES = {
+    "batch_size": (1, None), "epochs": (0, None), "input_size": (1, None), "drop": (0, 0.999),
+    "drop_path": (0, 0.999), "model_ema_decay": (0, 1), "opt_eps": (0, None), "clip_grad": (0, None),
+    "weight_decay": (0, None), "lr": (0, None), "lr_noise_pct": (0, None), "lr_noise_std": (0, None),
+    "warmup_epochs": (0, None), "decay_epochs": (1e-9, None), "cooldown_epochs": (0, None),
+    "patience_epochs": (0, None), "color_jitter": (0, None), "hflip": (0, 1), "smoothing": (0, 0.999),
+    "reprob": (0, 1), "recount": (1, None), "mixup": (0, None), "cutmix": (0, None), "mixup_prob": (0, 1),
+    "mixup_switch_prob": (0, 1), "distillation_alpha": (0, 1), "distillation_tau": (1e-9, None), "seed": (0, None),
+    "start_epoch": (0, None), "num_workers": (0, None), "world_size": (1, None),
+}
+_NAMES = {"mixup_mode": ("batch", "pair", "elem"), "remode": ("pixel", "rand", "const"),
+          "train_interpolation": ("bicubic", "bilinear", "random")}
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise ``UserError`` for values that are impossible, alone or together."""
+    for name, (low, high) in _RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            raise UserError(f"{_flag(name)} {value} is out of range: it must be "
+                            + (f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"))
+    for name, allowed in _NAMES.items():
+        if getattr(args, name) not in allowed:
+            raise UserError(f"{_flag(name)} {getattr(args, name)!r} is unknown: it must be one of {', '.join(allowed)}")
+    if args.pretrained and args.finetune:
+        raise UserError("--pretrained and --finetune both give the first weights: leave one out")
+    if args.cutmix_minmax is not None and not (
+            len(args.cutmix_minmax) == 2 and 0 <= args.cutmix_minmax[0] <= args.cutmix_minmax[1] <= 1):
+        raise UserError(f"--cutmix-minmax {args.cutmix_minmax} must be two shares of the side, such as 0.2 0.8")
+    if args.lr_noise is not None and not (len(args.lr_noise) <= 2 and args.lr_noise == sorted(args.lr_noise)):
+        raise UserError(f"--lr-noise {args.lr_noise} must be one or two rising parts of the epochs, such as 0.4 0.9")
+    if not args.eval and _mixes(args) and args.batch_size % 2:
+        raise UserError(f"--batch-size {args.batch_size} is odd, and mixup mixes pairs: use an even one, or --mixup 0 "
+                        "--cutmix 0")
+    if not args.eval and args.distillation_type != "none" and not args.teacher_path:
+        raise UserError(f"--distillation-type {args.distillation_type} needs the teacher's weights: "
+                        "--teacher-path FILE")
+
+
+def _flag(name: str) -> str:
+    return "--" + (name if name in ("world_size", "num_workers", "start_epoch") else name.replace("_", "-"))
+
+
+def _mixes(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------------------
+
+
+def build_train_loader(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, int]:
+    """Loader of full batches for this process, and the number of classes."""
+    dataset, nb_classes = build_dataset(True, args)
+    if args.repeated_aug:
+        sampler = RASampler(dataset)
+    else:
+        sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=True, seed=args.seed)
+    if len(sampler) < args.batch_size:
+        raise UserError(f"--batch-size {args.batch_size} is more than the {len(sampler)} pictures that each of "
+                        f"{get_world_size()} processes sees in an epoch: make it smaller")
+    loader = _loader(args, dataset, device, sampler=sampler, drop_last=True, collate_fn=build_collate(args))
+    return loader, nb_classes
+
+
+def build_val_loader(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, int]:
+    """Loader of this process's share of the validation set (all of it with --no-dist-eval), and the classes."""
+    dataset, nb_classes = build_dataset(False, args)
+    shards = (get_world_size(), get_rank()) if args.dist_eval else (1, 0)
+    return _loader(args, dataset, device, sampler=ShardSampler(dataset, *shards)), nb_classes
+
+
+def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **options) -> DataLoader:
+    return DataLoader(dataset, args.batch_size, num_workers=args.num_workers,
+                      pin_memory=args.pin_mem and device.type == "cuda", **options)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Model, loss, optimizer
+# --------------------------------------------------------------------------------------------------------------
+
+
+def build_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
+    """The named model for ``args.input_size`` pixels, started as the flags say."""
+    try:
+        model = create_model(args.model, args.pretrained, num_classes=nb_classes, img_size=args.input_size,
+                             drop_rate=args.drop, drop_path_rate=args.drop_path)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--model {args.model} cannot be built for {args.input_size} pixels: {error}") from error
+    patch = model.patch_embed.patch_size[0]
+    if args.input_size % patch:
+        raise UserError(f"--input-size {args.input_size} is no multiple of the {patch} pixels of a patch: "
+                        f"use {max(1, args.input_size // patch) * patch}")
+    if args.finetune and not args.resume:
+        finetune_from(model, args.finetune)
+    return model
+
+
+def build_criterion(args: argparse.Namespace, model: nn.Module, nb_classes: int,
+                    device: torch.device) -> DistillationLoss:
+    """Loss of (pictures, outputs, targets); with distillation it runs the teacher."""
+    if _mixes(args):
+        base = SoftTargetCrossEntropy()  # the smoothing is in the targets
+    elif args.smoothing > 0:
+        base = LabelSmoothingCrossEntropy(args.smoothing)
+    else:
+        base = nn.CrossEntropyLoss()
+    teacher = None
+    if args.distillation_type != "none":
+        if not hasattr(model, "set_distilled_training"):
+            raise UserError(f"--distillation-type {args.distillation_type} needs a model with a distillation token, "
+                            f"which {args.model} has not: use one such as deit_small_distilled_patch16_224")
+        model.set_distilled_training(True)
+        teacher = build_teacher(args, nb_classes).to(device)
+    return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+
+
+def build_teacher(args: argparse.Namespace, nb_classes: int) -> nn.Module:
+    """The teacher with the weights of ``args.teacher_path``, frozen."""
+    try:
+        teacher = create_model(args.teacher_model, num_classes=nb_classes)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--teacher-model {args.teacher_model} cannot be built: {error}") from error
+    load_weights(teacher, load_checkpoint(args.teacher_path), args.teacher_path)
+    return teacher.eval().requires_grad_(False)
+
+
+def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
+    if not _mixes(args):
+        return None
+    return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+                 label_smoothing=args.smoothing, num_classes=nb_classes)
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer with the learning rate for 512 pictures a step scaled to ``args.batch_size · world_size``."""
+    lr = args.lr * args.batch_size * args.world_size / 512
+    try:
+        return create_optimizer_v2(model, **optimizer_kwargs(argparse.Namespace(**{**vars(args), "lr": lr})))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"--opt {args.opt} is unknown to timm or does not take --opt-betas {args.opt_betas}: "
+                        f"{error}") from error
+
+
+def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler | None:
+    """timm's schedule over ``args.epochs``, to be stepped with the number of an epoch after that epoch."""
+    try:
+        scheduler, _ = create_scheduler(args, optimizer)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"--sched {args.sched} cannot be used: {error}") from error
+    if scheduler is None and args.sched != "none":
+        raise UserError(f"--sched {args.sched} is unknown to timm")
+    if isinstance(scheduler, PlateauLRScheduler):
+        scheduler.lr_scheduler.cooldown = args.cooldown_epochs  # timm leaves it at 0
+    return scheduler
+
+
+def build_state(args: argparse.Namespace, model: nn.Module) -> TrainingState:
+    """Everything that training changes, new."""
+    optimizer = build_optimizer(args, model)
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    device = next(model.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
+    return TrainingState(model, optimizer, build_scheduler(args, optimizer), scaler, ema)
+
+
+def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """Type of mixed precision; float32 is none."""
+    return getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Runs
+# --------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Evaluate ``args.resume``, or the model as it was made."""
+    loader, nb_classes = build_val_loader(args, device)
+    model = build_model(args, nb_classes)
+    if args.resume:
+        load_weights(model, load_checkpoint(args.resume), args.resume)
+    return evaluate(loader, model.to(device), device, amp_dtype(args, device))
+
+
+def resume(args: argparse.Namespace, state: TrainingState) -> int:
+    """Bring the state to where ``args.resume`` stopped; returns the first epoch to train."""
+    last_epoch = state.resume(args.resume) if args.resume else None
+    if last_epoch is not None:
+        return last_epoch + 1
+    if args.start_epoch and state.lr_scheduler:
+        state.lr_scheduler.step(args.start_epoch - 1)
+    return args.start_epoch
+
+
+def train(args: argparse.Namespace, device: torch.device, state: TrainingState, start_epoch: int,
+          train_loader: DataLoader, val_loader: DataLoader, nb_classes: int) -> dict[str, float]:
+    """Train up to ``args.epochs``; after each epoch evaluate, save and log. Returns the last evaluation."""
+    criterion = build_criterion(args, state.model, nb_classes, device)
+    model, mixup, dtype = state.model, build_mixup(args, nb_classes), amp_dtype(args, device)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print_once(f"{args.model}: {n_parameters / 1e6:.2f} M parameters, {nb_classes} classes, "
+               f"{len(train_loader.dataset)} pictures, {len(train_loader)} steps of "
+               f"{args.batch_size} x {args.world_size} an epoch, from epoch {start_epoch} to {args.epochs}")
+    if args.distributed:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    log = RunLog(args.output_dir, start_epoch)
+    started, best, test = time.time(), 0.0, {}
+    for epoch in _epochs(args, start_epoch, train_loader):
+        stats = train_one_epoch(model, criterion, train_loader, state.optimizer, device, epoch, state.loss_scaler,
+                                args.clip_grad, state.model_ema, mixup, dtype)
+        test = evaluate(val_loader, state.model, device, dtype)
+        if state.lr_scheduler:
+            state.lr_scheduler.step(epoch, test["acc1"])
+        if args.output_dir and is_main_process():
+            state.save(os.path.join(args.output_dir, "checkpoint.pth"), epoch, args)
+        log.write(epoch, {"train_lr": stats["lr"], "train_loss": stats["loss"],
+                          **{f"test_{name}": value for name, value in test.items()},
+                          "epoch": epoch, "n_parameters": n_parameters})
+        best = max(best, test["acc1"])
+        print_once(f"Max accuracy: {best:.2f}%")
+    log.close()
+    print_once(f"Training time {time.strftime('%H:%M:%S', time.gmtime(time.time() - started))}")
+    return test
+
+
+def _epochs(args: argparse.Namespace, start_epoch: int, train_loader: DataLoader) -> Iterator[int]:
+    """The epochs to train, each with its own random numbers, so that a resumed run draws what one piece would."""
+    if start_epoch >= args.epochs:
+        print_once(f"epoch {start_epoch} is behind the last of --epochs {args.epochs}: nothing to train")
+    for epoch in range(start_epoch, args.epochs):
+        seed_everything(args.seed, get_rank(), epoch)
+        train_loader.sampler.set_epoch(epoch)
+        yield epoch
+
+
+if __name__ == "__main__":
+    run(main, argparse.ArgumentParser("main.py", parents=[get_args_parser()], description=__doc__,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter).parse_args())
