@@ -85,6 +85,8 @@ def _leave(status: int, sentence: str = "") -> None:
 def _speaks_for(sentence: str) -> bool:
     """Whether this process is the first to say the sentence (before the processes know each other: one a machine)."""
     if _store is None:
+        if _local_rank() > 0:
+            time.sleep(2)  # a launcher that sees one process end stops the others, also the one that is to speak
         return _local_rank() == 0
     try:
         return _store.add(sentence, 1) == 1
