@@ -44,7 +44,7 @@ def _sum_buckets(attn, ids, num_buckets):
 # From positions to buckets
 
 class METHOD(str, enum.Enum):
-    """How an offset on the map becomes a bucket (euclidean, quantization, cross, product in the paper). The short names work wherever a member does."""
+    """How an offset on the map becomes a bucket. The short names work wherever a member does."""
     EUCLIDEAN = "euc"
     QUANT = "quant"
     PRODUCT = "product"

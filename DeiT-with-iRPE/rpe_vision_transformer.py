@@ -90,7 +90,7 @@ def equip_irpe(model, rpe_config):
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
-    """timm's VisionTransformer with iRPE in every block; `rpe_config=None` leaves it as timm's. Arguments are timm's."""
+    """timm's VisionTransformer with iRPE in every block, or without if `rpe_config` is None. Arguments are timm's."""
 
     def __init__(self, *args, rpe_config=None, **kwargs):
         super().__init__(*args, **kwargs)

@@ -105,7 +105,8 @@ def brute_force_attention(q, k, v, modules, height, width, skip):
     logits = q @ k.transpose(-2, -1)
     terms = []  # (place, module, ids)
     for place, module in zip("qkv", modules, strict=True):
-        for part in [] if module is None else [module] if isinstance(module, iRPE) else [module.rp_rows, module.rp_cols]:
+        parts = [] if module is None else [module] if isinstance(module, iRPE) else [module.rp_rows, module.rp_cols]
+        for part in parts:
             ids, _ = get_bucket_ids_2d(part.method, height, width, skip, *part.config.piecewise)
             terms.append((place, part, ids))
     for h, i, j in itertools.product(range(H), range(L), range(L)):
@@ -133,7 +134,7 @@ def brute_force_attention(q, k, v, modules, height, width, skip):
 def test_attention_equals_brute_force_on_an_oblong_map(method, mode, rpe_on, shared_head, skip):
     height, width, H, D = 2, 4, 2, 4
     config = get_rpe_config(1.9, method, mode, shared_head, skip, rpe_on)
-    modules = [module and fill(module, f"{place}.") for place, module in zip("qkv", build_rpe(config, D, H), strict=True)]
+    modules = [module and fill(module, f"{i}.") for i, module in enumerate(build_rpe(config, D, H))]
     q, k, v = image(5, (3, 2, H, height * width + skip, D))
     out = rpe_attention(q, k, v, *modules, height, width)
     expected = brute_force_attention(q, k, v, modules, height, width, skip)

@@ -288,8 +288,8 @@ def test_equip_refuses_what_it_cannot_equip():
     with pytest.raises(TypeError, match="ResNet"):
         equip_irpe(timm.create_model("resnet18"), config)
     with pytest.raises(TypeError, match="knows timm's Attention only"):
-        equip_irpe(timm.create_model("vit_tiny_patch16_224", block_fn=timm.models.vision_transformer.ParallelScalingBlock),
-                   config)
+        block_fn = timm.models.vision_transformer.ParallelScalingBlock
+        equip_irpe(timm.create_model("vit_tiny_patch16_224", block_fn=block_fn), config)
     with pytest.raises(ValueError, match="patch_drop_rate=0"):
         equip_irpe(timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.5), config)
     with pytest.raises(ValueError, match="already"):
