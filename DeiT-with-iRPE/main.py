@@ -27,6 +27,7 @@ from engine import evaluate, train_one_epoch
 from losses import DistillationLoss
 from rpe_models import create_model
 from runtime import (
+    ArgumentParser,
     RunLog,
     UserError,
     get_rank,
@@ -55,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="deit_{size}_patch16_{res}_{bias|ctx}_{method}_{buckets}_{shared|unshared}_{q|k|v|qk|...}, or timm's name")
     add("--pretrained", action="store_true", help="start from the released weights")
     add("--input-size", default=224, type=int, help="side of the pictures, and of the model's map, in pixels")
-    add("--drop", type=float, default=0.0, metavar="P", help="dropout")
+    add("--drop", type=float, default=0.0, metavar="P", help="dropout after positions, attention and both MLP layers")
     add("--drop-path", type=float, default=0.1, metavar="P", help="stochastic depth of the last block")
     add("--model-ema", action="store_true", default=True, help="keep a moving average of the weights (the default)")
     add("--no-model-ema", action="store_false", dest="model_ema")
@@ -249,7 +250,7 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
     """The named model for ``args.input_size`` pixels, started as the flags say."""
     try:
         model = create_model(args.model, args.pretrained, num_classes=nb_classes, img_size=args.input_size,
-                             drop_rate=args.drop, drop_path_rate=args.drop_path)
+                             pos_drop_rate=args.drop, proj_drop_rate=args.drop, drop_path_rate=args.drop_path)
     except (ValueError, TypeError) as error:
         raise UserError(f"--model {args.model} cannot be built for {args.input_size} pixels: {error}") from error
     patch = model.patch_embed.patch_size[0]
@@ -317,6 +318,8 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) 
         raise UserError(f"--sched {args.sched} is unknown to timm")
     if isinstance(scheduler, PlateauLRScheduler):
         scheduler.lr_scheduler.cooldown = args.cooldown_epochs  # timm leaves it at 0
+        if not args.warmup_epochs:
+            scheduler.warmup_lr_init = scheduler.base_values[0]  # timm starts from --warmup-lr all the same
     return scheduler
 
 
@@ -402,5 +405,5 @@ def _epochs(args: argparse.Namespace, start_epoch: int, train_loader: DataLoader
 
 
 if __name__ == "__main__":
-    run(main, argparse.ArgumentParser("main.py", parents=[get_args_parser()], description=__doc__,
-                                      formatter_class=argparse.RawDescriptionHelpFormatter).parse_args())
+    run(main, ArgumentParser("main.py", parents=[get_args_parser()], description=__doc__,
+                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args())

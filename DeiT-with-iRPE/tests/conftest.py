@@ -1,0 +1,80 @@
+"""Generated pictures, tars of them, parsed flags and launched processes for the tests."""
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PROJECT = Path(__file__).parent.parent
+sys.path.insert(0, str(PROJECT))
+
+TINY = "deit_tiny_patch16_224_ctx_product_50_shared_k"
+
+
+def write_pictures(folder, classes=("ant", "bee", "cat"), count=8, size=40, seed=0):
+    """Class folders of random pictures, brighter from class to class, with oblong, grey and nested ones among them."""
+    rs = np.random.RandomState(seed)
+    for number, name in enumerate(classes):
+        for i in range(count):
+            path = Path(folder, name, "more" if i == 5 else "", f"{i}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rs.randint(0, 60, (size + 4 * i, size, 3)) + 190 * number // max(1, len(classes) - 1)
+            picture = Image.fromarray(pixels.astype(np.uint8))
+            (picture.convert("L") if i == 3 else picture).save(path)
+
+
+def write_tar(path, folder, arcname=""):
+    """A tar of the folder's content, its members in an order of their own."""
+    with tarfile.open(path, "w") as tar:
+        for file in sorted(Path(folder).rglob("*"), key=lambda file: (file.name, str(file))):
+            tar.add(file, Path(arcname, file.relative_to(folder)), recursive=False)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A data path with train and val, as folders and as tars: three classes of eight pictures each."""
+    root = tmp_path_factory.mktemp("pictures")
+    for seed, split in enumerate(("train", "val")):
+        write_pictures(root / split, seed=seed)
+        write_tar(root / f"{split}.tar", root / split)
+    return root
+
+
+def parse(*flags):
+    """Arguments of main.py."""
+    from main import get_args_parser
+    return argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([str(flag) for flag in flags])
+
+
+def small(data_path, *flags):
+    """Flags of a run on the CPU that takes a second."""
+    return ["--device", "cpu", "--data-set", "FOLDER", "--data-path", data_path, "--model", TINY, "--input-size", 32,
+            "--batch-size", 8, "--num_workers", 0, "--epochs", 1, *flags]
+
+
+def start(*command, **environment):
+    """Start Python with one thread in the project's folder; its output is captured."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=PROJECT, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def start_processes(world_size, *command):
+    """Start the command once per process as a launcher would, but with outputs of their own."""
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        port = sock.getsockname()[1]
+    return [start(*command, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+                  MASTER_ADDR="localhost", MASTER_PORT=str(port)) for rank in range(world_size)]
+
+
+def finish(process):
+    """(exit status, standard output, standard error)"""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err

@@ -1,0 +1,277 @@
+"""Data sets from folders, tars and lists; samplers; pictures that cannot be read."""
+import json
+import os
+import pickle
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from conftest import parse, write_pictures, write_tar
+from datasets import ImageTar, build_collate, build_dataset, build_transform
+from runtime import UserError
+from samplers import RASampler, ShardSampler
+
+
+def build(split, root, *flags):
+    args = parse("--data-path", root, "--data-set", "FOLDER", "--input-size", 32, *flags)
+    return build_dataset(split == "train", args)
+
+
+def contents(dataset):
+    return [(image, target) for image, target in dataset]
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        torch.equal(a, b) and x == y for (a, x), (b, y) in zip(first, second, strict=True))
+
+
+# Folders and tars
+
+@pytest.mark.parametrize("layout", ["plain", "dotted", "in a folder", "tar of tars"])
+def test_tar_gives_what_the_folder_gives_in_the_same_order(pictures, tmp_path, layout):
+    folder, _ = build("val", pictures)
+    if layout == "tar of tars":
+        for name in ("cat", "ant", "bee"):
+            write_tar(tmp_path / f"{name}.tar", pictures / "val" / name)
+        with tarfile.open(tmp_path / "val.tar", "w") as tar:
+            for name in ("cat", "ant", "bee"):
+                tar.add(tmp_path / f"{name}.tar", f"{name}.tar")
+    else:
+        write_tar(tmp_path / "val.tar", pictures / "val", {"plain": "", "dotted": "./", "in a folder": "any/"}[layout])
+    tar, nb_classes = build("val", tmp_path, "--load-tar")
+    assert nb_classes == 3 and tar.classes == folder.classes == ["ant", "bee", "cat"]
+    assert len(tar) == 24 and same(contents(tar), contents(folder))
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_tar_is_read_alike_by_several_worker_processes(pictures, context):
+    dataset, _ = build("val", pictures, "--load-tar")
+    dataset[0]  # opens the file before the workers start
+    loader = DataLoader(dataset, 1, num_workers=2, multiprocessing_context=context)
+    assert same([(image[0], int(target)) for image, target in loader], contents(dataset))
+
+
+def test_no_file_is_written_beside_a_tar(pictures, tmp_path):
+    shutil.copy(pictures / "val.tar", tmp_path)
+    build("val", tmp_path, "--load-tar")
+    assert os.listdir(tmp_path) == ["val.tar"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--load-tar"]])
+def test_validation_classes_are_numbered_as_in_training(tmp_path, flags):
+    write_pictures(tmp_path / "train", ("a", "b", "c", "d"), 1)
+    write_pictures(tmp_path / "val", ("b", "d"), 1)
+    for split in ("train", "val"):
+        write_tar(tmp_path / f"{split}.tar", tmp_path / split)
+    dataset, nb_classes = build("val", tmp_path, *flags)
+    assert nb_classes == 4 and [target for _, target in dataset] == [1, 3]
+    assert build("train", tmp_path, *flags)[1] == 4
+
+
+@pytest.mark.parametrize("flags", [[], ["--load-tar"]])
+def test_validation_class_that_training_lacks_is_named(tmp_path, flags):
+    write_pictures(tmp_path / "train", ("a", "b"), 1)
+    write_pictures(tmp_path / "val", ("a", "zebra"), 1)
+    for split in ("train", "val"):
+        write_tar(tmp_path / f"{split}.tar", tmp_path / split)
+    with pytest.raises(UserError, match="1 classes that training has not, such as zebra"):
+        build("val", tmp_path, *flags)
+
+
+def test_imnet_means_a_thousand_classes_and_folder_counts_them(pictures, tmp_path):
+    assert build("val", pictures, "--data-set", "IMNET")[1] == 1000
+    for number in range(1001):
+        (tmp_path / "val" / str(number)).mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / "val" / str(number) / "0.png")
+    assert build("val", tmp_path)[1] == 1001
+    with pytest.raises(UserError, match="1001 classes and --data-set IMNET means 1000"):
+        build("val", tmp_path, "--data-set", "IMNET")
+
+
+# Tars that cannot be read
+
+def test_truncated_tar_is_refused_wherever_it_was_cut(pictures, tmp_path):
+    whole = (pictures / "val.tar").read_bytes()
+    with tarfile.open(pictures / "val.tar") as tar:
+        members = tar.getmembers()
+    end = members[-1].offset_data + -(-members[-1].size // 512) * 512
+    cuts = [0, 100, members[3].offset, members[3].offset + 200, members[3].offset_data + 100, end - 600, end]
+    for number, cut in enumerate(cuts):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "val.tar").write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="val.tar is truncated"):
+            build("val", tmp_path / str(number), "--load-tar")
+
+
+def test_truncated_tar_inside_a_tar_is_named(pictures, tmp_path):
+    write_tar(tmp_path / "ant.tar", pictures / "val" / "ant")
+    (tmp_path / "ant.tar").write_bytes((tmp_path / "ant.tar").read_bytes()[:-9000])
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(tmp_path / "ant.tar", "ant.tar")
+    with pytest.raises(UserError, match=r"tar ant.tar in .*val.tar is truncated"):
+        build("val", tmp_path, "--load-tar")
+
+
+def test_damaged_header_in_a_tar_does_not_pass_for_its_end(pictures, tmp_path):
+    with tarfile.open(pictures / "val.tar") as tar:
+        offset = tar.getmembers()[5].offset
+    data = bytearray((pictures / "val.tar").read_bytes())
+    data[offset:offset + 512] = b"x" * 512
+    (tmp_path / "val.tar").write_bytes(data)
+    with pytest.raises(UserError, match="val.tar is truncated or damaged"):
+        build("val", tmp_path, "--load-tar")
+
+
+def test_compressed_tar_is_refused(pictures, tmp_path):
+    with tarfile.open(tmp_path / "val.tar", "w:gz") as tar:
+        tar.add(pictures / "val", "")
+    with pytest.raises(UserError, match="compressed"):
+        build("val", tmp_path, "--load-tar")
+
+
+def test_tar_without_class_folders_or_pictures_is_refused(pictures, tmp_path):
+    write_tar(tmp_path / "val.tar", pictures / "val" / "ant" / "more")
+    with pytest.raises(UserError, match="5.png in .*val.tar lies in no class folder"):
+        build("val", tmp_path, "--load-tar")
+    (tmp_path / "empty").mkdir()
+    write_tar(tmp_path / "train.tar", tmp_path / "empty")
+    with pytest.raises(UserError, match="train.tar holds no pictures"):
+        build("train", tmp_path, "--load-tar")
+
+
+# Pictures that cannot be read
+
+@pytest.fixture
+def broken(tmp_path):
+    """A truncated picture, and a text that calls itself a picture, with their tar."""
+    write_pictures(tmp_path / "val", ("ant",), 2)
+    data = (tmp_path / "val" / "ant" / "0.png").read_bytes()
+    (tmp_path / "val" / "ant" / "cut.png").write_bytes(data[:len(data) // 2])
+    (tmp_path / "val" / "ant" / "text.jpg").write_text("no picture")
+    write_tar(tmp_path / "val.tar", tmp_path / "val")
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("flags", [[], ["--load-tar"]])
+@pytest.mark.parametrize("name", ["cut.png", "text.jpg"])
+def test_unreadable_picture_is_named_also_by_worker_processes(broken, flags, workers, name):
+    dataset, _ = build("val", broken, *flags)
+    index = ["0.png", "1.png", "cut.png", "text.jpg"].index(name)
+    with pytest.raises(UserError) as caught:
+        list(DataLoader(dataset, sampler=[index], num_workers=workers))
+    where = f"ant/{name} in {broken}/val.tar" if flags else f"{broken}/val/ant/{name}"
+    assert str(caught.value).startswith(f"picture {where} cannot be read: ") and "\n" not in str(caught.value)
+
+
+def test_picture_that_ends_early_in_the_tar_file_is_named(pictures, tmp_path):
+    shutil.copy(pictures / "val.tar", tmp_path)
+    dataset = ImageTar(str(tmp_path / "val.tar"), lambda image: image)
+    os.truncate(tmp_path / "val.tar", int(dataset.index.offsets[4]) + 50)  # after the scan
+    with pytest.raises(UserError, match=r"picture .* in .*val.tar cannot be read"):
+        dataset[4]
+
+
+# Transforms
+
+def test_validation_resizes_by_256_over_224_and_crops_the_centre():
+    picture = Image.fromarray(np.random.RandomState(0).randint(0, 255, (500, 700, 3), np.uint8))
+    for size, resized in ((224, 256), (384, 438), (32, 36)):
+        side = picture.resize((700 * resized // 500, resized), Image.BICUBIC)
+        left, top = round((side.width - size) / 2), round((side.height - size) / 2)
+        crop = np.asarray(side.crop((left, top, left + size, top + size)), np.float32) / 255
+        expected = (crop - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        result = build_transform(False, parse("--input-size", size))(picture)
+        assert np.allclose(result, expected.transpose(2, 0, 1), atol=1e-5)
+
+
+def test_resplit_erases_only_in_the_second_half_of_a_batch():
+    samples = [(torch.full((3, 32, 32), 9.0), 0)] * 8
+    images, _ = build_collate(parse("--resplit", "--reprob", 1))(samples)
+    changed = [(image != 9).any().item() for image in images]
+    assert changed == [False] * 4 + [True] * 4
+
+
+# Samplers
+
+@pytest.mark.parametrize("pictures_in_all", [1000, 300])
+def test_repeated_augmentation_takes_the_published_share_of_the_tripled_list(pictures_in_all):
+    for processes in (1, 2, 3):
+        samplers = [RASampler(range(pictures_in_all), processes, rank) for rank in range(processes)]
+        for epoch in (0, 5):
+            for sampler in samplers:
+                sampler.set_epoch(epoch)
+            shares = [list(sampler) for sampler in samplers]
+            count = pictures_in_all // 256 * 256 // processes
+            assert [len(share) for share in shares] == [len(s) for s in samplers] == [count] * processes
+            dealt = [index for turn in zip(*shares, strict=True) for index in turn]
+            assert all(len(set(dealt[i:i + 3])) == 1 for i in range(0, len(dealt) - 2, 3))
+            assert len(set(dealt)) == -(-len(dealt) // 3)
+    other = RASampler(range(pictures_in_all), 1, 0)
+    first = list(other)
+    other.set_epoch(1)
+    assert list(other) != first
+
+
+def test_repeated_augmentation_of_a_small_set_takes_as_many_samples_as_pictures():
+    assert [len(RASampler(range(100), 3, rank)) for rank in range(3)] == [34] * 3
+
+
+def test_shards_are_a_partition_for_any_number_of_processes():
+    for length in (0, 1, 7, 24):
+        for processes in (1, 2, 3, 8):
+            shards = [list(ShardSampler(range(length), processes, rank)) for rank in range(processes)]
+            assert sorted(index for shard in shards for index in shard) == list(range(length))
+
+
+# CIFAR and iNaturalist
+
+def test_cifar_without_files_says_what_to_fetch_and_where(tmp_path):
+    with pytest.raises(UserError, match=r"cifar-100-python: fetch https://\S+python.tar.gz and unpack it in "):
+        build("train", tmp_path, "--data-set", "CIFAR")
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_cifar_has_a_hundred_classes_and_keeps_its_own_size(tmp_path, monkeypatch, size):
+    cifar = torchvision.datasets.CIFAR100
+    pixels = np.random.RandomState(0).randint(0, 255, (2, 3072), np.uint8)
+    (tmp_path / cifar.base_folder).mkdir()
+    for name in ("train", "test"):
+        (tmp_path / cifar.base_folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": [7, 99]}))
+    (tmp_path / cifar.base_folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["x"] * 100}))
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5: True)
+    dataset, nb_classes = build("val", tmp_path, "--data-set", "CIFAR", "--input-size", size)
+    assert nb_classes == 100 and [target for _, target in dataset] == [7, 99] and dataset[0][0].shape == (3, size, size)
+    if size == 32:
+        colours = dataset[0][0].permute(1, 2, 0) * np.array([0.229, 0.224, 0.225]) + np.array([0.485, 0.456, 0.406])
+        assert np.allclose(colours, pixels[0].reshape(3, 32, 32).transpose(1, 2, 0) / 255)
+    train, _ = build("train", tmp_path, "--data-set", "CIFAR", "--input-size", size)
+    assert train[0][0].shape == (3, size, size)
+    assert isinstance(train.transform.transforms[0], torchvision.transforms.RandomCrop) == (size == 32)
+
+
+@pytest.mark.parametrize(("data_set", "year"), [("INAT", 2018), ("INAT19", 2019)])
+def test_inaturalist_numbers_the_values_of_the_chosen_level(tmp_path, data_set, year):
+    write_pictures(tmp_path / "pictures", ("a",), 3)
+    categories = [{"id": 0, "name": "z", "genus": "g"}, {"id": 1, "name": "y", "genus": "g"},
+                  {"id": 2, "name": "x", "genus": "f"}]
+    listing = {"images": [{"id": 10 + i, "file_name": f"pictures/a/{i}.png"} for i in range(3)],
+               "annotations": [{"image_id": 12 - i, "category_id": i} for i in range(3)]}
+    (tmp_path / "categories.json").write_text(json.dumps(categories))
+    (tmp_path / f"val{year}.json").write_text(json.dumps(listing))
+    dataset, nb_classes = build("val", tmp_path, "--data-set", data_set)
+    assert nb_classes == 3 and [target for _, target in dataset] == [2, 1, 0]
+    assert [name for name, _ in dataset.samples] == [f"pictures/a/{i}.png" for i in (2, 1, 0)]
+    genus, nb_classes = build("val", tmp_path, "--data-set", data_set, "--inat-category", "genus")
+    assert nb_classes == 2 and [target for _, target in genus.samples] == [1, 1, 0]
+    with pytest.raises(UserError, match="lack --inat-category 'family'"):
+        build("val", tmp_path, "--data-set", data_set, "--inat-category", "family")
+    with pytest.raises(UserError, match=f"train{year}.json cannot be read"):
+        build("train", tmp_path, "--data-set", data_set)
