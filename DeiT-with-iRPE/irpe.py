@@ -318,11 +318,10 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
     scale = q.shape[-1] ** -0.5
     q = q * scale
-    # each term is a new tensor that no backward reads, so adding in place is safe and saves a pass over (B, H, L, L)
     bias = None if rpe_k is None else rpe_k(q, height, width)
     if rpe_q is not None:
         term = rpe_q(k * scale, height, width).transpose(-2, -1)
-        bias = term if bias is None else bias.add_(term)
+        bias = term if bias is None else bias + term
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
@@ -331,6 +330,6 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
         return F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=1.0)
     logits = torch.matmul(q, k.transpose(-2, -1))
     if bias is not None:
-        logits += bias
+        logits += bias  # in place: no backward reads the product, and a new (B, H, L, L) costs a pass over memory
     attn = F.dropout(logits.softmax(-1), dropout_p)
     return torch.matmul(attn, v).add_(rpe_v(attn, height, width))
