@@ -97,14 +97,15 @@ def _speaks_for(sentence: str) -> bool:
             time.sleep(2)  # a launcher that sees one process end stops the others, also the one that is to speak
         return _local_rank() == 0
     try:
-        return _store.add(sentence, 1) == 1
+        with _muted():
+            return _store.add(sentence, 1) == 1
     except RuntimeError:  # the store ended with its process, which has spoken
         return False
 
 
 def _note_failure() -> None:
     if _store is not None:
-        with contextlib.suppress(RuntimeError):  # nobody is left to read the note
+        with contextlib.suppress(RuntimeError), _muted():  # maybe nobody is left to read the note
             _store.set(_FAILED, "")
 
 
@@ -112,9 +113,24 @@ def _another_process_failed() -> bool:
     if _store is None:
         return False
     try:
-        return _store.check([_FAILED])
+        with _muted():
+            return _store.check([_FAILED])
     except RuntimeError:  # the store ended with its process
         return True
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Keep back what C++ prints: to ask a store that is gone is foreseen here, and c10d warns with a stack trace."""
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 # --------------------------------------------------------------------------------------------------------------

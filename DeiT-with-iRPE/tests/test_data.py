@@ -50,12 +50,12 @@ def test_tar_gives_what_the_folder_gives_in_the_same_order(pictures, tmp_path, l
     assert len(tar) == 24 and same(contents(tar), contents(folder))
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_tar_is_read_alike_by_several_worker_processes(pictures, context):
+def test_tar_is_read_alike_by_several_worker_processes(pictures):
     dataset, _ = build("val", pictures, "--load-tar")
     dataset[0]  # opens the file before the workers start
-    loader = DataLoader(dataset, 1, num_workers=2, multiprocessing_context=context)
+    loader = DataLoader(dataset, 1, num_workers=2)
     assert same([(image[0], int(target)) for image, target in loader], contents(dataset))
+    assert same(contents(pickle.loads(pickle.dumps(dataset))), contents(dataset))  # as a spawned worker gets it
 
 
 def test_no_file_is_written_beside_a_tar(pictures, tmp_path):
@@ -159,9 +159,8 @@ def broken(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("name", "workers"), [("cut.png", 0), ("text.jpg", 0), ("cut.png", 1)])
 @pytest.mark.parametrize("flags", [[], ["--load-tar"]])
-@pytest.mark.parametrize("name", ["cut.png", "text.jpg"])
 def test_unreadable_picture_is_named_also_by_worker_processes(broken, flags, workers, name):
     dataset, _ = build("val", broken, *flags)
     index = ["0.png", "1.png", "cut.png", "text.jpg"].index(name)
@@ -250,8 +249,8 @@ def test_cifar_has_a_hundred_classes_and_keeps_its_own_size(tmp_path, monkeypatc
     dataset, nb_classes = build("val", tmp_path, "--data-set", "CIFAR", "--input-size", size)
     assert nb_classes == 100 and [target for _, target in dataset] == [7, 99] and dataset[0][0].shape == (3, size, size)
     if size == 32:
-        colours = dataset[0][0].permute(1, 2, 0) * np.array([0.229, 0.224, 0.225]) + np.array([0.485, 0.456, 0.406])
-        assert np.allclose(colours, pixels[0].reshape(3, 32, 32).transpose(1, 2, 0) / 255)
+        colours = dataset[0][0].permute(1, 2, 0).numpy() * [0.229, 0.224, 0.225] + [0.485, 0.456, 0.406]
+        assert np.allclose(colours, pixels[0].reshape(3, 32, 32).transpose(1, 2, 0) / 255, atol=1e-6)
     train, _ = build("train", tmp_path, "--data-set", "CIFAR", "--input-size", size)
     assert train[0][0].shape == (3, size, size)
     assert isinstance(train.transform.transforms[0], torchvision.transforms.RandomCrop) == (size == 32)

@@ -1,0 +1,383 @@
+"""Errors that a user can read, files that are whole, logs, and processes that find each other."""
+import argparse
+import collections
+import io
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import urllib.error
+import zipfile
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import runtime
+from conftest import finish, start, start_processes
+from runtime import UserError, load_checkpoint, save_atomically
+
+
+def fails_with(function, *args):
+    """The sentence of the UserError that the call raises."""
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    sentence = str(caught.value)
+    assert sentence and "\n" not in sentence and "Traceback" not in sentence
+    return sentence
+
+
+# Checkpoints are read without running code
+
+class Intruder:
+    def __reduce__(self):
+        return os.system, ("touch intruded",)
+
+
+class Unknown:
+    pass
+
+
+def saved(tmp_path, obj, **options):
+    torch.save(obj, tmp_path / "c.pth", **options)
+    return tmp_path / "c.pth"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_command_line_and_paths_in_a_checkpoint_come_back(tmp_path, zipped):
+    args = argparse.Namespace(output_dir=pathlib.PosixPath("/a/b"), betas=[0.9, 0.95], lr=1e-3, resume=None,
+                              data=pathlib.PureWindowsPath("c:/d"), more=collections.OrderedDict(a=1))
+    path = saved(tmp_path, {"model": {"w": torch.arange(3.0)}, "epoch": 7, "args": args},
+                 _use_new_zipfile_serialization=zipped)
+    checkpoint = load_checkpoint(path)
+    assert checkpoint["args"] == args and checkpoint["epoch"] == 7
+    assert torch.equal(checkpoint["model"]["w"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("pathlib._local\nPosixPath", pathlib.PurePosixPath("a/b")),
+    ("pathlib\nWindowsPath", pathlib.PureWindowsPath("a/b")),
+    ("pathlib._local\nPureWindowsPath", pathlib.PureWindowsPath("a/b"))])
+def test_paths_of_other_pythons_and_systems_are_read(tmp_path, name, expected):
+    written = "pathlib._local\nPosixPath" if sys.version_info >= (3, 13) else "pathlib\nPosixPath"
+    source = saved(tmp_path, {"p": pathlib.PosixPath("a/b")})
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(tmp_path / "new.pth", "w") as new:
+        for record in old.namelist():
+            data = old.read(record)
+            if record.endswith("data.pkl"):
+                assert written.encode() in data
+                data = data.replace(written.encode(), name.encode())
+            new.writestr(record, data)
+    assert load_checkpoint(tmp_path / "new.pth") == {"p": expected}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(("obj", "named"), [(Intruder(), "posix.system"), (Unknown(), "test_runtime.Unknown")])
+def test_pickle_that_needs_more_is_refused_by_name_and_not_run(tmp_path, monkeypatch, zipped, obj, named):
+    monkeypatch.chdir(tmp_path)
+    path = saved(tmp_path, {"model": {}, "args": obj}, _use_new_zipfile_serialization=zipped)
+    assert f"it needs {named} to be read" in fails_with(load_checkpoint, path)
+    assert not os.path.exists("intruded")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoint_cut_anywhere_is_named(tmp_path, zipped):
+    whole = saved(tmp_path, {"w": torch.randn(1000)}, _use_new_zipfile_serialization=zipped).read_bytes()
+    for cut in (0, 3, 10, 100, len(whole) // 2, len(whole) - 30):
+        (tmp_path / "cut.pth").write_bytes(whole[:cut])
+        sentence = fails_with(load_checkpoint, tmp_path / "cut.pth")
+        assert "cut.pth" in sentence and ("truncated" in sentence or cut < 4)
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    assert "page.pth is not a PyTorch checkpoint" in fails_with(load_checkpoint, tmp_path / "page.pth")
+    assert "No such file" in fails_with(load_checkpoint, tmp_path / "none.pth")
+    assert "Is a directory" in fails_with(load_checkpoint, tmp_path)
+    assert "holds a list" in fails_with(load_checkpoint, saved(tmp_path, [torch.zeros(1)]))
+
+
+def test_state_dict_is_found_in_both_kinds_of_files():
+    weights = {"w": torch.zeros(1)}
+    assert runtime.model_weights({"model": weights, "epoch": 3}, "c") == runtime.model_weights(weights, "c") == weights
+    assert "keys are epoch" in fails_with(runtime.model_weights, {"epoch": 3}, "c")
+
+
+def test_differences_between_state_dicts_are_counted_and_shown():
+    expected = {f"layer{i}": torch.zeros(i) for i in range(9)}
+    found = {**{f"layer{i}": torch.zeros(i) for i in range(3)}, "layer8": torch.zeros(2), "extra": torch.zeros(1)}
+    assert runtime.key_differences(expected, expected) == ""
+    assert runtime.key_differences(expected, found) == (
+        "5 missing (layer3, layer4, layer5, ...), 1 unexpected (extra), "
+        "1 of another shape (layer8 is (2,) instead of (8,))")
+
+
+# Files are whole
+
+class Interrupting:
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
+def test_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path):
+    save_atomically({"epoch": 1}, tmp_path / "c.pth")
+    with pytest.raises(KeyboardInterrupt):
+        save_atomically({"w": torch.zeros(1000), "x": Interrupting()}, tmp_path / "c.pth")
+    assert load_checkpoint(tmp_path / "c.pth") == {"epoch": 1} and os.listdir(tmp_path) == ["c.pth"]
+
+
+def test_full_disk_is_said_and_leaves_the_old_file(tmp_path):
+    save_atomically({"epoch": 1}, tmp_path / "c.pth")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, hard))
+    try:
+        sentence = fails_with(save_atomically, {"w": torch.zeros(100000)}, tmp_path / "c.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "c.pth cannot be written (File too large)" in sentence
+    assert load_checkpoint(tmp_path / "c.pth") == {"epoch": 1} and os.listdir(tmp_path) == ["c.pth"]
+
+
+def test_output_directory_is_made_or_refused_at_once(tmp_path):
+    runtime.prepare_output_dir(str(tmp_path / "a" / "b"))
+    assert os.listdir(tmp_path / "a" / "b") == []
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere"):
+        assert f"output directory {place} cannot be written" in fails_with(runtime.prepare_output_dir, str(place))
+
+
+# Downloads
+
+def test_download_is_kept_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    path = runtime.cached_download((tmp_path / "w.pth").as_uri())
+    assert pathlib.Path(path).read_bytes() == b"weights" and path.startswith(str(tmp_path / "cache"))
+    (tmp_path / "w.pth").unlink()
+    assert runtime.cached_download((tmp_path / "w.pth").as_uri()) == path
+
+
+def test_offline_the_address_and_the_place_for_the_file_are_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    for function in (runtime.cached_download, load_checkpoint):
+        sentence = fails_with(function, "https://host/models/w.pth")
+        assert "https://host/models/w.pth" in sentence and f"{tmp_path}/hub/checkpoints/w.pth" in sentence
+
+
+# Errors
+
+class Failing(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        raise UserError("picture 7 is broken: see the manual")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sentence_survives_the_worker_process(workers):
+    assert fails_with(list, DataLoader(Failing(), num_workers=workers)) == "picture 7 is broken: see the manual"
+
+
+@pytest.mark.parametrize(("error", "status", "said"), [
+    (UserError("no such flower"), 1, "error: no such flower\n"), (KeyboardInterrupt(), 130, "interrupted\n")])
+def test_run_says_one_line_and_ends_with_a_status(capsys, error, status, said):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        runtime.run(main, argparse.Namespace())
+    assert caught.value.code == status and capsys.readouterr().err == said
+
+
+def test_run_does_not_hide_other_errors():
+    def main(args):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        runtime.run(main, argparse.Namespace())
+
+
+def test_parser_says_a_mistake_in_one_line(capsys):
+    parser = runtime.ArgumentParser("prog")
+    parser.add_argument("--data-set", choices=["A", "B"])
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--data-set", "C"])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 1 and "--data-set: invalid choice: 'C'" in said
+
+
+# Processes
+
+def settings(**values):
+    return argparse.Namespace(**{"device": "cpu", "world_size": 1, "dist_url": "env://", "local_rank": None, **values})
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS",
+                 "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("environment", "values", "place"), [
+    ({}, {}, (0, 1, 0)),
+    ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, {}, (5, 8, 1)),
+    ({"RANK": "5", "WORLD_SIZE": "8"}, {"local_rank": 1, "world_size": 8}, (5, 8, 1)),
+    ({"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"},
+     {"world_size": 4, "dist_url": "tcp://host:1"}, (3, 4, 1)),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, {}, (0, 1, 0))])
+def test_place_among_the_processes_is_read_from_any_launcher(alone, environment, values, place):
+    for name, value in environment.items():
+        alone.setenv(name, value)
+    assert runtime._place(settings(**values)) == place
+
+
+@pytest.mark.parametrize(("environment", "values", "words"), [
+    ({}, {"world_size": 2}, "torchrun --nproc_per_node=2"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, {"world_size": 4}, "--world_size 4 contradicts the launcher, which started 2"),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, {}, "say --world_size 4"),
+    ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, {"world_size": 4}, "needs --dist_url tcp://HOST:PORT"),
+    ({}, {"device": "toaster"}, "--device toaster cannot be used"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, {"dist_url": "carrier-pigeon://x"}, "--dist_url carrier-pigeon://x")])
+def test_launch_that_cannot_work_is_explained(alone, environment, values, words):
+    for name, value in environment.items():
+        alone.setenv(name, value)
+    assert words in fails_with(runtime.init_distributed, settings(**values))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens on a machine without a GPU")
+def test_cuda_without_a_gpu_suggests_the_cpu():
+    assert "--device cuda needs a GPU" in fails_with(runtime.init_distributed, settings(device="cuda"))
+    assert "--device cpu" in fails_with(runtime.init_distributed, settings(device="cuda"))
+
+
+PROGRAM = """
+import argparse, os, sys, torch, runtime
+def main(args):
+    device = runtime.init_distributed(args)
+    rank = runtime.get_rank()
+    progress, scalars = runtime.Progress("x", 2, 1, device), runtime.DeferredScalars("here")
+    for step in range(2 + rank):
+        progress.update(value=float(rank))
+    assert progress.averages() == {"value": 0.6}, progress.averages()
+    scalars.push(loss=torch.tensor(float(rank)))
+    assert scalars.push(loss=torch.tensor(1.0)) == {"loss": 0.5}
+    assert scalars.flush() == {"loss": 1.0}
+    if sys.argv[1] == "all":
+        raise runtime.UserError("the same mistake")
+    if sys.argv[1] == "nan":
+        scalars.push(loss=torch.tensor(float("nan") if rank else 1.0))
+        scalars.flush()
+    if sys.argv[1] == str(rank):
+        raise runtime.UserError("a mistake of one")
+    runtime.barrier()
+    runtime.print_once("fine")
+runtime.run(main, argparse.Namespace(device="cpu", world_size=1, dist_url="env://"))
+"""
+
+
+@pytest.mark.parametrize(("case", "status", "said"), [
+    ("none", 0, ""), ("all", 1, "error: the same mistake\n"), ("0", 1, "error: a mistake of one\n"),
+    ("1", 1, "error: a mistake of one\n"), ("nan", 1, "error: loss is nan at here, step 2: ")])
+def test_two_processes_agree_and_say_a_mistake_once(case, status, said):
+    results = [finish(process) for process in start_processes(2, "-c", PROGRAM, case)]
+    assert [result[0] for result in results] == [status] * 2
+    errors = "".join(result[2] for result in results)
+    assert errors.startswith(said) and errors.count("\n") == (status != 0)
+    assert "".join(result[1] for result in results) == ("fine\n" if status == 0 else "")
+
+
+def test_seeds_give_the_same_numbers_again_and_other_numbers_for_another_epoch():
+    def draw(*seed):
+        runtime.seed_everything(*seed)
+        return torch.rand(1).item(), __import__("random").random(), __import__("numpy").random.rand()
+
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    assert all(a != b for a, b in zip(draw(0, 1, 2), draw(0, 1, 3), strict=True))
+    assert all(a != b for a, b in zip(draw(0, 1, 2), draw(0, 2, 2), strict=True))
+
+
+# Logs
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def followed(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stdout", stream)
+    progress = runtime.Progress("Epoch 3", 4, images_per_step=8, window=2, interval=0.0)
+    if stream.isatty():
+        progress.interval = 0.0
+    for value in progress.track([1.0, 2.0, 3.0, 6.0]):
+        progress.update(loss=value)
+    return progress, stream.getvalue()
+
+
+def test_progress_is_plain_lines_in_a_file_and_one_rewritten_line_in_a_terminal(monkeypatch):
+    progress, text = followed(monkeypatch, io.StringIO())
+    lines = text.splitlines()
+    assert len(lines) == 4 and "\r" not in text and "\x1b" not in text
+    assert lines[-1].startswith("Epoch 3 [4/4]  eta 0:00:00  ") and lines[-1].endswith("img/s  loss 4.5 (3)")
+    assert progress.averages() == {"loss": 3.0}
+    _, text = followed(monkeypatch, Terminal())
+    assert text.count("\n") == 1 and text.endswith("\n") and text.count("\r") == 4
+
+
+def test_scalars_are_read_one_step_late_and_must_be_finite():
+    scalars = runtime.DeferredScalars("epoch 2")
+    assert scalars.push(loss=torch.tensor(1.0), other=torch.tensor(5.0)) == {}
+    assert scalars.push(loss=torch.tensor(2.0), other=torch.tensor(6.0)) == {"loss": 1.0, "other": 5.0}
+    assert scalars.push(loss=torch.tensor(float("inf")), other=torch.tensor(0.0)) == {"loss": 2.0, "other": 6.0}
+    assert fails_with(scalars.flush).startswith("loss is inf at epoch 2, step 2")
+
+
+def test_log_has_one_object_a_line_and_tensorboard_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    for epoch in range(2):
+        log = runtime.RunLog(str(tmp_path), epoch)
+        log.write(epoch, {"test_loss": 0.5 + epoch, "boxes": [1, 2], "epoch": epoch})
+        log.close()
+    assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == [
+        {"test_loss": 0.5, "boxes": [1, 2], "epoch": 0}, {"test_loss": 1.5, "boxes": [1, 2], "epoch": 1}]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("test_loss")] == [(0, 0.5), (1, 1.5)]
+    runtime.RunLog("").write(0, {"test_loss": 1.0})
+
+
+def test_importing_the_runtime_takes_neither_timm_nor_tensorboard():
+    code = "import sys, runtime; sys.exit(any(m in sys.modules for m in ('timm', 'tensorboard')))"
+    assert finish(start("-c", code))[0] == 0
+
+
+def test_ctrl_c_ends_all_processes_with_one_line():
+    program = """
+import argparse, time, runtime
+def main(args):
+    runtime.init_distributed(args)
+    runtime.barrier()
+    print("ready", flush=True)
+    time.sleep(60)
+runtime.run(main, argparse.Namespace(device="cpu", world_size=1, dist_url="env://"))
+"""
+    processes = start_processes(2, "-c", program)
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.send_signal(subprocess.signal.SIGINT)
+    results = [finish(process) for process in processes]
+    assert [result[0] for result in results] == [130, 130]
+    assert "".join(result[2] for result in results) == "interrupted\n"
