@@ -1,0 +1,69 @@
+"""The recipe of DETR for pictures and boxes, made of torchvision's transforms.
+
+Each takes and returns (PIL picture, target), where the target's `boxes` are tv_tensors.BoundingBoxes as corners.
+"""
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from util.box_ops import box_xyxy_to_cxcywh
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class RandomSizeCrop:
+    """Crop at a random place; height and width are drawn from [min_size, max_size] as far as the picture allows."""
+
+    def __init__(self, min_size, max_size):
+        self.min_size, self.max_size = min_size, max_size
+
+    def __call__(self, image, target):
+        height, width = (self._draw(min(self.min_size, side), min(self.max_size, side))
+                         for side in (image.height, image.width))
+        top, left = self._draw(0, image.height - height), self._draw(0, image.width - width)
+        return crop(image, target, top, left, height, width)
+
+    @staticmethod
+    def _draw(low, high):
+        return int(torch.randint(low, high + 1, ()))
+
+
+def crop(image, target, top, left, height, width):
+    """Cut out a region in pixels; boxes are clipped to it and dropped, with their labels, where nothing is left."""
+    region = (top, left, height, width)
+    boxes = v2.functional.crop(target["boxes"], *region)
+    left_over = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    target = {**target, "boxes": tv_tensors.wrap(boxes[left_over], like=boxes), "labels": target["labels"][left_over]}
+    return v2.functional.crop(image, *region), target
+
+
+def normalize_boxes(image, target):
+    """Corners in pixels → plain tensor of (cx, cy, w, h) as shares of the picture (C, H, W)."""
+    height, width = image.shape[-2:]
+    boxes = target["boxes"].as_subclass(torch.Tensor) / torch.tensor([width, height, width, height])
+    return image, {**target, "boxes": box_xyxy_to_cxcywh(boxes), "size": torch.tensor([height, width])}
+
+
+def make_coco_transforms(split, short_side=800, augment=True):
+    """Transforms from (PIL picture, target) to (float tensor (3, H, W), target).
+
+    Args:
+        split: `train` or `val`.
+        short_side: of the pictures in evaluation and the largest in training; 800 is the recipe, another value
+            scales all of its sizes.
+        augment: in training flip, crop and vary the size; otherwise as in evaluation.
+    """
+    def scaled(*sizes):
+        return [max(1, round(size * short_side / 800)) for size in sizes]
+
+    def resize(sizes, max_size=None):
+        return v2.RandomChoice([v2.Resize(size, max_size=max_size) for size in sizes])
+
+    max_size, = scaled(1333)
+    finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+              normalize_boxes]
+    if split == "val" or not augment:
+        return v2.Compose([resize([short_side], max_size), *finish])
+    vary = resize(scaled(*range(480, 801, 32)), max_size)
+    cut = v2.Compose([resize(scaled(400, 500, 600)), RandomSizeCrop(*scaled(384, 600)), vary])
+    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([vary, cut]), *finish])

@@ -1,0 +1,115 @@
+"""The two loops: one epoch of training, and evaluation over a whole data set."""
+import math
+import statistics
+
+import torch
+from torch import nn
+
+from datasets.coco_eval import CocoEvaluator, gather_on_main
+from util.runtime import DeferredScalars, Progress, UserError, get_world_size, print_once
+
+SHOWN = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm", "lr")
+
+
+def autocast(device, amp_dtype):
+    """Mixed precision in `amp_dtype`; float32 switches it off."""
+    enabled = amp_dtype != torch.float32
+    return torch.autocast(device.type, dtype=amp_dtype if enabled else None, enabled=enabled)
+
+
+def named_losses(criterion, losses):
+    """The total, weighted losses under their names, and the bare ones with `_unscaled` (class_error as it is)."""
+    weighted = {name: losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses}
+    bare = {name if name == "class_error" else f"{name}_unscaled": value for name, value in losses.items()}
+    return {"loss": sum(weighted.values()), **weighted, **bare}
+
+
+def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler, max_norm=0.0,
+                    amp_dtype=torch.float32):
+    """Train over the loader once.
+
+    Args:
+        loss_scaler: torch.amp.GradScaler for float16; a disabled one leaves the loss alone.
+        max_norm: bound on the norm of the gradient; 0 for no bound.
+    Returns: means of all losses, the gradient's norm and the learning rates over steps and processes.
+    Raises: UserError on all processes at the same step when a value of one is not finite.
+    """
+    model.train()
+    criterion.train()
+    rates = {"lr": optimizer.param_groups[0]["lr"], "lr_backbone": optimizer.param_groups[-1]["lr"]}
+    progress = Progress(f"Epoch {epoch}", len(data_loader), data_loader.batch_size * get_world_size(), device)
+    means = Progress("", len(data_loader), 0, device)  # of more than the line has room for
+    scalars = DeferredScalars(f"epoch {epoch}")
+
+    def note(values):
+        if values:
+            means.update(**values, **rates)
+            progress.update(**{name: {**values, **rates}[name] for name in SHOWN})
+
+    for samples, targets in progress.track(data_loader):
+        samples, targets = to_device(samples, targets, device)
+        with autocast(device, amp_dtype):
+            outputs = model(samples)
+        losses = named_losses(criterion, criterion(outputs, targets))
+        optimizer.zero_grad()
+        loss_scaler.scale(losses["loss"]).backward()
+        loss_scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+        loss_scaler.step(optimizer)
+        loss_scaler.update()
+        # float16's first steps overflow until the scale has come down, and the scaler leaves them out
+        norm = grad_norm.nan_to_num(posinf=0.0) if loss_scaler.is_enabled() else grad_norm
+        note(scalars.push(**losses, grad_norm=norm))
+    note(scalars.flush())
+    return means.averages()
+
+
+@torch.inference_mode()
+def evaluate(model, criterion, postprocessors, data_loader, ground_truth, device, amp_dtype=torch.float32):
+    """Losses and COCO's numbers over every picture of the set, counted once.
+
+    Args:
+        model: the bare one, without DistributedDataParallel: processes may have different numbers of batches.
+        ground_truth: pycocotools.COCO of the set.
+    Returns: on the main process the means of all losses over the pictures, with `coco_eval_bbox` the twelve numbers,
+        and the COCOeval; on the others ({}, None). Equal for any number of processes.
+    Raises: UserError when a loss is not finite.
+    """
+    model.eval()
+    criterion.eval()
+    progress = Progress("Test", len(data_loader), get_world_size(), device)
+    evaluator, batches = CocoEvaluator(ground_truth), []
+    for samples, targets in progress.track(data_loader):
+        samples, targets = to_device(samples, targets, device)
+        with autocast(device, amp_dtype):
+            outputs = model(samples)
+        losses = named_losses(criterion, criterion(outputs, targets))
+        values = dict(zip(losses, torch.stack([value.float() for value in losses.values()]).tolist()))
+        sizes, ids = (torch.stack([t[name] for t in targets]) for name in ("orig_size", "image_id"))
+        ids = ids.tolist()
+        batches.append((ids[0], len(ids), values))
+        evaluator.update(dict(zip(ids, postprocessors["bbox"](outputs, sizes))))
+    gathered = gather_on_main(batches)
+    stats = _average(gathered, amp_dtype) if gathered else {}
+    measured = evaluator.summarize()
+    return ({**stats, "coco_eval_bbox": measured.stats.tolist()} if measured else {}), measured
+
+
+def _average(gathered, amp_dtype):
+    """Print and return the mean over the pictures, summed in the set's order so that the last digit is the same."""
+    batches = sorted((batch for batches in gathered for batch in batches), key=lambda batch: batch[0])
+    columns = {name: [values[name] for _, _, values in batches] for name in batches[0][2]}
+    pictures = [count for _, count, _ in batches]
+    means = {name: sum(map(math.prod, zip(column, pictures))) / sum(pictures) for name, column in columns.items()}
+    print_once("Averaged stats: " + "  ".join(
+        f"{name}: {statistics.median(column):.4f} ({means[name]:.4f})" for name, column in columns.items()))
+    if not math.isfinite(means["loss"]):
+        raise UserError(f"the loss of the evaluation is {means['loss']}: the weights or --amp_dtype "
+                        f"{str(amp_dtype).removeprefix('torch.')} give outputs that are not finite")
+    return means
+
+
+def to_device(samples, targets, device):
+    """Batch and targets on the device, copied without waiting where memory is pinned."""
+    move = {"device": device, "non_blocking": True}
+    return samples.to(**move), [{name: value.to(**move) for name, value in target.items()} for target in targets]

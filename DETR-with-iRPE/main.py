@@ -1,0 +1,207 @@
+"""Train DETR with iRPE on a set in COCO's format, or evaluate it."""
+import argparse
+import datetime
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from datasets import build_dataset, eval_loader, train_loader
+from datasets.coco import check_categories
+from engine import evaluate, train_one_epoch
+from models import build_model, parse_enc_rpe2d
+from util import runtime
+from util.checkpoint import TrainingState, load_weights
+from util.runtime import UserError, print_once
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser("DETR with iRPE", add_help=False)
+    group = parser.add_argument_group("training")
+    group.add_argument("--lr", default=1e-4, type=float)
+    group.add_argument("--lr_backbone", default=1e-5, type=float, help="0 keeps the backbone as it is")
+    group.add_argument("--batch_size", default=2, type=int, help="pictures a step, of each process")
+    group.add_argument("--weight_decay", default=1e-4, type=float)
+    group.add_argument("--epochs", default=300, type=int)
+    group.add_argument("--lr_drop", default=200, type=int, help="epochs until the rates fall to a tenth, again and again")
+    group.add_argument("--clip_max_norm", default=0.1, type=float, help="bound on the gradient's norm, 0 for none")
+    group.add_argument("--amp_dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                       help="mixed precision in this type; float32 switches it off")
+    group.add_argument("--no_augmentation", action="store_true", help="train on the pictures as evaluation sees them")
+    group.add_argument("--eval_every", default=1, type=int, metavar="EPOCHS", help="evaluate after every so many epochs")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--backbone", default="resnet50", help="resnet18, resnet34, resnet50 or resnet101")
+    group.add_argument("--no_pretrained_backbone", action="store_true",
+                       help="start the backbone from random weights and train all of it, batch norm included")
+    group.add_argument("--dilation", action="store_true", help="DC5: dilate the last stage instead of its stride")
+    group.add_argument("--last_stride", default=2, type=int, choices=(1, 2),
+                       help="stride of the backbone's last stage; 1 gives a finer map (16 pixels a token, not 32)")
+    group.add_argument("--position_embedding", default="sine", choices=("sine", "learned"))
+    group.add_argument("--enc_layers", default=6, type=int)
+    group.add_argument("--dec_layers", default=6, type=int)
+    group.add_argument("--dim_feedforward", default=2048, type=int)
+    group.add_argument("--hidden_dim", default=256, type=int)
+    group.add_argument("--dropout", default=0.1, type=float)
+    group.add_argument("--nheads", default=8, type=int)
+    group.add_argument("--num_queries", default=100, type=int, help="the most objects found in a picture")
+    group.add_argument("--pre_norm", action="store_true")
+    group.add_argument("--enc_rpe2d", default="", help="relative positions in the encoder, as rpe-2.0-product-ctx-1-k")
+    group.add_argument("--num_classes", type=int,
+                       help="highest category id + 1; read from the annotations if not given")
+
+    group = parser.add_argument_group("loss")
+    group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false",
+                       help="no losses for the earlier decoder layers")
+    group.add_argument("--set_cost_class", default=1, type=float)
+    group.add_argument("--set_cost_bbox", default=5, type=float)
+    group.add_argument("--set_cost_giou", default=2, type=float)
+    group.add_argument("--bbox_loss_coef", default=5, type=float)
+    group.add_argument("--giou_loss_coef", default=2, type=float)
+    group.add_argument("--eos_coef", default=0.1, type=float, help="weight of no-object in the classification")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_file", default="coco")
+    group.add_argument("--coco_path", type=str)
+    group.add_argument("--remove_difficult", action="store_true", help="train without objects marked difficult")
+    group.add_argument("--short_side", default=800, type=int,
+                       help="of the pictures in evaluation; the sizes of training scale with it")
+    group.add_argument("--num_workers", default=4, type=int)
+    group.add_argument("--eval_batch_size", type=int,
+                       help="pictures a batch in evaluation, --batch_size if not given; 1 pads none of them")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="", help="where checkpoints and logs go; nothing is written without it")
+    group.add_argument("--device", default="cuda")
+    group.add_argument("--seed", default=42, type=int)
+    group.add_argument("--resume", default="", help="checkpoint (file or URL) to go on from, or to evaluate")
+    group.add_argument("--finetune", action="store_true",
+                       help="start a new run from the weights of --resume, with a new class head if it needs one")
+    group.add_argument("--start_epoch", default=0, type=int)
+    group.add_argument("--eval", action="store_true")
+    group.add_argument("--world_size", default=1, type=int)
+    group.add_argument("--dist_url", default="env://")
+
+    group = parser.add_argument_group("segmentation, which comes later")
+    group.add_argument("--masks", action="store_true")
+    group.add_argument("--frozen_weights", type=str)
+    group.add_argument("--mask_loss_coef", default=1, type=float)
+    group.add_argument("--dice_loss_coef", default=1, type=float)
+    group.add_argument("--coco_panoptic_path", type=str)
+    return parser
+
+
+def check_args(args):
+    """Raise UserError for flags that cannot work, before anything is read or built."""
+    later = [flag for flag, given in (
+        ("--masks", args.masks), ("--frozen_weights", args.frozen_weights), ("--mask_loss_coef", args.mask_loss_coef != 1),
+        ("--dice_loss_coef", args.dice_loss_coef != 1), ("--coco_panoptic_path", args.coco_panoptic_path),
+        ("--dataset_file coco_panoptic", args.dataset_file == "coco_panoptic")) if given]
+    if later:
+        raise UserError(f"{later[0]} belongs to segmentation, which comes later: leave it out to detect boxes")
+    if args.dataset_file != "coco":
+        raise UserError(f"--dataset_file {args.dataset_file} is not known: coco reads any set in COCO's format")
+    if not args.coco_path:
+        raise UserError("--coco_path is missing: the folder with annotations/, train2017 and val2017")
+    if args.finetune and not args.resume:
+        raise UserError("--finetune needs the weights to start from: say --resume FILE")
+    for name in ("batch_size", "short_side", "dec_layers", "num_queries", "eval_every", "lr_drop"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    parse_enc_rpe2d(args.enc_rpe2d)
+
+
+def build_datasets(args):
+    """Training set (None with --eval) and evaluation set; fills in `args.num_classes`."""
+    val_set = build_dataset("val", args)
+    train_set = None if args.eval else build_dataset("train", args)
+    datasets = [dataset for dataset in (train_set, val_set) if dataset]
+    if args.num_classes is None:
+        args.num_classes = max(dataset.num_classes for dataset in datasets)
+    for dataset in datasets:
+        check_categories(dataset, args.num_classes)
+    return train_set, val_set
+
+
+def build_optimizer(model, args):
+    """AdamW, the backbone at its own rate."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [{"params": [p for name, p in trained if "backbone" not in name]},
+         {"params": [p for name, p in trained if "backbone" in name], "lr": args.lr_backbone}],
+        lr=args.lr, weight_decay=args.weight_decay)
+
+
+def save_precision(measured, output_dir, names):
+    """Write the arrays behind the twelve numbers: precision (T, R, K, A, M), recall (T, K, A, M) and their axes."""
+    if not (measured and output_dir):
+        return
+    arrays = {name: torch.from_numpy(measured.eval[name]) for name in ("precision", "recall", "scores")}
+    axes = {"iou_thresholds": measured.params.iouThrs, "recall_thresholds": measured.params.recThrs,
+            "category_ids": measured.params.catIds, "max_detections": measured.params.maxDets}
+    arrays.update({name: torch.as_tensor(values) for name, values in axes.items()})
+    for name in names:
+        path = Path(output_dir, name)
+        path.parent.mkdir(exist_ok=True)
+        runtime.save_atomically(arrays, path)
+
+
+def train(state, criterion, postprocessors, train_set, val_set, device, args):
+    """All epochs, each followed by a checkpoint, an evaluation and a line of the log."""
+    loader, val_loader, ground_truth = train_loader(train_set, args), eval_loader(val_set, args), val_set.ground_truth()
+    model = DistributedDataParallel(state.model, [device] if device.type == "cuda" else None) if args.distributed \
+        else state.model
+    amp_dtype, log = getattr(torch, args.amp_dtype), runtime.RunLog(args.output_dir, args.start_epoch)
+    n_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    for epoch in range(args.start_epoch, args.epochs):
+        loader.sampler.set_epoch(epoch)
+        # a resumed run draws what the uninterrupted one would have drawn
+        torch.manual_seed(args.seed + epoch * args.world_size + args.rank)
+        trained = train_one_epoch(model, criterion, loader, state.optimizer, device, epoch, state.loss_scaler,
+                                  args.clip_max_norm, amp_dtype)
+        state.lr_scheduler.step()
+        if args.output_dir and runtime.is_main_process():
+            milestone = (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0
+            names = ["checkpoint.pth"] + [f"checkpoint{epoch:04}.pth"] * milestone
+            state.save([Path(args.output_dir, name) for name in names], epoch, args, train_set.categories)
+        values = {f"train_{name}": value for name, value in trained.items()}
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            stats, measured = evaluate(state.model, criterion, postprocessors, val_loader, ground_truth, device, amp_dtype)
+            save_precision(measured, args.output_dir, ["eval/latest.pth"] + [f"eval/{epoch:03}.pth"] * (epoch % 50 == 0))
+            values.update({f"test_{name}": value for name, value in stats.items()})
+        log.write(epoch, {**values, "epoch": epoch, "n_parameters": n_parameters})
+    log.close()
+
+
+def main(args):
+    check_args(args)
+    device = runtime.init_distributed(args)
+    runtime.prepare_output_dir(args.output_dir)
+    torch.manual_seed(args.seed)
+    train_set, val_set = build_datasets(args)
+    model, criterion, postprocessors = build_model(args)
+    model.to(device)
+    criterion.to(device)
+    optimizer = build_optimizer(model, args)
+    state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
+                          torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "float16"))
+    if args.eval or args.finetune:
+        if args.resume:
+            load_weights(model, runtime.load_checkpoint(args.resume), args.resume, args.finetune)
+        else:
+            print_once("note: --eval without --resume measures a model with random weights")
+    elif args.resume and (finished := state.resume(args.resume)) is not None:
+        args.start_epoch = finished + 1
+    if args.eval:
+        _, measured = evaluate(model, criterion, postprocessors, eval_loader(val_set, args), val_set.ground_truth(),
+                               device, getattr(torch, args.amp_dtype))
+        save_precision(measured, args.output_dir, ["eval.pth"])
+        return
+    started = time.perf_counter()
+    train(state, criterion, postprocessors, train_set, val_set, device, args)
+    print_once(f"Training took {datetime.timedelta(seconds=round(time.perf_counter() - started))}")
+
+
+if __name__ == "__main__":
+    runtime.run(main, argparse.ArgumentParser(parents=[get_args_parser()], description=__doc__, allow_abbrev=False).parse_args())

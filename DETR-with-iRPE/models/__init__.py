@@ -1,0 +1,52 @@
+"""The detector of a command line."""
+from util.runtime import UserError
+
+from .backbone import build_backbone
+from .detr import DETR, PostProcess, SetCriterion
+from .matcher import build_matcher
+from .rpe_attention.irpe import get_rpe_config
+from .transformer import build_transformer
+
+COCO_CLASSES = 91
+
+RPE_GRAMMAR = "rpe-{ratio}-{euc|quant|cross|product}-{bias|ctx}-{shared_head: 0|1}-{q|k|v|qk|kv|qv|qkv}, " \
+              "as rpe-2.0-product-ctx-1-k"
+
+
+def parse_enc_rpe2d(text):
+    """The encoding that `--enc_rpe2d` names: `irpe.RPEConfig`, or None for the empty string.
+
+    Raises: UserError that says which part is wrong and shows the grammar.
+    """
+    if not text:
+        return None
+    parts = text.split("-")
+    if len(parts) != 6 or parts[0] != "rpe":
+        problem = "starts with another word than rpe" if parts[0] != "rpe" else f"has {len(parts)} parts and not 6"
+        raise UserError(f"--enc_rpe2d {text} {problem}; it must be {RPE_GRAMMAR}")
+    _, ratio, method, mode, shared_head, rpe_on = parts
+    if shared_head not in ("0", "1"):
+        raise UserError(f"--enc_rpe2d {text}: shared_head is {shared_head!r}, not 0 or 1; it must be {RPE_GRAMMAR}")
+    try:
+        ratio = float(ratio)
+    except ValueError:
+        raise UserError(f"--enc_rpe2d {text}: ratio is {ratio!r}, not a number; it must be {RPE_GRAMMAR}") from None
+    try:
+        return get_rpe_config(ratio, method, mode, shared_head == "1", skip=0, rpe_on=rpe_on)
+    except ValueError as error:
+        raise UserError(f"--enc_rpe2d {text}: {error}; it must be {RPE_GRAMMAR}") from error
+
+
+def build_model(args):
+    """Model, criterion and postprocessors ({"bbox": PostProcess}) of a parsed command line (see main.py)."""
+    num_classes = args.num_classes or COCO_CLASSES
+    rpe_config = parse_enc_rpe2d(args.enc_rpe2d)
+    if args.hidden_dim % args.nheads or args.hidden_dim % 4:
+        raise UserError(f"--hidden_dim {args.hidden_dim} must be a multiple of --nheads {args.nheads} and of 4")
+    model = DETR(build_backbone(args), build_transformer(args, rpe_config), num_classes, args.num_queries,
+                 aux_loss=args.aux_loss)
+    weights = {"loss_ce": 1, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+    if args.aux_loss:
+        weights.update({f"{name}_{i}": weight for i in range(args.dec_layers - 1) for name, weight in weights.items()})
+    criterion = SetCriterion(num_classes, build_matcher(args), weights, args.eos_coef)
+    return model, criterion, {"bbox": PostProcess()}

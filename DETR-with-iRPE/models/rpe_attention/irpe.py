@@ -1,0 +1,336 @@
+"""Image relative position encoding (iRPE) for vision transformers, in one file to copy.
+
+Wu, Peng, Chen, Fu, Chao: "Rethinking and Improving Relative Position Encoding for Vision Transformer", ICCV 2021.
+
+    config = get_rpe_config(ratio=1.9, method="product", mode="ctx", shared_head=True, skip=1, rpe_on="k")
+    rpe_q, rpe_k, rpe_v = build_rpe(config, head_dim=64, num_heads=6)
+    out = rpe_attention(q, k, v, rpe_q=rpe_q, rpe_k=rpe_k, rpe_v=rpe_v)
+
+Shapes: B pictures, H heads, L tokens (`skip` prefix tokens, then the map row by row), D channels of a head,
+`nb` buckets, H' = 1 if the heads share their tables, else H.
+"""
+import enum
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["METHOD", "RPEConfig", "build_rpe", "get_bucket_ids_2d", "get_rpe_config", "iRPE", "iRPE_Cross",
+           "piecewise_index", "rpe_attention"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two operators: a gather along the bucket axis and its adjoint, a sum per bucket
+
+INDEX_DTYPE = torch.int64
+
+
+def _gather_buckets(lookup, ids):
+    """Y[..., i, j] = lookup[..., i, ids[i, j]] for `lookup` (..., Lq, nb) and `ids` (Lq, Lk)."""
+    return lookup.gather(-1, ids.expand(*lookup.shape[:-2], *ids.shape))
+
+
+def _sum_buckets(attn, ids, num_buckets):
+    """S[..., i, c] = Σ over j with ids[i, j] = c of attn[..., i, j], in at least float32; (..., Lq, nb)."""
+    total = attn.new_zeros(*attn.shape[:-1], num_buckets, dtype=torch.promote_types(attn.dtype, torch.float32))
+    return total.scatter_add(-1, ids.expand_as(attn), attn.to(total.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From positions to buckets
+
+class METHOD(str, enum.Enum):
+    """How an offset on the map becomes a bucket (euclidean, quantization, cross, product in the paper). The short names work wherever a member does."""
+    EUCLIDEAN = "euc"
+    QUANT = "quant"
+    PRODUCT = "product"
+    CROSS = "cross"
+    CROSS_ROWS = "cross_rows"
+    CROSS_COLS = "cross_cols"
+
+
+def piecewise_index(relative_position, alpha, beta, gamma, dtype):
+    """The piecewise function g (Eq. 18): identity near zero, logarithmic further out, at most β.
+
+    Args:
+        relative_position: offsets or distances in tokens, integer or float tensor of any shape.
+        alpha, beta, gamma: end of the identity part, largest value, distance at which it is reached (up to rounding).
+        dtype: integer type of the result.
+    Returns: tensor of the same shape with whole values in [-int(β), int(β)].
+    """
+    x = relative_position.float()
+    # float32 logarithms and half-to-even rounding decide ties as they did when the released models were trained;
+    # the clamp keeps log away from the values that torch.where discards
+    growth = torch.log(x.abs().clamp(min=alpha) / alpha) / math.log(gamma / alpha)
+    far = (alpha + growth * (beta - alpha)).round().clamp(max=beta) * x.sign()
+    return torch.where(x.abs() <= alpha, x.round(), far).to(dtype)
+
+
+def _euclidean(dr, dc, index, size):
+    return index((dr.square() + dc.square()).float().sqrt().round())
+
+
+def _quantization(dr, dc, index, size):
+    return index(dr.square() + dc.square())
+
+
+def _product(dr, dc, index, size):
+    return index(dr) * size + index(dc)
+
+
+# method -> (bucket of the offset (dr, dc), number of axes that the buckets span); `index` is g + int(β), so its
+# values are 0 ... size - 1
+_MAPPINGS = {
+    METHOD.EUCLIDEAN: (_euclidean, 1),
+    METHOD.QUANT: (_quantization, 1),
+    METHOD.PRODUCT: (_product, 2),
+    METHOD.CROSS_ROWS: (lambda dr, dc, index, size: index(dr), 1),
+    METHOD.CROSS_COLS: (lambda dr, dc, index, size: index(dc), 1),
+}
+
+
+def _count_buckets(method, skip, beta):
+    return (2 * int(beta) + 1) ** _MAPPINGS[method][1] + (skip > 0)
+
+
+def get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype=torch.long, device="cpu"):
+    """Bucket of every pair of tokens: a mapping of the paper, made of its piecewise function g (Eq. 18).
+
+    Args:
+        method: a `METHOD` or its short name; cross is asked for an axis at a time (`cross_rows`, `cross_cols`).
+        height, width: the map, in tokens.
+        skip: prefix tokens before the map; every pair with one of them shares the last bucket.
+        alpha, beta, gamma: see `piecewise_index`.
+    Returns: ids (L, L) with L = skip + height·width, where ids[i, j] is the bucket of query i and key j, and the
+        number of buckets, used on this map or not.
+    Raises: ValueError for a method without a mapping of its own.
+    """
+    method = _choice("method", method, [m.value for m in _MAPPINGS], METHOD)
+    size = 2 * int(beta) + 1
+    rows, cols = (torch.arange(n, device=device) for n in (height, width))
+    dr = (rows[:, None] - rows).view(height, 1, height, 1)
+    dc = (cols[:, None] - cols).view(1, width, 1, width)
+    ids = _MAPPINGS[method][0](dr, dc, lambda x: piecewise_index(x, alpha, beta, gamma, dtype) + int(beta), size)
+    ids = ids.expand(height, width, height, width).reshape(height * width, height * width)
+    num_buckets = _count_buckets(method, skip, beta)
+    return F.pad(ids, (skip, 0, skip, 0), value=num_buckets - 1), num_buckets
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_bucket_ids(method, height, width, skip, alpha, beta, gamma, device):
+    def compute():
+        # always on the CPU: another device's logarithm may move a tie to the next bucket
+        ids, _ = get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, INDEX_DTYPE)
+        return ids.to(device)
+
+    # a thread of its own has no inference mode, fake tensors or default device of the caller: what is cached here
+    # must be good for every later caller
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(compute).result()
+
+
+@torch.compiler.assume_constant_result
+def _bucket_ids(method, height, width, skip, alpha, beta, gamma, device):
+    """Ids (L, L) on `device`, shared by all layers with the same map and prefix, a constant to torch.compile."""
+    return _cached_bucket_ids(method, height, width, skip, alpha, beta, gamma, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+_MODES = {"bias": "bias", "ctx": "contextual", "contextual": "contextual"}
+_METHODS = ("euc", "quant", "cross", "product")
+_RPE_ON = ("q", "k", "v", "qk", "kv", "qv", "qkv")
+
+
+def _choice(name, value, allowed, convert=lambda value: value):
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
+    return convert(value)
+
+
+@dataclass(frozen=True)
+class RPEConfig:
+    """What `build_rpe` builds; see `get_rpe_config`. Wrong values raise ValueError and name the right ones."""
+    ratio: float = 1.9
+    method: METHOD = METHOD.PRODUCT
+    mode: str = "contextual"
+    shared_head: bool = True
+    skip: int = 0
+    rpe_on: str = "k"
+
+    def __post_init__(self):
+        def put(name, value):
+            object.__setattr__(self, name, value)
+
+        put("method", _choice("method", self.method, _METHODS, METHOD))
+        put("mode", _MODES[_choice("mode", self.mode, tuple(_MODES))])
+        put("shared_head", bool(_choice("shared_head", self.shared_head, (True, False))))
+        _choice("rpe_on", self.rpe_on, _RPE_ON)
+        if not (isinstance(self.ratio, (int, float)) and 0 < self.ratio < math.inf):
+            raise ValueError(f"ratio is {self.ratio!r}; it must be a number above 0, as 1.9")
+        if not (isinstance(self.skip, int) and self.skip >= 0):
+            raise ValueError(f"skip is {self.skip!r}; it must be the number of prefix tokens: 0, 1, 2, ...")
+        if self.mode == "bias" and "v" in self.rpe_on:
+            raise ValueError(f"mode 'bias' with rpe_on {self.rpe_on!r}: a bias on values does not exist; "
+                             "use mode 'ctx', or rpe_on q, k or qk")
+
+    @property
+    def piecewise(self):
+        """(α, β, γ) of `piecewise_index`."""
+        return self.ratio, 2 * self.ratio, 8 * self.ratio
+
+
+def get_rpe_config(ratio=1.9, method="product", mode="ctx", shared_head=True, skip=0, rpe_on="k"):
+    """Describe an encoding.
+
+    Args:
+        ratio: scales the piecewise function: α = ratio, β = 2·ratio, γ = 8·ratio.
+        method: `euc`, `quant`, `cross` or `product`, or a `METHOD`.
+        mode: `bias` (a number per bucket) or `ctx`/`contextual` (a vector per bucket, which meets q, k or p).
+        shared_head: one table for all heads, or one a head.
+        skip: prefix tokens before the map: 0 in DETR, 1 with a class token, 2 in a distilled DeiT.
+        rpe_on: where it acts: q, k, v, qk, kv, qv or qkv; v only in contextual mode.
+    Returns: RPEConfig.
+    Raises: ValueError that names the allowed values.
+    """
+    return RPEConfig(ratio, method, mode, shared_head, skip, rpe_on)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modules
+
+class iRPE(nn.Module):
+    """One term of the encoding with one table: on queries, keys or values.
+
+    Args:
+        head_dim: D.
+        num_heads: H.
+        config: RPEConfig; its `rpe_on` is not read here.
+        on: "q", "k" or "v".
+        method: for `iRPE_Cross`, the axis of this table; otherwise the configuration's method.
+
+    The table starts at zero. It is `lookup_table_bias` (H', nb) in bias mode, else `lookup_table_weight`, of shape
+    (H', D, nb) on queries and keys and (H', nb, D) on values.
+    """
+
+    def __init__(self, head_dim, num_heads, config, on="k", method=None):
+        super().__init__()
+        self.config, self.on, self.num_heads = config, _choice("on", on, ("q", "k", "v")), num_heads
+        self.method = method or config.method
+        self.num_buckets = _count_buckets(self.method, config.skip, config.piecewise[1])
+        heads = 1 if config.shared_head else num_heads
+        if config.mode == "bias":
+            if on == "v":
+                raise ValueError("mode is 'bias' on values, which does not exist; use mode 'ctx'")
+            self.lookup_table_bias = nn.Parameter(torch.empty(heads, self.num_buckets))
+        else:
+            table = (self.num_buckets, head_dim) if on == "v" else (head_dim, self.num_buckets)
+            self.lookup_table_weight = nn.Parameter(torch.empty(heads, *table))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for table in self.parameters():
+            nn.init.zeros_(table)
+
+    def bucket_ids(self, length, device, height=None, width=None):
+        """Ids (L, L) of the map; without height and width it is square with side ⌊√L⌋.
+
+        Raises: ValueError if `length` is not height·width + skip.
+        """
+        if height is None or width is None:
+            height = width = math.isqrt(length)
+        skip = self.config.skip
+        if length != height * width + skip:
+            raise ValueError(
+                f"{length} tokens on a map of {height}×{width} leave {length - height * width} prefix tokens, but the "
+                f"encoding was built with skip={skip}; set skip={max(length - height * width, 0)}, or give the height "
+                "and width of the map")
+        return _bucket_ids(self.method, int(height), int(width), skip, *self.config.piecewise, device)
+
+    def forward(self, x, height=None, width=None):
+        """What this table adds to the logits (on q, k) or to the output (on v).
+
+        Args:
+            x: on q and k the scaled queries or keys, (B, H, L, D); on v the attention after softmax, (B, H, L, L).
+            height, width: the map, in tokens; square if not given.
+        Returns: on q and k what is added to the logits, (B, H, L, L), or (1, H', L, L) in bias mode; on v what is
+            added to the output, (B, H, L, D).
+        Raises: ValueError if L does not fit the map and the configured skip.
+        """
+        ids = self.bucket_ids(x.shape[-2], x.device, height, width)
+        if self.config.mode == "bias":
+            table = self.lookup_table_bias
+            return _gather_buckets(table[:, None].expand(-1, len(ids), -1), ids)[None]
+        table = self.lookup_table_weight
+        # matmul folds the batch into the rows only for a table without a head axis
+        table = table[0] if len(table) == 1 else table
+        if self.on == "v":
+            return torch.matmul(_sum_buckets(x, ids, self.num_buckets).to(x.dtype), table)
+        return _gather_buckets(torch.matmul(x, table), ids)
+
+    def extra_repr(self):
+        config = self.config
+        return (f"on={self.on}, method={self.method.value}, mode={config.mode}, ratio={config.ratio}, "
+                f"skip={config.skip}, shared_head={config.shared_head}, num_buckets={self.num_buckets}")
+
+
+class iRPE_Cross(nn.Module):
+    """The cross method: a table for rows and one for columns, whose terms are added."""
+
+    def __init__(self, head_dim, num_heads, config, on="k"):
+        super().__init__()
+        self.rp_rows = iRPE(head_dim, num_heads, config, on, METHOD.CROSS_ROWS)
+        self.rp_cols = iRPE(head_dim, num_heads, config, on, METHOD.CROSS_COLS)
+
+    def forward(self, x, height=None, width=None):
+        """As `iRPE.forward`."""
+        return self.rp_rows(x, height, width) + self.rp_cols(x, height, width)
+
+
+def build_rpe(rpe_config, head_dim, num_heads):
+    """Modules (rpe_q, rpe_k, rpe_v) of a configuration for heads of `head_dim` channels; None where it has none."""
+    if rpe_config is None:
+        return None, None, None
+    if not isinstance(rpe_config, RPEConfig):
+        raise ValueError(f"rpe_config is {rpe_config!r}; it must come from get_rpe_config, or be None")
+    module = iRPE_Cross if rpe_config.method is METHOD.CROSS else iRPE
+    return tuple(module(head_dim, num_heads, rpe_config, on) if on in rpe_config.rpe_on else None for on in "qkv")
+
+
+def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, width=None, attn_mask=None, dropout_p=0.0):
+    """softmax(scale·q·kᵀ + terms on keys and queries + mask)·v + term on values, with scale = D^-1/2.
+
+    Args:
+        q, k, v: (B, H, L, D), q not yet scaled.
+        rpe_q, rpe_k, rpe_v: modules from `build_rpe`, or None.
+        height, width: the map, in tokens; square if not given.
+        attn_mask: as in `scaled_dot_product_attention`: added to the logits, or bool with True where a key may be
+            seen; broadcast to (B, H, L, L).
+        dropout_p: dropout of the attention; give 0 in evaluation.
+    Returns: (B, H, L, D).
+    """
+    if rpe_q is None and rpe_k is None and rpe_v is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
+    scale = q.shape[-1] ** -0.5
+    q = q * scale
+    # each term is a new tensor that no backward reads, so adding in place is safe and saves a pass over (B, H, L, L)
+    bias = None if rpe_k is None else rpe_k(q, height, width)
+    if rpe_q is not None:
+        term = rpe_q(k * scale, height, width).transpose(-2, -1)
+        bias = term if bias is None else bias.add_(term)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
+        bias = attn_mask if bias is None else bias + attn_mask
+    if rpe_v is None:
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=1.0)
+    logits = torch.matmul(q, k.transpose(-2, -1))
+    if bias is not None:
+        logits += bias
+    attn = F.dropout(logits.softmax(-1), dropout_p)
+    return torch.matmul(attn, v).add_(rpe_v(attn, height, width))

@@ -1,0 +1,71 @@
+"""What a checkpoint holds and how it comes back: resuming a run, or starting another one from its weights."""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from util.runtime import UserError, key_differences, load_checkpoint, model_weights, print_once, save_atomically
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes in training; `model` is the bare one, without DistributedDataParallel."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    loss_scaler: torch.amp.GradScaler
+
+    def save(self, paths, epoch, args, categories):
+        """Write the state after `epoch` in the released checkpoints' format, with the names of the categories."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "lr_scheduler": self.lr_scheduler.state_dict(), "epoch": epoch, "args": args,
+                 "scaler": self.loss_scaler.state_dict(), "categories": categories}
+        for path in paths:
+            save_atomically(state, path)
+
+    def resume(self, path):
+        """Take over what the checkpoint holds; returns the last finished epoch, None if it holds weights only.
+
+        Raises: UserError if it belongs to another model or optimizer.
+        """
+        checkpoint = load_checkpoint(path)
+        load_weights(self.model, checkpoint, path)
+        if not {"optimizer", "lr_scheduler", "epoch"} <= checkpoint.keys():
+            print_once(f"note: {path} holds weights only; the optimizer starts anew")
+            return None
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"the optimizer in {path} trained other parameters ({error}): give the --no_pretrained_backbone and "
+                "--lr_backbone of that run to go on with it, or --finetune to start a new run from its weights"
+            ) from error
+        self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        if checkpoint.get("scaler"):
+            self.loss_scaler.load_state_dict(checkpoint["scaler"])
+        return checkpoint["epoch"]
+
+
+def load_weights(model, checkpoint, path, new_class_head=False):
+    """Load a checkpoint's weights into its model.
+
+    Batch norm fits whether frozen or trainable, here and there. With `new_class_head` a head for another number of
+    classes keeps its fresh values, and a line says so. Raises UserError that says which keys differ.
+    """
+    weights = model_weights(checkpoint, path)
+    expected = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    head = [key for key in expected if key.startswith("class_embed.") and key in weights
+            and weights[key].shape != expected[key].shape]
+    if head:
+        counts = [len(values[head[0]]) - 1 for values in (weights, expected)]
+        if not new_class_head:
+            raise UserError(f"checkpoint {path} has {counts[0]} classes and this run {counts[1]}: check --coco_path and "
+                            "--num_classes, or say --finetune to start from its weights with a new class head")
+        print_once(f"finetune: new class head for {counts[1]} classes instead of {counts[0]}")
+        weights.update({key: expected[key] for key in head})
+    differences = key_differences(
+        expected, {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")})
+    if differences:
+        raise UserError(f"checkpoint {path} belongs to another configuration: {differences}; check --enc_rpe2d, "
+                        "--backbone and the other flags of the model")
+    model.load_state_dict(weights, strict=False)
