@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+torch.set_num_threads(1)  # threads that wait for each other make small models slow on a machine that does more
 PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT))
 
@@ -65,16 +67,28 @@ def start(*command, **environment):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def start_processes(world_size, *command):
-    """Start the command once per process as a launcher would, but with outputs of their own."""
+def free_port():
     with socket.socket() as sock:
         sock.bind(("localhost", 0))
-        port = sock.getsockname()[1]
+        return sock.getsockname()[1]
+
+
+def launcher(world_size, *flags):
+    """Start of a command under torch.distributed.launch."""
+    return ["-m", "torch.distributed.launch", f"--nproc_per_node={world_size}", f"--master_port={free_port()}", *flags]
+
+
+def start_processes(world_size, *command):
+    """Start the command once per process as a launcher would, but with outputs of their own."""
+    port = free_port()
     return [start(*command, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
                   MASTER_ADDR="localhost", MASTER_PORT=str(port)) for rank in range(world_size)]
 
 
 def finish(process):
     """(exit status, standard output, standard error)"""
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.terminate()
     return process.returncode, out, err
