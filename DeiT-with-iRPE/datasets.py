@@ -85,8 +85,9 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Image
 def _train_transform(args: argparse.Namespace) -> transforms.Compose:
     try:
         return create_transform(
-            args.input_size, is_training=True, hflip=args.hflip, color_jitter=args.color_jitter,
-            auto_augment=None if args.aa in ("", "none") else args.aa, interpolation=args.train_interpolation,
+            args.input_size, is_training=True, scale=(args.min_crop, 1.0), hflip=args.hflip,
+            color_jitter=args.color_jitter, auto_augment=None if args.aa in ("", "none") else args.aa,
+            interpolation=args.train_interpolation,
             re_prob=0.0 if args.resplit else args.reprob, re_mode=args.remode, re_count=args.recount)
     except (AssertionError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"--aa {args.aa!r}, --train-interpolation {args.train_interpolation!r} or --remode "

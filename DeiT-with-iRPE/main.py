@@ -89,6 +89,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--color-jitter", type=float, default=0.4, help="used without --aa")
     add("--aa", type=str, default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment or RandAugment policy, or none")
     add("--hflip", type=float, default=0.5, metavar="P", help="probability of a mirrored picture; 0 for writing")
+    add("--min-crop", type=float, default=0.08, metavar="SHARE", help="of the picture's area; more for small objects")
     add("--smoothing", type=float, default=0.1, help="of the labels")
     add("--train-interpolation", type=str, default="bicubic", help="bicubic, bilinear or random")
     add("--repeated-aug", action="store_true", default=True, help="three copies of each picture (the default)")
@@ -168,8 +169,8 @@ _RANGES = {
     "drop_path": (0, 0.999), "model_ema_decay": (0, 1), "opt_eps": (0, None), "clip_grad": (0, None),
     "weight_decay": (0, None), "lr": (0, None), "lr_noise_pct": (0, None), "lr_noise_std": (0, None),
     "warmup_epochs": (0, None), "decay_epochs": (1e-9, None), "cooldown_epochs": (0, None),
-    "patience_epochs": (0, None), "color_jitter": (0, None), "hflip": (0, 1), "smoothing": (0, 0.999),
-    "reprob": (0, 1), "recount": (1, None), "mixup": (0, None), "cutmix": (0, None), "mixup_prob": (0, 1),
+    "patience_epochs": (0, None), "color_jitter": (0, None), "hflip": (0, 1), "min_crop": (0.001, 1),
+    "smoothing": (0, 0.999), "reprob": (0, 1), "recount": (1, None), "mixup": (0, None), "cutmix": (0, None), "mixup_prob": (0, 1),
     "mixup_switch_prob": (0, 1), "distillation_alpha": (0, 1), "distillation_tau": (1e-9, None), "seed": (0, None),
     "start_epoch": (0, None), "num_workers": (0, None), "world_size": (1, None),
 }

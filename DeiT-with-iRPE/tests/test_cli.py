@@ -12,7 +12,7 @@ import main
 from conftest import TINY, parse
 
 PUBLISHED = json.loads((Path(__file__).parent / "golden" / "cli_deit.json").read_text())
-ADDED = {"--amp-dtype", "--no-dist-eval", "--hflip", "--local-rank", "--local_rank"}
+ADDED = {"--amp-dtype", "--no-dist-eval", "--hflip", "--min-crop", "--local-rank", "--local_rank"}
 
 
 def actions():
@@ -54,7 +54,7 @@ def training_batch(*flags):
 
 
 @pytest.mark.parametrize(("base", "changed"), [
-    ([], ["--aa", "none"]), (["--aa", "none"], ["--color-jitter", 0]), ([], ["--hflip", 0]),
+    ([], ["--aa", "none"]), (["--aa", "none"], ["--color-jitter", 0]), ([], ["--hflip", 0]), ([], ["--min-crop", 1]),
     ([], ["--train-interpolation", "bilinear"]), ([], ["--reprob", 0]), ([], ["--remode", "const"]),
     ([], ["--recount", 3]), ([], ["--resplit"])], ids=lambda flags: " ".join(map(str, flags)))
 def test_augmentation_flag_changes_the_training_pictures(base, changed):
