@@ -171,8 +171,8 @@ _RANGES = {
     "warmup_epochs": (0, None), "decay_epochs": (1e-9, None), "cooldown_epochs": (0, None),
     "patience_epochs": (0, None), "color_jitter": (0, None), "hflip": (0, 1), "min_crop": (0.001, 1),
     "smoothing": (0, 0.999), "reprob": (0, 1), "recount": (1, None), "mixup": (0, None), "cutmix": (0, None),
-    "mixup_prob": (0, 1), "mixup_switch_prob": (0, 1), "distillation_alpha": (0, 1), "distillation_tau": (1e-9, None), "seed": (0, None),
-    "start_epoch": (0, None), "num_workers": (0, None), "world_size": (1, None),
+    "mixup_prob": (0, 1), "mixup_switch_prob": (0, 1), "distillation_alpha": (0, 1), "distillation_tau": (1e-9, None),
+    "seed": (0, None), "start_epoch": (0, None), "num_workers": (0, None), "world_size": (1, None),
 }
 _NAMES = {"mixup_mode": ("batch", "pair", "elem"), "remode": ("pixel", "rand", "const"),
           "train_interpolation": ("bicubic", "bilinear", "random")}
