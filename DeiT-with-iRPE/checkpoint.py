@@ -83,10 +83,9 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str) -> 
     """
     weights = model_weights(checkpoint, path)
     expected = model.state_dict()
-    for key in _head_keys(model):
-        if key in weights and weights[key].shape != expected[key].shape:
-            raise UserError(f"checkpoint {path} has {len(weights[key])} classes and the data set {len(expected[key])}:"
-                            " check --data-set and --data-path, or give it to --finetune for a new head")
+    for key in _heads_of_other_classes(model, expected, weights):
+        raise UserError(f"checkpoint {path} has {len(weights[key])} classes and the data set {len(expected[key])}: "
+                        "check --data-set and --data-path, or give it to --finetune for a new head")
     _load(model, expected, weights, path)
     return weights
 
@@ -99,7 +98,7 @@ def finetune_from(model: nn.Module, path: str) -> None:
     """
     weights = model_weights(load_checkpoint(path), path)
     expected = model.state_dict()
-    heads = [key for key in _head_keys(model) if key in weights and weights[key].shape != expected[key].shape]
+    heads = _heads_of_other_classes(model, expected, weights)
     if heads:
         print_once(f"finetune: new {', '.join(heads)}, for {len(expected[heads[0]])} classes instead of "
                    f"{len(weights[heads[0]])}")
@@ -119,10 +118,13 @@ def _load(model: nn.Module, expected: Mapping[str, torch.Tensor], weights: Mappi
     model.load_state_dict(weights)
 
 
-def _head_keys(model: nn.Module) -> list[str]:
+def _heads_of_other_classes(model: nn.Module, expected: Mapping[str, torch.Tensor],
+                            weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """Keys of the classifiers that differ from the checkpoint's in nothing but the number of classes."""
     names = model.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
-    return [key for key in model.state_dict() if key.startswith(heads)]
+    prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    return [key for key, value in expected.items() if key.startswith(prefixes) and key in weights
+            and len(value) != len(weights[key]) and value.shape[1:] == weights[key].shape[1:]]
 
 
 def _fit_positions(positions: torch.Tensor, model: nn.Module) -> torch.Tensor:

@@ -1,0 +1,186 @@
+"""Every mistake a user can make with files and flags ends in one sentence, and nothing already written is lost."""
+import os
+import shutil
+
+import pytest
+import torch
+
+import main
+from conftest import TINY, finish, parse, small, start, start_processes
+from fill import fill_state_dict
+from rpe_models import create_model
+from runtime import UserError, load_checkpoint
+
+
+def refused(data_path, *flags):
+    """The one sentence with which the run ends."""
+    with pytest.raises(UserError) as caught:
+        main.main(parse(*small(data_path, *flags)))
+    sentence = str(caught.value)
+    assert sentence and "\n" not in sentence and "Traceback" not in sentence
+    return sentence
+
+
+def checkpoint_of(name, path, num_classes=3, img_size=32):
+    torch.save({"model": fill_state_dict(create_model(name, num_classes=num_classes, img_size=img_size).state_dict())},
+               path)
+    return path
+
+
+@pytest.fixture
+def broken(pictures, tmp_path):
+    """A copy of the pictures with one of them cut in half, in training and in validation."""
+    shutil.copytree(pictures, tmp_path / "broken")
+    for split in ("train", "val"):
+        file = tmp_path / "broken" / split / "bee" / "2.png"
+        os.truncate(file, file.stat().st_size // 2)
+    return tmp_path / "broken"
+
+
+# Files
+
+def test_missing_data_folder(tmp_path):
+    assert f"--data-path {tmp_path}/none is not a folder" in refused(tmp_path / "none")
+    assert f"{tmp_path}/train is not a folder of class folders" in refused(tmp_path)
+    assert f"{tmp_path}/val is not a folder of class folders" in refused(tmp_path, "--eval")
+    assert f"{tmp_path}/val.tar cannot be read: No such file" in refused(tmp_path, "--eval", "--load-tar")
+    (tmp_path / "train" / "empty").mkdir(parents=True)
+    assert "Found no valid file for the classes empty" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--finetune"])
+def test_missing_checkpoint(pictures, tmp_path, flag):
+    assert f"checkpoint {tmp_path}/none.pth cannot be read: No such file" in refused(
+        pictures, flag, tmp_path / "none.pth")
+
+
+def test_truncated_picture_is_named_and_the_checkpoint_stays(pictures, broken, tmp_path):
+    main.main(parse(*small(pictures, "--output_dir", tmp_path / "out")))
+    before = {file: (tmp_path / "out" / file).read_bytes() for file in ("checkpoint.pth", "log.txt")}
+    sentence = refused(broken, "--output_dir", tmp_path / "out", "--resume", tmp_path / "out" / "checkpoint.pth",
+                       "--epochs", 2, "--num_workers", 1, "--no-repeated-aug")
+    assert f"picture {broken}/train/bee/2.png cannot be read" in sentence
+    assert before == {file: (tmp_path / "out" / file).read_bytes() for file in before}
+
+
+def test_unreadable_picture_is_named(broken):
+    (broken / "val" / "bee" / "2.png").write_text("no picture")
+    assert f"picture {broken}/val/bee/2.png cannot be read: it is in no format" in refused(broken, "--eval")
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--finetune"])
+def test_truncated_checkpoint(pictures, tmp_path, flag):
+    path = checkpoint_of(TINY, tmp_path / "c.pth")
+    os.truncate(path, path.stat().st_size // 2)
+    assert f"checkpoint {path} is truncated or damaged" in refused(pictures, flag, path)
+
+
+def test_checkpoint_of_another_model_says_which_keys_differ(pictures, tmp_path):
+    plain = checkpoint_of("deit_tiny_patch16_224", tmp_path / "plain.pth")
+    assert "belongs to another model: 12 missing (blocks.0.attn.rpe_k.lookup_table_weight, " in refused(
+        pictures, "--resume", plain)
+    wide = checkpoint_of("deit_small_patch16_224", tmp_path / "wide.pth", num_classes=3)
+    sentence = refused(pictures, "--eval", "--resume", wide, "--model", "deit_tiny_patch16_224")
+    assert "of another shape (" in sentence and "(1, 1, 384) instead of (1, 1, 192)" in sentence
+    small_map = checkpoint_of(TINY, tmp_path / "map.pth", img_size=64)
+    assert "pos_embed is (1, 17, 192) instead of (1, 5, 192)" in refused(pictures, "--resume", small_map)
+
+
+class Intruder:
+    def __reduce__(self):
+        return os.system, ("touch intruded",)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--finetune"])
+def test_pickle_that_needs_more_than_the_allow_list(pictures, tmp_path, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {}, "args": Intruder()}, "evil.pth")
+    assert "checkpoint evil.pth is refused: it needs posix.system" in refused(pictures, flag, "evil.pth")
+    assert not os.path.exists("intruded")
+
+
+def test_class_counts_that_disagree_with_the_checkpoint(pictures, tmp_path):
+    path = checkpoint_of(TINY, tmp_path / "c.pth", num_classes=10)
+    for flags in (["--eval"], []):
+        assert f"checkpoint {path} has 10 classes and the data set 3" in refused(pictures, *flags, "--resume", path)
+
+
+def test_output_directory_that_cannot_be_written(pictures, tmp_path):
+    (tmp_path / "file").touch()
+    assert f"output directory {tmp_path}/file/out cannot be written" in refused(
+        pictures, "--output_dir", tmp_path / "file" / "out")
+
+
+def test_loss_that_is_not_finite(pictures, tmp_path):
+    assert "loss is nan at epoch 2, step " in refused(
+        pictures, "--output_dir", tmp_path, "--epochs", 3, "--warmup-epochs", 1, "--lr", 1e30)
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1
+
+
+def test_optimizer_of_another_kind(pictures, tmp_path):
+    main.main(parse(*small(pictures, "--output_dir", tmp_path)))
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
+    checkpoint["optimizer"]["param_groups"].pop()
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    assert "is not --opt's" in refused(pictures, "--resume", tmp_path / "checkpoint.pth", "--epochs", 2)
+
+
+# Flags
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--model", "deit_smal_patch16_224"], "deit_small_patch16_224"),
+    (["--model", "deit_tiny_patch16_224_bias_product_50_shared_v"], "bias"),
+    (["--model", "resnet18"], "--model resnet18 cannot be built"),
+    (["--input-size", 40], "--input-size 40 is no multiple of the 16 pixels of a patch: use 32"),
+    (["--input-size", 8], "use 16"),
+    (["--batch-size", 7], "--batch-size 7 is odd"),
+    (["--batch-size", 0], "--batch-size 0 is out of range: it must be at least 1"),
+    (["--batch-size", 26], "--batch-size 26 is more than the 24 pictures that each of 1 processes sees"),
+    (["--reprob", 1.5], "--reprob 1.5 is out of range: it must be from 0 to 1"),
+    (["--lr", "nan"], "--lr nan is out of range"),
+    (["--num_workers", -1], "--num_workers -1 is out of range"),
+    (["--aa", "rand-k9"], "--aa 'rand-k9'"),
+    (["--remode", "sand"], "--remode 'sand' is unknown"),
+    (["--mixup-mode", "trio"], "--mixup-mode 'trio' is unknown"),
+    (["--train-interpolation", "cubic"], "--train-interpolation 'cubic' is unknown"),
+    (["--cutmix-minmax", 0.3], "--cutmix-minmax [0.3] must be two"),
+    (["--lr-noise", 0.9, 0.1], "--lr-noise [0.9, 0.1] must be"),
+    (["--opt", "eve"], "--opt eve is unknown"),
+    (["--opt-betas", 0.9, 7], "--opt-betas [0.9, 7.0]"),
+    (["--sched", "sine"], "--sched sine"),
+    (["--pretrained", "--finetune", "x"], "--pretrained and --finetune"),
+    (["--distillation-type", "soft"], "needs the teacher's weights"),
+    (["--distillation-type", "soft", "--teacher-path", "x"], "needs a model with a distillation token"),
+    (["--world_size", 2], "torchrun --nproc_per_node=2"),
+    (["--device", "toaster"], "--device toaster"),
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
+def test_flag_that_cannot_be_followed(pictures, flags, words):
+    assert words in refused(pictures, *flags)
+
+
+def test_teacher_that_cannot_be_had(pictures, tmp_path):
+    flags = ["--model", "deit_tiny_distilled_patch16_224", "--distillation-type", "hard", "--teacher-path"]
+    assert "none.pth cannot be read" in refused(pictures, *flags, tmp_path / "none.pth", "--teacher-model", "resnet10t")
+    assert "model 'resnet1' is unknown" in refused(pictures, *flags, "x", "--teacher-model", "resnet1")
+    path = checkpoint_of(TINY, tmp_path / "c.pth")
+    assert "belongs to another model" in refused(pictures, *flags, path, "--teacher-model", "deit_tiny_patch16_224")
+
+
+# What the process says and how it ends
+
+@pytest.mark.parametrize(("flags", "status", "words"), [
+    (["--data-set", "MARS"], 2, "--data-set: invalid choice: 'MARS'"),
+    (["--eval", "--resume", "none.pth"], 1, "checkpoint none.pth cannot be read: No such file")])
+def test_the_program_says_one_line_and_ends_with_an_error(pictures, flags, status, words):
+    code, out, err = finish(start("main.py", *small(pictures, *flags)))
+    assert code == status and err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval"]])
+def test_two_processes_say_the_broken_picture_once(broken, flags):
+    results = [finish(process) for process in start_processes(
+        2, "main.py", *small(broken, "--batch-size", 4, "--num_workers", 1, "--no-repeated-aug", *flags))]
+    errors = "".join(err for _, _, err in results)
+    split = "val" if flags else "train"
+    assert [code for code, _, _ in results] == [1, 1]
+    assert errors.startswith(f"error: picture {broken}/{split}/bee/2.png cannot be read") and errors.count("\n") == 1
