@@ -84,11 +84,11 @@ def evaluate(model, criterion, postprocessors, data_loader, ground_truth, device
         with autocast(device, amp_dtype):
             outputs = model(samples)
         losses = named_losses(criterion, criterion(outputs, targets))
-        values = dict(zip(losses, torch.stack([value.float() for value in losses.values()]).tolist()))
+        values = dict(zip(losses, torch.stack([value.float() for value in losses.values()]).tolist(), strict=True))
         sizes, ids = (torch.stack([t[name] for t in targets]) for name in ("orig_size", "image_id"))
         ids = ids.tolist()
         batches.append((ids[0], len(ids), values))
-        evaluator.update(dict(zip(ids, postprocessors["bbox"](outputs, sizes))))
+        evaluator.update(dict(zip(ids, postprocessors["bbox"](outputs, sizes), strict=True)))
     gathered = gather_on_main(batches)
     stats = _average(gathered, amp_dtype) if gathered else {}
     measured = evaluator.summarize()
@@ -100,7 +100,8 @@ def _average(gathered, amp_dtype):
     batches = sorted((batch for batches in gathered for batch in batches), key=lambda batch: batch[0])
     columns = {name: [values[name] for _, _, values in batches] for name in batches[0][2]}
     pictures = [count for _, count, _ in batches]
-    means = {name: sum(map(math.prod, zip(column, pictures))) / sum(pictures) for name, column in columns.items()}
+    means = {name: sum(value * count for value, count in zip(column, pictures, strict=True)) / sum(pictures)
+             for name, column in columns.items()}
     print_once("Averaged stats: " + "  ".join(
         f"{name}: {statistics.median(column):.4f} ({means[name]:.4f})" for name, column in columns.items()))
     if not math.isfinite(means["loss"]):

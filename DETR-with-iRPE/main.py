@@ -24,12 +24,13 @@ def get_args_parser():
     group.add_argument("--batch_size", default=2, type=int, help="pictures a step, of each process")
     group.add_argument("--weight_decay", default=1e-4, type=float)
     group.add_argument("--epochs", default=300, type=int)
-    group.add_argument("--lr_drop", default=200, type=int, help="epochs until the rates fall to a tenth, again and again")
+    group.add_argument("--lr_drop", default=200, type=int, help="the rates fall to a tenth after every so many epochs")
     group.add_argument("--clip_max_norm", default=0.1, type=float, help="bound on the gradient's norm, 0 for none")
     group.add_argument("--amp_dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                        help="mixed precision in this type; float32 switches it off")
     group.add_argument("--no_augmentation", action="store_true", help="train on the pictures as evaluation sees them")
-    group.add_argument("--eval_every", default=1, type=int, metavar="EPOCHS", help="evaluate after every so many epochs")
+    group.add_argument("--eval_every", default=1, type=int, metavar="EPOCHS",
+                       help="evaluate after every so many epochs, and after the last")
 
     group = parser.add_argument_group("model")
     group.add_argument("--backbone", default="resnet50", help="resnet18, resnet34, resnet50 or resnet101")
@@ -95,8 +96,9 @@ def get_args_parser():
 def check_args(args):
     """Raise UserError for flags that cannot work, before anything is read or built."""
     later = [flag for flag, given in (
-        ("--masks", args.masks), ("--frozen_weights", args.frozen_weights), ("--mask_loss_coef", args.mask_loss_coef != 1),
-        ("--dice_loss_coef", args.dice_loss_coef != 1), ("--coco_panoptic_path", args.coco_panoptic_path),
+        ("--masks", args.masks), ("--frozen_weights", args.frozen_weights),
+        ("--mask_loss_coef", args.mask_loss_coef != 1), ("--dice_loss_coef", args.dice_loss_coef != 1),
+        ("--coco_panoptic_path", args.coco_panoptic_path),
         ("--dataset_file coco_panoptic", args.dataset_file == "coco_panoptic")) if given]
     if later:
         raise UserError(f"{later[0]} belongs to segmentation, which comes later: leave it out to detect boxes")
@@ -167,14 +169,17 @@ def train(state, criterion, postprocessors, train_set, val_set, device, args):
             state.save([Path(args.output_dir, name) for name in names], epoch, args, train_set.categories)
         values = {f"train_{name}": value for name, value in trained.items()}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            stats, measured = evaluate(state.model, criterion, postprocessors, val_loader, ground_truth, device, amp_dtype)
-            save_precision(measured, args.output_dir, ["eval/latest.pth"] + [f"eval/{epoch:03}.pth"] * (epoch % 50 == 0))
+            stats, measured = evaluate(state.model, criterion, postprocessors, val_loader, ground_truth, device,
+                                       amp_dtype)
+            names = ["eval/latest.pth"] + [f"eval/{epoch:03}.pth"] * (epoch % 50 == 0)
+            save_precision(measured, args.output_dir, names)
             values.update({f"test_{name}": value for name, value in stats.items()})
         log.write(epoch, {**values, "epoch": epoch, "n_parameters": n_parameters})
     log.close()
 
 
 def main(args):
+    """Run the command line; returns what `evaluate` measured if that was all that was asked."""
     check_args(args)
     device = runtime.init_distributed(args)
     runtime.prepare_output_dir(args.output_dir)
@@ -194,14 +199,16 @@ def main(args):
     elif args.resume and (finished := state.resume(args.resume)) is not None:
         args.start_epoch = finished + 1
     if args.eval:
-        _, measured = evaluate(model, criterion, postprocessors, eval_loader(val_set, args), val_set.ground_truth(),
-                               device, getattr(torch, args.amp_dtype))
+        stats, measured = evaluate(model, criterion, postprocessors, eval_loader(val_set, args),
+                                   val_set.ground_truth(), device, getattr(torch, args.amp_dtype))
         save_precision(measured, args.output_dir, ["eval.pth"])
-        return
+        return stats
     started = time.perf_counter()
     train(state, criterion, postprocessors, train_set, val_set, device, args)
     print_once(f"Training took {datetime.timedelta(seconds=round(time.perf_counter() - started))}")
+    return None
 
 
 if __name__ == "__main__":
-    runtime.run(main, argparse.ArgumentParser(parents=[get_args_parser()], description=__doc__, allow_abbrev=False).parse_args())
+    parser = argparse.ArgumentParser(parents=[get_args_parser()], description=__doc__, allow_abbrev=False)
+    runtime.run(main, parser.parse_args())

@@ -65,8 +65,8 @@ class CocoDetection(torch.utils.data.Dataset):
         image = self.images[index]
         picture, size = self.pictures.read(image["file_name"]), (image["height"], image["width"])
         if (picture.height, picture.width) != size:
-            raise UserError(f"picture {image['file_name']} has {picture.height}×{picture.width} pixels, but {self.path} "
-                            f"says {size[0]}×{size[1]}: correct the file, or its boxes would be misplaced")
+            raise UserError(f"picture {image['file_name']} has {picture.height}×{picture.width} pixels, but "
+                            f"{self.path} says {size[0]}×{size[1]}: correct the file, or its boxes would be misplaced")
         boxes, labels = self.objects.get(image["id"], (np.empty((0, 4), np.float32), np.empty(0, np.int64)))
         target = {"image_id": torch.tensor(image["id"]), "orig_size": torch.tensor(size),
                   "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=size),
@@ -146,7 +146,7 @@ def _group_objects(data, path, remove_difficult):
     outside = ~(np.abs(clipped - boxes) <= TOLERATED_PIXELS).all(1)
     _judge_boxes(entries, empty, outside, path)
     objects = {}
-    for entry, box, is_empty in zip(entries, clipped.astype(np.float32), empty):
+    for entry, box, is_empty in zip(entries, clipped.astype(np.float32), empty, strict=True):
         if not is_empty:
             objects.setdefault(entry["image_id"], []).append((box, entry["category_id"]))
     return {image_id: (np.stack([box for box, _ in found]), np.array([label for _, label in found], dtype=np.int64))
@@ -175,6 +175,15 @@ def _open_zip(path, pid):
     return zipfile.ZipFile(path)
 
 
+def read_picture(source, name):
+    """PIL picture, RGB, of a path or file object. Raises UserError with its `name` if it cannot be read."""
+    try:
+        with Image.open(source) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name} cannot be read, perhaps truncated: {error}") from error
+
+
 class Pictures:
     """The pictures in a folder or, where it lacks them, in the zip of the same name beside it."""
 
@@ -196,11 +205,9 @@ class Pictures:
     def read(self, name):
         """PIL picture, RGB. Raises UserError that names it if it cannot be read."""
         path = self.folder / name
-        try:
-            return Image.open(path if path.is_file() else self._unpack(name)).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"picture {name} in {self.folder if path.is_file() else self.archive} cannot be read, "
-                            f"perhaps truncated: {error}") from error
+        if path.is_file():
+            return read_picture(path, f"picture {path}")
+        return read_picture(self._unpack(name), f"picture {name} in {self.archive}")
 
     def _unpack(self, name):
         try:
@@ -212,4 +219,5 @@ class Pictures:
         try:
             return _open_zip(self.archive, os.getpid())
         except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{self.archive} is no readable zip, perhaps truncated ({error}): fetch it again") from error
+            raise UserError(f"{self.archive} is no readable zip, perhaps truncated ({error}): fetch it again") \
+                from error

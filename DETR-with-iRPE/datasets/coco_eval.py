@@ -25,9 +25,8 @@ class CocoEvaluator:
         """Add detections: picture id → dict of `boxes` (n, 4) as corners in pixels, `scores`, `labels` (n,)."""
         for image_id, found in predictions.items():
             boxes, scores, labels = (found[name].double().cpu().numpy() for name in ("boxes", "scores", "labels"))
-            boxes[:, 2:] -= boxes[:, :2]
-            ids = np.full_like(scores, image_id)
-            self.rows.append(np.column_stack([ids, boxes, scores, labels]))
+            corner, size = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+            self.rows.append(np.column_stack([np.full_like(scores, image_id), corner, size, scores, labels]))
 
     def summarize(self):
         """Gather all processes' detections once; the main process measures them and prints the table.

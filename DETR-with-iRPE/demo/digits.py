@@ -1,6 +1,6 @@
 """Write a set in COCO's format of real handwritten digits on a canvas: scikit-learn's 1,797 digits, boxes known.
 
-    python demo/digits.py FOLDER [--train 2000] [--val 100] [--canvas 96] [--most 3]
+    python demo/digits.py FOLDER [--train 4000] [--val 100] [--canvas 64] [--most 2]
 
 Digits of the training pictures never appear in the held-out ones. Each keeps its own aspect, cut to its ink.
 """
@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 HELD_OUT = 0.2  # share of the digits that only validation pictures use
 
 
-def write_digits(folder, train=2000, val=100, canvas=96, most=3, seed=0):
+def write_digits(folder, train=4000, val=100, canvas=64, most=2, seed=0):
     """Write `folder`/{train,val}2017 and `folder`/annotations.
 
     Args:
@@ -49,7 +49,7 @@ def _compose(digits, ids, canvas, most, random):
     """A grey-level picture and its objects [(digit, (x, y, width, height))], which do not overlap."""
     pixels, objects = np.zeros((canvas, canvas), dtype=np.uint8), []
     for i in random.choice(ids, size=random.randint(1, most + 1), replace=False):
-        ink = _enlarge(digits.images[i], canvas * random.uniform(0.25, 0.45))
+        ink = _enlarge(digits.images[i], canvas * random.uniform(0.35, 0.55))
         height, width = ink.shape
         for _ in range(50):
             y, x = (random.randint(0, canvas - side + 1) for side in ink.shape)
@@ -72,7 +72,7 @@ def _enlarge(digit, height):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    for name, default in (("train", 2000), ("val", 100), ("canvas", 96), ("most", 3)):
+    for name, default in (("train", 4000), ("val", 100), ("canvas", 64), ("most", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     write_digits(**vars(parser.parse_args()))
 

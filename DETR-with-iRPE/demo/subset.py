@@ -1,6 +1,6 @@
-"""Copy some pictures of a set in COCO's format, each into both splits: a set to overfit, for proof that all is wired.
+"""Copy a few pictures of a set in COCO's format into both splits of a new one, for a model to learn by heart.
 
-    python demo/subset.py COCO_PATH FOLDER --images 4 [--most 4]
+    python demo/subset.py COCO_PATH FOLDER [--images 4] [--most 4] [--repeat 25]
 """
 import argparse
 import json
@@ -8,8 +8,11 @@ import shutil
 from pathlib import Path
 
 
-def copy_subset(coco_path, folder, images=4, most=4):
-    """Write the first `images` training pictures with one to `most` objects, none of them a crowd or tiny."""
+def copy_subset(coco_path, folder, images=4, most=4, repeat=25):
+    """Take the first `images` training pictures with one to `most` objects, none of them a crowd or small.
+
+    In the training split each counts `repeat` times, under ids of its own, so that an epoch has some steps.
+    """
     data = json.loads(Path(coco_path, "annotations", "instances_train2017.json").read_bytes())
     objects = {}
     for entry in data["annotations"]:
@@ -17,9 +20,11 @@ def copy_subset(coco_path, folder, images=4, most=4):
     chosen = [image for image in sorted(data["images"], key=lambda image: image["id"])
               if 1 <= len(objects.get(image["id"], [])) <= most
               and all(not entry["iscrowd"] and entry["area"] > 32 ** 2 for entry in objects[image["id"]])][:images]
-    subset = {"images": chosen, "categories": data["categories"],
-              "annotations": [entry for image in chosen for entry in objects[image["id"]]]}
-    for split in ("train2017", "val2017"):
+    for split, times in (("train2017", repeat), ("val2017", 1)):
+        copies = [(image, image["id"] * times + copy) for image in chosen for copy in range(times)]
+        subset = {"images": [{**image, "id": new_id} for image, new_id in copies], "categories": data["categories"],
+                  "annotations": [{**entry, "image_id": new_id, "id": number} for number, (entry, new_id) in enumerate(
+                      ((entry, new_id) for image, new_id in copies for entry in objects[image["id"]]), start=1)]}
         for part in (split, "annotations"):
             Path(folder, part).mkdir(parents=True, exist_ok=True)
         Path(folder, "annotations", f"instances_{split}.json").write_text(json.dumps(subset))
@@ -31,6 +36,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("coco_path")
     parser.add_argument("folder")
-    parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--most", type=int, default=4)
+    for name, default in (("images", 4), ("most", 4), ("repeat", 25)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     copy_subset(**vars(parser.parse_args()))

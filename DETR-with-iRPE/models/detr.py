@@ -62,7 +62,7 @@ class DETR(nn.Module):
         src, mask = maps[-1].decompose()
         tokens, _ = self.transformer(self.input_proj(src), mask, self.query_embed.weight, positions[-1])
         layers = [{"pred_logits": logits, "pred_boxes": boxes}
-                  for logits, boxes in zip(self.class_embed(tokens), self.bbox_embed(tokens).sigmoid())]
+                  for logits, boxes in zip(self.class_embed(tokens), self.bbox_embed(tokens).sigmoid(), strict=True)]
         return {**layers[-1], "aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
 
 
@@ -102,7 +102,7 @@ class SetCriterion(nn.Module):
             values.update(loss(logits, boxes, targets, matches))
         suffixes = [f"_{i}" for i in range(len(layers) - 1)] + [""]
         return {f"{name}{suffix}": value for name, per_layer in values.items()
-                for suffix, value in zip(suffixes[-len(per_layer):], per_layer)}
+                for suffix, value in zip(suffixes[-len(per_layer):], per_layer, strict=True)}
 
     def total(self, losses):
         """The weighted sum that is trained on."""
@@ -158,4 +158,4 @@ class PostProcess(nn.Module):
         height, width = target_sizes.unbind(1)
         scale = torch.stack([width, height, width, height], dim=1)[:, None]
         boxes = box_cxcywh_to_xyxy(outputs["pred_boxes"].float()) * scale
-        return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes)]
+        return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]

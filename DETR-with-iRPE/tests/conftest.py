@@ -1,5 +1,112 @@
-"""Tests run from any folder: the program's folder comes first on the path."""
+"""A small set in COCO's format, parsed flags and launched processes for the tests."""
+import argparse
+import json
+import os
+import socket
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)  # threads that wait for each other make small models slow on a machine that does more
+PROJECT = Path(__file__).resolve().parent.parent
+COCO_SAMPLE = PROJECT.parent.parent / "shared" / "data" / "coco-sample"
+sys.path[:0] = [str(PROJECT), str(PROJECT / "demo")]
+
+CATEGORIES = [{"id": 1, "name": "ant"}, {"id": 3, "name": "bee"}, {"id": 4, "name": "cat"}]
+
+
+def random_boxes(random, count, width, height):
+    """(count, 4) as x, y, width, height inside the picture, each with an area."""
+    x, y = random.uniform(0, 0.7 * width, count), random.uniform(0, 0.7 * height, count)
+    return np.stack([x, y, random.uniform(2, width - x), random.uniform(2, height - y)], axis=1).round(2)
+
+
+def write_set(root, count=6, seed=0, splits=("train", "val")):
+    """Random pictures of several sizes with up to three objects; the third has none, a grey and a crowd are among."""
+    random = np.random.RandomState(seed)
+    for split in splits:
+        folder = Path(root, f"{split}2017")
+        folder.mkdir(parents=True)
+        data = {"images": [], "annotations": [], "categories": CATEGORIES}
+        for number in range(count):
+            width, height = (int(side) for side in random.randint(40, 90, 2))
+            picture = Image.fromarray(random.randint(0, 255, (height, width, 3)).astype(np.uint8))
+            name = f"{number:04}.png"
+            (picture.convert("L") if number == 1 else picture).save(folder / name)
+            data["images"].append({"id": 10 * number + 7, "file_name": name, "width": width, "height": height})
+            for box in random_boxes(random, 0 if number == 2 else random.randint(1, 4), width, height):
+                data["annotations"].append({
+                    "id": len(data["annotations"]) + 1, "image_id": 10 * number + 7, "bbox": box.tolist(),
+                    "category_id": int(random.choice([1, 3, 4])), "area": float(box[2] * box[3]),
+                    "iscrowd": int(number == 3 and random.rand() < 0.3)})
+        save_annotations(root, split, data)
+    return root
+
+
+def save_annotations(root, split, data):
+    path = Path(root, "annotations", f"instances_{split}2017.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(data))
+
+
+def load_annotations(root, split):
+    return json.loads(Path(root, "annotations", f"instances_{split}2017.json").read_text())
+
+
+def pack(root, split, folder=None):
+    """Write `root`/{split}2017.zip of a folder of pictures."""
+    folder = folder or Path(root, f"{split}2017")
+    with zipfile.ZipFile(Path(root, f"{split}2017.zip"), "w") as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, f"{split}2017/{file.name}")
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory):
+    """A set that tests only read."""
+    return write_set(tmp_path_factory.mktemp("coco"))
+
+
+def parse(*flags):
+    """Arguments of main.py."""
+    from main import get_args_parser
+    return argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([str(flag) for flag in flags])
+
+
+def small(coco_path, *flags):
+    """Flags of a run on the CPU that takes a second or two."""
+    return ["--device", "cpu", "--coco_path", coco_path, "--backbone", "resnet18", "--no_pretrained_backbone",
+            "--short_side", 64, "--hidden_dim", 16, "--nheads", 2, "--enc_layers", 1, "--dec_layers", 2,
+            "--dim_feedforward", 16, "--num_queries", 5, "--batch_size", 2, "--num_workers", 0, "--epochs", 1,
+            "--enc_rpe2d", "rpe-2.0-product-ctx-1-k", *flags]
+
+
+def start(*command, **environment):
+    """Start Python with one thread in the project's folder; its output is captured."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=PROJECT, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def launcher(world_size, *command):
+    """Start of a command under torch.distributed.launch, as the released commands have it."""
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        port = sock.getsockname()[1]
+    return ["-m", "torch.distributed.launch", f"--nproc_per_node={world_size}", f"--master_port={port}", "--use_env",
+            *command]
+
+
+def finish(process):
+    """(exit status, standard output, standard error)"""
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.terminate()
+    return process.returncode, out, err

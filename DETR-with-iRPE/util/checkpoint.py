@@ -59,8 +59,8 @@ def load_weights(model, checkpoint, path, new_class_head=False):
     if head:
         counts = [len(values[head[0]]) - 1 for values in (weights, expected)]
         if not new_class_head:
-            raise UserError(f"checkpoint {path} has {counts[0]} classes and this run {counts[1]}: check --coco_path and "
-                            "--num_classes, or say --finetune to start from its weights with a new class head")
+            raise UserError(f"checkpoint {path} has {counts[0]} classes and this run {counts[1]}: check --coco_path "
+                            "and --num_classes, or say --finetune to start from its weights with a new class head")
         print_once(f"finetune: new class head for {counts[1]} classes instead of {counts[0]}")
         weights.update({key: expected[key] for key in head})
     differences = key_differences(

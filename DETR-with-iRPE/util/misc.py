@@ -36,7 +36,7 @@ def nested_tensor_from_tensor_list(tensor_list):
                          "shape (channels, height, width) with the same number of channels")
     height, width = (max(x.shape[axis] for x in tensor_list) for axis in (1, 2))
     mask = torch.ones(len(tensor_list), height, width, dtype=torch.bool, device=tensor_list[0].device)
-    for picture, hidden in zip(tensor_list, mask):
+    for picture, hidden in zip(tensor_list, mask, strict=True):
         hidden[:picture.shape[1], :picture.shape[2]] = False
     padded = [F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in tensor_list]
     return NestedTensor(torch.stack(padded), mask)
@@ -44,5 +44,5 @@ def nested_tensor_from_tensor_list(tensor_list):
 
 def collate_fn(batch):
     """List of (picture, target) → (NestedTensor, tuple of targets)."""
-    pictures, targets = zip(*batch)
+    pictures, targets = zip(*batch, strict=True)
     return nested_tensor_from_tensor_list(pictures), targets

@@ -17,7 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
@@ -41,6 +41,14 @@ class UserError(Exception):
         if message.startswith("Caught ") and "Original Traceback" in message:
             return message.rpartition("UserError: ")[2].strip()
         return message
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser, but a mistake is said in one line, once, without the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        sentence = f"error: {message}; --help lists all flags"
+        _leave(2, sentence if _speaks_for(sentence) else "")
 
 
 def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
@@ -68,7 +76,7 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
         dist.destroy_process_group()
 
 
-def _leave(status: int, sentence: str = "") -> None:
+def _leave(status: int, sentence: str = "") -> NoReturn:
     if sentence:
         print(sentence, file=sys.stderr)
     if not dist.is_initialized():
@@ -85,16 +93,19 @@ def _leave(status: int, sentence: str = "") -> None:
 def _speaks_for(sentence: str) -> bool:
     """Whether this process is the first to say the sentence (before the processes know each other: one a machine)."""
     if _store is None:
+        if _local_rank() > 0:
+            time.sleep(2)  # a launcher that sees one process end stops the others, also the one that is to speak
         return _local_rank() == 0
     try:
-        return _store.add(sentence, 1) == 1
+        with _muted():
+            return _store.add(sentence, 1) == 1
     except RuntimeError:  # the store ended with its process, which has spoken
         return False
 
 
 def _note_failure() -> None:
     if _store is not None:
-        with contextlib.suppress(RuntimeError):  # nobody is left to read the note
+        with contextlib.suppress(RuntimeError), _muted():  # maybe nobody is left to read the note
             _store.set(_FAILED, "")
 
 
@@ -102,9 +113,24 @@ def _another_process_failed() -> bool:
     if _store is None:
         return False
     try:
-        return _store.check([_FAILED])
+        with _muted():
+            return _store.check([_FAILED])
     except RuntimeError:  # the store ended with its process
         return True
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Keep back what C++ prints: to ask a store that is gone is foreseen here, and c10d warns with a stack trace."""
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -263,8 +289,8 @@ def save_atomically(obj: Any, path: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def is_url(path: str) -> bool:
-    return path.startswith(("http://", "https://"))
+def is_url(path: str | os.PathLike) -> bool:
+    return str(path).startswith(("http://", "https://"))
 
 
 def cached_download(url: str, file_name: str | None = None) -> str:
@@ -299,13 +325,13 @@ _ALLOWED_GLOBALS = [argparse.Namespace] + [
     (cls, f"{module}.{name}") for name, cls in _PATH_CLASSES.items() for module in ("pathlib", "pathlib._local")]
 
 
-def load_checkpoint(path_or_url: str) -> dict:
+def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
     """Read a checkpoint to the CPU without running code from it.
 
     Beyond tensors and plain containers only ``argparse.Namespace`` and pathlib paths are let in. Raises
     ``UserError`` for a file that is missing, truncated, no checkpoint, or asks for anything else (named).
     """
-    path = cached_download(path_or_url) if is_url(path_or_url) else path_or_url
+    path = cached_download(str(path_or_url)) if is_url(path_or_url) else path_or_url
     try:
         with open(path, "rb") as file:
             checkpoint = _read_checkpoint(file, path)
@@ -316,7 +342,7 @@ def load_checkpoint(path_or_url: str) -> dict:
     return checkpoint
 
 
-def _read_checkpoint(file: IO[bytes], path: str) -> Any:
+def _read_checkpoint(file: IO[bytes], path: str | os.PathLike) -> Any:
     if file.read(4) not in (b"PK\x03\x04", b"\x80\x02\x8a\n"):  # zip, or the pickled magic number of old files
         raise UserError(f"{path} is {'empty' if not file.tell() else 'not a PyTorch checkpoint'}")
     file.seek(0)

@@ -46,7 +46,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         """
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        q, k, v = (self._split_heads(x) for x in self._project(query, key, value))
+        q, k, v = (self.split_heads(x) for x in self.project(query, key, value))
         height, width = hw or (None, None)
         out = rpe_attention(q, k, v, self.rpe_q, self.rpe_k, self.rpe_v, height, width,
                             self._merge_masks(key_padding_mask, attn_mask, q),
@@ -54,7 +54,8 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         out = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, L, C)
         return (out if self.batch_first else out.transpose(0, 1)), None
 
-    def _project(self, query, key, value):
+    def project(self, query, key, value):
+        """Queries, keys and values (B, L, C) after the input projection."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if query is not key:
             biases = (None,) * 3 if bias is None else bias.chunk(3)
@@ -63,8 +64,9 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         q, k = F.linear(query, weight[:2 * c], None if bias is None else bias[:2 * c]).chunk(2, -1)
         return q, k, F.linear(value, weight[2 * c:], None if bias is None else bias[2 * c:])
 
-    def _split_heads(self, x):
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, L, D)
+    def split_heads(self, x):
+        """(B, L, C) → (B, H, L, D)"""
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _merge_masks(self, key_padding_mask, attn_mask, q):
         mask = None

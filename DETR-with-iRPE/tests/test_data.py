@@ -1,0 +1,221 @@
+"""Reading pictures and annotations: from folders and zips, by several workers, and with every mistake named."""
+import json
+import shutil
+import zipfile
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import COCO_SAMPLE, load_annotations, pack, parse, save_annotations, small, write_set
+from datasets import build_dataset, eval_loader, train_loader
+from datasets.coco import CocoDetection
+from util.box_ops import box_cxcywh_to_xyxy
+from util.runtime import UserError
+
+
+def dataset(root, split="val", *flags):
+    return build_dataset(split, parse(*small(root, *flags)))
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A set that a test may damage."""
+    return write_set(tmp_path / "set", count=4, splits=("val",))
+
+
+def edit(root, change):
+    data = load_annotations(root, "val")
+    change(data)
+    save_annotations(root, "val", data)
+
+
+def test_targets_are_the_annotations_without_crowds(coco):
+    data, images = load_annotations(coco, "val"), dataset(coco)
+    assert len(images) == len(data["images"])
+    for picture, target in images:
+        objects = [a for a in data["annotations"] if a["image_id"] == target["image_id"] and not a["iscrowd"]]
+        height, width = target["orig_size"].tolist()
+        boxes = box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([width, height, width, height])
+        expected = torch.tensor([a["bbox"] for a in objects]).reshape(-1, 4)
+        expected[:, 2:] += expected[:, :2]
+        torch.testing.assert_close(boxes, expected, rtol=0, atol=1e-3)
+        assert target["labels"].tolist() == [a["category_id"] for a in objects]
+        assert min(picture.shape[1:]) == 64 and picture.shape[1:] == tuple(target["size"].tolist())
+
+
+def test_folder_zip_and_a_zip_that_completes_a_folder_give_the_same(coco, tmp_path):
+    packed, mixed = tmp_path / "packed", tmp_path / "mixed"
+    for root in (packed, mixed):
+        shutil.copytree(coco / "annotations", root / "annotations")
+        pack(root, "val", coco / "val2017")
+    (mixed / "val2017").mkdir()
+    shutil.copy(coco / "val2017" / "0001.png", mixed / "val2017")
+    expected = list(dataset(coco))
+    for root in (packed, mixed):
+        for (picture, target), (other, other_target) in zip(expected, dataset(root), strict=True):
+            assert torch.equal(picture, other) and torch.equal(target["boxes"], other_target["boxes"])
+
+
+def test_zips_are_read_safely_by_several_workers(coco, tmp_path):
+    shutil.copytree(coco / "annotations", tmp_path / "annotations")
+    pack(tmp_path, "val", coco / "val2017")
+    images = dataset(tmp_path)
+    expected = [images[i][0] for i in range(len(images))]  # opens the zip before the workers are forked
+    for _ in range(3):
+        loader = eval_loader(images, parse(*small(tmp_path, "--num_workers", 2, "--batch_size", 1)))
+        assert all(torch.equal(batch.tensors[0], picture)
+                   for (batch, _), picture in zip(loader, expected, strict=True))
+
+
+def test_class_count_comes_from_the_annotations(coco):
+    assert dataset(coco).num_classes == 5
+    if COCO_SAMPLE.is_dir():
+        assert dataset(COCO_SAMPLE).num_classes == 91
+
+
+def test_training_loader_gives_every_picture_in_an_epochs_own_order(coco):
+    loader = train_loader(dataset(coco, "train"), parse(*small(coco)))
+    orders = []
+    for epoch in (0, 1, 0):
+        loader.sampler.set_epoch(epoch)
+        orders.append([target["image_id"].item() for _, targets in loader for target in targets])
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == [7, 17, 27, 37, 47, 57]
+
+
+def test_difficult_objects_are_left_out_of_training_when_asked(tmp_path):
+    root = write_set(tmp_path / "set", count=2)
+    for split in ("train", "val"):
+        data = load_annotations(root, split)
+        data["annotations"] = [{**a, "iscrowd": 0, "difficult": int(i == 0)} for i, a in enumerate(data["annotations"])]
+        save_annotations(root, split, data)
+    counts = {(split, flags): sum(len(target["labels"]) for _, target in dataset(root, split, *flags))
+              for split in ("train", "val") for flags in ((), ("--remove_difficult",))}
+    assert counts["train", ("--remove_difficult",)] == counts["train", ()] - 1
+    assert counts["val", ("--remove_difficult",)] == counts["val", ()]
+
+
+def test_a_stray_bad_box_among_thousands_is_clipped_or_left_out_with_a_note(tmp_path, capsys):
+    root = write_set(tmp_path / "set", count=2, splits=("val",))
+
+    def change(data):
+        good = {**data["annotations"][0], "iscrowd": 0, "bbox": [1, 1, 20, 20]}
+        data["annotations"] = [good] * 3000 + [{**good, "id": 9001, "bbox": [1, 1, 0, 5]},
+                                               {**good, "id": 9002, "bbox": [-9, 1, 20, 20]}]
+
+    edit(root, change)
+    images = dataset(root)
+    assert "object 9001" in capsys.readouterr().out
+    assert len(images[0][1]["labels"]) == 3001
+    assert images[0][1]["boxes"][-1, 2] * images[0][1]["orig_size"][1] == pytest.approx(11, abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes: each a UserError whose sentence names what is wrong
+
+def refused(root, *words, read=False):
+    with pytest.raises(UserError) as caught:
+        images = dataset(root)
+        if read:
+            list(images)
+    assert all(str(word) in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_annotations_are_named(tmp_path):
+    refused(tmp_path, "instances_val2017.json", "--coco_path")
+
+
+def test_truncated_annotations_are_named(own):
+    path = own / "annotations" / "instances_val2017.json"
+    path.write_text(path.read_text()[:200])
+    refused(own, path, "not JSON")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", json.dumps({"images": [], "categories": [], "annotations": []}),
+                                     json.dumps({"images": [{"id": 1}], "categories": [], "annotations": []})])
+def test_json_of_another_format_is_refused(own, content):
+    (own / "annotations" / "instances_val2017.json").write_text(content)
+    refused(own, "instances_val2017.json")
+
+
+def test_missing_folder_and_zip_are_both_named(own):
+    shutil.rmtree(own / "val2017")
+    refused(own, own / "val2017", own / "val2017.zip")
+
+
+def test_a_picture_missing_from_folder_and_zip_is_named(own):
+    pack(own, "val")
+    (own / "val2017" / "0002.png").unlink()
+    dataset(own)  # the zip still has it
+    (own / "val2017.zip").unlink()
+    refused(own, "0002.png", own / "val2017", "1 of 4")
+
+
+def test_a_truncated_zip_is_named(own):
+    pack(own, "val")
+    shutil.rmtree(own / "val2017")
+    archive = own / "val2017.zip"
+    archive.write_bytes(archive.read_bytes()[:-100])
+    refused(own, archive, "truncated")
+
+
+def test_a_damaged_member_of_a_zip_is_named(own):
+    pack(own, "val")
+    shutil.rmtree(own / "val2017")
+    archive = own / "val2017.zip"
+    with zipfile.ZipFile(archive) as opened:
+        start = opened.infolist()[2].header_offset
+    content = bytearray(archive.read_bytes())
+    content[start + 200:start + 300] = bytes(100)
+    archive.write_bytes(content)
+    refused(own, "0002.png", archive, read=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", None])
+def test_a_truncated_picture_is_named(own, content):
+    path = own / "val2017" / "0003.png"
+    path.write_bytes(path.read_bytes()[:1500] if content is None else content)
+    refused(own, path, read=True)
+
+
+def test_a_truncated_picture_is_named_by_a_worker_too(own):
+    path = own / "val2017" / "0003.png"
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(UserError) as caught:
+        list(eval_loader(dataset(own), parse(*small(own, "--num_workers", 1))))
+    assert str(path) in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_a_picture_of_another_size_than_annotated_is_named(own):
+    Image.new("RGB", (33, 44)).save(own / "val2017" / "0000.png")
+    refused(own, "0000.png", "44×33", read=True)
+
+
+@pytest.mark.parametrize(("box", "words"), [
+    ([1000, 2, 5, 5], "reaches out"), ([2, 2, 500, 5], "reaches out"), ([5, 5, 0, 5], "no area"),
+    ([5, 5, 10, -3], "no area"), ([1, 2, 3], "four numbers"), (["a", 1, 2, 3], "four numbers"),
+    ([float("nan"), 1, 2, 3], "reaches out")])
+def test_a_box_outside_the_picture_or_without_area_is_named(own, box, words):
+    edit(own, lambda data: data["annotations"].append(
+        {"id": 4711, "image_id": 7, "category_id": 1, "bbox": box, "iscrowd": 0, "area": 4}))
+    refused(own, "object 4711", words)
+
+
+@pytest.mark.parametrize(("field", "value", "words"), [("image_id", 99, "picture 99"),
+                                                       ("category_id", 99, "category 99")])
+def test_an_object_of_an_unknown_picture_or_category_is_named(own, field, value, words):
+    edit(own, lambda data: data["annotations"][0].update({field: value}))
+    refused(own, "object 1 ", words)
+
+
+def test_two_pictures_with_one_id_are_refused(own):
+    edit(own, lambda data: data["images"][1].update(id=7))
+    refused(own, "same id")
+
+
+def test_boxes_may_stick_out_by_a_rounding_error(own):
+    edit(own, lambda data: data["annotations"][0].update(
+        image_id=7, iscrowd=0, bbox=[-0.4, 0, data["images"][0]["width"] + 0.9, 12.0]))
+    target = CocoDetection(own, "val", lambda *pair: pair)[0][1]
+    assert target["boxes"][0].tolist() == [0, 0, load_annotations(own, "val")["images"][0]["width"], 12]

@@ -1,0 +1,162 @@
+"""The evaluation against pycocotools itself, and the same for any number of processes."""
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import main
+from conftest import finish, launcher, load_annotations, pack, parse, small, start, write_set
+from datasets import build_dataset, eval_loader
+from datasets.coco_eval import CocoEvaluator
+from engine import evaluate
+from fill import fill_state_dict
+from models import build_model
+from util import runtime
+
+
+def noisy_copies(data, seed=0):
+    """Detections (picture id → result of PostProcess): the objects, moved a little, a few in another class."""
+    random, found = np.random.RandomState(seed), {}
+    for image in data["images"]:
+        rows = []
+        for a in data["annotations"]:
+            if a["image_id"] == image["id"]:
+                box = np.array(a["bbox"]) * random.uniform(0.9, 1.1, 4)
+                label = a["category_id"] if random.rand() < 0.8 else 3
+                rows.append([box[0], box[1], box[0] + box[2], box[1] + box[3], random.rand(), label])
+        rows = torch.tensor(rows, dtype=torch.float64).reshape(-1, 6)
+        found[image["id"]] = {"boxes": rows[:, :4], "scores": rows[:, 4], "labels": rows[:, 5].long()}
+    return found
+
+
+def direct(path, found):
+    """The twelve numbers by pycocotools alone, from a list of results as COCO's server takes it."""
+    results = [{"image_id": image_id, "category_id": int(label), "score": float(score),
+                "bbox": [box[0].item(), box[1].item(), (box[2] - box[0]).item(), (box[3] - box[1]).item()]}
+               for image_id, r in found.items() for box, score, label in zip(*r.values(), strict=True)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(path)
+        measured = COCOeval(truth, truth.loadRes(results), "bbox")
+        measured.evaluate()
+        measured.accumulate()
+        measured.summarize()
+    return measured.stats
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("larger"), count=30, splits=("val",))
+
+
+def test_evaluator_equals_pycocotools_on_noisy_copies(larger):
+    found = noisy_copies(load_annotations(larger, "val"))
+    found[17] = {name: values[:0] for name, values in found[17].items()}  # nothing detected in this one
+    assert not len(found[27]["scores"])  # and nothing there in this one
+    evaluator = CocoEvaluator(build_dataset("val", parse(*small(larger))).ground_truth())
+    for image_id in reversed(found):
+        evaluator.update({image_id: found[image_id]})
+    expected = direct(larger / "annotations" / "instances_val2017.json", found)
+    assert 0.2 < expected[0] < 0.9
+    np.testing.assert_allclose(evaluator.summarize().stats, expected, rtol=1e-12)
+
+
+def test_a_model_that_finds_nothing_is_measured_as_zero(larger):
+    evaluator = CocoEvaluator(build_dataset("val", parse(*small(larger))).ground_truth())
+    empty = {"boxes": torch.empty(0, 4), "scores": torch.empty(0), "labels": torch.empty(0, dtype=torch.long)}
+    evaluator.update({image["id"]: empty for image in load_annotations(larger, "val")["images"]})
+    assert evaluator.summarize().stats[0] == 0
+
+
+def test_a_set_without_any_object_is_measured_as_minus_one(tmp_path):
+    root = write_set(tmp_path / "set", count=2, splits=("val",))
+    data = load_annotations(root, "val")
+    found = noisy_copies(data)
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps({**data, "annotations": []}))
+    evaluator = CocoEvaluator(build_dataset("val", parse(*small(root))).ground_truth())
+    evaluator.update(found)
+    assert set(evaluator.summarize().stats) == {-1.0}
+
+
+def _oracle(args):
+    """In a process: `evaluate` with a model that tells pictures by their colours and answers with noisy copies of
+    their objects, so that the numbers are far from 0 and 1."""
+    device = runtime.init_distributed(args)
+    dataset = build_dataset("val", args)
+    _, criterion, postprocessors = build_model(args)
+    found = noisy_copies(dataset.annotations)
+
+    class Oracle(torch.nn.Module):
+        def forward(self, samples):
+            logits, boxes = torch.zeros(len(samples.tensors), 5, 6), torch.full((len(samples.tensors), 5, 4), 0.5)
+            logits[..., 5] = 9.0
+            for i, picture in enumerate(samples.tensors):
+                index = next(j for j, known in enumerate(pictures) if known.shape <= picture.shape and torch.equal(
+                    known, picture[:, :known.shape[1], :known.shape[2]]))
+                size, result = dataset[index][1]["orig_size"], found[dataset.images[index]["id"]]
+                corners = result["boxes"] / torch.tensor([size[1], size[0], size[1], size[0]])
+                for n, (box, score, label) in enumerate(zip(corners, result["scores"], result["labels"], strict=True)):
+                    boxes[i, n] = torch.cat([(box[:2] + box[2:]) / 2, box[2:] - box[:2]])
+                    logits[i, n, label] = 9.0 + score
+            return {"pred_logits": logits, "pred_boxes": boxes}
+
+    pictures = [picture for picture, _ in dataset]
+    stats, _ = evaluate(Oracle(), criterion, postprocessors, eval_loader(dataset, args), dataset.ground_truth(), device)
+    if runtime.is_main_process():
+        print("RESULT " + json.dumps(stats))
+
+
+def test_eval_is_the_same_for_any_number_of_processes_and_batch_size(larger):
+    script = "import test_eval, util.runtime; util.runtime.run(test_eval._oracle, test_eval.parse(*sys.argv[1:]))"
+    flags = small(larger, "--eval", "--num_classes", 5, "--eval_batch_size")
+    processes = [start(*launcher(world, "tests/run_code.py", script, *flags, batch))
+                 for world, batch in ((1, 2), (2, 2), (3, 2), (2, 7))]
+    results = []
+    for process in processes:
+        status, out, err = finish(process)
+        assert status == 0, err
+        results.append(json.loads(out.partition("RESULT ")[2].splitlines()[0]))
+    assert 0.2 < results[0]["coco_eval_bbox"][0] < 0.9
+    assert results[0] == results[1] == results[2]
+    assert results[0]["coco_eval_bbox"] == results[3]["coco_eval_bbox"]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory, larger):
+    """A checkpoint in the released form for the model of `small`."""
+    model, _, _ = build_model(parse(*small(larger, "--num_classes", 5, "--eval")))
+    path = tmp_path_factory.mktemp("filled") / "filled.pth"
+    torch.save({"model": fill_state_dict(model.state_dict())}, path)
+    return path
+
+
+def report(text):
+    """The lines of a program's output that carry numbers of the evaluation."""
+    return [line for line in text.splitlines() if line.startswith(("Averaged stats:", " Average "))]
+
+
+def test_the_released_command_says_the_same_from_folder_and_zip_alone_or_with_another(larger, filled, tmp_path, capsys):
+    (tmp_path / "annotations").symlink_to(larger / "annotations")
+    pack(tmp_path, "val", larger / "val2017")
+    flags = ["--eval", "--resume", filled, "--output_dir", tmp_path / "out"]
+    process = start(*launcher(2, "main.py", *small(tmp_path, *flags)))
+    main.main(parse(*small(larger, "--eval", "--resume", filled)))
+    alone = report(capsys.readouterr().out)
+    status, out, err = finish(process)
+    assert status == 0, err
+    assert len(alone) == 13 and report(out) == alone
+    assert alone[0].split()[2] == "loss:" and "loss_giou_0:" in alone[0] and "class_error:" in alone[0]
+    arrays = torch.load(tmp_path / "out" / "eval.pth", weights_only=True)
+    assert arrays["precision"].shape == (10, 101, 3, 4, 3)
+
+
+def test_with_batch_1_a_picture_is_seen_alone(larger, filled, capsys):
+    for flags in (("--eval_batch_size", 1), ("--batch_size", 1)):
+        main.main(parse(*small(larger, "--eval", "--resume", filled, *flags)))
+    first, second = np.array_split(report(capsys.readouterr().out), 2)
+    assert list(first) == list(second)
+

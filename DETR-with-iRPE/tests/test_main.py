@@ -1,0 +1,292 @@
+"""The program from its command line: flags, training, resuming, pictures, and what a user gets wrong."""
+import json
+import math
+import pickle
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import ResNet18_Weights, resnet18
+
+import hubconf
+import main
+import visualize
+from conftest import PROJECT, finish, parse, small, start, write_set
+from fill import fill_state_dict
+from models import build_model
+from models.backbone import Backbone
+from util import runtime
+from util.runtime import UserError
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def trained(coco, tmp_path_factory):
+    """Output of two epochs, with dropout and augmentation."""
+    out = tmp_path_factory.mktemp("trained")
+    main.main(parse(*small(coco, "--output_dir", out, "--epochs", 2, "--lr_drop", 1)))
+    return out
+
+
+def test_every_released_flag_has_its_name_type_and_default():
+    actions = {action.dest: action for action in main.get_args_parser()._actions}
+    for flag in json.loads((GOLDEN / "cli_detr.json").read_text()):
+        action = actions[flag["dest"]]
+        assert action.option_strings == flag["flags"] and action.default == flag["default"], flag
+        assert (action.type or str).__name__ == (flag["type"] or "str"), flag
+        assert action.nargs == flag["nargs"] and (action.choices and list(action.choices)) == flag["choices"], flag
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def test_training_writes_checkpoints_log_and_precision(coco, trained):
+    rows = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert rows[0]["train_lr"] == 1e-4 and rows[1]["train_lr"] == pytest.approx(1e-5)
+    for row in rows:
+        assert len(row["test_coco_eval_bbox"]) == 12 and row["n_parameters"] > 1e6
+        assert {"train_loss", "train_loss_ce_0", "train_class_error", "train_loss_bbox_unscaled", "train_lr_backbone",
+                "train_grad_norm", "test_loss", "test_loss_giou"} <= row.keys()
+        parts = [f"train_{name}{suffix}" for name in ("loss_ce", "loss_bbox", "loss_giou") for suffix in ("", "_0")]
+        assert row["train_loss"] == pytest.approx(sum(row[part] for part in parts), rel=1e-4)
+    files = {str(path.relative_to(trained)) for path in trained.rglob("*.pth")}
+    assert files == {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "eval/latest.pth", "eval/000.pth"}
+    assert (trained / "tensorboard").is_dir()
+    checkpoint = runtime.load_checkpoint(str(trained / "checkpoint.pth"))
+    assert checkpoint["epoch"] == 1 and checkpoint["args"].enc_rpe2d == "rpe-2.0-product-ctx-1-k"
+    assert checkpoint["categories"] == {1: "ant", 3: "bee", 4: "cat"}
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(coco, trained, tmp_path):
+    main.main(parse(*small(coco, "--output_dir", tmp_path, "--epochs", 2, "--lr_drop", 1,
+                           "--resume", trained / "checkpoint0000.pth")))
+    resumed, whole = (runtime.load_checkpoint(str(path / "checkpoint.pth")) for path in (tmp_path, trained))
+    assert resumed["epoch"] == whole["epoch"] == 1
+    assert all(torch.equal(value, whole["model"][key]) for key, value in resumed["model"].items())
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+
+
+def test_training_moves_what_it_should(coco, trained):
+    args = parse(*small(coco, "--num_classes", 5))
+    torch.manual_seed(args.seed)
+    start_weights = build_model(args)[0].state_dict()
+    after = runtime.load_checkpoint(str(trained / "checkpoint.pth"))["model"]
+    assert after.keys() == start_weights.keys()
+    assert not [key for key, value in after.items()
+                if value.is_floating_point() and torch.equal(value, start_weights[key])]
+
+
+def test_finetune_gives_another_number_of_classes_a_new_head_and_says_so(coco, trained, tmp_path, capsys):
+    flags = small(coco, "--num_classes", 9, "--resume", trained / "checkpoint.pth")
+    with pytest.raises(UserError, match="5 classes and this run 9.*--finetune"):
+        main.main(parse(*flags))
+    main.main(parse(*flags, "--finetune", "--lr", 0, "--lr_backbone", 0, "--weight_decay", 0, "--output_dir", tmp_path))
+    assert "new class head for 9 classes instead of 5" in capsys.readouterr().out
+    after, before = (runtime.load_checkpoint(str(path / "checkpoint.pth")) for path in (tmp_path, trained))
+    assert after["epoch"] == 0
+    assert {key for key, value in after["model"].items() if not torch.equal(value, before["model"][key])
+            and "running" not in key and "tracked" not in key} <= {"class_embed.weight", "class_embed.bias"}
+    assert after["model"]["class_embed.weight"].shape[0] == 10
+
+
+def test_mixed_precision_trains_and_evaluates(coco):
+    main.main(parse(*small(coco, "--amp_dtype", "bfloat16", "--no_augmentation", "--no_aux_loss")))
+
+
+def test_two_processes_train_one_model(coco, tmp_path):
+    from conftest import launcher
+    status, out, err = finish(start(*launcher(2, "main.py", *small(coco, "--output_dir", tmp_path, "--batch_size", 1))))
+    assert status == 0, err
+    assert out.count("Averaged stats:") == 1 and "[3/3]" in out
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+
+
+def test_the_demo_runs_from_end_to_end(tmp_path):
+    status, out, err = finish(start("demo/run.py", "--output_dir", tmp_path, "--epochs", 1, "--train", 32, "--val", 2))
+    assert status == 0, err
+    assert " before and " in out and (tmp_path / "curves.png").stat().st_size > 5000
+    assert len(list((tmp_path / "detections").glob("*.png"))) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights of the backbone
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """An empty hub cache; a download is noted and fails."""
+    asked = []
+
+    def fail(url, *args, **kwargs):
+        asked.append(url)
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    return asked
+
+
+def without(flag, flags):
+    return [value for value in flags if value != flag]
+
+
+def test_offline_training_from_pretrained_weights_names_the_file_and_its_place(coco, offline, tmp_path):
+    with pytest.raises(UserError, match="resnet18-") as caught:
+        main.main(parse(*without("--no_pretrained_backbone", small(coco))))
+    assert str(tmp_path / "checkpoints") in str(caught.value)
+
+
+def test_backbone_weights_are_not_fetched_where_a_checkpoint_brings_them(coco, offline):
+    for flags in (["--eval"], ["--resume", "x.pth"]):
+        build_model(parse(*without("--no_pretrained_backbone", small(coco, *flags))))
+    build_model(parse(*small(coco)))
+    assert offline == []
+
+
+def test_pretrained_weights_come_from_the_cache_into_the_frozen_form(offline, tmp_path):
+    weights = fill_state_dict(resnet18().state_dict())
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(weights, tmp_path / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2])
+    body = Backbone("resnet18", True).body.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in body.items())
+
+
+def test_other_processes_wait_until_the_main_one_has_the_weights(monkeypatch):
+    events = []
+    monkeypatch.setattr("models.backbone.barrier", lambda: events.append("barrier"))
+    monkeypatch.setattr("models.backbone.cached_download", lambda url: events.append("download") or "path")
+    from models.backbone import _pretrained_weights
+    for main_process in (True, False):
+        monkeypatch.setattr("models.backbone.is_main_process", lambda main_process=main_process: main_process)
+        _pretrained_weights("resnet18")
+    assert events == ["download", "barrier", "barrier", "download"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hub and pictures
+
+def test_hub_entries_build_their_models_and_load_what_is_cached(offline, tmp_path):
+    model, post = torch.hub.load(str(PROJECT), "detr_resnet50_rpe_20_product_ctx_1_k", source="local",
+                                 num_classes=20, return_postprocessor=True)
+    assert model.class_embed.out_features == 21 and not model.training
+    assert post(model([torch.zeros(3, 64, 64)]), torch.tensor([[64, 64]]))[0]["boxes"].shape == (100, 4)
+    assert hubconf.detr_resnet101_dc5().backbone[0].body.layer4[1].conv2.dilation == (2, 2)
+    with pytest.raises(UserError, match="detr-r50-e632da11.pth"):
+        hubconf.detr_resnet50(pretrained=True)
+    weights = fill_state_dict(hubconf.detr_resnet50_rpe_19_product_ctx_1_k().state_dict())
+    torch.save({"model": weights}, tmp_path / "checkpoints" / "rpe-1.9-product-ctx-1-k.pth")
+    loaded = hubconf.detr_resnet50_rpe_19_product_ctx_1_k(pretrained=True).state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
+
+
+def picture_flags(*flags):
+    return [str(flag) for flag in ("--device", "cpu", *flags)]
+
+
+def test_pictures_show_detections_and_attention_with_and_without_the_encoding(coco, trained, tmp_path, capsys):
+    files = sorted((coco / "val2017").iterdir())[:2]
+    argv = picture_flags("--resume", trained / "checkpoint.pth", "--image", *files, "--output_dir", tmp_path,
+                         "--threshold", 0.01, "--attention", 12, 30)
+    visualize.main(visualize.parser().parse_args(argv), argv)
+    assert "_detections.png: 5 objects" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{file.stem}_{kind}.png" for file in files for kind in ("detections", "attention")}
+
+
+def test_drawn_attention_is_a_distribution_that_the_encoding_changes(coco, trained):
+    argv = picture_flags("--resume", trained / "checkpoint.pth", "--image", "x", "--output_dir", "x")
+    args, model, _, names = visualize.load_model(visualize.parser().parse_args(argv), argv)
+    assert args.enc_rpe2d == "rpe-2.0-product-ctx-1-k" and names[3] == "bee"
+    table = model.transformer.encoder.layers[0].self_attn.rpe_k.lookup_table_weight
+    table.data.mul_(20)
+    with torch.no_grad():
+        (with_term, without_term), hw = visualize.encoder_attention(model, torch.randn(1, 3, 64, 96), -1)
+    assert hw == (2, 3) and with_term.shape == (6, 6)
+    for weights in (with_term, without_term):
+        torch.testing.assert_close(weights.sum(1), torch.ones(6))
+    assert (with_term - without_term).abs().max() > 1e-3
+
+
+def test_mistakes_in_drawing_are_one_sentence(coco, trained, tmp_path):
+    common = ["--resume", trained / "checkpoint.pth", "--output_dir", tmp_path]
+    for flags, words in ((["--image", tmp_path / "none.png", *common], "none.png"),
+                         (["--image", coco / "val2017" / "0000.png", *common, "--attention", 900, 3], "900"),
+                         (["--image", coco / "val2017" / "0000.png", *common, "--attention", 3, 3, "--layer", 4], "4"),
+                         (["--image", "x.png", *common[:2]], "--output_dir")):
+        argv = picture_flags(*flags)
+        with pytest.raises(UserError, match=words):
+            visualize.main(visualize.parser().parse_args(argv), argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--masks"], "--masks.*later"), (["--frozen_weights", "x"], "--frozen_weights.*later"),
+    (["--dataset_file", "coco_panoptic"], "coco_panoptic.*later"), (["--coco_panoptic_path", "x"], "later"),
+    (["--mask_loss_coef", 2], "--mask_loss_coef.*later"), (["--dataset_file", "voc"], "voc"),
+    (["--num_classes", 4], "category id 4 \\(cat\\).*at least 5"), (["--enc_rpe2d", "rpe-2-x-ctx-1-k"], "'x'"),
+    (["--coco_path", ""], "--coco_path"), (["--finetune"], "--resume"), (["--resume", "none.pth"], "none.pth"),
+    (["--batch_size", 99], "99"), (["--batch_size", 0], "--batch_size"), (["--hidden_dim", 18], "--hidden_dim"),
+    (["--backbone", "vgg"], "vgg"), (["--dilation"], "--last_stride 1"), (["--device", "cuda:77"], "cuda"),
+    (["--output_dir", "/proc/nowhere"], "/proc/nowhere")])
+def test_flags_that_cannot_work_are_refused_in_one_sentence(coco, flags, words):
+    with pytest.raises(UserError, match=words) as caught:
+        main.main(parse(*small(coco, *flags)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--enc_rpe2d", ""], "1 unexpected.*rpe_k.lookup_table_weight"),
+    (["--enc_rpe2d", "rpe-1.9-product-ctx-1-k"], "of another shape.*lookup_table"),
+    (["--dec_layers", 3], "missing.*decoder.layers.2"), (["--backbone", "resnet34"], "missing.*backbone")])
+def test_a_checkpoint_of_another_configuration_is_refused_with_the_keys_that_differ(coco, trained, flags, words):
+    with pytest.raises(UserError, match=words):
+        main.main(parse(*small(coco, "--eval", "--resume", trained / "checkpoint.pth", *flags)))
+
+
+def test_a_truncated_or_foreign_checkpoint_is_refused(coco, trained, tmp_path):
+    path = tmp_path / "bad.pth"
+    path.write_bytes((trained / "checkpoint.pth").read_bytes()[:-1000])
+    with pytest.raises(UserError, match="truncated"):
+        main.main(parse(*small(coco, "--eval", "--resume", path)))
+    torch.save({"model": pickle.Pickler}, path)
+    with pytest.raises(UserError, match="refused"):
+        main.main(parse(*small(coco, "--eval", "--resume", path)))
+
+
+def test_another_runs_optimizer_is_refused_with_the_flags_to_give(coco, trained):
+    flags = without("--no_pretrained_backbone", small(coco, "--resume", trained / "checkpoint.pth", "--epochs", 3))
+    with pytest.raises(UserError, match="--no_pretrained_backbone"):
+        main.main(parse(*flags))
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_leaves_the_last_checkpoint(coco, trained, tmp_path):
+    checkpoint = runtime.load_checkpoint(str(trained / "checkpoint0000.pth"))
+    path = tmp_path / "checkpoint.pth"
+    for group in checkpoint["optimizer"]["param_groups"]:
+        group["lr"] = math.inf
+    torch.save(checkpoint, path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="nan|inf"):
+        main.main(parse(*small(coco, "--resume", path, "--output_dir", tmp_path, "--epochs", 2)))
+    assert path.read_bytes() == before
+
+
+def test_weights_that_are_not_finite_are_named_in_evaluation(coco, trained, tmp_path):
+    checkpoint = runtime.load_checkpoint(str(trained / "checkpoint.pth"))
+    checkpoint["model"]["class_embed.bias"][0] = math.nan
+    torch.save(checkpoint, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match="nan"):
+        main.main(parse(*small(coco, "--eval", "--resume", tmp_path / "nan.pth")))
+
+
+def test_a_mistake_ends_the_program_with_one_line_and_no_traceback(coco, tmp_path):
+    root = write_set(tmp_path / "set", count=3)
+    picture = root / "train2017" / "0001.png"
+    picture.write_bytes(picture.read_bytes()[:900])
+    out = tmp_path / "out"
+    status, _, err = finish(start("main.py", *small(root, "--num_workers", 1, "--batch_size", 1, "--output_dir", out)))
+    assert status == 1 and str(picture) in err and len(err.splitlines()) == 1, err
