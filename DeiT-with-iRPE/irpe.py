@@ -12,6 +12,8 @@ Shapes: B pictures, H heads, L tokens (`skip` prefix tokens, then the map row by
 import enum
 import functools
 import math
+import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -26,18 +28,36 @@ __all__ = ["METHOD", "RPEConfig", "build_rpe", "get_bucket_ids_2d", "get_rpe_con
 # ---------------------------------------------------------------------------------------------------------------------
 # The two operators: a gather along the bucket axis and its adjoint, a sum per bucket
 
-INDEX_DTYPE = torch.int64
+try:
+    import rpe_ops
+    from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index, validate_index
+    HAS_RPE_OPS = True
+except ModuleNotFoundError as error:  # a build that does not fit this PyTorch raises an ImportError that says so
+    if not (error.name or "").startswith("rpe_ops"):
+        raise
+    HAS_RPE_OPS = False
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        warnings.warn("the extension rpe_ops is not installed; iRPE computes the same without it, but slower. "
+                      "To build it: pip install ./rpe_ops --no-build-isolation", stacklevel=2)
+
+
+def _use_rpe_ops(device):
+    return HAS_RPE_OPS and (device.type == "cpu" or (device.type == "cuda" and rpe_ops.has_cuda))
 
 
 def _gather_buckets(lookup, ids):
-    """Y[..., i, j] = lookup[..., i, ids[i, j]] for `lookup` (..., Lq, nb) and `ids` (Lq, Lk)."""
-    return lookup.gather(-1, ids.expand(*lookup.shape[:-2], *ids.shape))
+    """Y[b, h, i, j] = lookup[b, h, i, ids[i, j]] for `lookup` (B, H, Lq, nb) and `ids` (Lq, Lk)."""
+    if _use_rpe_ops(lookup.device):
+        return rpe_index(lookup, ids)
+    return lookup.gather(-1, ids.expand(*lookup.shape[:2], *ids.shape))
 
 
 def _sum_buckets(attn, ids, num_buckets):
-    """S[..., i, c] = Σ over j with ids[i, j] = c of attn[..., i, j], in at least float32; (..., Lq, nb)."""
+    """S[b, h, i, c] = Σ over j with ids[i, j] = c of attn[b, h, i, j], added in at least float32; (B, H, Lq, nb)."""
+    if _use_rpe_ops(attn.device):
+        return rpe_bucket_sum(attn, ids, num_buckets)
     total = attn.new_zeros(*attn.shape[:-1], num_buckets, dtype=torch.promote_types(attn.dtype, torch.float32))
-    return total.scatter_add(-1, ids.expand_as(attn), attn.to(total.dtype))
+    return total.scatter_add(-1, ids.expand_as(attn), attn.to(total.dtype)).to(attn.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,10 +141,12 @@ def get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype=tor
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_bucket_ids(method, height, width, skip, alpha, beta, gamma, device):
+def _cached_bucket_ids(method, height, width, skip, alpha, beta, gamma, device, dtype):
     def compute():
         # always on the CPU: another device's logarithm may move a tie to the next bucket
-        ids, _ = get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, INDEX_DTYPE)
+        ids, num_buckets = get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype)
+        if HAS_RPE_OPS:
+            validate_index(ids, num_buckets)  # the kernels for CUDA do not check at every call
         return ids.to(device)
 
     # a thread of its own has no inference mode, fake tensors or default device of the caller: what is cached here
@@ -136,7 +158,8 @@ def _cached_bucket_ids(method, height, width, skip, alpha, beta, gamma, device):
 @torch.compiler.assume_constant_result
 def _bucket_ids(method, height, width, skip, alpha, beta, gamma, device):
     """Ids (L, L) on `device`, shared by all layers with the same map and prefix, a constant to torch.compile."""
-    return _cached_bucket_ids(method, height, width, skip, alpha, beta, gamma, device)
+    dtype = torch.int32 if _use_rpe_ops(device) else torch.int64  # PyTorch's own gather takes no int32
+    return _cached_bucket_ids(method, height, width, skip, alpha, beta, gamma, device, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,12 +288,12 @@ class iRPE(nn.Module):
         ids = self.bucket_ids(x.shape[-2], x.device, height, width)
         if self.config.mode == "bias":
             table = self.lookup_table_bias
-            return _gather_buckets(table[:, None].expand(-1, len(ids), -1), ids)[None]
+            return _gather_buckets(table[None, :, None].expand(-1, -1, len(ids), -1), ids)
         table = self.lookup_table_weight
         # matmul folds the batch into the rows only for a table without a head axis
         table = table[0] if len(table) == 1 else table
         if self.on == "v":
-            return torch.matmul(_sum_buckets(x, ids, self.num_buckets).to(x.dtype), table)
+            return torch.matmul(_sum_buckets(x, ids, self.num_buckets), table)
         return _gather_buckets(torch.matmul(x, table), ids)
 
     def extra_repr(self):
@@ -302,6 +325,13 @@ def build_rpe(rpe_config, head_dim, num_heads):
     return tuple(module(head_dim, num_heads, rpe_config, on) if on in rpe_config.rpe_on else None for on in "qkv")
 
 
+def _add(total, term):
+    """total + term, in place where shapes allow: no backward reads `total`, and a new (B, H, L, L) costs a pass."""
+    if total is None:
+        return term
+    return total.add_(term) if torch.broadcast_shapes(total.shape, term.shape) == total.shape else total + term
+
+
 def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, width=None, attn_mask=None, dropout_p=0.0):
     """softmax(scale·q·kᵀ + terms on keys and queries + mask)·v + term on values, with scale = D^-1/2.
 
@@ -318,18 +348,17 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
     scale = q.shape[-1] ** -0.5
     q = q * scale
-    bias = None if rpe_k is None else rpe_k(q, height, width)
+    # without a term on values PyTorch's attention does the rest, and takes what is added to the logits as its mask
+    logits = None if rpe_v is None else torch.matmul(q, k.transpose(-2, -1))
+    if rpe_k is not None:
+        logits = _add(logits, rpe_k(q, height, width))
     if rpe_q is not None:
-        term = rpe_q(k * scale, height, width).transpose(-2, -1)
-        bias = term if bias is None else bias + term
+        logits = _add(logits, rpe_q(k * scale, height, width).transpose(-2, -1))
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
-        bias = attn_mask if bias is None else bias + attn_mask
+        logits = _add(logits, attn_mask)
     if rpe_v is None:
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=1.0)
-    logits = torch.matmul(q, k.transpose(-2, -1))
-    if bias is not None:
-        logits += bias  # in place: no backward reads the product, and a new (B, H, L, L) costs a pass over memory
+        return F.scaled_dot_product_attention(q, k, v, logits, dropout_p, scale=1.0)
     attn = F.dropout(logits.softmax(-1), dropout_p)
     return torch.matmul(attn, v).add_(rpe_v(attn, height, width))
