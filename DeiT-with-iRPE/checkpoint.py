@@ -83,8 +83,9 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str) -> 
     """
     weights = model_weights(checkpoint, path)
     expected = model.state_dict()
-    for key in _heads_of_other_classes(model, expected, weights):
-        raise UserError(f"checkpoint {path} has {len(weights[key])} classes and the data set {len(expected[key])}: "
+    if heads := _heads_of_other_classes(model, expected, weights):
+        raise UserError(f"checkpoint {path} has {len(weights[heads[0]])} classes and the data set "
+                        f"{len(expected[heads[0]])}: "
                         "check --data-set and --data-path, or give it to --finetune for a new head")
     _load(model, expected, weights, path)
     return weights

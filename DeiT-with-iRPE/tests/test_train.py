@@ -92,6 +92,19 @@ def test_a_resumed_run_goes_on_to_the_bit_as_one_that_never_stopped(pictures, tm
     assert logs[0] == logs[1] and logs[0].count("\n") == 3
 
 
+@pytest.mark.parametrize("flag", ["--repeated-aug", "--no-repeated-aug"])
+def test_every_epoch_has_an_order_of_its_own(pictures, monkeypatch, flag):
+    orders = []
+
+    def train_one_epoch(model, criterion, data_loader, *args):
+        orders.append(tuple(data_loader.sampler))
+        return {"loss": 1.0, "lr": 1.0}
+
+    monkeypatch.setattr(main, "train_one_epoch", train_one_epoch)
+    run(pictures, "--epochs", 3, flag)
+    assert len(set(orders)) == 3
+
+
 def test_nothing_is_trained_beyond_the_last_epoch(pictures, tmp_path, capsys):
     run(pictures, "--output_dir", tmp_path)
     before = (tmp_path / "checkpoint.pth").read_bytes()
@@ -158,13 +171,14 @@ def test_train_loss_is_the_mean_over_the_steps():
     assert torch.allclose(model.layer.weight, weight)
 
 
-def test_clipping_bounds_the_step():
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clipping_bounds_the_step(scaled):
     steps = []
     for max_norm in (None, 0.01):
         torch.manual_seed(0)
         model = Recorder()
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-        epoch_of(model, count=2, max_norm=max_norm)
+        epoch_of(model, count=2, max_norm=max_norm, loss_scaler=torch.amp.GradScaler("cpu", enabled=scaled))
         steps.append((torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm().item())
     assert steps[0] > 0.1 and steps[1] == pytest.approx(0.01, rel=1e-3)
 
