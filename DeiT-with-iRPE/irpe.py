@@ -361,4 +361,5 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
     if rpe_v is None:
         return F.scaled_dot_product_attention(q, k, v, logits, dropout_p, scale=1.0)
     attn = F.dropout(logits.softmax(-1), dropout_p)
+    del logits  # its memory is still in the cache when the next tensor of this size is made
     return torch.matmul(attn, v).add_(rpe_v(attn, height, width))
