@@ -250,8 +250,9 @@ def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **
 def build_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
     """The named model for ``args.input_size`` pixels, started as the flags say."""
     try:
-        model = create_model(args.model, args.pretrained, num_classes=nb_classes, img_size=args.input_size,
-                             pos_drop_rate=args.drop, proj_drop_rate=args.drop, drop_path_rate=args.drop_path)
+        model = create_model(args.model, args.pretrained and not args.resume, num_classes=nb_classes,
+                             img_size=args.input_size, pos_drop_rate=args.drop, proj_drop_rate=args.drop,
+                             drop_path_rate=args.drop_path)
     except (ValueError, TypeError) as error:
         raise UserError(f"--model {args.model} cannot be built for {args.input_size} pixels: {error}") from error
     patch = model.patch_embed.patch_size[0]

@@ -19,6 +19,15 @@ sys.path.insert(0, str(PROJECT))
 TINY = "deit_tiny_patch16_224_ctx_product_50_shared_k"
 
 
+@pytest.fixture(params=["rpe_ops", "torch"])
+def operators(request, monkeypatch):
+    """Run the test with the extension and with PyTorch's own operators."""
+    import irpe
+    if request.param == "rpe_ops" and not irpe.HAS_RPE_OPS:
+        pytest.skip("the extension rpe_ops is not installed; make builds it")
+    monkeypatch.setattr(irpe, "HAS_RPE_OPS", request.param == "rpe_ops")
+
+
 def write_pictures(folder, classes=("ant", "bee", "cat"), count=8, size=40, seed=0):
     """Class folders of random pictures, brighter from class to class, with oblong, grey and nested ones among them."""
     rs = np.random.RandomState(seed)
@@ -61,8 +70,11 @@ def small(data_path, *flags):
 
 
 def start(*command, **environment):
-    """Start Python with one thread in the project's folder; its output is captured."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    """Start Python with one thread in the project's folder; its output is captured.
+
+    That the compiled rpe_ops is not there, which a user is told, is no matter of these tests.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:the extension rpe_ops", **environment}
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=PROJECT, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
