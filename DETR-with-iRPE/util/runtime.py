@@ -39,8 +39,8 @@ class UserError(Exception):
     def __str__(self) -> str:
         message = super().__str__()
         if message.startswith("Caught ") and "Original Traceback" in message:
-            return message.rpartition("UserError: ")[2].strip()
-        return message
+            message = message.rpartition("UserError: ")[2]
+        return " ".join(message.split("\n")).strip()
 
 
 class ArgumentParser(argparse.ArgumentParser):
