@@ -191,7 +191,8 @@ def test_sentence_survives_the_worker_process(workers):
 
 @pytest.mark.parametrize(("error", "status", "said"), [
     (UserError("no such flower"), 1, "error: no such flower\n"),
-    (UserError("said by a library\nin two lines"), 1, "error: said by a library in two lines\n"), (KeyboardInterrupt(), 130, "interrupted\n")])
+    (UserError("said by a library\nin two lines"), 1, "error: said by a library in two lines\n"),
+    (KeyboardInterrupt(), 130, "interrupted\n")])
 def test_run_says_one_line_and_ends_with_a_status(capsys, error, status, said):
     def main(args):
         raise error
