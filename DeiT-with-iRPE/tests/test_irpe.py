@@ -72,6 +72,7 @@ def unit_id(case):
     return "-".join(str(case[key]) for key in ("method", "mode", "shared_head", "rpe_on", "ratio", "height", "skip"))
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("case", json.loads((GOLDEN / "irpe_unit.json").read_text()), ids=unit_id)
 def test_module_output_and_gradients_equal_the_golden_ones(case):
     config = get_rpe_config(*(case[key] for key in ("ratio", "method", "mode", "shared_head", "skip", "rpe_on")))
@@ -128,6 +129,7 @@ def brute_force_attention(q, k, v, modules, height, width, skip):
     return out
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mode, rpe_on", [("bias", "q"), ("bias", "qk"), *(("ctx", on) for on in irpe._RPE_ON)])
 @pytest.mark.parametrize("shared_head, skip", [(True, 1), (False, 0)])
@@ -155,6 +157,7 @@ def test_bool_and_additive_masks_hide_the_same_keys(rpe_on):
     torch.testing.assert_close(rpe_attention(q, k, changed, *modules, attn_mask=seen), with_bool)
 
 
+@pytest.mark.usefixtures("operators")
 def test_attention_passes_gradcheck():
     modules = [fill(module).double() for module in build_rpe(get_rpe_config(rpe_on="qkv", skip=1), 3, 2)]
     tables = [p for module in modules for p in module.parameters()]
@@ -205,6 +208,7 @@ def test_ids_follow_the_module_to_another_device(module):
     assert module.to("meta")(torch.empty(1, 2, 10, 8, device="meta")).device.type == "meta"
 
 
+@pytest.mark.usefixtures("operators")
 def test_ids_first_made_in_inference_mode_serve_training():
     module = only_module(build_rpe(get_rpe_config(ratio=1.7), 4, 1))
     x = image(3, (1, 1, 9, 4))
@@ -214,6 +218,7 @@ def test_ids_first_made_in_inference_mode_serve_training():
     assert module.lookup_table_weight.grad.abs().sum() > 0
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("rpe_on", ["k", "qkv"])
 def test_torch_compile_takes_the_whole_graph(rpe_on):
     modules = [module and fill(module) for module in build_rpe(get_rpe_config(skip=1, rpe_on=rpe_on), 8, 2)]
@@ -222,6 +227,7 @@ def test_torch_compile_takes_the_whole_graph(rpe_on):
     torch.testing.assert_close(compiled(q, k, v), rpe_attention(q, k, v, *modules))
 
 
+@pytest.mark.usefixtures("operators")
 def test_torch_export_makes_the_ids_constants_and_leaves_later_calls_alone():
     module = fill(only_module(build_rpe(get_rpe_config(ratio=1.6), 4, 1)))
     x = image(9, (2, 1, 9, 4))
@@ -230,6 +236,7 @@ def test_torch_export_makes_the_ids_constants_and_leaves_later_calls_alone():
     assert not any(node.target is torch.ops.aten.log.default for node in program.graph.nodes)
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("rpe_on", ["qk", "v"])
 def test_half_precision_sums_in_float32(rpe_on):
     module = fill([m for m in build_rpe(get_rpe_config(rpe_on=rpe_on), 4, 1) if m][0]).bfloat16()

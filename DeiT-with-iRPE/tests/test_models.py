@@ -39,8 +39,9 @@ def filled(name, **kwargs):
 
 # --- golden numbers --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", MANIFESTS)
-def test_keys_shapes_and_logits_equal_the_golden_ones(name):
+@pytest.mark.parametrize("name, operators", [(name, operators) for name in MANIFESTS for operators in (
+    ("rpe_ops", "torch") if "shared" in name else ("torch",))], indirect=["operators"])
+def test_keys_shapes_and_logits_equal_the_golden_ones(name, operators):
     model = filled(name)
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == MANIFESTS[name]
     size = 384 if name.endswith("384") else 224
@@ -50,6 +51,7 @@ def test_keys_shapes_and_logits_equal_the_golden_ones(name):
     assert np.abs(logits - golden).max() <= 1e-4 * np.abs(golden).max()
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("name, gradients", json.loads((GOLDEN / "deit_grads.json").read_text()).items())
 def test_gradients_equal_the_golden_ones(name, gradients):
     model = filled(name, drop_path_rate=0.0).train()
@@ -63,6 +65,7 @@ def test_gradients_equal_the_golden_ones(name, gradients):
         assert (gradient[:8] - torch.tensor(head)).abs().max() <= 1e-3 * gradient.abs().max() + 1e-8, key
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("name, golden", json.loads((GOLDEN / "deit_steps.json").read_text()).items())
 def test_training_steps_equal_the_golden_ones(name, golden):
     model = filled(name, drop_path_rate=0.0).train()
