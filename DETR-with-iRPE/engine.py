@@ -71,13 +71,13 @@ def evaluate(model, criterion, postprocessors, data_loader, ground_truth, device
     Args:
         model: the bare one, without DistributedDataParallel: processes may have different numbers of batches.
         ground_truth: pycocotools.COCO of the set.
-    Returns: on the main process the means of all losses over the pictures, with `coco_eval_bbox` the twelve numbers,
-        and the COCOeval; on the others ({}, None). Equal for any number of processes.
+    Returns: on the main process the means of all losses over the pictures with AP, AP50 and `coco_eval_bbox`, the
+        twelve numbers, and the COCOeval; on the others ({}, None). Equal for any number of processes.
     Raises: UserError when a loss is not finite.
     """
     model.eval()
     criterion.eval()
-    progress = Progress("Test", len(data_loader), get_world_size(), device)
+    progress = Progress("Test", len(data_loader), len(data_loader.dataset) / max(len(data_loader), 1), device)
     evaluator, batches = CocoEvaluator(ground_truth), []
     for samples, targets in progress.track(data_loader):
         samples, targets = to_device(samples, targets, device)
@@ -92,7 +92,9 @@ def evaluate(model, criterion, postprocessors, data_loader, ground_truth, device
     gathered = gather_on_main(batches)
     stats = _average(gathered, amp_dtype) if gathered else {}
     measured = evaluator.summarize()
-    return ({**stats, "coco_eval_bbox": measured.stats.tolist()} if measured else {}), measured
+    if measured:
+        stats.update(AP=measured.stats[0].item(), AP50=measured.stats[1].item(), coco_eval_bbox=measured.stats.tolist())
+    return stats, measured
 
 
 def _average(gathered, amp_dtype):

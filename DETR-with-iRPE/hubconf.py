@@ -8,7 +8,7 @@ from models import build_model
 from util.checkpoint import load_weights
 from util.runtime import cached_download, load_checkpoint
 
-dependencies = ["torch", "torchvision", "scipy"]
+dependencies = ["torch", "torchvision", "scipy", "pycocotools"]
 
 _DETR = "https://dl.fbaipublicfiles.com/detr/"
 _IRPE = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/"

@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -115,7 +116,7 @@ def _canvas(picture, panels):
     figure = Figure(figsize=(6 * panels, 6 * picture.height / picture.width + 0.4), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for ax in axes:
-        ax.imshow(picture)
+        ax.imshow(np.asarray(picture))
         ax.set_axis_off()
     return figure, axes
 

@@ -41,7 +41,6 @@ class CocoDetection(torch.utils.data.Dataset):
                            for category in data["categories"]}
         self.images = sorted(data["images"], key=lambda image: image["id"])
         self.objects = _group_objects(data, self.path, remove_difficult)
-        self.annotations = data
         self.pictures = Pictures(Path(root, f"{split}2017"))
         self.pictures.check([image["file_name"] for image in self.images])
 
@@ -53,7 +52,7 @@ class CocoDetection(torch.utils.data.Dataset):
     def ground_truth(self):
         """The annotations as pycocotools.COCO."""
         coco = COCO()
-        coco.dataset = self.annotations
+        coco.dataset = read_annotations(self.path)
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
         return coco
@@ -102,6 +101,7 @@ def read_annotations(path):
         raise UserError(f"annotations {path} have no {'categories' if data['images'] else 'images'}")
     _check_references(data, path)
     for number, entry in enumerate(data["annotations"], start=1):
+        entry.pop("segmentation", None)  # the most of the file, and of memory
         entry.setdefault("id", number)
         entry.setdefault("iscrowd", 0)
         entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])

@@ -38,20 +38,20 @@ class CocoEvaluator:
             return None
         # the order that rows came in must not matter to ties of scores
         rows = sorted((row for rows in gathered for row in rows if len(row)), key=lambda row: row[0, 0])
-        measured = COCOeval(self.ground_truth, self._detections(rows), "bbox")
-        measured.evaluate()
-        measured.accumulate()
+        with contextlib.redirect_stdout(io.StringIO()):
+            measured = COCOeval(self.ground_truth, self._detections(rows), "bbox")
+            measured.evaluate()
+            measured.accumulate()
         measured.summarize()
         return measured
 
     def _detections(self, rows):
-        with contextlib.redirect_stdout(io.StringIO()):
-            if rows:
-                return self.ground_truth.loadRes(np.concatenate(rows))
-            nothing = COCO()  # loadRes wants at least one
-            nothing.dataset = {**self.ground_truth.dataset, "annotations": []}
-            nothing.createIndex()
-            return nothing
+        if rows:
+            return self.ground_truth.loadRes(np.concatenate(rows))
+        nothing = COCO()  # loadRes wants at least one
+        nothing.dataset = {**self.ground_truth.dataset, "annotations": []}
+        nothing.createIndex()
+        return nothing
 
 
 def gather_on_main(value):

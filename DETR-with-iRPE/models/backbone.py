@@ -10,6 +10,8 @@ from util.runtime import UserError, barrier, cached_download, is_main_process, l
 
 from .position_encoding import build_position_encoding
 
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+
 
 class BackboneBase(nn.Module):
     """The stages of a ResNet as masked maps.
@@ -71,9 +73,6 @@ class Backbone(BackboneBase):
         super().__init__(resnet, train_backbone, resnet.fc.in_features, return_interm_layers)
         if train_backbone and not frozen_norm:
             self.body.requires_grad_(True)
-
-
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
 def _pretrained_weights(name):

@@ -53,8 +53,8 @@ class DETR(nn.Module):
 
         Args:
             samples: NestedTensor, tensor (B, 3, H, W) or list of tensors (3, H, W), normalised as for ImageNet.
-        Returns: dict with `pred_logits` (B, Q, K + 1), `pred_boxes` (B, Q, 4) as normalised (cx, cy, w, h) of the
-            padded picture's share that is the picture, and with aux_loss `aux_outputs`, a list of such dicts.
+        Returns: dict with `pred_logits` (B, Q, K + 1), `pred_boxes` (B, Q, 4) as (cx, cy, w, h) in shares of the
+            picture without its padding, and with aux_loss `aux_outputs`, a list of such dicts, first layer first.
         """
         if not isinstance(samples, NestedTensor):
             samples = nested_tensor_from_tensor_list(samples)
@@ -103,10 +103,6 @@ class SetCriterion(nn.Module):
         suffixes = [f"_{i}" for i in range(len(layers) - 1)] + [""]
         return {f"{name}{suffix}": value for name, per_layer in values.items()
                 for suffix, value in zip(suffixes[-len(per_layer):], per_layer, strict=True)}
-
-    def total(self, losses):
-        """The weighted sum that is trained on."""
-        return sum(losses[name] * weight for name, weight in self.weight_dict.items() if name in losses)
 
     def _loss_labels(self, logits, boxes, targets, matches):
         """Weighted cross-entropy, and the share of matched objects in another class (%)."""

@@ -325,6 +325,13 @@ def build_rpe(rpe_config, head_dim, num_heads):
     return tuple(module(head_dim, num_heads, rpe_config, on) if on in rpe_config.rpe_on else None for on in "qkv")
 
 
+def _add(total, term):
+    """total + term, in place where shapes allow: no backward reads `total`, and a new (B, H, L, L) costs a pass."""
+    if total is None:
+        return term
+    return total.add_(term) if torch.broadcast_shapes(total.shape, term.shape) == total.shape else total + term
+
+
 def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, width=None, attn_mask=None, dropout_p=0.0):
     """softmax(scale·q·kᵀ + terms on keys and queries + mask)·v + term on values, with scale = D^-1/2.
 
@@ -341,18 +348,18 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
     scale = q.shape[-1] ** -0.5
     q = q * scale
-    bias = None if rpe_k is None else rpe_k(q, height, width)
+    # without a term on values PyTorch's attention does the rest, and takes what is added to the logits as its mask
+    logits = None if rpe_v is None else torch.matmul(q, k.transpose(-2, -1))
+    if rpe_k is not None:
+        logits = _add(logits, rpe_k(q, height, width))
     if rpe_q is not None:
-        term = rpe_q(k * scale, height, width).transpose(-2, -1)
-        bias = term if bias is None else bias + term
+        logits = _add(logits, rpe_q(k * scale, height, width).transpose(-2, -1))
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
-        bias = attn_mask if bias is None else bias + attn_mask
+        logits = _add(logits, attn_mask)
     if rpe_v is None:
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=1.0)
-    logits = torch.matmul(q, k.transpose(-2, -1))
-    if bias is not None:
-        logits += bias  # in place: no backward reads the product, and a new (B, H, L, L) costs a pass over memory
+        return F.scaled_dot_product_attention(q, k, v, logits, dropout_p, scale=1.0)
     attn = F.dropout(logits.softmax(-1), dropout_p)
+    del logits  # its memory is still in the cache when the next tensor of this size is made
     return torch.matmul(attn, v).add_(rpe_v(attn, height, width))
