@@ -1,4 +1,6 @@
 """The detector of a command line."""
+import argparse
+
 from util.runtime import UserError
 
 from .backbone import build_backbone
@@ -8,6 +10,8 @@ from .rpe_attention.irpe import get_rpe_config
 from .transformer import build_transformer
 
 COCO_CLASSES = 91
+# what the arguments stored in released checkpoints lack
+_NEW_FLAGS = {"num_classes": None, "last_stride": 2, "no_pretrained_backbone": False}
 
 RPE_GRAMMAR = "rpe-{ratio}-{euc|quant|cross|product}-{bias|ctx}-{shared_head: 0|1}-{q|k|v|qk|kv|qv|qkv}, " \
               "as rpe-2.0-product-ctx-1-k"
@@ -38,7 +42,9 @@ def parse_enc_rpe2d(text):
 
 
 def build_model(args):
-    """Model, criterion and postprocessors ({"bbox": PostProcess}) of a parsed command line (see main.py)."""
+    """Model, criterion and postprocessors ({"bbox": PostProcess}) of a parsed command line (see main.py), or of the
+    `args` in a checkpoint."""
+    args = argparse.Namespace(**{**_NEW_FLAGS, **vars(args)})
     num_classes = args.num_classes or COCO_CLASSES
     rpe_config = parse_enc_rpe2d(args.enc_rpe2d)
     if args.hidden_dim % args.nheads or args.hidden_dim % 4:

@@ -1,6 +1,8 @@
 """The parts of the detector, each against something simpler."""
+import argparse
 import filecmp
 import itertools
+import json
 import math
 
 import numpy as np
@@ -143,6 +145,14 @@ def test_tables_of_the_encoding_start_xavier_uniform():
     table = model.transformer.encoder.layers[0].self_attn.rpe_k.lookup_table_weight
     bound = math.sqrt(6 / (32 * 81 + 1 * 81))  # fans of a (1, 32, 81) tensor
     assert 0.9 * bound < table.abs().max() <= bound
+
+
+def test_arguments_stored_by_the_public_code_build_a_model():
+    released = json.loads((PROJECT / "tests" / "golden" / "cli_detr.json").read_text())
+    args = argparse.Namespace(**{flag["dest"]: flag["default"] for flag in released})
+    args.eval, args.enc_rpe2d = True, "rpe-1.9-product-ctx-1-k"
+    model, criterion, _ = build_model(args)
+    assert model.class_embed.out_features == 92 and criterion.num_classes == 91
 
 
 # ---------------------------------------------------------------------------------------------------------------------
