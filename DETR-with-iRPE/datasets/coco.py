@@ -109,6 +109,11 @@ def read_annotations(path):
 
 
 def _check_references(data, path):
+    for part in ("images", "categories"):
+        for entry in data[part]:
+            if not isinstance(entry["id"], int) or entry["id"] < 0:
+                raise UserError(f"annotations {path}: the id {entry['id']!r} in {part} must be a whole number, at "
+                                "least 0")
     images, categories = ({entry["id"] for entry in data[part]} for part in ("images", "categories"))
     if len(images) < len(data["images"]):
         raise UserError(f"annotations {path}: two pictures have the same id")

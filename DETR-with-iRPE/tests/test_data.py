@@ -209,6 +209,12 @@ def test_an_object_of_an_unknown_picture_or_category_is_named(own, field, value,
     refused(own, "object 1 ", words)
 
 
+@pytest.mark.parametrize("part", ["images", "categories"])
+def test_an_id_that_is_no_whole_number_is_named(own, part):
+    edit(own, lambda data: data[part][0].update(id="seven"))
+    refused(own, "'seven'", part)
+
+
 def test_two_pictures_with_one_id_are_refused(own):
     edit(own, lambda data: data["images"][1].update(id=7))
     refused(own, "same id")
