@@ -314,7 +314,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) 
     """timm's schedule over ``args.epochs``, to be stepped with the number of an epoch after that epoch."""
     try:
         scheduler, _ = create_scheduler(args, optimizer)
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, TypeError) as error:  # some timm's plateau does not fit some PyTorch
         raise UserError(f"--sched {args.sched} cannot be used: {error}") from error
     if scheduler is None and args.sched != "none":
         raise UserError(f"--sched {args.sched} is unknown to timm")

@@ -17,7 +17,8 @@ class RASampler(RepeatAugSampler):
     def __init__(self, dataset: Sized, num_replicas: int | None = None, rank: int | None = None,
                  shuffle: bool = True) -> None:
         super().__init__(dataset, get_world_size() if num_replicas is None else num_replicas,
-                         get_rank() if rank is None else rank, shuffle)
+                         get_rank() if rank is None else rank, shuffle,
+                         selected_round=256 if len(dataset) >= 256 else 0)  # older timm would select nothing
 
 
 class ShardSampler(Sampler[int]):
