@@ -12,9 +12,9 @@ from torchvision.models import ResNet18_Weights, resnet18
 import hubconf
 import main
 import visualize
-from conftest import PROJECT, finish, parse, small, start, write_set
+from conftest import PROJECT, finish, launcher, parse, small, start, write_set
 from fill import fill_state_dict
-from models import build_model
+from models import backbone, build_model
 from models.backbone import Backbone
 from util import runtime
 from util.runtime import UserError
@@ -97,7 +97,6 @@ def test_mixed_precision_trains_and_evaluates(coco):
 
 
 def test_two_processes_train_one_model(coco, tmp_path):
-    from conftest import launcher
     status, out, err = finish(start(*launcher(2, "main.py", *small(coco, "--output_dir", tmp_path, "--batch_size", 1))))
     assert status == 0, err
     assert out.count("Averaged stats:") == 1 and "[3/3]" in out
@@ -157,10 +156,9 @@ def test_other_processes_wait_until_the_main_one_has_the_weights(monkeypatch):
     events = []
     monkeypatch.setattr("models.backbone.barrier", lambda: events.append("barrier"))
     monkeypatch.setattr("models.backbone.cached_download", lambda url: events.append("download") or "path")
-    from models.backbone import _pretrained_weights
     for main_process in (True, False):
         monkeypatch.setattr("models.backbone.is_main_process", lambda main_process=main_process: main_process)
-        _pretrained_weights("resnet18")
+        backbone._pretrained_weights("resnet18")
     assert events == ["download", "barrier", "barrier", "download"]
 
 
