@@ -1,0 +1,151 @@
+// CPU kernels on raw pointers, compiled once per instruction set: rpe_ops.cpp includes this file with RPE_OPS_ISA (a
+// namespace), RPE_OPS_TARGET (a function attribute) and RPE_OPS_BYTES (of a vector register) defined.
+//
+// Eight planes are interleaved into a table with one row per bucket, so that each id moves eight numbers at once;
+// transposes in registers lead from that table to the planes' own rows and back. Sums are added in an order that depends
+// on the keys alone: not on threads, batch or instruction set.
+
+namespace rpe_ops::RPE_OPS_ISA {
+
+template <typename T>
+constexpr int kLanes = sizeof(T) == 8 ? 4 : RPE_OPS_BYTES / 4;
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kLanes<T> * sizeof(T))));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+template <typename T>
+RPE_OPS_TARGET RPE_OPS_INLINE inline Vector<T> load(const T* from) {
+  Vector<T> v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <typename T>
+RPE_OPS_TARGET RPE_OPS_INLINE inline void store(T* to, Vector<T> v) {
+  std::memcpy(to, &v, sizeof(v));
+}
+
+template <typename T>
+RPE_OPS_TARGET RPE_OPS_INLINE inline void transpose(Vector<T> (&v)[4]) {
+  const Vector<T> a = RPE_OPS_SHUFFLE(T, v[0], v[1], 0, 4, 1, 5), b = RPE_OPS_SHUFFLE(T, v[0], v[1], 2, 6, 3, 7);
+  const Vector<T> c = RPE_OPS_SHUFFLE(T, v[2], v[3], 0, 4, 1, 5), d = RPE_OPS_SHUFFLE(T, v[2], v[3], 2, 6, 3, 7);
+  v[0] = RPE_OPS_SHUFFLE(T, a, c, 0, 1, 4, 5);
+  v[1] = RPE_OPS_SHUFFLE(T, a, c, 2, 3, 6, 7);
+  v[2] = RPE_OPS_SHUFFLE(T, b, d, 0, 1, 4, 5);
+  v[3] = RPE_OPS_SHUFFLE(T, b, d, 2, 3, 6, 7);
+}
+
+// Each shuffle is one instruction of AVX2: within the two halves of a register, and then across them.
+template <typename T>
+RPE_OPS_TARGET RPE_OPS_INLINE inline void transpose(Vector<T> (&v)[8]) {
+  Vector<T> u[8];
+  for (int i = 0; i < 8; i += 2) {
+    u[i] = RPE_OPS_SHUFFLE(T, v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    u[i + 1] = RPE_OPS_SHUFFLE(T, v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      v[i + 2 * k] = RPE_OPS_SHUFFLE(T, u[i + k], u[i + k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      v[i + 2 * k + 1] = RPE_OPS_SHUFFLE(T, u[i + k], u[i + k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    u[i] = RPE_OPS_SHUFFLE(T, v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    u[i + 4] = RPE_OPS_SHUFFLE(T, v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  std::copy_n(u, 8, v);
+}
+
+// table[c][k] = planes[k][c * stride] for c < n
+template <typename T>
+RPE_OPS_TARGET void interleave(const T* const (&planes)[kPlanes], int64_t stride, int64_t n, T* table) {
+  constexpr int lanes = kLanes<T>;
+  int64_t c = 0;
+  for (; stride == 1 && c + lanes <= n; c += lanes) {
+    for (int part = 0; part < kPlanes; part += lanes) {
+      Vector<T> v[lanes];
+      for (int k = 0; k < lanes; ++k) v[k] = load(planes[part + k] + c);
+      transpose<T>(v);
+      for (int k = 0; k < lanes; ++k) store(table + (c + k) * kPlanes + part, v[k]);
+    }
+  }
+  for (; c < n; ++c) {
+    for (int k = 0; k < kPlanes; ++k) table[c * kPlanes + k] = planes[k][c * stride];
+  }
+}
+
+// planes[k][j] = table[offsets[j] + k] for j < n
+template <typename T>
+RPE_OPS_TARGET void gather(const T* __restrict table, const int32_t* __restrict offsets, int64_t n, bool prefetch,
+                           T* const (&planes)[kPlanes]) {
+  constexpr int lanes = kLanes<T>;
+  T* rows[kPlanes]; // a copy whose address nobody has, so that it can stay in registers
+  std::copy_n(planes, kPlanes, rows);
+  const auto move = [&](int64_t j) RPE_OPS_TARGET RPE_OPS_INLINE {
+    for (int part = 0; part < kPlanes; part += lanes) {
+      Vector<T> v[lanes];
+      for (int k = 0; k < lanes; ++k) v[k] = load(table + offsets[j + k] + part);
+      transpose<T>(v);
+      for (int k = 0; k < lanes; ++k) store(rows[part + k] + j, v[k]);
+    }
+  };
+  int64_t j = 0;
+  for (; prefetch && j + kLine<T> <= n; j += kLine<T>) {
+    for (int k = 0; k < kPlanes; ++k) __builtin_prefetch(rows[k] + j + kAhead<T>, 1);
+    for (int i = 0; i < kLine<T>; i += lanes) move(j + i);
+  }
+  for (; j + lanes <= n; j += lanes) move(j);
+  for (; j < n; ++j) {
+    for (int k = 0; k < kPlanes; ++k) rows[k][j] = table[offsets[j] + k];
+  }
+}
+
+// table[c][k] = sum of planes[k][j] over offsets[j] = c * kPlanes. Even and odd keys are added apart, even ones to `table`
+// and odd ones to `odd`: neighbours often share a bucket, and one sum would have to wait for the other.
+template <typename T>
+RPE_OPS_TARGET void accumulate(const T* const (&planes)[kPlanes], const int32_t* __restrict offsets, int64_t n,
+                               bool prefetch, int64_t buckets, T* table, T* odd) {
+  constexpr int lanes = kLanes<T>;
+  const T* rows[kPlanes];
+  std::copy_n(planes, kPlanes, rows);
+  std::fill_n(table, buckets * kPlanes, T(0));
+  std::fill_n(odd, buckets * kPlanes, T(0));
+  const auto add = [&](int64_t j) RPE_OPS_TARGET RPE_OPS_INLINE {
+    for (int part = 0; part < kPlanes; part += lanes) {
+      Vector<T> v[lanes];
+      for (int k = 0; k < lanes; ++k) v[k] = load(rows[part + k] + j);
+      transpose<T>(v);
+      for (int k = 0; k < lanes; ++k) {
+        T* sums = (k % 2 ? odd : table) + offsets[j + k] + part;
+        store(sums, load(sums) + v[k]);
+      }
+    }
+  };
+  int64_t j = 0;
+  for (; prefetch && j + kLine<T> <= n; j += kLine<T>) {
+    for (int k = 0; k < kPlanes; ++k) __builtin_prefetch(rows[k] + j + kAhead<T>, 0);
+    for (int i = 0; i < kLine<T>; i += lanes) add(j + i);
+  }
+  for (; j + lanes <= n; j += lanes) add(j);
+  for (; j < n; ++j) {
+    T* sums = (j % 2 ? odd : table) + offsets[j];
+    for (int k = 0; k < kPlanes; ++k) sums[k] += rows[k][j];
+  }
+  for (int64_t e = 0; e < buckets * kPlanes; ++e) table[e] += odd[e];
+}
+
+// to[j] = from[j] for j < n
+template <typename From, typename To>
+RPE_OPS_TARGET void convert(const From* __restrict from, int64_t n, To* __restrict to) {
+  for (int64_t j = 0; j < n; ++j) to[j] = from[j];
+}
+
+} // namespace rpe_ops::RPE_OPS_ISA
+
+#undef RPE_OPS_ISA
+#undef RPE_OPS_TARGET
+#undef RPE_OPS_BYTES

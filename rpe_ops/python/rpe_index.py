@@ -1,0 +1,86 @@
+"""The gather and the bucket sum behind iRPE's contextual mode, each the other's adjoint.
+
+    rpe_index       Y[b,h,i,j] = input[b,h,i,index[i,j]]
+    rpe_bucket_sum  S[b,h,i,c] = sum of input[b,h,i,j] over all j with index[i,j] = c
+
+On keys and queries (Wu et al., ICCV 2021, Eq. 12 and 13) the logits gain rpe_index(x @ table, ids); on values (Eq. 14)
+the output gains rpe_bucket_sum(attention, ids, buckets) @ table.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rpe_index(input: Tensor, index: Tensor) -> Tensor:
+    """Gather along the buckets with ids that all batches and heads share.
+
+    input: (batch, heads, Lq, buckets), float16, bfloat16, float32 or float64, any strides.
+    index: (Lq, Lk), int32 or int64, each id in [0, buckets).
+    Returns (batch, heads, Lq, Lk) in the dtype of input. Differentiable in input, any number of times.
+
+    Raises ValueError or TypeError for wrong shapes and dtypes. An id out of range raises IndexError on CPU; on CUDA it
+    gives NaN and reads nothing (see `validate_index`).
+    """
+    return torch.ops.rpe_ops.rpe_index(input, index)
+
+
+def rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
+    """Sum along the keys per bucket, with ids that all batches and heads share.
+
+    input: (batch, heads, Lq, Lk), float16, bfloat16, float32 or float64, any strides.
+    index: (Lq, Lk), int32 or int64, each id in [0, num_buckets).
+    Returns (batch, heads, Lq, num_buckets) in the dtype of input; half types are summed in float32. The result is the
+    same in every run and for any number of threads. Differentiable in input, any number of times.
+
+    Raises ValueError or TypeError for wrong shapes and dtypes. An id out of range raises IndexError on CPU; on CUDA it
+    is left out (see `validate_index`).
+    """
+    return torch.ops.rpe_ops.rpe_bucket_sum(input, index, num_buckets)
+
+
+def validate_index(index: Tensor, num_buckets: int) -> None:
+    """Raise IndexError unless every id of `index` (any shape, any device) is in [0, num_buckets).
+
+    Meant to be called once, where ids are made: on CUDA it waits for the device, and the operators do not check.
+    """
+    if index.numel() == 0:
+        return
+    for bound in torch.stack(torch.aminmax(index)).tolist():
+        if not 0 <= bound < num_buckets:
+            raise IndexError(f"rpe_ops: id {bound} is not one of the {num_buckets} buckets (0 to {num_buckets - 1})")
+
+
+class RPEIndexFunction:
+    """`RPEIndexFunction.apply(input, index)` is `rpe_index(input, index)`, under the name that users know."""
+
+    apply = staticmethod(rpe_index)
+
+
+@torch.library.register_fake("rpe_ops::rpe_index")
+def _(input: Tensor, index: Tensor) -> Tensor:
+    torch._check(input.dim() == 4 and index.dim() == 2, lambda: "rpe_index: input must be 4-D and index 2-D")
+    torch._check(input.size(2) == index.size(0), lambda: "rpe_index: input and index differ in their queries")
+    return input.new_empty(*input.shape[:3], index.size(1))
+
+
+@torch.library.register_fake("rpe_ops::rpe_bucket_sum")
+def _(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
+    torch._check(input.dim() == 4 and index.dim() == 2, lambda: "rpe_bucket_sum: input must be 4-D and index 2-D")
+    torch._check(input.size(2) == index.size(0), lambda: "rpe_bucket_sum: input and index differ in their queries")
+    torch._check(input.size(3) == index.size(1), lambda: "rpe_bucket_sum: input and index differ in their keys")
+    return input.new_empty(*input.shape[:3], num_buckets)
+
+
+def _save_index(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.num_buckets = inputs[0].size(3)
+
+
+torch.library.register_autograd(
+    "rpe_ops::rpe_index",
+    lambda ctx, grad: (rpe_bucket_sum(grad, ctx.saved_tensors[0], ctx.num_buckets), None),
+    setup_context=_save_index)
+torch.library.register_autograd(
+    "rpe_ops::rpe_bucket_sum",
+    lambda ctx, grad: (rpe_index(grad, ctx.saved_tensors[0]), None, None),
+    setup_context=_save_index)

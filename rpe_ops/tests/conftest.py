@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+import rpe_ops
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: needs many seconds and about 9 GB of memory")
+
+
+def _cuda():
+    reason = ("PyTorch sees no GPU" if not torch.cuda.is_available() else
+              "rpe_ops was built without CUDA kernels" if not rpe_ops.has_cuda else None)
+    return pytest.param("cuda", marks=pytest.mark.skipif(reason is not None, reason=reason or ""))
+
+
+@pytest.fixture(params=["cpu", _cuda()])
+def device(request):
+    return request.param
