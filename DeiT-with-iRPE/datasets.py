@@ -138,10 +138,16 @@ def _build_split(is_train: bool, args: argparse.Namespace, transform: Callable) 
     kind = ImageTar if args.load_tar else ImageFolder
     if is_train:
         return kind(train, transform)
-    # Scanning ImageNet's 150 GB of training pictures only to evaluate would take minutes, and its classes are known.
-    costly = args.load_tar and args.eval and args.data_set == "IMNET"
     has_train = os.path.isfile(train) if args.load_tar else os.path.isdir(train)
-    return kind(val, transform, kind.class_names(train) if has_train and not costly else None)
+    # Scanning ImageNet's 150 GB of training pictures only to evaluate would take minutes, for classes already known.
+    if has_train and args.load_tar and args.eval and args.data_set == "IMNET":
+        has_train = len(kind.class_names(val)) != IMAGENET_CLASSES
+    return kind(val, transform, kind.class_names(train) if has_train else None)
+
+
+def _is_picture(path: str) -> bool:
+    # macOS puts a file ._NAME.jpg of attributes beside NAME.jpg, in tars too
+    return path.lower().endswith(IMG_EXTENSIONS) and not posixpath.basename(path).startswith("._")
 
 
 def _number_classes(names: list[str], known: list[str] | None, path: str) -> tuple[list[str], dict[str, int]]:
@@ -160,7 +166,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     def __init__(self, root: str, transform: Callable, known_classes: list[str] | None = None) -> None:
         self._known_classes = known_classes
         try:
-            super().__init__(root, transform, loader=load_image)
+            super().__init__(root, transform, loader=load_image, is_valid_file=_is_picture)
         except OSError as error:
             raise UserError(f"{root} is not a folder of class folders with pictures: "
                             f"{error.strerror or error}") from error
@@ -177,8 +183,11 @@ class ImageFolder(torchvision.datasets.ImageFolder):
 class ImageTar(Dataset):
     """Class folders, or one tar per class as ImageNet ships them, inside an uncompressed tar.
 
+    The class folders lie side by side, at the top or under folders that all members share (``train/``, an absolute
+    path). Each holds a picture itself; what lies deeper belongs to it. A single class must have no deeper folders.
+
     Yields what ``ImageFolder`` yields for the unpacked files, in the same order. Raises ``UserError`` for a tar that
-    is missing, truncated, compressed or laid out otherwise.
+    is missing, truncated, compressed or laid out otherwise, or has symbolic links.
     """
 
     def __init__(self, path: str, transform: Callable, known_classes: list[str] | None = None) -> None:
@@ -237,17 +246,32 @@ def _scan_tar(path: str, _mtime: int) -> TarIndex:
             sizes.append(size)
     if not names:
         raise UserError(f"{path} holds no pictures ({', '.join(IMG_EXTENSIONS)})")
-    parts = [name.split("/", 2) for name in names]
-    if len({part[0] for part in parts}) == 1 and all(len(part) == 3 for part in parts):
-        parts = [part[1:] for part in parts]  # everything lies in one folder, such as train/
-    for name, part in zip(names, parts, strict=True):
-        if len(part) < 2:
-            raise UserError(f"{name} in {path} lies in no class folder")
-    classes, targets = np.unique([part[0] for part in parts], return_inverse=True)
+    classes, targets = np.unique(_classes_of(names, path), return_inverse=True)
     folders, files = zip(*(posixpath.split(name) for name in names), strict=True)
     order = np.lexsort((_bytes(files), _bytes(folders), targets))  # the order of torchvision's ImageFolder
     return TarIndex([str(name) for name in classes], _bytes(names)[order], np.array(offsets, np.int64)[order],
                     np.array(sizes, np.int64)[order], targets[order])
+
+
+def _classes_of(names: list[str], path: str) -> list[str]:
+    """Class folder of each member; ``UserError`` where the tar is not laid out as ``ImageTar`` says."""
+    inner = names
+    while len({name.partition("/")[0] for name in inner}) == 1 and all(name.count("/") > 1 for name in inner):
+        inner = [name.partition("/")[2] for name in inner]  # everything lies in one folder, such as train/
+    layout = "a tar must hold CLASS/PICTURE for every class, or ANY/FOLDER/CLASS/PICTURE with one ANY/FOLDER for all"
+    for name, rest in zip(names, inner, strict=True):
+        if "/" not in rest:
+            raise UserError(f"{name} in {path} lies in no class folder: {layout}")
+    classes = [name.partition("/")[0] for name in inner]
+    holders = {name.partition("/")[0] for name in inner if name.count("/") == 1}
+    for name, class_name in zip(names, classes, strict=True):
+        if class_name not in holders:
+            raise UserError(f"{name} in {path} lies too deep, as folder {class_name} has no picture of its own: "
+                            f"{layout}")
+    if len(holders) == 1 and (deeper := [name for name, rest in zip(names, inner, strict=True) if rest.count("/") > 1]):
+        raise UserError(f"all pictures in {path} lie in one class folder, {classes[0]}, and some deeper, such as "
+                        f"{deeper[0]}: {layout}")
+    return classes
 
 
 def _bytes(names: list[str]) -> np.ndarray:
@@ -258,20 +282,47 @@ def _pictures(fd: int, path: str) -> Iterator[tuple[str, int, int]]:
     """(name, position in the file, size) of every picture; a tar inside the tar counts as a folder."""
     for name, offset, size in _members(fd, 0, os.fstat(fd).st_size, path):
         if name.endswith(".tar"):
+            folder = name[:-4]
             for inner, inner_offset, inner_size in _members(fd, offset, size, f"{name} in {path}"):
-                if inner.lower().endswith(IMG_EXTENSIONS):
-                    yield f"{name[:-4]}/{inner}", inner_offset, inner_size
-        elif name.lower().endswith(IMG_EXTENSIONS):
+                if _is_picture(inner):
+                    inner = inner.removeprefix(posixpath.basename(folder) + "/")  # cat.tar may hold cat/
+                    yield f"{folder}/{inner}", inner_offset, inner_size
+        elif _is_picture(name):
             yield name, offset, size
 
 
 def _members(fd: int, start: int, size: int, label: str) -> Iterator[tuple[str, int, int]]:
+    """(name, position in the file, size) of every file in the tar, those last that are hard links to others."""
+    links = {}
+    for member in _headers(fd, start, size, label):
+        if member.issym() or member.issparse():
+            raise UserError(f"{member.name} in tar {label} is a {'symbolic link' if member.issym() else 'sparse file'},"
+                            " which is not read: make the tar anew with --dereference and without --sparse")
+        if member.isreg():
+            yield _clean(member.name), start + member.offset_data, member.size
+        elif member.islnk():
+            links[_clean(member.name)] = _clean(member.linkname)
+    if not links:
+        return
+    targets = set(links.values())  # looked up in a second pass, as the places of a million files would take much memory
+    places = {name: (start + member.offset_data, member.size) for member in _headers(fd, start, size, label)
+              if member.isreg() and (name := _clean(member.name)) in targets}
+    for name, target in links.items():
+        if target not in places:
+            raise UserError(f"{name} in tar {label} is a hard link to {target}, which is not in it: make the tar anew")
+        yield name, *places[target]
+
+
+def _clean(name: str) -> str:
+    return posixpath.normpath(name).lstrip("/")
+
+
+def _headers(fd: int, start: int, size: int, label: str) -> Iterator[tarfile.TarInfo]:
     window = _Window(fd, start, size)
     try:
         with tarfile.open(fileobj=window, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                if member.isreg():
-                    yield posixpath.normpath(member.name).lstrip("/"), start + member.offset_data, member.size
+                yield member
                 tar.members.clear()  # a million TarInfo objects would take a gigabyte
             window.seek(tar.offset)
     except tarfile.ReadError as error:

@@ -1,4 +1,5 @@
 """Data sets from folders, tars and lists; samplers; pictures that cannot be read."""
+import io
 import json
 import os
 import pickle
@@ -34,17 +35,21 @@ def same(first, second):
 
 # Folders and tars
 
-@pytest.mark.parametrize("layout", ["plain", "dotted", "in a folder", "tar of tars"])
+ARCNAMES = {"plain": "", "dotted": "./", "in a folder": "any/", "in folders": "any/where/val/",
+            "absolute": "/any/where/val/"}
+
+
+@pytest.mark.parametrize("layout", [*ARCNAMES, "tar of tars", "tar of tars in folders", "tar of tars of folders"])
 def test_tar_gives_what_the_folder_gives_in_the_same_order(pictures, tmp_path, layout):
     folder, _ = build("val", pictures)
-    if layout == "tar of tars":
+    if layout in ARCNAMES:
+        write_tar(tmp_path / "val.tar", pictures / "val", ARCNAMES[layout])
+    else:
         for name in ("cat", "ant", "bee"):
-            write_tar(tmp_path / f"{name}.tar", pictures / "val" / name)
+            write_tar(tmp_path / f"{name}.tar", pictures / "val" / name, name if "of folders" in layout else "")
         with tarfile.open(tmp_path / "val.tar", "w") as tar:
             for name in ("cat", "ant", "bee"):
-                tar.add(tmp_path / f"{name}.tar", f"{name}.tar")
-    else:
-        write_tar(tmp_path / "val.tar", pictures / "val", {"plain": "", "dotted": "./", "in a folder": "any/"}[layout])
+                tar.add(tmp_path / f"{name}.tar", f"{'a/b/' if 'in folders' in layout else ''}{name}.tar")
     tar, nb_classes = build("val", tmp_path, "--load-tar")
     assert nb_classes == 3 and tar.classes == folder.classes == ["ant", "bee", "cat"]
     assert len(tar) == 24 and same(contents(tar), contents(folder))
@@ -64,15 +69,18 @@ def test_no_file_is_written_beside_a_tar(pictures, tmp_path):
     assert os.listdir(tmp_path) == ["val.tar"]
 
 
+@pytest.mark.parametrize("data_set", ["FOLDER", "IMNET"])
+@pytest.mark.parametrize("evaluation", [[], ["--eval"]])
 @pytest.mark.parametrize("flags", [[], ["--load-tar"]])
-def test_validation_classes_are_numbered_as_in_training(tmp_path, flags):
+def test_validation_classes_are_numbered_as_in_training(tmp_path, flags, evaluation, data_set):
     write_pictures(tmp_path / "train", ("a", "b", "c", "d"), 1)
     write_pictures(tmp_path / "val", ("b", "d"), 1)
     for split in ("train", "val"):
         write_tar(tmp_path / f"{split}.tar", tmp_path / split)
-    dataset, nb_classes = build("val", tmp_path, *flags)
-    assert nb_classes == 4 and [target for _, target in dataset] == [1, 3]
-    assert build("train", tmp_path, *flags)[1] == 4
+    classes = {"FOLDER": 4, "IMNET": 1000}[data_set]
+    dataset, nb_classes = build("val", tmp_path, *flags, *evaluation, "--data-set", data_set)
+    assert nb_classes == classes and [target for _, target in dataset] == [1, 3]
+    assert build("train", tmp_path, *flags, "--data-set", data_set)[1] == classes
 
 
 @pytest.mark.parametrize("flags", [[], ["--load-tar"]])
@@ -144,6 +152,70 @@ def test_tar_without_class_folders_or_pictures_is_refused(pictures, tmp_path):
     write_tar(tmp_path / "train.tar", tmp_path / "empty")
     with pytest.raises(UserError, match="train.tar holds no pictures"):
         build("train", tmp_path, "--load-tar")
+
+
+def tar_of(path, names):
+    """A tar with one picture under each name."""
+    data = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(data, "PNG")
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(data.getvalue())
+            tar.addfile(member, io.BytesIO(data.getvalue()))
+    return path
+
+
+@pytest.mark.parametrize(("names", "words"), [
+    (["train/ant/1.png", "train/bee/1.png", "meta/logo.png"], "train/ant/1.png in .* lies too deep, as folder train"),
+    (["train/ant/1.png", "train/bee/1.png", "val/ant/1.png"], "lies too deep, as folder train"),
+    (["train/ant/1.png", "train/bee/1.png", "train/logo.png"],
+     "lie in one class folder, train, and some deeper, such as train/ant/1.png"),
+    (["train/ant/1.png", "train/bee/1.png", "logo.png"], "logo.png in .* lies in no class folder")])
+def test_tar_of_another_layout_is_refused_with_the_layout_that_is_read(tmp_path, names, words):
+    tar_of(tmp_path / "train.tar", names)
+    with pytest.raises(UserError, match=f"{words}.*: a tar must hold CLASS/PICTURE"):
+        build("train", tmp_path, "--load-tar")
+
+
+def test_tar_of_a_single_class_is_read(tmp_path):
+    tar_of(tmp_path / "val.tar", ["val/ant/1.png", "val/ant/2.png"])
+    assert build("val", tmp_path, "--load-tar")[0].classes == ["ant"]
+
+
+def test_hard_links_in_a_tar_are_the_pictures_that_they_link_to(tmp_path):
+    write_pictures(tmp_path / "val", ("ant", "bee"), 3)
+    os.link(tmp_path / "val" / "bee" / "2.png", tmp_path / "val" / "ant" / "9.png")
+    write_tar(tmp_path / "val.tar", tmp_path / "val", "/any/val")
+    with tarfile.open(tmp_path / "val.tar") as tar:
+        assert sum(member.islnk() for member in tar) == 1
+    tar, folder = (build("val", tmp_path, *flags)[0] for flags in (["--load-tar"], []))
+    assert len(tar) == 7 and same(contents(tar), contents(folder))
+
+
+def append(path, name, kind, linkname=""):
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, linkname
+        tar.addfile(member)
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    (tarfile.SYMTYPE, "ant/3.png in tar .* is a symbolic link, which is not read"),
+    (tarfile.GNUTYPE_SPARSE, "ant/3.png in tar .* is a sparse file, which is not read"),
+    (tarfile.LNKTYPE, "ant/3.png in tar .* is a hard link to ant/none.png, which is not in it")])
+def test_tar_member_whose_content_lies_elsewhere_is_named(tmp_path, kind, words):
+    append(tar_of(tmp_path / "val.tar", ["ant/1.png", "bee/1.png"]), "ant/3.png", kind, "ant/none.png")
+    with pytest.raises(UserError, match=words):
+        build("val", tmp_path, "--load-tar")
+
+
+@pytest.mark.parametrize("flags", [[], ["--load-tar"]])
+def test_attributes_that_macos_puts_beside_pictures_are_no_pictures(tmp_path, flags):
+    write_pictures(tmp_path / "val", ("ant", "bee"), 2)
+    (tmp_path / "val" / "ant" / "._1.png").write_bytes(b"attributes")
+    write_tar(tmp_path / "val.tar", tmp_path / "val")
+    assert len(contents(build("val", tmp_path, *flags)[0])) == 4
 
 
 # Pictures that cannot be read
