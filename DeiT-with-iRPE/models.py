@@ -2,7 +2,7 @@
 import timm
 import torch
 from timm.models import deit as timm_deit
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from rpe_vision_transformer import equip_irpe
 from runtime import UserError, cached_download, key_differences, load_checkpoint, model_weights
@@ -39,7 +39,10 @@ def build_deit(name, pretrained=False, rpe_config=None, url=None, **kwargs):
         kwargs: timm's (`num_classes`, `img_size`, `drop_rate`, `drop_path_rate`, ...).
     """
     model = getattr(timm_deit, name)(**kwargs)
-    torch.nn.init.trunc_normal_(model.cls_token, std=0.02)  # timm starts it at 1e-6, DeiT does not
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"features_only makes a {type(model).__name__} of {name}; use model.forward_intermediates()")
+    if model.cls_token is not None:
+        torch.nn.init.trunc_normal_(model.cls_token, std=0.02)  # timm starts it at 1e-6, DeiT does not
     equip_irpe(model, rpe_config)
     if pretrained:
         load_pretrained(model, url or timm.get_pretrained_cfg(name).url)

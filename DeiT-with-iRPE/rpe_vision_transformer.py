@@ -9,15 +9,26 @@ from irpe import build_rpe, rpe_attention
 __all__ = ["RPEAttention", "VisionTransformer", "equip_irpe"]
 
 
-class MapSize:
-    """Height and width, in tokens, of the map that a model works on; a forward hook of its patch embedding."""
+class MapSizes:
+    """Height and width, in tokens, of the maps that a model has worked on; a forward hook of its patch embedding.
 
-    def __init__(self, height=None, width=None):
-        self.height, self.width = height, width
+    They are kept by their number of tokens, by which an attention finds its own even when gradient checkpointing
+    calls it again after a map of another size. Maps with as many tokens but of another shape take each other's place:
+    they must not be at work at the same time, in two threads or, which is refused, under gradient checkpointing.
+    """
+
+    def __init__(self, model=None):
+        self.by_tokens = {}
+        self.model = (model,)
 
     def __call__(self, patch_embed, inputs, output):
         # with a dynamic picture size the embedding returns (B, h, w, C), else (B, h·w, C) for the map it was built for
-        self.height, self.width = output.shape[1:3] if output.ndim == 4 else patch_embed.grid_size
+        height, width = output.shape[1:3] if output.ndim == 4 else patch_embed.grid_size
+        before = self.by_tokens.get(height * width, (height, width))
+        if before != (height, width) and self.model[0].grad_checkpointing and torch.is_grad_enabled():
+            raise ValueError(f"maps of {before[0]}×{before[1]} and {height}×{width} tokens under gradient "
+                             "checkpointing, which could not tell them apart; switch it off, or use one shape")
+        self.by_tokens[height * width] = height, width
 
 
 class RPEAttention(timm_vit.Attention):
@@ -31,12 +42,13 @@ class RPEAttention(timm_vit.Attention):
         super().__init__(*args, **kwargs)
         self.equip(rpe_config)
 
-    def equip(self, rpe_config, map_size=None):
+    def equip(self, rpe_config, map_sizes=None):
         """Build the encoding, on the device and in the type of this attention."""
         weight = self.qkv.weight
         self.rpe_q, self.rpe_k, self.rpe_v = (
             rpe and rpe.to(weight) for rpe in build_rpe(rpe_config, self.head_dim, self.num_heads))
-        self.map_size = map_size or MapSize()
+        self.map_sizes = map_sizes or MapSizes()
+        self.num_prefix_tokens = rpe_config.skip if rpe_config else 0
 
     def forward(self, x, attn_mask=None, is_causal=False):
         B, L, _ = x.shape
@@ -44,8 +56,9 @@ class RPEAttention(timm_vit.Attention):
         q, k = self.q_norm(q), self.k_norm(k)
         if is_causal:
             attn_mask = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
-        out = rpe_attention(q, k, v, self.rpe_q, self.rpe_k, self.rpe_v, self.map_size.height, self.map_size.width,
-                            attn_mask, self.attn_drop.p if self.training else 0.0)
+        height, width = self.map_sizes.by_tokens.get(L - self.num_prefix_tokens, (None, None))
+        out = rpe_attention(q, k, v, self.rpe_q, self.rpe_k, self.rpe_v, height, width, attn_mask,
+                            self.attn_drop.p if self.training else 0.0)
         out = out.transpose(1, 2).reshape(B, L, self.num_heads * self.head_dim)
         # newer releases of timm may scale or gate the heads' output
         if getattr(self, "norm", None) is not None:
@@ -80,12 +93,12 @@ def equip_irpe(model, rpe_config):
     if getattr(model.patch_drop, "prob", 0):
         raise ValueError("the model drops patches, and iRPE needs the whole map; build it with patch_drop_rate=0")
     rpe_config = dataclasses.replace(rpe_config, skip=model.num_prefix_tokens)
-    map_size = MapSize(*model.patch_embed.grid_size)
-    model.patch_embed.register_forward_hook(map_size)
+    map_sizes = MapSizes(model)
+    model.patch_embed.register_forward_hook(map_sizes)
     for attn in attentions:
         # the attention stays the object it was, with its weights, hooks and mode
         attn.__class__ = RPEAttention
-        attn.equip(rpe_config, map_size)
+        attn.equip(rpe_config, map_sizes)
     return model
 
 

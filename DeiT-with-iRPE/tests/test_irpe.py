@@ -157,6 +157,16 @@ def test_bool_and_additive_masks_hide_the_same_keys(rpe_on):
     torch.testing.assert_close(rpe_attention(q, k, changed, *modules, attn_mask=seen), with_bool)
 
 
+def test_a_query_that_may_see_nothing_gets_zeros():
+    seen = torch.ones(9, 9, dtype=torch.bool)
+    seen[4] = False
+    for rpe_on in ("k", "qkv"):
+        q, k, v = image(6, (3, 1, 2, 9, 4)).requires_grad_()
+        out = rpe_attention(q, k, v, *build_rpe(get_rpe_config(rpe_on=rpe_on), 4, 2), attn_mask=seen)
+        assert out[:, :, 4].abs().max() == 0 and out[:, :, 3].abs().min() > 0
+        assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.square().sum(), (q, v)))
+
+
 @pytest.mark.usefixtures("operators")
 def test_attention_passes_gradcheck():
     modules = [fill(module).double() for module in build_rpe(get_rpe_config(rpe_on="qkv", skip=1), 3, 2)]
@@ -225,6 +235,23 @@ def test_torch_compile_takes_the_whole_graph(rpe_on):
     q, k, v = image(4, (3, 2, 2, 10, 8))
     compiled = torch.compile(lambda q, k, v: rpe_attention(q, k, v, *modules), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v), rpe_attention(q, k, v, *modules))
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("oblong", [False, True])
+def test_torch_compile_follows_the_map_size(dynamic, oblong):
+    modules = [fill(module) for module in build_rpe(get_rpe_config(skip=1, rpe_on="qkv"), 8, 2)]
+
+    def attend(q, k, v, *size):
+        return rpe_attention(q, k, v, *modules, *size)
+
+    torch._dynamo.reset()  # other tests' graphs count towards its limit
+    compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for height, width in ((3, 3), (2, 5), (5, 2), (4, 6)) if oblong else ((3, 3), (4, 4), (5, 5), (2, 2)):
+        q, k, v = image(4, (3, 2, 2, height * width + 1, 8))
+        size = (height, width) if oblong else ()
+        torch.testing.assert_close(compiled(q, k, v, *size), attend(q, k, v, *size))
 
 
 @pytest.mark.usefixtures("operators")

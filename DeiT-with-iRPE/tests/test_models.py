@@ -283,7 +283,26 @@ def test_a_copied_model_records_its_own_map():
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin(image(1, (1, 3, 32, 64)))
-    assert (model.blocks[0].attn.map_size.height, twin.blocks[0].attn.map_size.height) == (14, 2)
+        model(image(1, (1, 3, 64, 32)))
+    assert [m.blocks[0].attn.map_sizes.by_tokens for m in (model, twin)] == [{8: (4, 2)}, {8: (2, 4)}]
+
+
+def test_gradient_checkpointing_keeps_maps_of_several_sizes_apart():
+    config = get_rpe_config(rpe_on="qkv")
+    model = equip_irpe(timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=2), config)
+    model.load_state_dict(fill_state_dict(model.state_dict()))
+
+    def gradients(checkpointing):
+        model.zero_grad()
+        model.set_grad_checkpointing(checkpointing)
+        losses = [model(image(5, (1, 3, *size))).square().mean() for size in ((32, 96), (64, 32))]
+        sum(losses).backward()
+        return [p.grad.clone() for key, p in model.named_parameters() if "lookup_table" in key]
+
+    for a, b in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="4×2 and 2×4 tokens under gradient checkpointing"):
+        model(image(5, (1, 3, 32, 64)))
 
 
 def test_equip_refuses_what_it_cannot_equip():
