@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -24,9 +25,10 @@ class TrainingState:
     lr_scheduler: Scheduler | None
     loss_scaler: torch.amp.GradScaler
     model_ema: ModelEmaV3 | None
+    max_accuracy: float = 0.0
 
     def save(self, path: str | os.PathLike, epoch: int, args: argparse.Namespace) -> None:
-        """Write the state after ``epoch`` in the format of the released checkpoints."""
+        """Write the state after ``epoch`` in the format of the released checkpoints, and the best top-1 so far."""
         save_atomically({
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -35,30 +37,67 @@ class TrainingState:
             "model_ema": self.model_ema.module.state_dict() if self.model_ema else None,
             "scaler": self.loss_scaler.state_dict(),
             "args": args,
+            "max_accuracy": self.max_accuracy,
         }, path)
 
-    def resume(self, path: str) -> int | None:
+    def resume(self, path: str, args: argparse.Namespace) -> int | None:
         """Take over what the checkpoint holds; returns the last finished epoch, None if it holds weights only.
 
         Averages that the checkpoint lacks start from its weights. Raises ``UserError`` if it belongs to another
-        model or optimizer.
+        model, or to an optimizer or schedule other than those of ``args``, or is damaged.
         """
         checkpoint = load_checkpoint(path)
         weights = load_weights(self.model, checkpoint, path)
         if self.model_ema:
-            self.model_ema.module.load_state_dict(checkpoint.get("model_ema") or weights)
+            averages = model_weights(checkpoint, path, "model_ema") if checkpoint.get("model_ema") else weights
+            _load(self.model_ema.module, self.model_ema.module.state_dict(), averages, path, " in its 'model_ema'")
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             print_once(f"note: {path} holds weights only; the optimizer starts anew")
             return None
+        epoch = checkpoint["epoch"]
+        if not isinstance(epoch, int) or epoch < 0:
+            raise UserError(f"checkpoint {path} is damaged: its epoch is {epoch!r}")
+        _check_same_flags(checkpoint.get("args"), args, path)
         try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"the optimizer in {path} is not --opt's: {error}") from error
-        if self.lr_scheduler and checkpoint.get("lr_scheduler"):
-            _load_scheduler_state(self.lr_scheduler, checkpoint["lr_scheduler"])
-        if checkpoint.get("scaler"):
-            self.loss_scaler.load_state_dict(checkpoint["scaler"])
-        return checkpoint["epoch"]
+            _load_optimizer_state(self.optimizer, checkpoint["optimizer"])
+        except _MISFITS as error:
+            raise UserError(f"the optimizer in {path} is not --opt {args.opt} of this model: {error}") from error
+        try:
+            if self.lr_scheduler and checkpoint.get("lr_scheduler"):
+                _load_scheduler_state(self.lr_scheduler, checkpoint["lr_scheduler"])
+            if checkpoint.get("scaler"):
+                self.loss_scaler.load_state_dict(checkpoint["scaler"])
+            self.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
+        except _MISFITS as error:
+            raise UserError(f"the schedule in {path} is not --sched {args.sched}, or the file is damaged: "
+                            f"{error!r}") from error
+        return epoch
+
+
+# What the libraries raise for states that are not theirs.
+_MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+# Entries of an optimizer's groups that say how it computes, not what; they came and went with PyTorch's versions.
+_NO_HYPERPARAMETERS = {"params", "param_names", "initial_lr", "foreach", "fused", "capturable", "differentiable",
+                       "maximize", "decoupled_weight_decay"}
+
+
+def _check_same_flags(saved: Any, args: argparse.Namespace, path: str) -> None:
+    for name in ("opt", "sched"):
+        before, now = getattr(saved, name, None), getattr(args, name)
+        if before is not None and str(before).lower() != now.lower():
+            raise UserError(f"{path} was trained with --{name} {before} and cannot go on with --{name} {now}: use the "
+                            "same, or --finetune for a new run from its weights")
+
+
+def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    for number, (own, saved) in enumerate(zip(optimizer.param_groups, state["param_groups"], strict=False)):
+        if different := (own.keys() ^ saved.keys()) - _NO_HYPERPARAMETERS:
+            raise ValueError(f"only one of them has {', '.join(sorted(different))} in group {number}")
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name in ("exp_avg", "momentum_buffer"):  # the others are not of the parameter's shape in all optimizers
+            if values.get(name) is not None and values[name].shape != parameter.shape:
+                raise ValueError(f"{name} is {tuple(values[name].shape)} for a weight of {tuple(parameter.shape)}")
 
 
 def _scheduler_state(scheduler: Scheduler | None) -> dict[str, Any] | None:
@@ -70,6 +109,8 @@ def _scheduler_state(scheduler: Scheduler | None) -> dict[str, Any] | None:
 
 
 def _load_scheduler_state(scheduler: Scheduler, state: dict[str, Any]) -> None:
+    if not isinstance(scheduler, PlateauLRScheduler) and len(state["base_values"]) != len(scheduler.base_values):
+        raise ValueError("it is for another number of parameter groups")
     scheduler.load_state_dict(state)
     if isinstance(scheduler, PlateauLRScheduler) and "plateau" in state:
         scheduler.lr_scheduler.load_state_dict(state["plateau"])
@@ -113,9 +154,12 @@ def finetune_from(model: nn.Module, path: str) -> None:
 
 
 def _load(model: nn.Module, expected: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor],
-          path: str) -> None:
+          path: str, where: str = "") -> None:
     if differences := key_differences(expected, weights):
-        raise UserError(f"checkpoint {path} belongs to another model: {differences}")
+        side = _map_side(weights["pos_embed"], model) if "pos_embed" in expected and "pos_embed" in weights else None
+        hint = (f"; its map is that of --input-size {side * model.patch_embed.patch_size[0]}"
+                if side and weights["pos_embed"].shape[1] != expected["pos_embed"].shape[1] else "")
+        raise UserError(f"checkpoint {path} belongs to another model{where}: {differences}{hint}")
     model.load_state_dict(weights)
 
 
@@ -125,15 +169,25 @@ def _heads_of_other_classes(model: nn.Module, expected: Mapping[str, torch.Tenso
     names = model.pretrained_cfg.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
     return [key for key, value in expected.items() if key.startswith(prefixes) and key in weights
-            and len(value) != len(weights[key]) and value.shape[1:] == weights[key].shape[1:]]
+            and value.ndim == weights[key].ndim and len(value) != len(weights[key])
+            and value.shape[1:] == weights[key].shape[1:]]
+
+
+def _map_side(positions: torch.Tensor, model: nn.Module) -> int | None:
+    """Patches along a side of the square map that positions (1, L, C) belong to; None if it is none of a ViT's."""
+    if not isinstance(model, VisionTransformer) or positions.ndim != 3:
+        return None
+    patches = positions.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
+    side = math.isqrt(max(0, patches))
+    return side if side * side == patches else None
 
 
 def _fit_positions(positions: torch.Tensor, model: nn.Module) -> torch.Tensor:
     """Positions (1, L, C) of a square map, interpolated to the model's map if that has another size."""
-    height, width = model.patch_embed.grid_size
-    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    side = math.isqrt(positions.shape[1] - prefix)
-    if positions.shape[1] == prefix + height * width or side * side != positions.shape[1] - prefix:
+    side = _map_side(positions, model)
+    if not side or positions.shape[1] == model.pos_embed.shape[1]:
         return positions
+    height, width = model.patch_embed.grid_size
     print_once(f"finetune: positions interpolated from {side}×{side} to {height}×{width}")
-    return resample_abs_pos_embed(positions, (height, width), num_prefix_tokens=prefix)
+    return resample_abs_pos_embed(positions, (height, width),
+                                  num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens)

@@ -357,7 +357,7 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, f
 
 def resume(args: argparse.Namespace, state: TrainingState) -> int:
     """Bring the state to where ``args.resume`` stopped; returns the first epoch to train."""
-    last_epoch = state.resume(args.resume) if args.resume else None
+    last_epoch = state.resume(args.resume, args) if args.resume else None
     if last_epoch is not None:
         return last_epoch + 1
     if args.start_epoch and state.lr_scheduler:

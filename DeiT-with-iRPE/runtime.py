@@ -13,6 +13,7 @@ import pathlib
 import pickle
 import random
 import re
+import struct
 import sys
 import time
 from collections import deque
@@ -353,15 +354,16 @@ def _read_checkpoint(file: IO[bytes], path: str | os.PathLike) -> Any:
         name = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it needs {name[1]} to be read" if name else "it holds more than tensors and plain containers"
         raise UserError(f"checkpoint {path} is refused: {reason}, which could run foreign code") from error
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError,
+            AssertionError, TypeError, AttributeError, struct.error) as error:  # all seen for changed bytes
         raise UserError(f"checkpoint {path} is truncated or damaged: fetch or copy it again") from error
 
 
-def model_weights(checkpoint: Mapping[str, Any], path: str) -> dict[str, torch.Tensor]:
-    """The state dict in a checkpoint: under ``model``, or the checkpoint itself if it holds only tensors."""
-    weights = checkpoint.get("model", checkpoint)
+def model_weights(checkpoint: Mapping[str, Any], path: str, key: str = "model") -> dict[str, torch.Tensor]:
+    """The state dict in a checkpoint: under ``key``, or the checkpoint itself if it holds only tensors."""
+    weights = checkpoint.get(key, checkpoint)
     if not (isinstance(weights, Mapping) and weights and all(isinstance(v, torch.Tensor) for v in weights.values())):
-        raise UserError(f"checkpoint {path} has no state dict under 'model'; its keys are {_some(checkpoint)}")
+        raise UserError(f"checkpoint {path} has no state dict under {key!r}; its keys are {_some(checkpoint)}")
     return dict(weights)
 
 

@@ -83,7 +83,8 @@ def test_checkpoint_of_another_model_says_which_keys_differ(pictures, tmp_path):
     sentence = refused(pictures, "--eval", "--resume", wide, "--model", "deit_tiny_patch16_224")
     assert "of another shape (" in sentence and "(1, 1, 384) instead of (1, 1, 192)" in sentence
     small_map = checkpoint_of(TINY, tmp_path / "map.pth", img_size=64)
-    assert "pos_embed is (1, 17, 192) instead of (1, 5, 192)" in refused(pictures, "--resume", small_map)
+    sentence = refused(pictures, "--resume", small_map)
+    assert "pos_embed is (1, 17, 192) instead of (1, 5, 192)" in sentence and "of --input-size 64" in sentence
 
 
 class Intruder:
@@ -122,7 +123,52 @@ def test_optimizer_of_another_kind(pictures, tmp_path):
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
     checkpoint["optimizer"]["param_groups"].pop()
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
-    assert "is not --opt's" in refused(pictures, "--resume", tmp_path / "checkpoint.pth", "--epochs", 2)
+    assert "is not --opt adamw of this model" in refused(pictures, "--resume", tmp_path / "checkpoint.pth",
+                                                         "--epochs", 2)
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    path = tmp_path_factory.mktemp("trained")
+    main.main(parse(*small(pictures, "--output_dir", path)))
+    return path / "checkpoint.pth"
+
+
+@pytest.mark.parametrize("flags", [["--opt", "sgd"], ["--opt", "adafactor"], ["--opt", "lion"], ["--sched", "step"]],
+                         ids=" ".join)
+def test_run_goes_on_only_with_its_own_optimizer_and_schedule(pictures, trained, tmp_path, flags):
+    assert f"cannot go on with {' '.join(flags)}: use the same" in refused(pictures, "--resume", trained, *flags)
+    if flags[0] == "--opt":  # files of other programs do not say their optimizer
+        checkpoint = load_checkpoint(trained)
+        del checkpoint["args"]
+        torch.save(checkpoint, tmp_path / "c.pth")
+        assert f"is not {' '.join(flags)} of this model" in refused(pictures, "--resume", tmp_path / "c.pth", *flags)
+
+
+def permuted(optimizer):
+    state = optimizer["state"]
+    return {**optimizer, "state": dict(zip(state, reversed(state.values()), strict=True))}
+
+
+@pytest.mark.parametrize(("key", "damage", "words"), [
+    ("model_ema", lambda ema: 3, "has no state dict under 'model_ema'"),
+    ("model_ema", lambda ema: {"head.bias": ema["head.bias"]}, "belongs to another model in its 'model_ema': "),
+    ("model", lambda model: {**model, "head.weight": torch.tensor(1.0)}, "1 of another shape (head.weight is ()"),
+    ("epoch", lambda epoch: "x", "is damaged: its epoch is 'x'"),
+    ("epoch", lambda epoch: -1, "is damaged: its epoch is -1"),
+    ("optimizer", lambda optimizer: 3, "is not --opt adamw of this model"),
+    ("optimizer", lambda optimizer: {**optimizer, "param_groups": 3}, "is not --opt adamw of this model"),
+    ("optimizer", lambda optimizer: {**optimizer, "state": {0: 3}}, "is not --opt adamw of this model"),
+    ("optimizer", permuted, "is not --opt adamw of this model: exp_avg is ("),
+    ("lr_scheduler", lambda scheduler: 3, "is not --sched cosine"),
+    ("lr_scheduler", lambda scheduler: {"best": 1.0, "last_epoch": 0}, "is not --sched cosine"),
+    ("max_accuracy", lambda accuracy: "x", "the file is damaged"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_damaged_part_of_a_checkpoint(pictures, trained, tmp_path, key, damage, words):
+    checkpoint = load_checkpoint(trained)
+    checkpoint[key] = damage(checkpoint[key])
+    torch.save(checkpoint, tmp_path / "c.pth")
+    assert words in refused(pictures, "--resume", tmp_path / "c.pth", "--epochs", 2)
 
 
 # Flags

@@ -92,6 +92,23 @@ def test_checkpoint_cut_anywhere_is_named(tmp_path, zipped):
         assert "cut.pth" in sentence and ("truncated" in sentence or cut < 4)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_checkpoint_with_any_byte_changed_is_read_or_refused_in_a_sentence(tmp_path, zipped):
+    whole = saved(tmp_path, {"model": {"w": torch.arange(3.0)}, "args": argparse.Namespace(a=pathlib.PosixPath("a"))},
+                  _use_new_zipfile_serialization=zipped).read_bytes()
+    refused = 0
+    for position in range(len(whole)):
+        for change in (1, 255):
+            damaged = bytearray(whole)
+            damaged[position] ^= change
+            try:
+                runtime._read_checkpoint(io.BytesIO(damaged), "c.pth")
+            except UserError:
+                refused += 1
+    assert refused > len(whole) / 4
+
+
 def test_what_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "page.pth").write_text("<html>404</html>")
     assert "page.pth is not a PyTorch checkpoint" in fails_with(load_checkpoint, tmp_path / "page.pth")
