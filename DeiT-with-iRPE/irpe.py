@@ -133,16 +133,16 @@ def get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype=tor
     """
     method = _choice("method", method, [m.value for m in _MAPPINGS], METHOD)
     size = 2 * int(beta) + 1
-    rows, cols = (torch.arange(n, device=device) for n in (height, width))
-    dr = (rows[:, None] - rows).view(height, 1, height, 1)
-    dc = (cols[:, None] - cols).view(1, width, 1, width)
-    ids = _MAPPINGS[method][0](dr, dc, lambda x: piecewise_index(x, alpha, beta, gamma, dtype) + int(beta), size)
-    ids = ids.expand(height, width, height, width).reshape(height * width, height * width)
+    dr, dc = (torch.arange(1 - n, n, device=device) for n in (height, width))
+    table = _MAPPINGS[method][0](dr[:, None], dc, lambda x: piecewise_index(x, alpha, beta, gamma, dtype) + int(beta),
+                                 size).expand(2 * height - 1, 2 * width - 1)
+    # ids[(r, c), (r', c')] = table[r - r' + height - 1, c - c' + width - 1]: a window of the table for every query
+    ids = table.unfold(0, height, 1).unfold(1, width, 1).flip(2, 3).reshape(height * width, height * width)
     num_buckets = _count_buckets(method, skip, beta)
     return F.pad(ids, (skip, 0, skip, 0), value=num_buckets - 1), num_buckets
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=32)  # 8 MB each on DETR's largest maps
 def _cached_bucket_ids(method, height, width, skip, alpha, beta, gamma, device, dtype):
     def compute():
         # always on the CPU: another device's logarithm may move a tie to the next bucket
