@@ -12,6 +12,8 @@ Shapes: B pictures, H heads, L tokens (`skip` prefix tokens, then the map row by
 import enum
 import functools
 import math
+import numbers
+import operator
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -37,8 +39,8 @@ except ModuleNotFoundError as error:  # a build that does not fit this PyTorch r
         raise
     HAS_RPE_OPS = False
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        warnings.warn("the extension rpe_ops is not installed; iRPE computes the same without it, but slower. "
-                      "To build it: pip install ./rpe_ops --no-build-isolation", stacklevel=2)
+        warnings.warn("the extension rpe_ops is not installed; iRPE computes the same without it, but slower. To build "
+                      "it, in the iRPE repository: pip install ./rpe_ops --no-build-isolation", stacklevel=2)
 
 
 def _use_rpe_ops(device):
@@ -49,7 +51,7 @@ def _gather_buckets(lookup, ids):
     """Y[b, h, i, j] = lookup[b, h, i, ids[i, j]] for `lookup` (B, H, Lq, nb) and `ids` (Lq, Lk)."""
     if _use_rpe_ops(lookup.device):
         return rpe_index(lookup, ids)
-    return lookup.gather(-1, ids.expand(*lookup.shape[:2], *ids.shape))
+    return lookup.gather(-1, ids.expand(*lookup.shape[:2], -1, -1))
 
 
 def _sum_buckets(attn, ids, num_buckets):
@@ -131,16 +133,16 @@ def get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype=tor
     """
     method = _choice("method", method, [m.value for m in _MAPPINGS], METHOD)
     size = 2 * int(beta) + 1
-    rows, cols = (torch.arange(n, device=device) for n in (height, width))
-    dr = (rows[:, None] - rows).view(height, 1, height, 1)
-    dc = (cols[:, None] - cols).view(1, width, 1, width)
-    ids = _MAPPINGS[method][0](dr, dc, lambda x: piecewise_index(x, alpha, beta, gamma, dtype) + int(beta), size)
-    ids = ids.expand(height, width, height, width).reshape(height * width, height * width)
+    dr, dc = (torch.arange(1 - n, n, device=device) for n in (height, width))
+    table = _MAPPINGS[method][0](dr[:, None], dc, lambda x: piecewise_index(x, alpha, beta, gamma, dtype) + int(beta),
+                                 size).expand(2 * height - 1, 2 * width - 1)
+    # ids[(r, c), (r', c')] = table[r - r' + height - 1, c - c' + width - 1]: a window of the table for every query
+    ids = table.unfold(0, height, 1).unfold(1, width, 1).flip(2, 3).reshape(height * width, height * width)
     num_buckets = _count_buckets(method, skip, beta)
     return F.pad(ids, (skip, 0, skip, 0), value=num_buckets - 1), num_buckets
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=32)  # 8 MB each on DETR's largest maps
 def _cached_bucket_ids(method, height, width, skip, alpha, beta, gamma, device, dtype):
     def compute():
         # always on the CPU: another device's logarithm may move a tie to the next bucket
@@ -153,13 +155,6 @@ def _cached_bucket_ids(method, height, width, skip, alpha, beta, gamma, device, 
     # must be good for every later caller
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(compute).result()
-
-
-@torch.compiler.assume_constant_result
-def _bucket_ids(method, height, width, skip, alpha, beta, gamma, device):
-    """Ids (L, L) on `device`, shared by all layers with the same map and prefix, a constant to torch.compile."""
-    dtype = torch.int32 if _use_rpe_ops(device) else torch.int64  # PyTorch's own gather takes no int32
-    return _cached_bucket_ids(method, height, width, skip, alpha, beta, gamma, device, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,10 +189,12 @@ class RPEConfig:
         put("mode", _MODES[_choice("mode", self.mode, tuple(_MODES))])
         put("shared_head", bool(_choice("shared_head", self.shared_head, (True, False))))
         _choice("rpe_on", self.rpe_on, _RPE_ON)
-        if not (isinstance(self.ratio, (int, float)) and 0 < self.ratio < math.inf):
+        if not (isinstance(self.ratio, numbers.Real) and 0 < self.ratio < math.inf):
             raise ValueError(f"ratio is {self.ratio!r}; it must be a number above 0, as 1.9")
-        if not (isinstance(self.skip, int) and self.skip >= 0):
+        if not (isinstance(self.skip, numbers.Integral) and self.skip >= 0):
             raise ValueError(f"skip is {self.skip!r}; it must be the number of prefix tokens: 0, 1, 2, ...")
+        put("ratio", float(self.ratio))
+        put("skip", int(self.skip))
         if self.mode == "bias" and "v" in self.rpe_on:
             raise ValueError(f"mode 'bias' with rpe_on {self.rpe_on!r}: a bias on values does not exist; "
                              "use mode 'ctx', or rpe_on q, k or qk")
@@ -265,15 +262,21 @@ class iRPE(nn.Module):
 
         Raises: ValueError if `length` is not height·width + skip.
         """
+        length = operator.index(length)  # torch.compile is to take sizes for constants
         if height is None or width is None:
             height = width = math.isqrt(length)
-        skip = self.config.skip
+        height, width, skip = operator.index(height), operator.index(width), self.config.skip
         if length != height * width + skip:
             raise ValueError(
                 f"{length} tokens on a map of {height}×{width} leave {length - height * width} prefix tokens, but the "
                 f"encoding was built with skip={skip}; set skip={max(length - height * width, 0)}, or give the height "
                 "and width of the map")
-        return _bucket_ids(self.method, int(height), int(width), skip, *self.config.piecewise, device)
+        return self._shared_bucket_ids(height, width, device)
+
+    @torch.compiler.assume_constant_result
+    def _shared_bucket_ids(self, height, width, device):
+        dtype = torch.int32 if _use_rpe_ops(device) else torch.int64  # PyTorch's own gather takes no int32
+        return _cached_bucket_ids(self.method, height, width, self.config.skip, *self.config.piecewise, device, dtype)
 
     def forward(self, x, height=None, width=None):
         """What this table adds to the logits (on q, k) or to the output (on v).
@@ -326,7 +329,10 @@ def build_rpe(rpe_config, head_dim, num_heads):
 
 
 def _add(total, term):
-    """total + term, in place where shapes allow: no backward reads `total`, and a new (B, H, L, L) costs a pass."""
+    """total + term, in place where shapes allow: no backward reads `total`, and a new (B, H, L, L) costs a pass.
+
+    A module's term may so change after the module returned it: a forward hook that keeps it has to copy it.
+    """
     if total is None:
         return term
     return total.add_(term) if torch.broadcast_shapes(total.shape, term.shape) == total.shape else total + term
@@ -356,10 +362,14 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
         logits = _add(logits, rpe_q(k * scale, height, width).transpose(-2, -1))
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
+            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, -math.inf)
+        if rpe_v is not None:  # queries that may see nothing get zeros in the end, as from PyTorch's attention
+            blind = attn_mask.amax(-1, keepdim=True) == -math.inf
+            attn_mask = attn_mask.masked_fill(blind, 0)
         logits = _add(logits, attn_mask)
     if rpe_v is None:
         return F.scaled_dot_product_attention(q, k, v, logits, dropout_p, scale=1.0)
     attn = F.dropout(logits.softmax(-1), dropout_p)
     del logits  # its memory is still in the cache when the next tensor of this size is made
-    return torch.matmul(attn, v).add_(rpe_v(attn, height, width))
+    out = torch.matmul(attn, v).add_(rpe_v(attn, height, width))
+    return out if attn_mask is None else out.masked_fill(blind, 0)
