@@ -117,8 +117,9 @@ def _load_scheduler_state(scheduler: Scheduler, state: dict[str, Any]) -> None:
         scheduler.restore_lr = state["restore_lr"]
 
 
-def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str) -> dict[str, torch.Tensor]:
-    """Load a checkpoint of this very model and return its weights.
+def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str,
+                 any_resolution: bool = False) -> dict[str, torch.Tensor]:
+    """Load a checkpoint of this very model, or with ``any_resolution`` at another one, and return its weights.
 
     Raises ``UserError`` that says which keys differ, or that the numbers of classes do.
     """
@@ -128,6 +129,8 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str) -> 
         raise UserError(f"checkpoint {path} has {len(weights[heads[0]])} classes and the data set "
                         f"{len(expected[heads[0]])}: "
                         "check --data-set and --data-path, or give it to --finetune for a new head")
+    if any_resolution and "pos_embed" in expected and "pos_embed" in weights:
+        weights["pos_embed"] = _fit_positions(weights["pos_embed"], model)
     _load(model, expected, weights, path)
     return weights
 
@@ -188,6 +191,6 @@ def _fit_positions(positions: torch.Tensor, model: nn.Module) -> torch.Tensor:
     if not side or positions.shape[1] == model.pos_embed.shape[1]:
         return positions
     height, width = model.patch_embed.grid_size
-    print_once(f"finetune: positions interpolated from {side}×{side} to {height}×{width}")
+    print_once(f"positions interpolated from {side}×{side} to {height}×{width}")
     return resample_abs_pos_embed(positions, (height, width),
                                   num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens)

@@ -91,7 +91,7 @@ def _train_transform(args: argparse.Namespace) -> transforms.Compose:
             re_prob=0.0 if args.resplit else args.reprob, re_mode=args.remode, re_count=args.recount)
     except (AssertionError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"--aa {args.aa!r}, --train-interpolation {args.train_interpolation!r} or --remode "
-                        f"{args.remode!r} is unknown to timm: {error or 'see its documentation'}") from error
+                        f"{args.remode!r} is unknown to timm: {str(error) or repr(error)}") from error
 
 
 def build_collate(args: argparse.Namespace) -> Callable[[list], Any]:

@@ -5,12 +5,14 @@
     python main.py ... --device cpu
 """
 import argparse
+import math
 import os
 import time
 from collections.abc import Iterator
 
 import torch
 from timm.data import Mixup
+from timm.layers import to_2tuple
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler
@@ -76,7 +78,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=5e-4, help="for 512 pictures a step; scaled with their number")
     add("--lr-noise", type=float, nargs="+", default=None, help="part of the epochs where noise starts (and ends)")
     add("--lr-noise-pct", type=float, default=0.67, help="bound of the noise, relative")
-    add("--lr-noise-std", type=float, default=1.0)
+    add("--lr-noise-std", type=float, default=1.0, help="of the noise (timm 1.0.15 does not look at it)")
     add("--warmup-lr", type=float, default=1e-6, help="of the first epoch; not scaled")
     add("--min-lr", type=float, default=1e-5, help="of the last epoch; not scaled")
     add("--decay-epochs", type=float, default=30, help="between two decays of --sched step")
@@ -165,9 +167,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------------------
 
 _RANGES = {
-    "batch_size": (1, None), "epochs": (0, None), "input_size": (1, None), "drop": (0, 0.999),
-    "drop_path": (0, 0.999), "model_ema_decay": (0, 1), "opt_eps": (0, None), "clip_grad": (0, None),
-    "weight_decay": (0, None), "lr": (0, None), "lr_noise_pct": (0, None), "lr_noise_std": (0, None),
+    "batch_size": (1, None), "epochs": (1, None), "input_size": (1, None), "drop": (0, 0.999),
+    "drop_path": (0, 0.999), "model_ema_decay": (0, 1), "opt_eps": (0, None), "clip_grad": (1e-9, None),
+    "momentum": (0, 1), "weight_decay": (0, None), "lr": (0, None), "min_lr": (0, None), "warmup_lr": (0, None),
+    "decay_rate": (0, 1), "lr_noise_pct": (0.001, None), "lr_noise_std": (0, None),
     "warmup_epochs": (0, None), "decay_epochs": (1e-9, None), "cooldown_epochs": (0, None),
     "patience_epochs": (0, None), "color_jitter": (0, None), "hflip": (0, 1), "min_crop": (0.001, 1),
     "smoothing": (0, 0.999), "reprob": (0, 1), "recount": (1, None), "mixup": (0, None), "cutmix": (0, None),
@@ -182,25 +185,34 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise ``UserError`` for values that are impossible, alone or together."""
     for name, (low, high) in _RANGES.items():
         value = getattr(args, name)
-        if value is not None and not (low <= value and (high is None or value <= high)):
+        if value is not None and not (low <= value < math.inf and (high is None or value <= high)):
             raise UserError(f"{_flag(name)} {value} is out of range: it must be "
                             + (f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"))
     for name, allowed in _NAMES.items():
         if getattr(args, name) not in allowed:
             raise UserError(f"{_flag(name)} {getattr(args, name)!r} is unknown: it must be one of {', '.join(allowed)}")
+    _check_lists(args)
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights: leave one out")
-    if args.cutmix_minmax is not None and not (
-            len(args.cutmix_minmax) == 2 and 0 <= args.cutmix_minmax[0] <= args.cutmix_minmax[1] <= 1):
-        raise UserError(f"--cutmix-minmax {args.cutmix_minmax} must be two shares of the side, such as 0.2 0.8")
-    if args.lr_noise is not None and not (len(args.lr_noise) <= 2 and args.lr_noise == sorted(args.lr_noise)):
-        raise UserError(f"--lr-noise {args.lr_noise} must be one or two rising parts of the epochs, such as 0.4 0.9")
     if not args.eval and _mixes(args) and args.batch_size % 2:
         raise UserError(f"--batch-size {args.batch_size} is odd, and mixup mixes pairs: use an even one, or --mixup 0 "
                         "--cutmix 0")
     if not args.eval and args.distillation_type != "none" and not args.teacher_path:
         raise UserError(f"--distillation-type {args.distillation_type} needs the teacher's weights: "
                         "--teacher-path FILE")
+
+
+def _check_lists(args: argparse.Namespace) -> None:
+    minmax, noise = args.cutmix_minmax, args.lr_noise
+    if minmax is not None and not (len(minmax) == 2 and 0 <= minmax[0] <= minmax[1] <= 1
+                                   and int(args.input_size * minmax[0]) < int(args.input_size * minmax[1])):
+        raise UserError(f"--cutmix-minmax {minmax} must be two shares of the side, at least a pixel apart, such as "
+                        "0.2 0.8")
+    if noise is not None and not (len(noise) <= 2 and all(map(math.isfinite, noise)) and noise == sorted(noise)):
+        raise UserError(f"--lr-noise {noise} must be one or two rising parts of the epochs, such as 0.4 0.9")
+    if noise is not None and args.lr_noise_pct < 0.001 * args.lr_noise_std:  # timm draws until one is small enough
+        raise UserError(f"--lr-noise-pct {args.lr_noise_pct} is too small a bound for --lr-noise-std "
+                        f"{args.lr_noise_std}: it must be at least a thousandth of it")
 
 
 def _flag(name: str) -> str:
@@ -253,9 +265,13 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
         model = create_model(args.model, args.pretrained and not args.resume, num_classes=nb_classes,
                              img_size=args.input_size, pos_drop_rate=args.drop, proj_drop_rate=args.drop,
                              drop_path_rate=args.drop_path)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model {args.model} cannot be built for {args.input_size} pixels: {error}") from error
-    patch = model.patch_embed.patch_size[0]
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise UserError(f"--model {args.model} cannot be built for {args.input_size} pixels: "
+                        f"{str(error) or repr(error)}") from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch is None:
+        raise UserError(f"--model {args.model} has no patches of one size, as a ViT has, and cannot be trained here")
+    patch = to_2tuple(patch)[0]
     if args.input_size % patch:
         raise UserError(f"--input-size {args.input_size} is no multiple of the {patch} pixels of a patch: "
                         f"use {max(1, args.input_size // patch) * patch}")
@@ -284,12 +300,15 @@ def build_criterion(args: argparse.Namespace, model: nn.Module, nb_classes: int,
 
 
 def build_teacher(args: argparse.Namespace, nb_classes: int) -> nn.Module:
-    """The teacher with the weights of ``args.teacher_path``, frozen."""
+    """The teacher for pictures of ``args.input_size`` with the weights of ``args.teacher_path``, frozen."""
     try:
-        teacher = create_model(args.teacher_model, num_classes=nb_classes)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--teacher-model {args.teacher_model} cannot be built: {error}") from error
-    load_weights(teacher, load_checkpoint(args.teacher_path), args.teacher_path)
+        try:
+            teacher = create_model(args.teacher_model, num_classes=nb_classes, img_size=args.input_size)
+        except TypeError:  # a convolutional network, which takes any size
+            teacher = create_model(args.teacher_model, num_classes=nb_classes)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"--teacher-model {args.teacher_model} cannot be built: {str(error) or repr(error)}") from error
+    load_weights(teacher, load_checkpoint(args.teacher_path), args.teacher_path, any_resolution=True)
     return teacher.eval().requires_grad_(False)
 
 
@@ -302,12 +321,20 @@ def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer with the learning rate for 512 pictures a step scaled to ``args.batch_size · world_size``."""
-    lr = args.lr * args.batch_size * args.world_size / 512
+    options = {**vars(args), "lr": args.lr * args.batch_size * args.world_size / 512}
     try:
-        return create_optimizer_v2(model, **optimizer_kwargs(argparse.Namespace(**{**vars(args), "lr": lr})))
-    except (ValueError, TypeError, AssertionError) as error:
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(argparse.Namespace(**options)))
+        betas = create_optimizer_v2(model, **optimizer_kwargs(argparse.Namespace(**{**options, "opt_betas": None}))
+                                    ).defaults.get("betas")
+    except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise UserError(f"--opt {args.opt} is unknown to timm or does not take --opt-betas {args.opt_betas}: "
-                        f"{error}") from error
+                        f"{str(error) or repr(error)}") from error
+    if args.opt_betas and betas and len(betas) != len(args.opt_betas):
+        raise UserError(f"--opt-betas {args.opt_betas} must be {len(betas)} numbers for --opt {args.opt}")
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"--opt {args.opt} needs second derivatives, which fused attention does not have: choose another, "
+                        "such as adamw")
+    return optimizer
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler | None:
@@ -315,7 +342,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) 
     try:
         scheduler, _ = create_scheduler(args, optimizer)
     except (ValueError, AssertionError, TypeError) as error:  # some timm's plateau does not fit some PyTorch
-        raise UserError(f"--sched {args.sched} cannot be used: {error}") from error
+        raise UserError(f"--sched {args.sched} cannot be used: {str(error) or repr(error)}") from error
     if scheduler is None and args.sched != "none":
         raise UserError(f"--sched {args.sched} is unknown to timm")
     if isinstance(scheduler, PlateauLRScheduler):

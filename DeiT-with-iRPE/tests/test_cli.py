@@ -104,6 +104,10 @@ def test_model_flags_reach_the_model():
     assert [b.drop_path1.drop_prob for b in model.blocks[1:3]] == pytest.approx([0.5 / 11, 1 / 11])
 
 
+def test_patch_size_of_timms_models_may_be_one_number():
+    assert main.build_model(parse("--model", "xcit_nano_12_p16_224", "--input-size", 32), 3).num_classes == 3
+
+
 @pytest.mark.parametrize("flags", [[], ["--model-ema-force-cpu"]])
 def test_moving_average_has_its_decay_and_place(flags):
     state = main.build_state(parse("--model-ema-decay", 0.5, *flags), torch.nn.Linear(2, 2))

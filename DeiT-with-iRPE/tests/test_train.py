@@ -281,6 +281,18 @@ def test_distilled_model_is_trained_with_a_teacher_from_its_file(pictures, tmp_p
     assert changed == [["head.weight"], ["head_dist.weight"]]
 
 
+def test_teacher_of_another_resolution_gets_interpolated_positions(pictures, tmp_path):
+    weights = fill_state_dict(create_model("vit_tiny_patch16_224", num_classes=3, img_size=64).state_dict())
+    torch.save({"model": weights}, tmp_path / "teacher.pth")
+    flags = ["--teacher-model", "vit_tiny_patch16_224", "--teacher-path", tmp_path / "teacher.pth"]
+    teacher = main.build_teacher(parse(*flags, "--input-size", 96), 3)
+    assert teacher(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
+    old = weights["pos_embed"][:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+    new = F.interpolate(old, size=(6, 6), mode="bicubic", align_corners=False, antialias=True)
+    assert torch.allclose(teacher.pos_embed[:, 1:], new.permute(0, 2, 3, 1).flatten(1, 2), atol=1e-5)
+    run(pictures, "--model", DISTILLED, *flags, "--distillation-type", "hard")
+
+
 # Fine-tuning
 
 def test_finetuning_to_another_resolution_interpolates_the_positions(tmp_path, capsys):
