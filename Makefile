@@ -1,10 +1,11 @@
 # make        set up .venv and build rpe_ops into it
-# make test   all tests      make demo   train and evaluate a small model on real digits
+# make test   all tests
+# make demo   train and evaluate a small DeiT on real digits      make demo-detr   a small DETR on pictures of them
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(abspath $(VENV))/bin/python
 
-.PHONY: build test demo clean
+.PHONY: build test demo demo-detr clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/rpe_ops.done
@@ -24,6 +25,9 @@ test: build
 
 demo: build
 	cd DeiT-with-iRPE && $(PY) demo.py --output_dir ../outputs/demo
+
+demo-detr: build
+	cd DETR-with-iRPE && $(PY) demo/run.py --output_dir ../outputs/demo-detr
 
 clean:
 	rm -rf $(VENV) outputs rpe_ops/build rpe_ops/*.egg-info
