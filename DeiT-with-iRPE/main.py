@@ -384,6 +384,10 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, f
 
 def resume(args: argparse.Namespace, state: TrainingState) -> int:
     """Bring the state to where ``args.resume`` stopped; returns the first epoch to train."""
+    old = os.path.join(args.output_dir, "checkpoint.pth")
+    if args.output_dir and not args.resume and os.path.exists(old):
+        print_once(f"note: {old} of an earlier run will be replaced after the first epoch; to go on from it, stop and "
+                   f"say --resume {old}")
     last_epoch = state.resume(args.resume, args) if args.resume else None
     if last_epoch is not None:
         return last_epoch + 1
@@ -404,20 +408,20 @@ def train(args: argparse.Namespace, device: torch.device, state: TrainingState, 
     if args.distributed:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     log = RunLog(args.output_dir, start_epoch)
-    started, best, test = time.time(), 0.0, {}
+    started, test = time.time(), {}
     for epoch in _epochs(args, start_epoch, train_loader):
         stats = train_one_epoch(model, criterion, train_loader, state.optimizer, device, epoch, state.loss_scaler,
                                 args.clip_grad, state.model_ema, mixup, dtype)
         test = evaluate(val_loader, state.model, device, dtype)
         if state.lr_scheduler:
             state.lr_scheduler.step(epoch, test["acc1"])
+        state.max_accuracy = max(state.max_accuracy, test["acc1"])
         if args.output_dir and is_main_process():
             state.save(os.path.join(args.output_dir, "checkpoint.pth"), epoch, args)
         log.write(epoch, {"train_lr": stats["lr"], "train_loss": stats["loss"],
                           **{f"test_{name}": value for name, value in test.items()},
                           "epoch": epoch, "n_parameters": n_parameters})
-        best = max(best, test["acc1"])
-        print_once(f"Max accuracy: {best:.2f}%")
+        print_once(f"Max accuracy: {state.max_accuracy:.2f}%")
     log.close()
     print_once(f"Training time {time.strftime('%H:%M:%S', time.gmtime(time.time() - started))}")
     return test

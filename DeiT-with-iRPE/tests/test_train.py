@@ -93,6 +93,20 @@ def test_a_resumed_run_goes_on_to_the_bit_as_one_that_never_stopped(pictures, tm
     assert logs[0] == logs[1] and logs[0].count("\n") == 3
 
 
+def test_best_accuracy_is_remembered_by_a_resumed_run(pictures, tmp_path, monkeypatch, capsys):
+    for accuracy, flags in ((70.0, []), (50.0, ["--resume", tmp_path / "checkpoint.pth", "--epochs", 2])):
+        monkeypatch.setattr(main, "evaluate", lambda *args, a=accuracy: {"loss": 1.0, "acc1": a, "acc5": 100.0})
+        run(pictures, "--output_dir", tmp_path, *flags)
+        assert "Max accuracy: 70.00%" in capsys.readouterr().out
+
+
+def test_checkpoint_that_a_new_run_will_replace_is_named(pictures, tmp_path, capsys):
+    flags = ["--output_dir", tmp_path]
+    for more, said in (([], False), ([], True), (["--resume", tmp_path / "checkpoint.pth"], False)):
+        run(pictures, *flags, *more)
+        assert (f"note: {tmp_path}/checkpoint.pth of an earlier run will be replaced" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("flag", ["--repeated-aug", "--no-repeated-aug"])
 def test_every_epoch_has_an_order_of_its_own(pictures, monkeypatch, flag):
     orders = []
