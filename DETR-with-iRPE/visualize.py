@@ -105,7 +105,7 @@ def draw_attention(picture, maps, hw, point, path):
     figure, axes = _canvas(picture, 2)
     top = max(weights[token].max().item() for weights in maps)
     for ax, weights, title in zip(axes, maps, ("with iRPE", "without its term"), strict=True):
-        ax.imshow(weights[token].view(height, width).cpu(), alpha=0.6, vmin=0, vmax=top,
+        ax.imshow(weights[token].view(height, width).numpy(force=True), alpha=0.6, vmin=0, vmax=top,
                   extent=(0, picture.width, picture.height, 0))
         ax.plot(x, y, "r+", markersize=12, markeredgewidth=2)
         ax.set_title(title)
