@@ -59,6 +59,8 @@ class TrainingState:
             raise UserError(f"checkpoint {path} is damaged: its epoch is {epoch!r}")
         _check_same_flags(checkpoint.get("args"), args, path)
         try:
+            if not hasattr(checkpoint.get("args"), "opt"):
+                _check_hyperparameters(self.optimizer, checkpoint["optimizer"])
             _load_optimizer_state(self.optimizer, checkpoint["optimizer"])
         except _MISFITS as error:
             raise UserError(f"the optimizer in {path} is not --opt {args.opt} of this model: {error}") from error
@@ -89,10 +91,14 @@ def _check_same_flags(saved: Any, args: argparse.Namespace, path: str) -> None:
                             "same, or --finetune for a new run from its weights")
 
 
-def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def _check_hyperparameters(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Tell optimizers apart where the file does not name its own; versions of one may differ in new entries."""
     for number, (own, saved) in enumerate(zip(optimizer.param_groups, state["param_groups"], strict=False)):
         if different := (own.keys() ^ saved.keys()) - _NO_HYPERPARAMETERS:
             raise ValueError(f"only one of them has {', '.join(sorted(different))} in group {number}")
+
+
+def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
         for name in ("exp_avg", "momentum_buffer"):  # the others are not of the parameter's shape in all optimizers

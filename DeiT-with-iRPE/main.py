@@ -332,8 +332,8 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
     if args.opt_betas and betas and len(betas) != len(args.opt_betas):
         raise UserError(f"--opt-betas {args.opt_betas} must be {len(betas)} numbers for --opt {args.opt}")
     if getattr(optimizer, "is_second_order", False):
-        raise UserError(f"--opt {args.opt} needs second derivatives, which fused attention does not have: choose another, "
-                        "such as adamw")
+        raise UserError(f"--opt {args.opt} needs second derivatives, which fused attention does not have: choose "
+                        "another, such as adamw")
     return optimizer
 
 

@@ -93,6 +93,24 @@ def test_a_resumed_run_goes_on_to_the_bit_as_one_that_never_stopped(pictures, tm
     assert logs[0] == logs[1] and logs[0].count("\n") == 3
 
 
+def test_optimizer_of_a_released_file_is_taken_over(pictures, tmp_path):
+    run(pictures, "--output_dir", tmp_path)
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
+    del checkpoint["max_accuracy"]
+    old_keys = {"params", "lr", "betas", "eps", "weight_decay", "amsgrad", "initial_lr"}  # PyTorch 1.7's AdamW
+    for group in checkpoint["optimizer"]["param_groups"]:
+        for key in group.keys() - old_keys:
+            del group[key]
+    for state in checkpoint["optimizer"]["state"].values():
+        state["step"] = int(state["step"])
+    torch.save(checkpoint, tmp_path / "released.pth")
+    ends = []
+    for file in ("checkpoint.pth", "released.pth"):
+        run(pictures, "--output_dir", tmp_path / file[:4], "--resume", tmp_path / file, "--epochs", 2)
+        ends.append(load_checkpoint(tmp_path / file[:4] / "checkpoint.pth")["model"])
+    assert same(*ends)
+
+
 def test_best_accuracy_is_remembered_by_a_resumed_run(pictures, tmp_path, monkeypatch, capsys):
     for accuracy, flags in ((70.0, []), (50.0, ["--resume", tmp_path / "checkpoint.pth", "--epochs", 2])):
         monkeypatch.setattr(main, "evaluate", lambda *args, a=accuracy: {"loss": 1.0, "acc1": a, "acc5": 100.0})
@@ -104,7 +122,8 @@ def test_checkpoint_that_a_new_run_will_replace_is_named(pictures, tmp_path, cap
     flags = ["--output_dir", tmp_path]
     for more, said in (([], False), ([], True), (["--resume", tmp_path / "checkpoint.pth"], False)):
         run(pictures, *flags, *more)
-        assert (f"note: {tmp_path}/checkpoint.pth of an earlier run will be replaced" in capsys.readouterr().out) == said
+        note = f"note: {tmp_path}/checkpoint.pth of an earlier run will be replaced"
+        assert (note in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("flag", ["--repeated-aug", "--no-repeated-aug"])
