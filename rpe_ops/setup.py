@@ -70,7 +70,7 @@ class Build(BuildExtension):
 
 
 class Install(install):
-    """In a virtual environment, where Python ignores the user's own packages, `--user` installs into the environment."""
+    """In a virtual environment, where Python ignores a user's own packages, `--user` installs into the environment."""
 
     def finalize_options(self):
         if self.user and not site.ENABLE_USER_SITE:

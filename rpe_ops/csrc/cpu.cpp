@@ -1,5 +1,6 @@
 // The CPU side of both operators: parallel loops over queries and groups of planes.
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
@@ -8,7 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -49,67 +50,76 @@ constexpr int64_t kRows = 16;
 // Beyond what caches hold, prefetching pays; within them it costs.
 constexpr size_t kCacheBytes = 16 << 20;
 
-// RPE_OPS_BEST(kernel<types>) is that kernel for the instruction set of this processor.
+// RPE_OPS_BEST(kernel<types>) is that kernel for what PyTorch finds this processor able to (see ATEN_CPU_CAPABILITY).
 #ifdef __x86_64__
-#define RPE_OPS_BEST(...) (__builtin_cpu_supports("avx2") ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
+bool has_avx2() {
+  static const std::string capability = at::get_cpu_capability();
+  return capability.rfind("AVX", 0) == 0; // AVX2 or AVX512
+}
+#define RPE_OPS_BEST(...) (has_avx2() ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
 #else
 #define RPE_OPS_BEST(...) baseline::__VA_ARGS__
 #endif
 
-// Table offsets for one row of ids; raises IndexError for an id that is no bucket.
+// Table offsets for the ids of one query; raises IndexError for an id that is no bucket.
 template <typename Id>
 void load_offsets(const at::Tensor& index, int64_t query, int64_t buckets, int32_t* offsets) {
-  const int64_t stride = index.stride(1), keys = index.size(1);
   const Id* ids = index.const_data_ptr<Id>() + query * index.stride(0);
-  bool bad = false;
-  const auto convert = [&](int64_t step) {
-    for (int64_t j = 0; j < keys; ++j) {
-      const auto id = static_cast<std::make_unsigned_t<Id>>(ids[j * step]);
-      bad |= id >= static_cast<std::make_unsigned_t<Id>>(buckets);
-      offsets[j] = static_cast<int32_t>(static_cast<uint32_t>(id) * kPlanes);
-    }
-  };
-  stride == 1 ? convert(1) : convert(stride); // the former is vectorised
-  for (int64_t j = 0; bad && j < keys; ++j) {
-    const Id id = ids[j * stride];
+  const auto load = RPE_OPS_BEST(load_offsets<Id>);
+  if (load(ids, index.stride(1), index.size(1), buckets, offsets)) return;
+  for (int64_t j = 0; j < index.size(1); ++j) {
+    const Id id = ids[j * index.stride(1)];
     TORCH_CHECK_INDEX(0 <= id && id < buckets, "rpe_ops: id ", id, " at index[", query, ", ", j, "] is not one of the ",
                       buckets, " buckets (0 to ", buckets - 1, ")");
   }
 }
 
-// Calls row(query, first plane, offsets) for every query and group of planes. Each thread makes a row function of its own
-// with make_row() and takes the ids of a few queries through all planes.
-template <typename MakeRow>
-void for_each_row(const Problem& p, const at::Tensor& index, const MakeRow& make_row) {
+// For every group of eight planes and every query, calls start(first plane) and then row(query, offsets) of a worker;
+// each thread makes one of its own. Threads take the ids of a few queries through all planes.
+template <typename MakeWorker>
+void for_each_row(const Problem& p, const at::Tensor& index, const MakeWorker& make_worker) {
   const auto load = index.scalar_type() == at::kInt ? load_offsets<int32_t> : load_offsets<int64_t>;
   const int64_t groups = at::divup(p.planes, kPlanes), blocks = at::divup(p.queries, kRows);
   const int64_t unit = kRows * kPlanes * std::max<int64_t>(1, std::max(p.keys, p.buckets));
   at::parallel_for(0, blocks * groups, at::divup(32768, unit), [&](int64_t begin, int64_t end) {
     std::vector<int32_t> offsets(kRows * p.keys);
-    auto row = make_row();
+    auto worker = make_worker();
     for (int64_t u = begin; u < end; ++u) {
       const int64_t first = u / groups * kRows, last = std::min(first + kRows, p.queries);
       if (u == begin || u % groups == 0) {
         for (int64_t i = first; i < last; ++i) load(index, i, p.buckets, offsets.data() + (i - first) * p.keys);
       }
-      for (int64_t i = first; i < last; ++i) row(i, u % groups * kPlanes, offsets.data() + (i - first) * p.keys);
+      worker.start(u % groups * kPlanes);
+      for (int64_t i = first; i < last; ++i) worker.row(i, offsets.data() + (i - first) * p.keys);
     }
   });
 }
 
-// place(plane) for the eight planes of a group; past the last plane it comes again, to be read or written once more.
-template <typename Pointer, typename Place>
-void place_planes(Pointer (&pointers)[kPlanes], int64_t first, int64_t planes, const Place& place) {
-  for (int k = 0; k < kPlanes; ++k) pointers[k] = place(std::min(first + k, planes - 1));
-}
+// Eight rows in memory, one per plane. Past the last plane it comes again, to be read or written once more.
+template <typename T>
+struct Rows {
+  T* of[kPlanes] = {};
 
+  Rows() = default;
+
+  template <typename Place>
+  Rows(int64_t planes, const Place& place) {
+    for (int64_t k = 0; k < kPlanes; ++k) of[k] = place(std::min(k, planes - 1));
+  }
+
+  Rows operator+(int64_t elements) const {
+    return Rows(kPlanes, [&](int64_t k) { return of[k] + elements; });
+  }
+};
+
+// What the eight planes hold for one bucket. Aligned, so that no vector straddles two cache lines.
 template <typename T>
 struct alignas(kPlanes * sizeof(T)) TableRow {
   T values[kPlanes];
 };
 
 template <typename T>
-struct IndexRow {
+struct IndexWorker {
   const Problem& p;
   const T* input;
   T* output;
@@ -117,54 +127,59 @@ struct IndexRow {
   decltype(&baseline::interleave<T>) interleave = RPE_OPS_BEST(interleave<T>);
   decltype(&baseline::gather<T>) gather = RPE_OPS_BEST(gather<T>);
   std::vector<TableRow<T>> table = std::vector<TableRow<T>>(p.buckets);
+  Rows<const T> from;
+  Rows<T> to;
 
-  void operator()(int64_t query, int64_t plane, const int32_t* offsets) {
-    const T* from[kPlanes];
-    T* to[kPlanes];
-    place_planes(from, plane, p.planes, [&](int64_t k) { return input + p.offset(k, query); });
-    place_planes(to, plane, p.planes, [&](int64_t k) { return output + (k * p.queries + query) * p.keys; });
-    interleave(from, p.stride_last, p.buckets, table.data()->values);
-    gather(table.data()->values, offsets, p.keys, prefetch, to);
+  void start(int64_t plane) {
+    from = Rows<const T>(p.planes - plane, [&](int64_t k) { return input + p.offset(plane + k, 0); });
+    to = Rows<T>(p.planes - plane, [&](int64_t k) { return output + (plane + k) * p.queries * p.keys; });
+  }
+
+  void row(int64_t query, const int32_t* offsets) {
+    interleave((from + query * p.stride_query).of, p.stride_last, p.buckets, table.data()->values);
+    gather(table.data()->values, offsets, p.keys, prefetch, (to + query * p.keys).of);
   }
 };
 
 // Half types are widened to float row by row, and their sums rounded once. Bits is what T is moved as.
 template <typename T, typename Sum, typename Bits>
-struct SumRow {
+struct SumWorker {
+  static constexpr bool kNarrow = !std::is_same_v<T, Sum>;
   const Problem& p;
   const T* input;
   Bits* output;
   const int32_t* every_bucket;
-  static constexpr bool kNarrow = !std::is_same_v<T, Sum>;
   const bool prefetch = !kNarrow && p.planes * p.queries * p.keys * sizeof(T) > kCacheBytes;
   decltype(&baseline::accumulate<Sum>) accumulate = RPE_OPS_BEST(accumulate<Sum>);
   decltype(&baseline::gather<Bits>) gather = RPE_OPS_BEST(gather<Bits>);
   decltype(&baseline::convert<T, Sum>) widen = RPE_OPS_BEST(convert<T, Sum>);
   decltype(&baseline::convert<Sum, T>) round = RPE_OPS_BEST(convert<Sum, T>);
-  std::vector<Sum> wide = std::vector<Sum>(kNarrow ? p.keys * kPlanes : 0);
   std::vector<TableRow<Sum>> even = std::vector<TableRow<Sum>>(p.buckets), odd = even;
+  std::vector<Sum> wide = std::vector<Sum>(kNarrow ? p.keys * kPlanes : 0);
   std::vector<TableRow<T>> rounded = std::vector<TableRow<T>>(kNarrow ? p.buckets : 0);
+  Rows<const T> from;
+  Rows<Bits> to;
 
-  void operator()(int64_t query, int64_t plane, const int32_t* offsets) {
-    Bits* to[kPlanes];
-    place_planes(to, plane, p.planes, [&](int64_t k) { return output + (k * p.queries + query) * p.buckets; });
-    const Sum* from[kPlanes];
-    const T* sums;
+  void start(int64_t plane) {
+    from = Rows<const T>(p.planes - plane, [&](int64_t k) { return input + p.offset(plane + k, 0); });
+    to = Rows<Bits>(p.planes - plane, [&](int64_t k) { return output + (plane + k) * p.queries * p.buckets; });
+  }
+
+  void row(int64_t query, const int32_t* offsets) {
+    const Rows<const T> rows = from + query * p.stride_query;
+    Sum* const sums = even.data()->values;
+    const T* result;
     if constexpr (kNarrow) {
-      const int64_t planes = std::min<int64_t>(kPlanes, p.planes - plane);
-      for (int64_t k = 0; k < planes; ++k) {
-        widen(input + p.offset(plane + k, query), p.keys, wide.data() + k * p.keys);
-      }
-      place_planes(from, 0, planes, [&](int64_t k) { return wide.data() + k * p.keys; });
-      accumulate(from, offsets, p.keys, prefetch, p.buckets, even.data()->values, odd.data()->values);
-      round(even.data()->values, p.buckets * kPlanes, rounded.data()->values);
-      sums = rounded.data()->values;
+      for (int k = 0; k < kPlanes; ++k) widen(rows.of[k], p.keys, wide.data() + k * p.keys);
+      const Rows<const Sum> wide_rows(kPlanes, [&](int64_t k) { return wide.data() + k * p.keys; });
+      accumulate(wide_rows.of, offsets, p.keys, prefetch, p.buckets, sums, odd.data()->values);
+      round(sums, p.buckets * kPlanes, rounded.data()->values);
+      result = rounded.data()->values;
     } else {
-      place_planes(from, plane, p.planes, [&](int64_t k) { return input + p.offset(k, query); });
-      accumulate(from, offsets, p.keys, prefetch, p.buckets, even.data()->values, odd.data()->values);
-      sums = even.data()->values;
+      accumulate(rows.of, offsets, p.keys, prefetch, p.buckets, sums, odd.data()->values);
+      result = sums;
     }
-    gather(reinterpret_cast<const Bits*>(sums), every_bucket, p.buckets, false, to);
+    gather(reinterpret_cast<const Bits*>(result), every_bucket, p.buckets, false, (to + query * p.buckets).of);
   }
 };
 
@@ -172,7 +187,7 @@ template <typename T>
 void gather(const Problem& p, const at::Tensor& input, const at::Tensor& index, at::Tensor& output) {
   const T* from = static_cast<const T*>(input.const_data_ptr());
   T* to = static_cast<T*>(output.mutable_data_ptr());
-  for_each_row(p, index, [&] { return IndexRow<T>{p, from, to}; });
+  for_each_row(p, index, [&] { return IndexWorker<T>{p, from, to}; });
 }
 
 template <typename T, typename Sum, typename Bits>
@@ -181,7 +196,7 @@ void bucket_sum(const Problem& p, const at::Tensor& input, const at::Tensor& ind
   Bits* to = static_cast<Bits*>(output.mutable_data_ptr());
   std::vector<int32_t> every_bucket(p.buckets);
   for (int64_t c = 0; c < p.buckets; ++c) every_bucket[c] = static_cast<int32_t>(c * kPlanes);
-  for_each_row(p, index, [&] { return SumRow<T, Sum, Bits>{p, from, to, every_bucket.data()}; });
+  for_each_row(p, index, [&] { return SumWorker<T, Sum, Bits>{p, from, to, every_bucket.data()}; });
 }
 
 at::Tensor rpe_index_cpu(const at::Tensor& input, const at::Tensor& index) {

@@ -1,9 +1,9 @@
-// CPU kernels on raw pointers, compiled once per instruction set: rpe_ops.cpp includes this file with RPE_OPS_ISA (a
+// CPU kernels on raw pointers, compiled once per instruction set: cpu.cpp includes this file with RPE_OPS_ISA (a
 // namespace), RPE_OPS_TARGET (a function attribute) and RPE_OPS_BYTES (of a vector register) defined.
 //
 // Eight planes are interleaved into a table with one row per bucket, so that each id moves eight numbers at once;
-// transposes in registers lead from that table to the planes' own rows and back. Sums are added in an order that depends
-// on the keys alone: not on threads, batch or instruction set.
+// transposes in registers lead from that table to the planes' own rows and back. The order in which a sum is added
+// depends on the keys alone: not on threads, batch or instruction set.
 
 namespace rpe_ops::RPE_OPS_ISA {
 
@@ -99,28 +99,34 @@ RPE_OPS_TARGET void gather(const T* __restrict table, const int32_t* __restrict 
     for (int i = 0; i < kLine<T>; i += lanes) move(j + i);
   }
   for (; j + lanes <= n; j += lanes) move(j);
+  if (j < n && n >= lanes) {
+    move(n - lanes); // some of them a second time
+    j = n;
+  }
   for (; j < n; ++j) {
     for (int k = 0; k < kPlanes; ++k) rows[k][j] = table[offsets[j] + k];
   }
 }
 
-// table[c][k] = sum of planes[k][j] over offsets[j] = c * kPlanes. Even and odd keys are added apart, even ones to `table`
-// and odd ones to `odd`: neighbours often share a bucket, and one sum would have to wait for the other.
+// table[c][k] = sum of planes[k][j] over offsets[j] = c * kPlanes. Even keys are added in `table` and odd ones in `odd`
+// until the end: neighbours often share a bucket, and one addition would have to wait for the other.
 template <typename T>
 RPE_OPS_TARGET void accumulate(const T* const (&planes)[kPlanes], const int32_t* __restrict offsets, int64_t n,
                                bool prefetch, int64_t buckets, T* table, T* odd) {
   constexpr int lanes = kLanes<T>;
   const T* rows[kPlanes];
   std::copy_n(planes, kPlanes, rows);
-  std::fill_n(table, buckets * kPlanes, T(0));
-  std::fill_n(odd, buckets * kPlanes, T(0));
-  const auto add = [&](int64_t j) RPE_OPS_TARGET RPE_OPS_INLINE {
+  std::memset(table, 0, sizeof(T) * buckets * kPlanes);
+  std::memset(odd, 0, sizeof(T) * buckets * kPlanes);
+  // Adds the keys from `first` on among j to j + lanes - 1; `parity` is that of j.
+  const auto add = [&](int64_t j, int64_t first, int64_t parity) RPE_OPS_TARGET RPE_OPS_INLINE {
     for (int part = 0; part < kPlanes; part += lanes) {
       Vector<T> v[lanes];
       for (int k = 0; k < lanes; ++k) v[k] = load(rows[part + k] + j);
       transpose<T>(v);
       for (int k = 0; k < lanes; ++k) {
-        T* sums = (k % 2 ? odd : table) + offsets[j + k] + part;
+        if (j + k < first) continue;
+        T* sums = ((parity + k) % 2 ? odd : table) + offsets[j + k] + part;
         store(sums, load(sums) + v[k]);
       }
     }
@@ -128,14 +134,36 @@ RPE_OPS_TARGET void accumulate(const T* const (&planes)[kPlanes], const int32_t*
   int64_t j = 0;
   for (; prefetch && j + kLine<T> <= n; j += kLine<T>) {
     for (int k = 0; k < kPlanes; ++k) __builtin_prefetch(rows[k] + j + kAhead<T>, 0);
-    for (int i = 0; i < kLine<T>; i += lanes) add(j + i);
+    for (int i = 0; i < kLine<T>; i += lanes) add(j + i, j + i, 0);
   }
-  for (; j + lanes <= n; j += lanes) add(j);
+  for (; j + lanes <= n; j += lanes) add(j, j, 0);
+  if (j < n && n >= lanes) {
+    add(n - lanes, j, n - lanes);
+    j = n;
+  }
   for (; j < n; ++j) {
     T* sums = (j % 2 ? odd : table) + offsets[j];
     for (int k = 0; k < kPlanes; ++k) sums[k] += rows[k][j];
   }
   for (int64_t e = 0; e < buckets * kPlanes; ++e) table[e] += odd[e];
+}
+
+// offsets[j] = ids[j * stride] * kPlanes for j < n; false if an id is no bucket.
+template <typename Id>
+RPE_OPS_TARGET bool load_offsets(const Id* __restrict ids, int64_t stride, int64_t n, int64_t buckets,
+                                 int32_t* __restrict offsets) {
+  using Unsigned = std::make_unsigned_t<Id>;
+  const auto limit = static_cast<Unsigned>(buckets);
+  Unsigned bad = 0;
+  const auto convert = [&](int64_t step) RPE_OPS_TARGET RPE_OPS_INLINE {
+    for (int64_t j = 0; j < n; ++j) {
+      const auto id = static_cast<Unsigned>(ids[j * step]);
+      bad |= static_cast<Unsigned>(id >= limit);
+      offsets[j] = static_cast<int32_t>(static_cast<uint32_t>(id) * kPlanes);
+    }
+  };
+  stride == 1 ? convert(1) : convert(stride); // the former becomes vector instructions
+  return bad == 0;
 }
 
 // to[j] = from[j] for j < n

@@ -14,7 +14,8 @@ namespace rpe_ops {
 namespace {
 
 void check_grid(const Problem& p) {
-  TORCH_CHECK_VALUE(p.queries <= std::numeric_limits<int32_t>::max(), "rpe_ops: at most 2^31-1 queries on CUDA, got ", p.queries);
+  TORCH_CHECK_VALUE(p.queries <= std::numeric_limits<int32_t>::max(), "rpe_ops: at most 2^31-1 queries on CUDA, got ",
+                    p.queries);
 }
 
 at::Tensor rpe_index_cuda(const at::Tensor& input, const at::Tensor& index) {

@@ -21,8 +21,8 @@ void rpe_index(const Problem& p, const void* x, const void* index, void* y, cuda
   const int64_t rounds = (p.keys + kMaxThreads - 1) / kMaxThreads, per_round = (p.keys + rounds - 1) / rounds;
   const auto threads = static_cast<unsigned int>((per_round + gpu::kWarp - 1) / gpu::kWarp * gpu::kWarp);
   const dim3 grid(static_cast<unsigned int>(p.queries), plane_groups(p));
-  const auto *from = static_cast<const T*>(x);
-  const auto *ids = static_cast<const Id*>(index);
+  const auto* from = static_cast<const T*>(x);
+  const auto* ids = static_cast<const Id*>(index);
   const int64_t shared = gpu::index_shared_bytes<T>(p.buckets);
   if (shared <= kSharedBytes) {
     gpu::rpe_index_kernel<T, Id, true><<<grid, threads, shared, stream>>>(p, from, ids, static_cast<T*>(y));
@@ -35,8 +35,8 @@ template <typename T, typename Sum, typename Id>
 void rpe_bucket_sum(const Problem& p, const void* x, const void* index, void* y, cudaStream_t stream) {
   constexpr int64_t most = 1024 / sizeof(Sum);
   static_assert(gpu::sum_shared_bytes<Sum>(most) <= kSharedBytes);
-  const int64_t chunk = std::min(p.buckets, most);
-  const dim3 grid(static_cast<unsigned int>(p.queries), plane_groups(p), static_cast<unsigned int>((p.buckets + chunk - 1) / chunk));
+  const int64_t chunk = std::min(p.buckets, most), chunks = (p.buckets + chunk - 1) / chunk;
+  const dim3 grid(static_cast<unsigned int>(p.queries), plane_groups(p), static_cast<unsigned int>(chunks));
   gpu::rpe_bucket_sum_kernel<T, Sum, Id><<<grid, gpu::kWarp, gpu::sum_shared_bytes<Sum>(chunk), stream>>>(
       p, chunk, static_cast<const T*>(x), static_cast<const Id*>(index), static_cast<T*>(y));
 }

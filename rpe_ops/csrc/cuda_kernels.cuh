@@ -1,4 +1,4 @@
-// Device code of both operators, free of includes from CUDA: tests/emulated_gpu.cpp runs it on the CPU, thread by thread.
+// Device code of both operators, free of CUDA's headers: tests/emulated_gpu.cpp runs it on the CPU, thread by thread.
 // A block handles one query for groups of eight planes, which share that query's ids. No atomics: every sum is added in
 // one fixed order, which depends on the number of keys alone.
 #pragma once
@@ -64,7 +64,8 @@ __global__ void rpe_index_kernel(Problem p, const T* x, const Id* index, T* y) {
 // (segment, plane) has bins of its own for every fourth key of its plane, and the four are added at the end. An id out
 // of range, or of another chunk, falls into one bin more that nobody reads. Grid: (queries, any, chunks).
 template <typename T, typename Sum, typename Id>
-__global__ void __launch_bounds__(kWarp) rpe_bucket_sum_kernel(Problem p, int64_t chunk, const T* x, const Id* index, T* y) {
+__global__ void __launch_bounds__(kWarp) rpe_bucket_sum_kernel(Problem p, int64_t chunk, const T* x, const Id* index,
+                                                               T* y) {
   extern __shared__ uint64_t shared[];
   const int64_t query = blockIdx.x, start = blockIdx.z * chunk;
   const int buckets = static_cast<int>(p.buckets - start < chunk ? p.buckets - start : chunk);

@@ -2,15 +2,13 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <limits>
-
 #include "checks.h"
 
 namespace rpe_ops {
 namespace {
 
-// Table offsets (bucket * kPlanes) are int32, and the sum over the buckets of all planes must not overflow either.
-constexpr int64_t kMaxBuckets = std::numeric_limits<int32_t>::max() / (8 * kPlanes);
+// The CPU kernels' int32 table offsets and the CUDA kernels' grids reach a little further.
+constexpr int64_t kMaxBuckets = int64_t{1} << 22;
 
 Problem check(const char* op, const at::Tensor& input, const at::Tensor& index, int64_t buckets) {
   const auto type = input.scalar_type(), id_type = index.scalar_type();
@@ -38,7 +36,8 @@ Problem check_rpe_index(const at::Tensor& input, const at::Tensor& index) {
 
 Problem check_rpe_bucket_sum(const at::Tensor& input, const at::Tensor& index, int64_t buckets) {
   const Problem p = check("rpe_bucket_sum", input, index, buckets);
-  TORCH_CHECK_VALUE(input.size(3) == p.keys, "rpe_bucket_sum: input has ", input.size(3), " keys and index has ", p.keys);
+  TORCH_CHECK_VALUE(input.size(3) == p.keys, "rpe_bucket_sum: input has ", input.size(3), " keys and index has ",
+                    p.keys);
   return p;
 }
 

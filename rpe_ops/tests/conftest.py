@@ -1,7 +1,6 @@
 import pytest
-import torch
-
 import rpe_ops
+import torch
 
 
 def pytest_configure(config):

@@ -1,6 +1,6 @@
-// Runs the CUDA kernels without a GPU: one CPU thread per CUDA thread, one barrier for __syncthreads and __syncwarp.
-// Built with -fsanitize=address it finds accesses out of bounds, with -fsanitize=thread missing barriers. Exit code 0 if
-// every result equals the definition. Sums are exact here (small integers), so comparisons are too.
+// Runs the CUDA kernels without a GPU: a CPU thread per CUDA thread, one barrier for __syncthreads and __syncwarp.
+// Built with -fsanitize=address it finds accesses out of bounds, with -fsanitize=thread missing barriers. Exits with 0
+// if every result equals the definition; sums of small integers are exact, so comparisons are too.
 #include <barrier>
 #include <cstdint>
 #include <cstdio>
@@ -72,7 +72,10 @@ int run(const Case& c, unsigned int grid_y, unsigned int threads, int64_t chunk)
   const auto draw = [&](int64_t n) { return static_cast<int64_t>(random() % n); };
   const int64_t planes = c.batch * c.heads;
   std::vector<Id> index(c.queries * c.keys);
-  for (auto& id : index) id = static_cast<Id>(c.bad_ids && draw(9) == 0 ? (draw(2) ? c.buckets + draw(3) : -1 - draw(3)) : draw(c.buckets));
+  for (auto& id : index) {
+    const bool bad = c.bad_ids && draw(9) == 0;
+    id = static_cast<Id>(!bad ? draw(c.buckets) : draw(2) ? c.buckets + draw(3) : -1 - draw(3));
+  }
   const auto problem = [&](int64_t last) {
     const int64_t row = c.heads * c.queries * last;
     return c.transposed ? Problem{c.heads, planes, c.queries, c.keys, c.buckets, row, last, c.heads * last, 1}
@@ -84,7 +87,8 @@ int run(const Case& c, unsigned int grid_y, unsigned int threads, int64_t chunk)
   for (auto& value : p) value = static_cast<float>(draw(1000));
 
   const Problem gather = problem(c.buckets), sum = problem(c.keys);
-  const auto queries = static_cast<unsigned int>(c.queries), chunks = static_cast<unsigned int>((c.buckets + chunk - 1) / chunk);
+  const auto queries = static_cast<unsigned int>(c.queries);
+  const auto chunks = static_cast<unsigned int>((c.buckets + chunk - 1) / chunk);
   int wrong = 0;
   const auto check_gather = [&] {
     for (int64_t n = 0; n < planes; ++n)

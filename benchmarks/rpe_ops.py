@@ -1,0 +1,172 @@
+"""rpe_ops against PyTorch's own ways and against one pass over memory: `python benchmarks/rpe_ops.py`.
+
+For the shapes of DeiT-S (batch 8, 224x224) and DETR (batch 2, a 25x34 map), forward and backward of
+
+    rpe_ops      rpe_index, and rpe_bucket_sum as its backward
+    gather       torch.gather with a broadcast index, and scatter_add
+    flatten      the last two dimensions flattened and indexed once, and index_add
+    copy_        one pass over the logits, the limit of memory
+
+in turns within one run. Times are medians over the rounds, ratios medians of the ratios within a round.
+"""
+
+import argparse
+import ctypes
+import math
+import platform
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+sys.path = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # this file is no rpe_ops
+
+import torch  # noqa: E402
+from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index  # noqa: E402
+
+GOALS = {"cpu": {"forward": 2.0, "backward": 2.0}, "cuda": {"forward": 1.2, "backward": 1.5}}  # in copies
+FASTER = 1.5  # than the faster of PyTorch's two ways, on the CPU
+SHAPES = [("DeiT", 8, 6, (14, 14), 1, 1.9), ("DETR", 2, 8, (25, 34), 0, 2.0)]  # batch, heads, map, skip, ratio
+CALLS = 20  # on a GPU, calls per measurement
+
+
+def product_ids(height, width, skip, ratio):
+    """The ids of the product method with their number, as in spec order: (L, L) int64, L = height·width + skip."""
+    alpha, beta, gamma = ratio, 2 * ratio, 8 * ratio
+
+    def piecewise(x):
+        far = alpha + torch.log(x.abs().clamp(min=1) / alpha) / math.log(gamma / alpha) * (beta - alpha)
+        return torch.where(x.abs() <= alpha, x, x.sign() * far.round().clamp(max=beta)).long() + int(beta)
+
+    rows, cols = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    side = 2 * int(beta) + 1
+    ids = torch.full((height * width + skip,) * 2, side * side)
+    ids[skip:, skip:] = piecewise((rows[:, None] - rows).float()) * side + piecewise((cols[:, None] - cols).float())
+    return ids, side * side + (skip > 0)
+
+
+def contestants(batch, heads, ids, buckets, device, dtype):
+    """{direction: {name: function}}; every function returns a new tensor except copy_, which fills one."""
+    length = len(ids)
+    x = torch.randn(batch, heads, length, buckets, device=device).to(dtype)
+    p, other = torch.randn(2, batch, heads, length, length, device=device).to(dtype)
+    index, ids = ids.int().to(device), ids.to(device)
+    broadcast = ids.expand(batch, heads, length, length)
+    flat = (ids + buckets * torch.arange(length, device=device)[:, None]).flatten()
+    functions = {
+        "forward": {
+            "rpe_ops": lambda: rpe_index(x, index),
+            "gather": lambda: torch.gather(x, 3, broadcast),
+            "flatten": lambda: x.flatten(2)[:, :, flat].view_as(p),
+        },
+        "backward": {
+            "rpe_ops": lambda: rpe_bucket_sum(p, index, buckets),
+            "gather": lambda: torch.zeros_like(x).scatter_add_(3, broadcast, p),
+            "flatten": lambda: torch.zeros_like(x).flatten(2).index_add_(2, flat, p.flatten(2)).view_as(x),
+        },
+    }
+    for direction in functions.values():
+        tolerance = 0.1 if dtype.itemsize == 2 else 1e-4
+        for function in direction.values():
+            torch.testing.assert_close(function(), direction["gather"](), rtol=tolerance, atol=tolerance)
+        direction["copy_"] = lambda: other.copy_(p)
+    return functions
+
+
+def cpu_timer(function):
+    """A function that runs `function` once and returns the seconds it took."""
+    def run():
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    return run
+
+
+def cuda_timer(function):
+    """A function that replays a graph of CALLS calls, so that launches cost nothing; it returns seconds per call."""
+    function()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            function()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def run():
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / CALLS
+    return run
+
+
+def measure(functions, device, rounds):
+    """{name: [seconds per round]}, all functions in turns."""
+    timers = {name: (cuda_timer if device == "cuda" else cpu_timer)(f) for name, f in functions.items()}
+    for timer in timers.values():
+        timer()
+    seconds = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            seconds[name].append(timer())
+    return seconds
+
+
+def ratio(numerator, denominator):
+    return statistics.median(n / d for n, d in zip(numerator, denominator, strict=True))
+
+
+def report(shape, direction, seconds, device):
+    """Print one line per contestant, then how rpe_ops stands against the goals."""
+    print(f"\n{shape}, {direction}")
+    for name, times in seconds.items():
+        print(f"  {name:8}{statistics.median(times) * 1e3:9.3f} ms{ratio(times, seconds['copy_']):8.2f} copies")
+    copies = ratio(seconds["rpe_ops"], seconds["copy_"])
+    speedup = min(ratio(seconds[way], seconds["rpe_ops"]) for way in ("gather", "flatten"))
+    goal = GOALS[device][direction]
+    print(f"  rpe_ops: {copies:.2f} copies (goal: at most {goal}: {'met' if copies <= goal else 'MISSED'}), "
+          f"{speedup:.2f} times faster than PyTorch's faster way"
+          + (f" (goal: at least {FASTER}: {'met' if speedup >= FASTER else 'MISSED'})" if device == "cpu" else ""))
+
+
+def processor(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def keep_memory():
+    """Have glibc keep freed memory, as PyTorch's CUDA allocator does: else new pages, not the operators, are timed."""
+    if sys.platform == "linux":
+        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
+
+
+def main(args):
+    keep_memory()
+    torch.set_num_threads(args.threads)
+    dtypes = [torch.float32] if args.device == "cpu" else [torch.float32, torch.float16, torch.bfloat16]
+    print(f"{date.today()}, {processor(args.device)}, {args.threads} threads, PyTorch {torch.__version__}, "
+          f"{args.rounds} rounds")
+    for name, batch, heads, (height, width), skip, alpha in SHAPES:
+        ids, buckets = product_ids(height, width, skip, alpha)
+        for dtype in dtypes:
+            shape = f"{name} ({batch}, {heads}, {len(ids)}, {len(ids)}; {buckets} buckets), {str(dtype)[6:]}"
+            for direction, functions in contestants(batch, heads, ids, buckets, args.device, dtype).items():
+                report(shape, direction, measure(functions, args.device, args.rounds), args.device)
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())
