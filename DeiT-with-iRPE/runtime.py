@@ -482,7 +482,7 @@ class DeferredScalars:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise UserError(f"{name} is {value} at {self.place}, step {self.step}: training stops; "
-                                "a lower --lr or --clip-grad may help, and the last checkpoint is still there")
+                                "a lower --lr or gradient clipping may help, and the last checkpoint is still there")
         self.step += 1
         return values
 
