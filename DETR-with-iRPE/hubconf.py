@@ -3,10 +3,36 @@
 Every entry takes `pretrained` (load the released weights), `num_classes` (highest category id + 1) and
 `return_postprocessor` (give (model, PostProcess) rather than the model), and returns the model in evaluation mode.
 """
-from main import get_args_parser
-from models import build_model
-from util.checkpoint import load_weights
-from util.runtime import cached_download, load_checkpoint
+import importlib
+import sys
+from pathlib import Path
+
+
+def _import_siblings(*names):
+    """Modules of this folder, also where the caller has imported others of the same common names (`models`, ...).
+
+    Those are put aside for the while, with what lies in them, and come back; without them the folder's own stay
+    importable.
+    """
+    folder = Path(__file__).resolve().parent
+    own = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
+    foreign = {name for name in own - {Path(__file__).stem} if name in sys.modules and not Path(
+        getattr(sys.modules[name], "__file__", None) or "/").resolve().is_relative_to(folder)}
+
+    def take():
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in foreign}
+
+    aside = take()
+    sys.path.insert(0, str(folder))
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.remove(str(folder))
+        take()
+        sys.modules.update(aside)
+
+
+_main, _models, _checkpoint, _runtime = _import_siblings("main", "models", "util.checkpoint", "util.runtime")
 
 dependencies = ["torch", "torchvision", "scipy", "pycocotools"]
 
@@ -15,11 +41,11 @@ _IRPE = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/"
 
 
 def _detr(flags, url, pretrained, num_classes, return_postprocessor):
-    args = get_args_parser().parse_args([*flags, "--num_classes", str(num_classes), "--eval"])
-    model, _, postprocessors = build_model(args)
+    args = _main.get_args_parser().parse_args([*flags, "--num_classes", str(num_classes), "--eval"])
+    model, _, postprocessors = _models.build_model(args)
     if pretrained:
-        path = cached_download(url)
-        load_weights(model, load_checkpoint(path), path)
+        path = _runtime.cached_download(url)
+        _checkpoint.load_weights(model, _runtime.load_checkpoint(path), path)
     model.eval()
     return (model, postprocessors["bbox"]) if return_postprocessor else model
 

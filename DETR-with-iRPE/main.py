@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import build_dataset, eval_loader, train_loader
@@ -108,9 +109,18 @@ def check_args(args):
         raise UserError("--coco_path is missing: the folder with annotations/, train2017 and val2017")
     if args.finetune and not args.resume:
         raise UserError("--finetune needs the weights to start from: say --resume FILE")
-    for name in ("batch_size", "short_side", "dec_layers", "num_queries", "eval_every", "lr_drop"):
-        if getattr(args, name) < 1:
+    for name in ("batch_size", "short_side", "dec_layers", "num_queries", "eval_every", "lr_drop", "hidden_dim",
+                 "nheads", "dim_feedforward", "eval_batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    for name in ("enc_layers", "num_workers", "start_epoch", "epochs", "lr", "lr_backbone", "weight_decay", "dropout",
+                 "clip_max_norm", "eos_coef", "bbox_loss_coef", "giou_loss_coef"):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 0")
+    if args.dropout > 1:
+        raise UserError(f"--dropout is {args.dropout}; it is a share, at most 1")
+    if not (args.set_cost_class or args.set_cost_bbox or args.set_cost_giou):
+        raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: one at least must be above")
     parse_enc_rpe2d(args.enc_rpe2d)
 
 
@@ -149,6 +159,13 @@ def save_precision(measured, output_dir, names):
         runtime.save_atomically(arrays, path)
 
 
+def share_buffers(model):
+    """Give all processes the main one's statistics of batch norm, which are saved: each saw another last batch."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def train(state, criterion, postprocessors, train_set, val_set, device, args):
     """All epochs, each followed by a checkpoint, an evaluation and a line of the log."""
     loader, val_loader, ground_truth = train_loader(train_set, args), eval_loader(val_set, args), val_set.ground_truth()
@@ -162,6 +179,7 @@ def train(state, criterion, postprocessors, train_set, val_set, device, args):
         torch.manual_seed(args.seed + epoch * args.world_size + args.rank)
         trained = train_one_epoch(model, criterion, loader, state.optimizer, device, epoch, state.loss_scaler,
                                   args.clip_max_norm, amp_dtype)
+        share_buffers(state.model)
         state.lr_scheduler.step()
         if args.output_dir and runtime.is_main_process():
             milestone = (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0
@@ -210,5 +228,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(parents=[get_args_parser()], description=__doc__, allow_abbrev=False)
+    parser = runtime.ArgumentParser("main.py", parents=[get_args_parser()], description=__doc__, allow_abbrev=False)
     runtime.run(main, parser.parse_args())

@@ -29,7 +29,7 @@ MODEL_FLAGS = ("backbone", "dilation", "last_stride", "position_embedding", "enc
 
 
 def parser(defaults=None):
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    result = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      parents=[get_args_parser()], allow_abbrev=False)
     result.set_defaults(**(defaults or {}))
     result.add_argument("--image", nargs="+", required=True, metavar="FILE")

@@ -4,6 +4,8 @@ import math
 import torch
 from torch import nn
 
+from util.runtime import UserError
+
 
 class PositionEmbeddingSine(nn.Module):
     """Sines and cosines of the row and the column, counted over the unpadded part of the map.
@@ -51,8 +53,8 @@ class PositionEmbeddingLearned(nn.Module):
         batch, height, width = tensor_list.mask.shape
         limit = self.row_embed.num_embeddings
         if max(height, width) > limit:
-            raise ValueError(f"a map of {height}×{width} tokens is larger than the {limit}×{limit} learned positions; "
-                             "use sine positions or smaller pictures")
+            raise UserError(f"a map of {height}×{width} tokens is larger than the {limit}×{limit} learned positions: "
+                            "use --position_embedding sine or a smaller --short_side")
         columns = self.col_embed.weight[None, :width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
         return torch.cat([columns, rows], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)

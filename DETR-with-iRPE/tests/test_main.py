@@ -2,6 +2,8 @@
 import json
 import math
 import pickle
+import subprocess
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -97,10 +99,14 @@ def test_mixed_precision_trains_and_evaluates(coco):
 
 
 def test_two_processes_train_one_model(coco, tmp_path):
-    status, out, err = finish(start(*launcher(2, "main.py", *small(coco, "--output_dir", tmp_path, "--batch_size", 1))))
+    flags = small(coco, "--batch_size", 1, "--lr", 1e-3, "--lr_backbone", 1e-2)
+    status, out, err = finish(start(*launcher(2, "main.py", *flags, "--output_dir", tmp_path)))
     assert status == 0, err
     assert out.count("Averaged stats:") == 1 and "[3/3]" in out
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+    row, = (json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines())
+    # both evaluated the model that was saved, its statistics of batch norm included
+    stats = main.main(parse(*flags, "--eval", "--resume", tmp_path / "checkpoint.pth"))
+    assert row["test_loss"] == pytest.approx(stats["loss"], rel=1e-5)
 
 
 def test_the_demo_runs_from_end_to_end(tmp_path):
@@ -179,6 +185,25 @@ def test_hub_entries_build_their_models_and_load_what_is_cached(offline, tmp_pat
     assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
 
 
+@pytest.mark.parametrize("order", [("DeiT", "DETR"), ("DETR", "DeiT")])
+def test_hub_loads_both_codebases_in_one_process_next_to_modules_of_the_same_names(tmp_path, order):
+    (tmp_path / "util.py").write_text("mine = True\n")
+    (tmp_path / "models").mkdir()
+    for name in ("__init__", "backbone"):
+        (tmp_path / "models" / f"{name}.py").write_text("mine = True\n")
+    load = {"DETR": "net = torch.hub.load({!r}, 'detr_resnet50_rpe_20_product_ctx_1_k', source='local')\n"
+                    "assert net([torch.zeros(3, 64, 64)])['pred_logits'].shape == (1, 100, 92)\n",
+            "DeiT": "net = torch.hub.load({!r}, 'deit_tiny_patch16_224', source='local')\n"
+                    "assert net(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)\n"}
+    loads = "".join(load[name].format(str(PROJECT.parent / f"{name}-with-iRPE")) for name in order)
+    for code in (loads, f"import models.backbone, util\n{loads}import models\n"
+                        "assert models.mine and models.backbone.mine and util.mine\n"
+                        "assert 'models.detr' not in sys.modules and 'util.runtime' not in sys.modules\n"):
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"import sys, torch\n{code}"], cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def picture_flags(*flags):
     return [str(flag) for flag in ("--device", "cpu", *flags)]
 
@@ -229,7 +254,11 @@ def test_mistakes_in_drawing_are_one_sentence(coco, trained, tmp_path):
     (["--coco_path", ""], "--coco_path"), (["--finetune"], "--resume"), (["--resume", "none.pth"], "none.pth"),
     (["--batch_size", 99], "99"), (["--batch_size", 0], "--batch_size"), (["--hidden_dim", 18], "--hidden_dim"),
     (["--backbone", "vgg"], "vgg"), (["--dilation"], "--last_stride 1"), (["--device", "cuda:77"], "cuda"),
-    (["--output_dir", "/proc/nowhere"], "/proc/nowhere")])
+    (["--output_dir", "/proc/nowhere"], "/proc/nowhere"), (["--nheads", 0], "--nheads"),
+    (["--eval_batch_size", 0], "--eval_batch_size"), (["--num_workers", -1], "--num_workers"), (["--lr", -1], "--lr"),
+    (["--clip_max_norm", -1], "--clip_max_norm"), (["--dropout", 2], "--dropout"), (["--enc_layers", -1], "enc_layers"),
+    (["--set_cost_class", 0, "--set_cost_bbox", 0, "--set_cost_giou", 0], "--set_cost_class.*above"),
+    (["--position_embedding", "learned", "--short_side", 1700, "--eval"], "50×50.*--position_embedding sine")])
 def test_flags_that_cannot_work_are_refused_in_one_sentence(coco, flags, words):
     with pytest.raises(UserError, match=words) as caught:
         main.main(parse(*small(coco, *flags)))
@@ -279,6 +308,11 @@ def test_weights_that_are_not_finite_are_named_in_evaluation(coco, trained, tmp_
     torch.save(checkpoint, tmp_path / "nan.pth")
     with pytest.raises(UserError, match="nan"):
         main.main(parse(*small(coco, "--eval", "--resume", tmp_path / "nan.pth")))
+
+
+def test_a_flag_that_cannot_be_read_is_one_line(coco):
+    status, _, err = finish(start("main.py", *small(coco, "--epochs", "many")))
+    assert status == 2 and "--epochs" in err and len(err.splitlines()) == 1, err
 
 
 def test_a_mistake_ends_the_program_with_one_line_and_no_traceback(coco, tmp_path):

@@ -173,7 +173,7 @@ def test_learned_positions_are_a_column_and_a_row_and_end_at_50():
     found = positions(NestedTensor(None, torch.zeros(2, 4, 5, dtype=torch.bool)))
     expected = torch.cat([positions.col_embed.weight[2], positions.row_embed.weight[1]])
     assert torch.equal(found[1, :, 1, 2], expected) and found.shape == (2, 6, 4, 5)
-    with pytest.raises(ValueError, match="50×50"):
+    with pytest.raises(UserError, match="50×50"):
         positions(NestedTensor(None, torch.zeros(1, 4, 51, dtype=torch.bool)))
 
 
