@@ -50,9 +50,12 @@ class CocoDetection(torch.utils.data.Dataset):
         return max(self.categories) + 1
 
     def ground_truth(self):
-        """The annotations as pycocotools.COCO."""
+        """The annotations as pycocotools.COCO, with ids of their own: it counts the object of id 0 as never found, and
+        of several objects with one id only the last."""
         coco = COCO()
         coco.dataset = read_annotations(self.path)
+        for number, entry in enumerate(coco.dataset["annotations"], start=1):
+            entry["id"] = number
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
         return coco
@@ -114,6 +117,12 @@ def _check_references(data, path):
             if not isinstance(entry["id"], int) or entry["id"] < 0:
                 raise UserError(f"annotations {path}: the id {entry['id']!r} in {part} must be a whole number, at "
                                 "least 0")
+    for part, field, kind in (("images", "file_name", str), ("annotations", "image_id", (int, float)),
+                              ("annotations", "category_id", (int, float))):
+        for number, entry in enumerate(data[part]):
+            if not isinstance(entry[field], kind):
+                raise UserError(f"annotations {path}: {field} of entry {number} of {part} is {entry[field]!r}; it must "
+                                f"be a {'text' if kind is str else 'whole number'}")
     images, categories = ({entry["id"] for entry in data[part]} for part in ("images", "categories"))
     if len(images) < len(data["images"]):
         raise UserError(f"annotations {path}: two pictures have the same id")
@@ -217,7 +226,7 @@ class Pictures:
     def _unpack(self, name):
         try:
             return io.BytesIO(self._zip().read(f"{self.folder.name}/{name}"))
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeError) as error:
             raise UserError(f"picture {name} in {self.archive} cannot be unpacked: {error}") from error
 
     def _zip(self):

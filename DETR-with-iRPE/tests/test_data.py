@@ -172,6 +172,23 @@ def test_a_damaged_member_of_a_zip_is_named(own):
     refused(own, "0002.png", archive, read=True)
 
 
+def test_an_encrypted_zip_is_named(own):
+    pack(own, "val")
+    shutil.rmtree(own / "val2017")
+    archive = own / "val2017.zip"
+    content = bytearray(archive.read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1  # the flag of the first member in the directory
+    archive.write_bytes(content)
+    refused(own, "0000.png", archive, "encrypted", read=True)
+
+
+@pytest.mark.parametrize(("part", "field", "value"), [
+    ("images", "file_name", 3), ("annotations", "image_id", [7]), ("annotations", "category_id", {})])
+def test_a_field_of_another_type_is_named(own, part, field, value):
+    edit(own, lambda data: data[part][0].update({field: value}))
+    refused(own, field, repr(value), part)
+
+
 @pytest.mark.parametrize("content", [b"", b"no picture", None])
 def test_a_truncated_picture_is_named(own, content):
     path = own / "val2017" / "0003.png"

@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import main
-from conftest import finish, launcher, load_annotations, pack, parse, small, start, write_set
+from conftest import finish, launcher, load_annotations, pack, parse, save_annotations, small, start, write_set
 from datasets import build_dataset, eval_loader
 from datasets.coco_eval import CocoEvaluator
 from engine import evaluate
@@ -80,6 +80,22 @@ def test_a_set_without_any_object_is_measured_as_minus_one(tmp_path):
     evaluator = CocoEvaluator(build_dataset("val", parse(*small(root))).ground_truth())
     evaluator.update(found)
     assert set(evaluator.summarize().stats) == {-1.0}
+
+
+@pytest.mark.parametrize("new_id", [lambda number: number, lambda number: 7])
+def test_objects_count_also_where_their_ids_begin_at_0_or_are_all_the_same(tmp_path, new_id):
+    root = write_set(tmp_path / "set", count=6, splits=("val",))
+    data = load_annotations(root, "val")
+    data["annotations"] = [{**a, "id": new_id(number), "iscrowd": 0} for number, a in enumerate(data["annotations"])]
+    save_annotations(root, "val", data)
+    evaluator = CocoEvaluator(build_dataset("val", parse(*small(root))).ground_truth())
+    for image in data["images"]:
+        objects = [a for a in data["annotations"] if a["image_id"] == image["id"]]
+        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        evaluator.update({image["id"]: {"boxes": boxes, "scores": torch.ones(len(objects)),
+                                        "labels": torch.tensor([a["category_id"] for a in objects])}})
+    assert evaluator.summarize().stats[0] == pytest.approx(1)
 
 
 def _oracle(args):
