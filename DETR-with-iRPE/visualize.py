@@ -125,6 +125,10 @@ def _canvas(picture, panels):
 def main(args, argv=None):
     if not args.resume or not args.output_dir:
         raise UserError("--resume FILE and --output_dir DIR are needed: the checkpoint, and where pictures go")
+    stems = [Path(file).stem for file in args.image]
+    if repeated := [stem for stem in stems if stems.count(stem) > 1]:
+        raise UserError(f"two pictures of --image are named {repeated[0]}, and so would be their drawings: draw them "
+                        "into different folders")
     device = runtime.init_distributed(args)
     runtime.prepare_output_dir(args.output_dir)
     args, model, postprocess, names = load_model(args, argv)

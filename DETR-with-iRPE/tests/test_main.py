@@ -237,6 +237,7 @@ def test_mistakes_in_drawing_are_one_sentence(coco, trained, tmp_path):
     for flags, words in ((["--image", tmp_path / "none.png", *common], "none.png"),
                          (["--image", coco / "val2017" / "0000.png", *common, "--attention", 900, 3], "900"),
                          (["--image", coco / "val2017" / "0000.png", *common, "--attention", 3, 3, "--layer", 4], "4"),
+                         (["--image", "a/x.png", "b/x.jpg", *common], "named x,"),
                          (["--image", "x.png", *common[:2]], "--output_dir")):
         argv = picture_flags(*flags)
         with pytest.raises(UserError, match=words):
