@@ -275,6 +275,7 @@ class iRPE(nn.Module):
 
     @torch.compiler.assume_constant_result
     def _shared_bucket_ids(self, height, width, device):
+        device = torch.device(device)
         dtype = torch.int32 if _use_rpe_ops(device) else torch.int64  # PyTorch's own gather takes no int32
         return _cached_bucket_ids(self.method, height, width, self.config.skip, *self.config.piecewise, device, dtype)
 
