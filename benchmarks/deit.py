@@ -19,9 +19,10 @@ from pathlib import Path
 import timm
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "DeiT-with-iRPE"))
-import irpe
-import rpe_models
+# in place of this folder, whose rpe_ops.py is not the package
+sys.path[0] = str(Path(__file__).resolve().parent.parent / "DeiT-with-iRPE")
+import irpe  # noqa: E402
+import rpe_models  # noqa: E402
 
 PEER = "deit_small_patch16_224"
 MODELS = [f"{PEER}_ctx_product_50_shared_{where}" for where in ("k", "qk", "qkv")]

@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "DETR-with-iRPE"))
-import main as detr_main
-from engine import named_losses
-from models import build_model, parse_enc_rpe2d
-from models.rpe_attention import RPEMultiheadAttention, irpe
-from util.misc import nested_tensor_from_tensor_list
+# in place of this folder, whose rpe_ops.py is not the package
+sys.path[0] = str(Path(__file__).resolve().parent.parent / "DETR-with-iRPE")
+import main as detr_main  # noqa: E402
+from engine import named_losses  # noqa: E402
+from models import build_model, parse_enc_rpe2d  # noqa: E402
+from models.rpe_attention import RPEMultiheadAttention, irpe  # noqa: E402
+from util.misc import nested_tensor_from_tensor_list  # noqa: E402
 
 HEIGHT, WIDTH, BATCH = 25, 34, 2
 ENCODINGS = {where: f"rpe-2.0-product-ctx-1-{where}" for where in ("k", "qk", "qkv")}
