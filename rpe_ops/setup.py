@@ -93,6 +93,7 @@ setup(
     python_requires=">=3.10",
     packages=["rpe_ops"],
     package_dir={"rpe_ops": "python"},  # no folder of the source tree can be imported as rpe_ops
+    zip_safe=False,
     ext_modules=[extension()],
     cmdclass={"build_ext": Build.with_options(use_ninja=False, no_python_abi_suffix=True), "install": Install},
 )
