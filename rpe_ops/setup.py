@@ -23,32 +23,37 @@ except ModuleNotFoundError:
     sys.exit("rpe_ops is built against the PyTorch it runs with: install PyTorch first, then run "
              "pip install --no-build-isolation --no-deps ./rpe_ops")
 
+os.chdir(Path(__file__).resolve().parent)  # paths of sources are relative
 VERSION = re.search(r'"(.+)"', Path("python/_version.py").read_text())[1]
 
 
 def find_cuda_home() -> str | None:
-    """The toolkit's folder: CUDA_HOME, or what the nvcc on PATH says of itself (it may be a wrapper)."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    """The toolkit's folder: CUDA_HOME, what the nvcc on PATH says of itself (it may be a wrapper), or a usual place."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or None
     if home is None and (nvcc := shutil.which("nvcc")):
         dry_run = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True)
         if top := re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE):
             home = str(Path(top[1].strip()).resolve())
-    return home
+    if home:
+        os.environ["CUDA_HOME"] = home
+    from torch.utils import cpp_extension  # reads CUDA_HOME, and knows the usual places
+    return cpp_extension.CUDA_HOME
 
 
 def want_cuda() -> bool:
-    """Whether to build the CUDA kernels; sets CUDA_HOME for PyTorch's build tools."""
+    """Whether to build the CUDA kernels; sets CUDA_HOME and, without a GPU, the architectures for PyTorch's tools."""
     forced = os.environ.get("FORCE_CUDA", "0") == "1"
     if not (forced or torch.cuda.is_available()):
         return False
     home = find_cuda_home()
     if torch.version.cuda and home:
-        os.environ["CUDA_HOME"] = home
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # there is no GPU to ask
         return True
     missing = "a CUDA toolkit (set CUDA_HOME)" if torch.version.cuda else "a PyTorch with CUDA"
     if forced:
         sys.exit(f"FORCE_CUDA=1 needs {missing}, and there is none.")
-    print(f"rpe_ops: no {missing}: building for the CPU alone.", file=sys.stderr)
+    print(f"rpe_ops: there is not {missing}: building for the CPU alone.", file=sys.stderr)
     return False
 
 

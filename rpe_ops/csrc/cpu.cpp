@@ -27,7 +27,7 @@ namespace rpe_ops {
 template <typename T>
 constexpr int64_t kLine = 64 / sizeof(T); // elements in a cache line
 template <typename T>
-constexpr int64_t kAhead = 1024 / sizeof(T); // elements between a prefetch and its use
+constexpr int64_t kAhead = 2048 / sizeof(T); // elements between a prefetch and its use
 
 } // namespace rpe_ops
 
@@ -45,10 +45,8 @@ constexpr int64_t kAhead = 1024 / sizeof(T); // elements between a prefetch and 
 namespace rpe_ops {
 namespace {
 
-// Rows of ids per unit of work: enough to use the pages and lines that neighbouring rows share while they are near.
-constexpr int64_t kRows = 16;
-// Beyond what caches hold, prefetching pays; within them it costs.
-constexpr size_t kCacheBytes = 16 << 20;
+// Queries per unit of work, at most: enough to use the pages and lines that neighbouring rows share.
+constexpr int64_t kQueries = 16;
 
 // RPE_OPS_BEST(kernel<types>) is that kernel for what PyTorch finds this processor able to (see ATEN_CPU_CAPABILITY).
 #ifdef __x86_64__
@@ -79,13 +77,13 @@ void load_offsets(const at::Tensor& index, int64_t query, int64_t buckets, int32
 template <typename MakeWorker>
 void for_each_row(const Problem& p, const at::Tensor& index, const MakeWorker& make_worker) {
   const auto load = index.scalar_type() == at::kInt ? load_offsets<int32_t> : load_offsets<int64_t>;
-  const int64_t groups = at::divup(p.planes, kPlanes), blocks = at::divup(p.queries, kRows);
-  const int64_t unit = kRows * kPlanes * std::max<int64_t>(1, std::max(p.keys, p.buckets));
+  const int64_t groups = at::divup(p.planes, kPlanes), blocks = at::divup(p.queries, kQueries);
+  const int64_t unit = kQueries * kPlanes * std::max<int64_t>(1, std::max(p.keys, p.buckets));
   at::parallel_for(0, blocks * groups, at::divup(32768, unit), [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> offsets(kRows * p.keys);
+    std::vector<int32_t> offsets(kQueries * p.keys);
     auto worker = make_worker();
     for (int64_t u = begin; u < end; ++u) {
-      const int64_t first = u / groups * kRows, last = std::min(first + kRows, p.queries);
+      const int64_t block = u / groups, first = block * p.queries / blocks, last = (block + 1) * p.queries / blocks;
       if (u == begin || u % groups == 0) {
         for (int64_t i = first; i < last; ++i) load(index, i, p.buckets, offsets.data() + (i - first) * p.keys);
       }
@@ -123,7 +121,6 @@ struct IndexWorker {
   const Problem& p;
   const T* input;
   T* output;
-  const bool prefetch = p.planes * p.queries * p.keys * sizeof(T) > kCacheBytes;
   decltype(&baseline::interleave<T>) interleave = RPE_OPS_BEST(interleave<T>);
   decltype(&baseline::gather<T>) gather = RPE_OPS_BEST(gather<T>);
   std::vector<TableRow<T>> table = std::vector<TableRow<T>>(p.buckets);
@@ -137,49 +134,46 @@ struct IndexWorker {
 
   void row(int64_t query, const int32_t* offsets) {
     interleave((from + query * p.stride_query).of, p.stride_last, p.buckets, table.data()->values);
-    gather(table.data()->values, offsets, p.keys, prefetch, (to + query * p.keys).of);
+    gather(table.data()->values, offsets, p.keys, (to + query * p.keys).of);
   }
 };
 
-// Half types are widened to float row by row, and their sums rounded once. Bits is what T is moved as.
-template <typename T, typename Sum, typename Bits>
+// Half types are widened to float row by row, and their sums rounded once.
+template <typename T, typename Sum>
 struct SumWorker {
   static constexpr bool kNarrow = !std::is_same_v<T, Sum>;
   const Problem& p;
   const T* input;
-  Bits* output;
-  const int32_t* every_bucket;
-  const bool prefetch = !kNarrow && p.planes * p.queries * p.keys * sizeof(T) > kCacheBytes;
+  T* output;
   decltype(&baseline::accumulate<Sum>) accumulate = RPE_OPS_BEST(accumulate<Sum>);
-  decltype(&baseline::gather<Bits>) gather = RPE_OPS_BEST(gather<Bits>);
+  decltype(&baseline::write_sums<Sum>) write_sums = RPE_OPS_BEST(write_sums<Sum>);
   decltype(&baseline::convert<T, Sum>) widen = RPE_OPS_BEST(convert<T, Sum>);
   decltype(&baseline::convert<Sum, T>) round = RPE_OPS_BEST(convert<Sum, T>);
   std::vector<TableRow<Sum>> even = std::vector<TableRow<Sum>>(p.buckets), odd = even;
-  std::vector<Sum> wide = std::vector<Sum>(kNarrow ? p.keys * kPlanes : 0);
-  std::vector<TableRow<T>> rounded = std::vector<TableRow<T>>(kNarrow ? p.buckets : 0);
+  std::vector<Sum> wide = std::vector<Sum>(kNarrow ? kPlanes * std::max(p.keys, p.buckets) : 0);
   Rows<const T> from;
-  Rows<Bits> to;
+  Rows<T> to;
 
   void start(int64_t plane) {
     from = Rows<const T>(p.planes - plane, [&](int64_t k) { return input + p.offset(plane + k, 0); });
-    to = Rows<Bits>(p.planes - plane, [&](int64_t k) { return output + (plane + k) * p.queries * p.buckets; });
+    to = Rows<T>(p.planes - plane, [&](int64_t k) { return output + (plane + k) * p.queries * p.buckets; });
   }
 
   void row(int64_t query, const int32_t* offsets) {
-    const Rows<const T> rows = from + query * p.stride_query;
-    Sum* const sums = even.data()->values;
-    const T* result;
+    const Rows<const T> in = from + query * p.stride_query;
+    const Rows<T> out = to + query * p.buckets;
+    Sum *const evens = even.data()->values, *const odds = odd.data()->values;
     if constexpr (kNarrow) {
-      for (int k = 0; k < kPlanes; ++k) widen(rows.of[k], p.keys, wide.data() + k * p.keys);
-      const Rows<const Sum> wide_rows(kPlanes, [&](int64_t k) { return wide.data() + k * p.keys; });
-      accumulate(wide_rows.of, offsets, p.keys, prefetch, p.buckets, sums, odd.data()->values);
-      round(sums, p.buckets * kPlanes, rounded.data()->values);
-      result = rounded.data()->values;
+      const Rows<const Sum> keys(kPlanes, [&](int64_t k) { return wide.data() + k * p.keys; });
+      const Rows<Sum> sums(kPlanes, [&](int64_t k) { return wide.data() + k * p.buckets; });
+      for (int k = 0; k < kPlanes; ++k) widen(in.of[k], p.keys, wide.data() + k * p.keys);
+      accumulate(keys.of, offsets, p.keys, p.buckets, evens, odds);
+      write_sums(evens, odds, p.buckets, sums.of);
+      for (int k = 0; k < kPlanes; ++k) round(sums.of[k], p.buckets, out.of[k]);
     } else {
-      accumulate(rows.of, offsets, p.keys, prefetch, p.buckets, sums, odd.data()->values);
-      result = sums;
+      accumulate(in.of, offsets, p.keys, p.buckets, evens, odds);
+      write_sums(evens, odds, p.buckets, out.of);
     }
-    gather(reinterpret_cast<const Bits*>(result), every_bucket, p.buckets, false, (to + query * p.buckets).of);
   }
 };
 
@@ -190,13 +184,11 @@ void gather(const Problem& p, const at::Tensor& input, const at::Tensor& index, 
   for_each_row(p, index, [&] { return IndexWorker<T>{p, from, to}; });
 }
 
-template <typename T, typename Sum, typename Bits>
+template <typename T, typename Sum>
 void bucket_sum(const Problem& p, const at::Tensor& input, const at::Tensor& index, at::Tensor& output) {
   const T* from = input.const_data_ptr<T>();
-  Bits* to = static_cast<Bits*>(output.mutable_data_ptr());
-  std::vector<int32_t> every_bucket(p.buckets);
-  for (int64_t c = 0; c < p.buckets; ++c) every_bucket[c] = static_cast<int32_t>(c * kPlanes);
-  for_each_row(p, index, [&] { return SumWorker<T, Sum, Bits>{p, from, to, every_bucket.data()}; });
+  T* to = output.mutable_data_ptr<T>();
+  for_each_row(p, index, [&] { return SumWorker<T, Sum>{p, from, to}; });
 }
 
 at::Tensor rpe_index_cpu(const at::Tensor& input, const at::Tensor& index) {
@@ -216,10 +208,10 @@ at::Tensor rpe_bucket_sum_cpu(const at::Tensor& any_strides, const at::Tensor& i
   const Problem p = check_rpe_bucket_sum(input, index, num_buckets);
   at::Tensor output = at::empty({input.size(0), input.size(1), p.queries, p.buckets}, input.options());
   switch (input.scalar_type()) {
-    case at::kDouble: bucket_sum<double, double, double>(p, input, index, output); break;
-    case at::kFloat: bucket_sum<float, float, float>(p, input, index, output); break;
-    case at::kHalf: bucket_sum<c10::Half, float, uint16_t>(p, input, index, output); break;
-    default: bucket_sum<c10::BFloat16, float, uint16_t>(p, input, index, output);
+    case at::kDouble: bucket_sum<double, double>(p, input, index, output); break;
+    case at::kFloat: bucket_sum<float, float>(p, input, index, output); break;
+    case at::kHalf: bucket_sum<c10::Half, float>(p, input, index, output); break;
+    default: bucket_sum<c10::BFloat16, float>(p, input, index, output);
   }
   return output;
 }

@@ -78,47 +78,64 @@ RPE_OPS_TARGET void interleave(const T* const (&planes)[kPlanes], int64_t stride
   }
 }
 
-// planes[k][j] = table[offsets[j] + k] for j < n
-template <typename T>
-RPE_OPS_TARGET void gather(const T* __restrict table, const int32_t* __restrict offsets, int64_t n, bool prefetch,
-                           T* const (&planes)[kPlanes]) {
+// planes[part + k][j] = column(j, part)[k] for j < n, with part a multiple of kLanes<T>
+template <typename T, typename Column>
+RPE_OPS_TARGET RPE_OPS_INLINE inline void write_columns(int64_t n, T* const (&planes)[kPlanes], const Column& column) {
   constexpr int lanes = kLanes<T>;
   T* rows[kPlanes]; // a copy whose address nobody has, so that it can stay in registers
   std::copy_n(planes, kPlanes, rows);
-  const auto move = [&](int64_t j) RPE_OPS_TARGET RPE_OPS_INLINE {
+  const auto write = [&](int64_t j) RPE_OPS_TARGET RPE_OPS_INLINE {
     for (int part = 0; part < kPlanes; part += lanes) {
       Vector<T> v[lanes];
-      for (int k = 0; k < lanes; ++k) v[k] = load(table + offsets[j + k] + part);
+      for (int k = 0; k < lanes; ++k) v[k] = column(j + k, part);
       transpose<T>(v);
       for (int k = 0; k < lanes; ++k) store(rows[part + k] + j, v[k]);
     }
   };
   int64_t j = 0;
-  for (; prefetch && j + kLine<T> <= n; j += kLine<T>) {
+  for (; j + kLine<T> <= n; j += kLine<T>) {
     for (int k = 0; k < kPlanes; ++k) __builtin_prefetch(rows[k] + j + kAhead<T>, 1);
-    for (int i = 0; i < kLine<T>; i += lanes) move(j + i);
+    for (int i = 0; i < kLine<T>; i += lanes) write(j + i);
   }
-  for (; j + lanes <= n; j += lanes) move(j);
+  for (; j + lanes <= n; j += lanes) write(j);
   if (j < n && n >= lanes) {
-    move(n - lanes); // some of them a second time
+    write(n - lanes); // some of them a second time
     j = n;
   }
   for (; j < n; ++j) {
-    for (int k = 0; k < kPlanes; ++k) rows[k][j] = table[offsets[j] + k];
+    for (int k = 0; k < kPlanes; ++k) rows[k][j] = column(j, k / lanes * lanes)[k % lanes];
   }
 }
 
-// table[c][k] = sum of planes[k][j] over offsets[j] = c * kPlanes. Even keys are added in `table` and odd ones in `odd`
-// until the end: neighbours often share a bucket, and one addition would have to wait for the other.
+// planes[k][j] = table[offsets[j] + k] for j < n
+template <typename T>
+RPE_OPS_TARGET void gather(const T* __restrict table, const int32_t* __restrict offsets, int64_t n,
+                           T* const (&planes)[kPlanes]) {
+  write_columns<T>(n, planes, [&](int64_t j, int part) RPE_OPS_TARGET RPE_OPS_INLINE {
+    return load(table + offsets[j] + part);
+  });
+}
+
+// planes[k][c] = even[c][k] + odd[c][k] for c < n
+template <typename T>
+RPE_OPS_TARGET void write_sums(const T* __restrict even, const T* __restrict odd, int64_t n,
+                               T* const (&planes)[kPlanes]) {
+  write_columns<T>(n, planes, [&](int64_t c, int part) RPE_OPS_TARGET RPE_OPS_INLINE {
+    return load(even + c * kPlanes + part) + load(odd + c * kPlanes + part);
+  });
+}
+
+// even[c][k] = sum of planes[k][j] over the even j < n with offsets[j] = c * kPlanes, odd[c][k] over the odd ones:
+// neighbours often share a bucket, and one addition would have to wait for the other.
 template <typename T>
 RPE_OPS_TARGET void accumulate(const T* const (&planes)[kPlanes], const int32_t* __restrict offsets, int64_t n,
-                               bool prefetch, int64_t buckets, T* table, T* odd) {
+                               int64_t buckets, T* even, T* odd) {
   constexpr int lanes = kLanes<T>;
   const T* rows[kPlanes];
   std::copy_n(planes, kPlanes, rows);
-  std::memset(table, 0, sizeof(T) * buckets * kPlanes);
+  std::memset(even, 0, sizeof(T) * buckets * kPlanes);
   std::memset(odd, 0, sizeof(T) * buckets * kPlanes);
-  // Adds the keys from `first` on among j to j + lanes - 1; `parity` is that of j.
+  // Adds those of the keys j to j + lanes - 1 that are not before `first`; `parity` is that of j.
   const auto add = [&](int64_t j, int64_t first, int64_t parity) RPE_OPS_TARGET RPE_OPS_INLINE {
     for (int part = 0; part < kPlanes; part += lanes) {
       Vector<T> v[lanes];
@@ -126,14 +143,14 @@ RPE_OPS_TARGET void accumulate(const T* const (&planes)[kPlanes], const int32_t*
       transpose<T>(v);
       for (int k = 0; k < lanes; ++k) {
         if (j + k < first) continue;
-        T* sums = ((parity + k) % 2 ? odd : table) + offsets[j + k] + part;
+        T* sums = ((parity + k) % 2 ? odd : even) + offsets[j + k] + part;
         store(sums, load(sums) + v[k]);
       }
     }
   };
   int64_t j = 0;
-  for (; prefetch && j + kLine<T> <= n; j += kLine<T>) {
-    for (int k = 0; k < kPlanes; ++k) __builtin_prefetch(rows[k] + j + kAhead<T>, 0);
+  for (; j + kLine<T> <= n; j += kLine<T>) {
+    for (int k = 0; k < kPlanes; ++k) __builtin_prefetch(rows[k] + j + kAhead<T>);
     for (int i = 0; i < kLine<T>; i += lanes) add(j + i, j + i, 0);
   }
   for (; j + lanes <= n; j += lanes) add(j, j, 0);
@@ -142,10 +159,9 @@ RPE_OPS_TARGET void accumulate(const T* const (&planes)[kPlanes], const int32_t*
     j = n;
   }
   for (; j < n; ++j) {
-    T* sums = (j % 2 ? odd : table) + offsets[j];
+    T* sums = (j % 2 ? odd : even) + offsets[j];
     for (int k = 0; k < kPlanes; ++k) sums[k] += rows[k][j];
   }
-  for (int64_t e = 0; e < buckets * kPlanes; ++e) table[e] += odd[e];
 }
 
 // offsets[j] = ids[j * stride] * kPlanes for j < n; false if an id is no bucket.

@@ -16,7 +16,8 @@ def rpe_index(input: Tensor, index: Tensor) -> Tensor:
 
     input: (batch, heads, Lq, buckets), float16, bfloat16, float32 or float64, any strides.
     index: (Lq, Lk), int32 or int64, each id in [0, buckets).
-    Returns (batch, heads, Lq, Lk) in the dtype of input. Differentiable in input, any number of times.
+    Returns (batch, heads, Lq, Lk) in the dtype of input. Differentiable in input, any number of times, in
+    reverse mode; forward mode (`torch.func.jvp`) is not supported and must not be used.
 
     Raises ValueError or TypeError for wrong shapes and dtypes. An id out of range raises IndexError on CPU; on CUDA it
     gives NaN and reads nothing (see `validate_index`).
@@ -30,7 +31,8 @@ def rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     input: (batch, heads, Lq, Lk), float16, bfloat16, float32 or float64, any strides.
     index: (Lq, Lk), int32 or int64, each id in [0, num_buckets).
     Returns (batch, heads, Lq, num_buckets) in the dtype of input; half types are summed in float32. The result is the
-    same in every run and for any number of threads. Differentiable in input, any number of times.
+    same in every run and for any number of threads. Differentiable in input, any number of times, in
+    reverse mode; forward mode (`torch.func.jvp`) is not supported and must not be used.
 
     Raises ValueError or TypeError for wrong shapes and dtypes. An id out of range raises IndexError on CPU; on CUDA it
     is left out (see `validate_index`).
