@@ -12,6 +12,7 @@ in turns within one run. Times are medians over the rounds, ratios medians of th
 
 import argparse
 import ctypes
+import importlib
 import math
 import platform
 import statistics
@@ -21,6 +22,9 @@ from datetime import date
 from pathlib import Path
 
 sys.path = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # this file is no rpe_ops
+if __name__ == "rpe_ops":  # `import rpe_ops` from this folder means the package
+    del sys.modules["rpe_ops"]
+    importlib.import_module("rpe_ops")
 
 import torch  # noqa: E402
 from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index  # noqa: E402
@@ -169,4 +173,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    parser = get_args_parser()
+    args = parser.parse_args()
+    if min(args.rounds, args.threads) < 1:
+        parser.error("--rounds and --threads must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU and PyTorch finds none: say --device cpu")
+    main(args)
