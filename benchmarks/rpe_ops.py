@@ -7,7 +7,8 @@ For the shapes of DeiT-S (batch 8, 224x224) and DETR (batch 2, a 25x34 map), for
     flatten      the last two dimensions flattened and indexed once, and index_add
     copy_        one pass over the logits, the limit of memory
 
-in turns within one run. Times are medians over the rounds, ratios medians of the ratios within a round.
+in random order within every round of one run. Times are medians over the rounds, ratios medians of the ratios within
+a round.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import ctypes
 import importlib
 import math
 import platform
+import random
 import statistics
 import sys
 import time
@@ -106,14 +108,15 @@ def cuda_timer(function):
 
 
 def measure(functions, device, rounds):
-    """{name: [seconds per round]}, all functions in turns."""
+    """{name: [seconds per round]}, all functions in every round, in random order: each finds the others' caches."""
     timers = {name: (cuda_timer if device == "cuda" else cpu_timer)(f) for name, f in functions.items()}
     for timer in timers.values():
         timer()
     seconds = {name: [] for name in timers}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, timer in timers.items():
-            seconds[name].append(timer())
+        for name in order.sample(list(timers), len(timers)):
+            seconds[name].append(timers[name]())
     return seconds
 
 
