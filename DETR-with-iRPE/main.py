@@ -1,6 +1,7 @@
 """Train DETR with iRPE on a set in COCO's format, or evaluate it."""
 import argparse
 import datetime
+import json
 import time
 from pathlib import Path
 
@@ -159,6 +160,17 @@ def save_precision(measured, output_dir, names):
         runtime.save_atomically(arrays, path)
 
 
+def save_stats(stats, output_dir):
+    """Write the means of the losses and COCO's numbers to eval.json, from the main process."""
+    if not (output_dir and runtime.is_main_process()):
+        return
+    path = Path(output_dir, "eval.json")
+    try:
+        path.write_text(json.dumps(stats))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def share_buffers(model):
     """Give all processes the main one's statistics of batch norm, which are saved: each saw another last batch."""
     if dist.is_initialized():
@@ -220,6 +232,7 @@ def main(args):
         stats, measured = evaluate(model, criterion, postprocessors, eval_loader(val_set, args),
                                    val_set.ground_truth(), device, getattr(torch, args.amp_dtype))
         save_precision(measured, args.output_dir, ["eval.pth"])
+        save_stats(stats, args.output_dir)
         return stats
     started = time.perf_counter()
     train(state, criterion, postprocessors, train_set, val_set, device, args)

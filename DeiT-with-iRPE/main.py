@@ -5,6 +5,7 @@
     python main.py ... --device cpu
 """
 import argparse
+import json
 import math
 import os
 import time
@@ -124,7 +125,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"])
 
     # Run
-    add("--output_dir", default="", help="folder of checkpoint.pth, log.txt and tensorboard/; none by default")
+    add("--output_dir", default="",
+        help="folder of checkpoint.pth, log.txt and tensorboard/, with --eval of eval.json; none by default")
     add("--device", default="cuda", help="cuda or cpu")
     add("--amp-dtype", default=None, choices=["float32", "bfloat16", "float16"],
         help="of mixed precision; by default float16 on CUDA and float32 (none) on CPU")
@@ -374,12 +376,20 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 
 
 def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Evaluate ``args.resume``, or the model as it was made."""
+    """Evaluate ``args.resume``, or the model as it was made; with ``args.output_dir`` also writes eval.json there."""
     loader, nb_classes = build_val_loader(args, device)
     model = build_model(args, nb_classes)
     if args.resume:
         load_weights(model, load_checkpoint(args.resume), args.resume)
-    return evaluate(loader, model.to(device), device, amp_dtype(args, device))
+    stats = evaluate(loader, model.to(device), device, amp_dtype(args, device))
+    if args.output_dir and is_main_process():
+        path = os.path.join(args.output_dir, "eval.json")
+        try:
+            with open(path, "w") as file:
+                json.dump(stats, file)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    return stats
 
 
 def resume(args: argparse.Namespace, state: TrainingState) -> int:
