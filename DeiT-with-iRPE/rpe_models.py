@@ -3,11 +3,14 @@
 `deit_small_patch16_224_ctx_product_50_shared_qk` is DeiT-small at 224×224 with contextual product encoding of 50
 buckets, shared by the heads, on queries and keys. `parse_name` reads such a name, `create_model` builds it, and the
 nine names of the public implementation are registered with timm when this module is imported.
+
+    python rpe_models.py --list [PATTERN]      python rpe_models.py --describe NAME
 """
 import difflib
 import functools
 import itertools
 import re
+import sys
 from dataclasses import dataclass
 
 import timm
@@ -45,10 +48,11 @@ class DeiTName:
     rpe_config: RPEConfig
 
 
-def count_used_buckets(method, ratio):
-    """Buckets that a 14×14 map with a class token really uses, the number in a model's name (cross: both tables)."""
+def count_used_buckets(method, ratio, side=14):
+    """Buckets that a square map with a class token really uses (cross: both tables); on 14×14 the number in a name."""
     tables = ("cross_rows", "cross_cols") if method == "cross" else (method,)
-    return sum(len(get_bucket_ids_2d(table, 14, 14, 1, ratio, 2 * ratio, 8 * ratio)[0].unique()) for table in tables)
+    return sum(len(get_bucket_ids_2d(table, side, side, 1, ratio, 2 * ratio, 8 * ratio)[0].unique())
+               for table in tables)
 
 
 @functools.lru_cache
@@ -155,3 +159,9 @@ default_cfgs = generate_default_cfgs({
     name: _cfg(224, f"{RELEASES}{name}.pth" if name in RELEASED else "") for name in (*RELEASED, *UNRELEASED)})
 for _name in (*RELEASED, *UNRELEASED):
     _register(_name)
+
+
+if __name__ == "__main__":
+    sys.modules["rpe_models"] = sys.modules[__name__]  # imported once more, it would register its models once more
+    import model_cards
+    model_cards.cli()
