@@ -128,17 +128,11 @@ def check(args, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # In a process of its own, because both codebases have modules of the same names
 
-def describe_device(name):
-    """{"device": the name that people know it by}, or {"error": sentence}."""
+def cuda_name():
+    """{"device": name of the GPU}, or {"error": sentence}."""
     import torch
-    if not name.startswith("cuda"):
-        try:
-            cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        except OSError:
-            cpu = None
-        return {"device": cpu[1] if cpu else platform.processor() or platform.machine()}
     if not torch.cuda.is_available():
-        return {"error": f"--device {name} needs a GPU and PyTorch finds none: say --device cpu"}
+        return {"error": "--device cuda needs a GPU and PyTorch finds none: say --device cpu"}
     return {"device": torch.cuda.get_device_name(0)}
 
 
@@ -159,7 +153,7 @@ def build_detr(row):
 
 
 def inspect_file(row, path):
-    """What is to be known of a file without data: {"params", "macs"} as counts, or {"error": sentence}.
+    """What is to be known of a file without data: {"params", "macs"} as counts, "torch_build"; or {"error": sentence}.
 
     The model is made without memory ("meta"), so the MACs (multiplications of matrices and convolutions) are counted
     from shapes alone.
@@ -181,7 +175,8 @@ def inspect_file(row, path):
                        for values in (model.state_dict(), weights))
     if differences := runtime.key_differences(expected, found):
         return {"error": f"{path.name} does not fit {row['name']}: {differences}"}
-    return {"params": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2}
+    return {"params": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2,
+            "torch_build": torch.__version__}
 
 
 def in_fresh_process(function, *arguments):
@@ -191,6 +186,18 @@ def in_fresh_process(function, *arguments):
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             return {"error": f"the process of {function.__name__} was killed, perhaps for lack of memory"}
+
+
+def describe_device(device):
+    """The name that people know the device by. Raises Mistake if it is not there."""
+    if device.startswith("cuda"):
+        found = in_fresh_process(cuda_name)
+        if "error" in found:
+            raise Mistake(found["error"])
+        return found["device"]
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return cpu[1] if cpu else platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,19 +239,14 @@ def code_hash(codebase):
     return digest.hexdigest()
 
 
-def versions():
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        found[name] = importlib.metadata.version(name)
-    return found
-
-
 def dependencies(row, args, path):
     """All that changes a result; the number of processes does not."""
     data = getattr(args, CODEBASES[row["codebase"]].data)
+    versions = {"python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in LIBRARIES}}
     return {"sha256": sha256(path), "data": str(data.resolve()), "data_files": fingerprint(data_files(row, args)),
             "device": args.device, "flags": getattr(args, f"{row['codebase']}_args"),
-            "code": code_hash(CODEBASES[row["codebase"]]), "versions": versions()}
+            "code": code_hash(CODEBASES[row["codebase"]]), "versions": versions}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +298,7 @@ def last_error(lines):
     return f"a process was ended by signal {killed[-1]}, perhaps for lack of memory" if killed else ""
 
 
-def measure(row, args, old):
+def measure(row, args, device_name, old):
     """The row's entry in results.json; `old` is the one that is there, {} if none."""
     codebase, path = CODEBASES[row["codebase"]], args.checkpoints / row["file"]
     if not path.is_file() or not getattr(args, codebase.data):
@@ -315,7 +317,7 @@ def measure(row, args, old):
         found["command"] = f"cd {codebase.folder.name} && {shlex.join(command)}"
         print(f"$ {found['command']}", flush=True)
         found.update(evaluate(row, command, args.output_dir))
-    entry = {**found, "depends": depends, "device": args.device_name, "nproc": args.nproc,
+    entry = {**found, "depends": depends, "device": device_name, "nproc": args.nproc,
              "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
     return {**entry, **(judge(row, entry["measured"]) if "measured" in entry else {"status": "fail"})}
 
@@ -399,15 +401,16 @@ def table(codebase, rows, entries):
         cells += [difference, params + paper[0], macs + paper[1], f"**{entry.get('status', 'not run')}**"]
         lines.append(" | ".join(["", row["name"], *cells, ""]).strip())
     return [*lines, "", f"Measured, and in brackets the paper's number; {codebase.labels[0]} may differ by "
-            f"{codebase.tolerance} {'points' if codebase.points > 1 else '%'}."]
+            f"{codebase.tolerance} points."]
 
 
 def details(row, entry):
     depends = entry.get("depends", {})
+    versions = {**depends.get("versions", {}), **({"torch": entry["torch_build"]} if "torch_build" in entry else {})}
     pairs = {"error": entry.get("error"), "command": entry.get("command") and f"`{entry['command']}`",
              "file": f"`{row['file']}`, sha256 `{depends.get('sha256', '-')}`",
              "device": entry.get("device") and f"{entry['device']} ({depends['device']}), {entry['nproc']} process(es)",
-             "versions": ", ".join(f"{name} {version}" for name, version in depends.get("versions", {}).items()),
+             "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
              "measured": entry.get("date")
              and entry["date"] + (f", took {entry['seconds']:.0f} s" if "seconds" in entry else "")}
     return [f"- {name}: {value}" for name, value in pairs.items() if value]
@@ -429,7 +432,7 @@ def draw(rows, entries, path):
 
 
 def draw_panel(axes, codebase, rows, entries):
-    metric, unit = codebase.metrics[0], "AP points" if codebase.points > 1 else "percent"
+    metric = codebase.metrics[0]
     axes.axvspan(-codebase.tolerance, codebase.tolerance, color="#999999", alpha=0.25, lw=0)
     axes.axvline(0, color="#555555", lw=1)
     reach = 3 * codebase.tolerance
@@ -445,7 +448,7 @@ def draw_panel(axes, codebase, rows, entries):
         axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center",
                   color="black" if status in FINISHED else "#666666")
     axes.set(xlim=(-reach, reach), ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)),
-             yticklabels=[row["name"] for row in rows], xlabel=f"difference in {codebase.labels[0]} ({unit})",
+             yticklabels=[row["name"] for row in rows], xlabel=f"difference in {codebase.labels[0]} (points)",
              title=f"{codebase.title}; the band of ±{codebase.tolerance} passes")
     axes.grid(axis="x", alpha=0.3)
 
@@ -455,15 +458,12 @@ def draw_panel(axes, codebase, rows, entries):
 
 def reproduce(args, table_rows, rows):
     """Measure the rows; returns the exit status."""
-    found = in_fresh_process(describe_device, args.device)
-    if "error" in found:
-        raise Mistake(found["error"])
-    args.device_name = found["device"]
+    device_name = describe_device(args.device)
     entries = load_results(args.output_dir / "results.json")
     for number, row in enumerate(rows, start=1):
         name, codebase = row["name"], CODEBASES[row["codebase"]]
         print(f"[{number}/{len(rows)}] {name}", flush=True)
-        entries[name] = {**measure(row, args, entries.get(name, {})),
+        entries[name] = {**measure(row, args, device_name, entries.get(name, {})),
                          "paper": {metric: row[metric] for metric in codebase.metrics}}
         write_reports(args.output_dir, table_rows, entries)
         print(summary(row, entries[name]), flush=True)

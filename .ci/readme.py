@@ -1,0 +1,45 @@
+"""Rewrite the tables of README.md that stand between `<!-- released: NAME -->` and `<!-- end -->` from released.json.
+
+    python .ci/readme.py
+"""
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# column → the row's entry under it, as a format
+TABLES = {
+    "deit": {"name": "{name}", "#Params (M)": "{params_m:.2f}", "MACs (M)": "{macs_m}", "top-1": "{top1:.1f}",
+             "top-5": "{top5:.1f}", "file": "[.pth]({url})"},
+    "detr": {"enc_rpe2d": "{enc_rpe2d}", "buckets": "{buckets}", "epochs": "{epochs}", "AP": "{ap:.3f}",
+             "AP50": "{ap50:.3f}", "AP75": "{ap75:.3f}", "APS": "{aps:.3f}", "APM": "{apm:.3f}", "APL": "{apl:.3f}",
+             "file": "[{file}]({url})"},
+}
+
+
+def table(columns, rows):
+    """Lines of a Markdown table."""
+    cells = [list(columns), ["---"] * len(columns)]
+    cells += [[text.format(**row) for text in columns.values()] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def rewrite(text, released):
+    """`text` with its marked tables made anew."""
+    for name, columns in TABLES.items():
+        made = f"<!-- released: {name} -->\n{table(columns, released[name])}<!-- end -->"
+        text, count = re.subn(rf"<!-- released: {name} -->.*?<!-- end -->", lambda _, made=made: made, text,
+                              flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} times `<!-- released: {name} -->` ... `<!-- end -->`, not once")
+    return text
+
+
+def main():
+    path = ROOT / "README.md"
+    released = json.loads((ROOT / "released.json").read_text(encoding="utf-8"))
+    path.write_text(rewrite(path.read_text(encoding="utf-8"), released), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

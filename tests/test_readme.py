@@ -1,0 +1,69 @@
+"""README's tables are released.json's, and released.json says what the code does."""
+import importlib.util
+import json
+import re
+
+import pytest
+import reproduce
+import torch
+
+from conftest import ROOT
+
+RELEASED = json.loads((ROOT / "released.json").read_text(encoding="utf-8"))
+ROWS = reproduce.read_table(ROOT / "released.json")
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.parent.name.replace("-", "_").strip(".") + path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_the_readme_are_those_of_released_json():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert load(ROOT / ".ci" / "readme.py").rewrite(text, RELEASED) == text, "run python .ci/readme.py"
+
+
+def test_a_changed_number_changes_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    changed = {**RELEASED, "detr": [{**row, "ap": 0.5} for row in RELEASED["detr"]]}
+    assert load(ROOT / ".ci" / "readme.py").rewrite(text, changed).count("| 0.500 |") == len(RELEASED["detr"])
+
+
+def test_the_code_knows_the_released_names_files_and_urls():
+    load(ROOT / "DeiT-with-iRPE" / "hubconf.py")  # leaves the modules that it needed importable
+    from rpe_models import RELEASED as names
+    from rpe_models import RELEASES, default_cfgs
+    assert [row["name"] for row in RELEASED["deit"]] == list(names)
+    for row in RELEASED["deit"]:
+        assert row["file"] == f"{row['name']}.pth" and row["url"] == RELEASES + row["file"]
+        assert default_cfgs[row["name"]].default.url == row["url"]
+
+
+def test_detrs_rows_are_entries_of_its_hubconf_and_fetch_their_url(monkeypatch):
+    hubconf = load(ROOT / "DETR-with-iRPE" / "hubconf.py")
+    asked = []
+    monkeypatch.setattr(hubconf, "_detr", lambda flags, url, *rest: asked.append((flags, url)))
+    for row in RELEASED["detr"]:
+        entry = getattr(hubconf, row["name"])
+        entry(pretrained=True)
+        assert asked[-1] == (["--enc_rpe2d", row["enc_rpe2d"]], row["url"])
+        ap, = re.findall(r"([\d.]+) AP", entry.__doc__)
+        assert float(ap) == pytest.approx(100 * row["ap"])
+        assert f"{row['epochs']} epochs" in entry.__doc__ and f"{row['buckets']} buckets" in entry.__doc__
+    assert len({row["url"] for row in ROWS}) == 9
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+def test_parameters_macs_and_buckets_are_those_of_the_models(row):
+    folder = reproduce.CODEBASES[row["codebase"]].folder
+    with torch.device("meta"):
+        model = torch.hub.load(str(folder), row["name"], source="local")
+    buckets = {parameter.shape[-1] for name, parameter in model.named_parameters() if "rpe_k.lookup_table" in name}
+    if row["codebase"] == "deit":
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == row["params_m"]
+        assert buckets == {50}
+    else:
+        side, _ = map(int, row["buckets"].split("×"))
+        assert buckets == {side * side}
