@@ -102,7 +102,7 @@ def test_a_description_tells_the_golden_tables(name, capsys):
 def test_a_description_of_an_ablation_tells_every_part_of_its_name(capsys):
     found, text = described("deit_tiny_patch16_384_bias_cross_56_unshared_qk", capsys)
     g = {piecewise_index(torch.tensor(d), 20, 40, 160, torch.long).item() for d in range(-23, 24)}
-    expected = {"model": "width 192, depth 12, 3 heads of 64", "picture": "384×384 .* 24×24 tokens after 1 prefix token$",
+    expected = {"model": "width 192, depth 12, 3 heads of 64", "picture": "384×384 .* 24×24 tokens after 1 prefix",
                 "method": "cross", "mode": "bias", "where": r"queries and keys \(qk\)", "heads": "unshared",
                 "ratio": "20: alpha 20, beta 40, gamma 160",
                 "buckets": f"56 used on a 14×14 map, {2 * (len(g) + 1)} on this one, of 164 in the tables"}

@@ -18,11 +18,10 @@ def deit(scores, loss=2.0):
 
 
 def detr(scores):
-    rows = [{"train_lr": 1e-4, "train_loss": 9.0, "train_loss_bbox": 0.1, "epoch": epoch} for epoch in range(len(scores))]
-    for row, score in zip(rows, scores, strict=True):
-        if score is not None:  # evaluated in this epoch
-            row.update(test_loss=8.0, test_coco_eval_bbox=[score, *[0.5] * 11])
-    return rows
+    """Rows of epochs, of which those with a score were evaluated."""
+    return [{"train_lr": 1e-4, "train_loss": 9.0, "train_loss_bbox": 0.1, "epoch": epoch}
+            | ({} if score is None else {"test_loss": 8.0, "test_coco_eval_bbox": [score, *[0.5] * 11]})
+            for epoch, score in enumerate(scores)]
 
 
 def write(path, rows):
