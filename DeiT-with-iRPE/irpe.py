@@ -11,6 +11,7 @@ Shapes: B pictures, H heads, L tokens (`skip` prefix tokens, then the map row by
 """
 import enum
 import functools
+import itertools
 import math
 import numbers
 import operator
@@ -22,17 +23,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["METHOD", "RPEConfig", "build_rpe", "get_bucket_ids_2d", "get_rpe_config", "iRPE", "iRPE_Cross",
            "piecewise_index", "rpe_attention"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two operators: a gather along the bucket axis and its adjoint, a sum per bucket
+# The operators: a gather along the bucket axis and its adjoint, a sum per bucket
 
 try:
     import rpe_ops
-    from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index, validate_index
+    from rpe_ops.rpe_index import rpe_bucket_sum, rpe_bucket_sum_add_, rpe_index, rpe_index_add_, validate_index
     HAS_RPE_OPS = True
 except ModuleNotFoundError as error:  # a build that does not fit this PyTorch raises an ImportError that says so
     if not (error.name or "").startswith("rpe_ops"):
@@ -60,6 +62,25 @@ def _sum_buckets(attn, ids, num_buckets):
         return rpe_bucket_sum(attn, ids, num_buckets)
     total = attn.new_zeros(*attn.shape[:-1], num_buckets, dtype=torch.promote_types(attn.dtype, torch.float32))
     return total.scatter_add(-1, ids.expand_as(attn), attn.to(total.dtype)).to(attn.dtype)
+
+
+def _add_gathered(logits, lookup, ids, by_key=False):
+    """logits[b, h, i, j] += lookup[b, h, i, ids[i, j]], or lookup[b, h, j, ids[i, j]] with `by_key`."""
+    if HAS_RPE_OPS:
+        rpe_index_add_(logits, lookup, ids, by_key)
+    elif by_key:
+        logits.add_(_gather_buckets(lookup, ids.t()).transpose(-2, -1))
+    else:
+        logits.add_(_gather_buckets(lookup, ids))
+
+
+def _add_key_sums(sums, attn, ids):
+    """sums[b, h, j, ids[i, j]] += attn[b, h, i, j], the adjoint of `_add_gathered` with `by_key`."""
+    if HAS_RPE_OPS:
+        rpe_bucket_sum_add_(sums, attn, ids)
+    else:
+        attn = attn.transpose(-2, -1)
+        sums.scatter_add_(-1, ids.t().expand_as(attn), attn)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,13 +164,13 @@ def get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype=tor
 
 
 @functools.lru_cache(maxsize=32)  # 8 MB each on DETR's largest maps
-def _cached_bucket_ids(method, height, width, skip, alpha, beta, gamma, device, dtype):
+def _cached_bucket_ids(method, height, width, skip, alpha, beta, gamma, device, dtype, transposed=False):
     def compute():
         # always on the CPU: another device's logarithm may move a tie to the next bucket
         ids, num_buckets = get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype)
         if HAS_RPE_OPS:
             validate_index(ids, num_buckets)  # the kernels for CUDA do not check at every call
-        return ids.to(device)
+        return (ids.t().contiguous() if transposed else ids).to(device)
 
     # a thread of its own has no inference mode, fake tensors or default device of the caller: what is cached here
     # must be good for every later caller
@@ -257,8 +278,8 @@ class iRPE(nn.Module):
         for table in self.parameters():
             nn.init.zeros_(table)
 
-    def bucket_ids(self, length, device, height=None, width=None):
-        """Ids (L, L) of the map; without height and width it is square with side ⌊√L⌋.
+    def bucket_ids(self, length, device, height=None, width=None, transposed=False):
+        """Ids (L, L) of the map, or their transpose; without height and width it is square with side ⌊√L⌋.
 
         Raises: ValueError if `length` is not height·width + skip.
         """
@@ -271,13 +292,25 @@ class iRPE(nn.Module):
                 f"{length} tokens on a map of {height}×{width} leave {length - height * width} prefix tokens, but the "
                 f"encoding was built with skip={skip}; set skip={max(length - height * width, 0)}, or give the height "
                 "and width of the map")
-        return self._shared_bucket_ids(height, width, device)
+        return self._shared_bucket_ids(height, width, device, transposed)
 
     @torch.compiler.assume_constant_result
-    def _shared_bucket_ids(self, height, width, device):
+    def _shared_bucket_ids(self, height, width, device, transposed):
         device = torch.device(device)
         dtype = torch.int32 if _use_rpe_ops(device) else torch.int64  # PyTorch's own gather takes no int32
-        return _cached_bucket_ids(self.method, height, width, self.config.skip, *self.config.piecewise, device, dtype)
+        return _cached_bucket_ids(self.method, height, width, self.config.skip, *self.config.piecewise, device, dtype,
+                                  transposed)
+
+    @property
+    def parts(self):
+        """The modules with a table each whose terms are added: itself."""
+        return [self]
+
+    @property
+    def table(self):
+        """The contextual table, without the head axis where the heads share it: then matmul folds batch into rows."""
+        weight = self.lookup_table_weight
+        return weight[0] if len(weight) == 1 else weight
 
     def forward(self, x, height=None, width=None):
         """What this table adds to the logits (on q, k) or to the output (on v).
@@ -293,12 +326,9 @@ class iRPE(nn.Module):
         if self.config.mode == "bias":
             table = self.lookup_table_bias
             return _gather_buckets(table[None, :, None].expand(-1, -1, len(ids), -1), ids)
-        table = self.lookup_table_weight
-        # matmul folds the batch into the rows only for a table without a head axis
-        table = table[0] if len(table) == 1 else table
         if self.on == "v":
-            return torch.matmul(_sum_buckets(x, ids, self.num_buckets), table)
-        return _gather_buckets(torch.matmul(x, table), ids)
+            return torch.matmul(_sum_buckets(x, ids, self.num_buckets), self.table)
+        return _gather_buckets(torch.matmul(x, self.table), ids)
 
     def extra_repr(self):
         config = self.config
@@ -313,6 +343,11 @@ class iRPE_Cross(nn.Module):
         super().__init__()
         self.rp_rows = iRPE(head_dim, num_heads, config, on, METHOD.CROSS_ROWS)
         self.rp_cols = iRPE(head_dim, num_heads, config, on, METHOD.CROSS_COLS)
+
+    @property
+    def parts(self):
+        """The modules with a table each whose terms are added."""
+        return [self.rp_rows, self.rp_cols]
 
     def forward(self, x, height=None, width=None):
         """As `iRPE.forward`."""
@@ -329,6 +364,9 @@ def build_rpe(rpe_config, head_dim, num_heads):
     return tuple(module(head_dim, num_heads, rpe_config, on) if on in rpe_config.rpe_on else None for on in "qkv")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
 def _add(total, term):
     """total + term, in place where shapes allow: no backward reads `total`, and a new (B, H, L, L) costs a pass.
 
@@ -337,6 +375,140 @@ def _add(total, term):
     if total is None:
         return term
     return total.add_(term) if torch.broadcast_shapes(total.shape, term.shape) == total.shape else total + term
+
+
+_BLOCK = 2 ** 20  # logits at work at a time: 4 MB of float32, few enough to stay in a processor's cache
+
+
+def _planes(x, batch, rows=slice(None)):
+    """(b·H, rows, ...) of the pictures `batch` and the tokens `rows` of (B, H, L, ...); a view if that is possible."""
+    return x[batch, :, rows].flatten(0, 1)
+
+
+def _attention_blocks(q, k, mask, on_k, on_q, spares=0):
+    """Yield (pictures, rows, softmax of their logits (b, H, rows, L), spare tensors of the same shape).
+
+    The next block overwrites them: pages that are new to the process cost more time than the arithmetic on them.
+    `on_k` and `on_q` are pairs of a lookup and its ids, those on queries transposed.
+    """
+    pictures, heads, length, _ = q.shape
+    parts = math.ceil(max(heads * length * length, 1) / _BLOCK)  # blocks of a picture
+    step = max(1, _BLOCK // max(heads * length * length, 1))  # pictures of a block
+    starts = [length * part // parts for part in range(parts + 1)]
+    memory = q.new_empty(1 + spares, min(step, pictures) * heads * math.ceil(length / parts) * length)
+    for first, (start, stop) in itertools.product(range(0, pictures, step), itertools.pairwise(starts)):
+        batch, rows = slice(first, min(first + step, pictures)), slice(start, stop)
+        shape = (batch.stop - first, heads, stop - start, length)
+        logits, *rest = memory[:, :math.prod(shape)].unflatten(1, shape)
+        torch.bmm(_planes(q, batch, rows), _planes(k, batch).transpose(1, 2), out=logits.flatten(0, 1))
+        for lookup, ids in on_k:
+            _add_gathered(logits, lookup[batch, :, rows], ids[rows])
+        for lookup, ids in on_q:
+            _add_gathered(logits, lookup[batch], ids[rows], by_key=True)
+        if mask is not None:
+            logits += mask[batch, :, rows]
+        yield batch, rows, torch.softmax(logits, -1, out=logits), *rest
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """Attention with contextual terms, block by block, so that memory never holds a tensor of (B, H, L, L).
+
+    A block has whole rows of logits, and the backward pass makes it again, as in FlashAttention (Dao et al., NeurIPS
+    2022).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, dropout_p, ids_k, ids_q, ids_v, *lookups):
+        """Attend.
+
+        Args:
+            q, k, v: (B, H, L, D), q scaled.
+            mask: what is added to the logits, (B, H, L, L), or None.
+            ids_k, ids_q, ids_v: lists of ids (L, L), one for every table; transposed on queries, and on values in a
+                pair with the number of buckets.
+            lookups: q or k times the tables on keys, then on queries, (B, H, L, nb).
+        Returns: attention·v, and for every table on values the attention's sums per bucket, (B, H, L, nb).
+        """
+        ctx.save_for_backward(q, k, v, mask, *lookups)
+        ctx.ids, ctx.dropped, ctx.kept = (ids_k, ids_q, ids_v), [], 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+        out, sums = torch.empty_like(v), [v.new_empty(*v.shape[:3], num_buckets) for _, num_buckets in ids_v]
+        for batch, rows, attn in _attention_blocks(q, k, mask, *_BlockwiseAttention._terms(ctx, lookups)):
+            if dropout_p:
+                ctx.dropped.append(torch.empty_like(attn, dtype=torch.bool).bernoulli_(dropout_p))
+                attn.masked_fill_(ctx.dropped[-1], 0).mul_(ctx.kept)
+            out[batch, :, rows] = torch.bmm(attn.flatten(0, 1), _planes(v, batch)).view_as(out[batch, :, rows])
+            for total, (ids, num_buckets) in zip(sums, ids_v, strict=True):
+                total[batch, :, rows] = _sum_buckets(attn, ids[rows], num_buckets)
+        return out, *sums
+
+    @staticmethod
+    def _terms(ctx, lookups):
+        ids_k, ids_q, _ = ctx.ids
+        return (list(zip(lookups[:len(ids_k)], ids_k, strict=True)),
+                list(zip(lookups[len(ids_k):], ids_q, strict=True)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, *grad_sums):
+        q, k, v, mask, *lookups = ctx.saved_tensors
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v, *grad_lookups = (torch.zeros_like(x, memory_format=torch.contiguous_format)
+                                         for x in (k, v, *lookups))
+        on_k, on_q = _BlockwiseAttention._terms(ctx, lookups)
+        grads_k, grads_q = _BlockwiseAttention._terms(ctx, grad_lookups)
+        for number, (batch, rows, attn, grad) in enumerate(_attention_blocks(q, k, mask, on_k, on_q, spares=1)):
+            grad_rows, flat = _planes(grad_out, batch, rows), grad.flatten(0, 1)
+            torch.bmm(grad_rows, _planes(v, batch).transpose(1, 2), out=flat)
+            for grad_sum, (ids, _) in zip(grad_sums, ctx.ids[2], strict=True):
+                _add_gathered(grad, grad_sum[batch, :, rows], ids[rows])
+            kept = attn
+            if ctx.dropped:
+                kept = attn.masked_fill(ctx.dropped[number], 0).mul_(ctx.kept)
+                grad.masked_fill_(ctx.dropped[number], 0).mul_(ctx.kept)
+            _planes(grad_v, batch).baddbmm_(kept.flatten(0, 1).transpose(1, 2), grad_rows)
+            torch._softmax_backward_data(grad, attn, -1, attn.dtype, grad_input=grad)
+            grad_q[batch, :, rows] = torch.bmm(flat, _planes(k, batch)).view_as(grad_q[batch, :, rows])
+            _planes(grad_k, batch).baddbmm_(flat.transpose(1, 2), _planes(q, batch, rows))
+            for total, ids in grads_k:
+                total[batch, :, rows] = _sum_buckets(grad, ids[rows], total.shape[-1])
+            for total, ids in grads_q:
+                _add_key_sums(total[batch], grad, ids[rows])
+        return grad_q, grad_k, grad_v, None, None, None, None, None, *grad_lookups
+
+
+def _can_go_blockwise(q, k, v, mask, modules):
+    """Whether `_blockwise_attention` is for this call: not on a GPU, in a tracer, for half types, a bias or a hook."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch.is_autocast_enabled("cpu") or (mask is not None and mask.requires_grad):
+        return False
+    parts = [part for module in modules for part in module.parts]
+    if any(part.config.mode == "bias" for part in parts) or any(
+            module._forward_hooks or module._forward_pre_hooks for module in (*modules, *parts)):
+        return False
+    return (q.shape == k.shape and q.shape[:3] == v.shape[:3] and q.dtype in (torch.float32, torch.float64)
+            and all(x.device.type == "cpu" and x.dtype == q.dtype for x in (q, k, v)))
+
+
+def _blockwise_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p):
+    """As the end of `rpe_attention`, with q scaled."""
+    parts_q, parts_k, parts_v = ([] if module is None else module.parts for module in (rpe_q, rpe_k, rpe_v))
+
+    def ids(parts, **kwargs):
+        return [part.bucket_ids(q.shape[2], q.device, height, width, **kwargs) for part in parts]
+
+    lookups = [torch.matmul(q, part.table) for part in parts_k]
+    if parts_q:
+        scaled = k * q.shape[-1] ** -0.5
+        lookups += [torch.matmul(scaled, part.table) for part in parts_q]
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], k.shape[2])
+    ids_v = list(zip(ids(parts_v), (part.num_buckets for part in parts_v), strict=True))
+    out, *sums = _BlockwiseAttention.apply(q, k, v, mask, dropout_p, ids(parts_k),
+                                           ids(parts_q, transposed=True), ids_v, *lookups)
+    for total, part in zip(sums, parts_v, strict=True):
+        out = out.add_(torch.matmul(total, part.table))
+    return out
 
 
 def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, width=None, attn_mask=None, dropout_p=0.0):
@@ -351,26 +523,32 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
         dropout_p: dropout of the attention; give 0 in evaluation.
     Returns: (B, H, L, D).
     """
-    if rpe_q is None and rpe_k is None and rpe_v is None:
+    modules = [module for module in (rpe_q, rpe_k, rpe_v) if module is not None]
+    if not modules:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
-    scale = q.shape[-1] ** -0.5
-    q = q * scale
+    q, mask, blind = q * q.shape[-1] ** -0.5, attn_mask, None
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+        blind = mask.amax(-1, keepdim=True) == -math.inf  # queries that may see nothing get zeros in the end
+        mask = mask.masked_fill(blind, 0)
+    attend = _blockwise_attention if _can_go_blockwise(q, k, v, mask, modules) else _whole_attention
+    out = attend(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p)
+    return out if mask is None else out.masked_fill(blind, 0)
+
+
+def _whole_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p):
+    """As the end of `rpe_attention`, with q scaled."""
     # without a term on values PyTorch's attention does the rest, and takes what is added to the logits as its mask
     logits = None if rpe_v is None else torch.matmul(q, k.transpose(-2, -1))
     if rpe_k is not None:
         logits = _add(logits, rpe_k(q, height, width))
     if rpe_q is not None:
-        logits = _add(logits, rpe_q(k * scale, height, width).transpose(-2, -1))
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, -math.inf)
-        if rpe_v is not None:  # queries that may see nothing get zeros in the end, as from PyTorch's attention
-            blind = attn_mask.amax(-1, keepdim=True) == -math.inf
-            attn_mask = attn_mask.masked_fill(blind, 0)
-        logits = _add(logits, attn_mask)
+        logits = _add(logits, rpe_q(k * q.shape[-1] ** -0.5, height, width).transpose(-2, -1))
+    if mask is not None:
+        logits = _add(logits, mask)
     if rpe_v is None:
         return F.scaled_dot_product_attention(q, k, v, logits, dropout_p, scale=1.0)
     attn = F.dropout(logits.softmax(-1), dropout_p)
     del logits  # its memory is still in the cache when the next tensor of this size is made
-    out = torch.matmul(attn, v).add_(rpe_v(attn, height, width))
-    return out if attn_mask is None else out.masked_fill(blind, 0)
+    return torch.matmul(attn, v).add_(rpe_v(attn, height, width))

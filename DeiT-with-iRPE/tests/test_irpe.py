@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import irpe
 from fill import fill_state_dict, image
@@ -180,6 +182,101 @@ def test_dropout_hides_attention_from_the_value_term_too():
     fill(modules[2])
     q, k, v = image(8, (3, 2, 2, 9, 4))
     assert rpe_attention(q, k, v, *modules, dropout_p=1.0).abs().max() == 0
+
+
+def attention_and_gradients(rpe_on, method, shared_head, mask, dropout_p=0.0):
+    """Output and gradients on three pictures of 2×5 tokens and a class token, from a fixed seed, in float64."""
+    config = get_rpe_config(1.9, method, "ctx", shared_head, 1, rpe_on)
+    modules = [module and fill(module, f"{i}.").double() for i, module in enumerate(build_rpe(config, 4, 2))]
+    inputs = [*image(3, (3, 3, 2, 11, 4)).double().requires_grad_(), *(p for m in modules if m for p in m.parameters())]
+    torch.manual_seed(0)
+    out = rpe_attention(*inputs[:3], *modules, 2, 5, mask, dropout_p)
+    return [out, *torch.autograd.grad((out * image(2, out.shape).double()).sum(), inputs)]
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("block", [1, 100, 2 * 11 * 11, 500, 2 ** 20])
+@pytest.mark.parametrize("rpe_on, method, shared_head", [("k", "product", True), ("qkv", "cross", False),
+                                                         ("qv", "euc", True)])
+def test_attention_in_blocks_of_any_size_is_attention(block, rpe_on, method, shared_head, monkeypatch):
+    masks = (None, torch.arange(11) < torch.tensor([8, 11, 3])[:, None, None, None], image(4, (11, 11)).double())
+    for mask in masks:
+        monkeypatch.setattr(irpe, "_BLOCK", block)
+        in_blocks = attention_and_gradients(rpe_on, method, shared_head, mask)
+        with monkeypatch.context() as patch:
+            patch.setattr(irpe, "_can_go_blockwise", lambda *_: False)
+            torch.testing.assert_close(in_blocks, attention_and_gradients(rpe_on, method, shared_head, mask))
+
+
+@pytest.mark.usefixtures("operators")
+def test_attention_in_blocks_makes_nothing_as_large_as_the_logits(monkeypatch):
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(x.untyped_storage().nbytes() for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    monkeypatch.setattr(irpe, "_BLOCK", 2 ** 14)
+    modules = [fill(module) for module in build_rpe(get_rpe_config(rpe_on="qkv"), 4, 2)]
+    q, k, v = image(6, (3, 4, 2, 400, 4)).requires_grad_()
+    with Sizes():
+        rpe_attention(q, k, v, *modules).sum().backward()
+    assert max(sizes) < 4 * 4 * 2 * 400 * 400 / 3  # bytes of the logits; ids without the extension are a quarter
+
+
+@pytest.mark.parametrize("block", [50, 2 ** 20])
+def test_dropout_keeps_the_mean_and_has_the_gradient_of_what_it_kept(block, monkeypatch):
+    monkeypatch.setattr(irpe, "_BLOCK", block)
+    modules = [fill(module).double() for module in build_rpe(get_rpe_config(rpe_on="qkv"), 3, 2)]
+
+    def attend(q, k, v, *_):
+        torch.manual_seed(1)
+        return rpe_attention(q, k, v, *modules, dropout_p=0.3)
+
+    q, k, v = (x.double().requires_grad_() for x in image(7, (3, 2, 2, 4, 3)))
+    assert torch.autograd.gradcheck(attend, (q, k, v, *(p for module in modules for p in module.parameters())))
+    q, k, v = image(7, (3, 1, 2, 400, 3))
+    out = rpe_attention(q, k, torch.ones_like(v), *build_rpe(get_rpe_config(), 3, 2), dropout_p=0.3)
+    assert abs(out.mean() - 1) < 0.01 and out.std() > 0.01
+
+
+def test_a_forward_hook_sees_the_term():
+    seen = []
+    modules = build_rpe(get_rpe_config(rpe_on="qk"), 4, 2)
+    modules[0].register_forward_hook(lambda module, inputs, out: seen.append(out.shape))
+    rpe_attention(*image(6, (3, 1, 2, 9, 4)), *modules)
+    assert seen == [(1, 2, 9, 9)]
+
+
+@pytest.mark.usefixtures("operators")
+def test_autocast_and_half_types_give_their_type():
+    modules = [fill(module) for module in build_rpe(get_rpe_config(rpe_on="qkv"), 4, 2)]
+    q, k, v = image(6, (3, 1, 2, 9, 4))
+    expected = rpe_attention(q, k, v, *modules)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = rpe_attention(q, k, v, *modules)
+    half = rpe_attention(*(x.bfloat16() for x in (q, k, v)), *(module.bfloat16() for module in modules))
+    for out in (autocast, half):
+        assert out.dtype == torch.bfloat16
+        assert (out - expected).abs().max() <= 2 ** -5 * expected.abs().max()
+
+
+def test_per_sample_gradients_of_torch_func(monkeypatch):
+    monkeypatch.setattr(irpe, "HAS_RPE_OPS", False)  # whose operators torch.func does not take
+    module = fill(only_module(build_rpe(get_rpe_config(), 4, 2)))
+    q, k, v = image(6, (3, 5, 2, 9, 4))
+
+    def loss(tables, q, k, v):
+        with torch.nn.utils.stateless._reparametrize_module(module, tables):
+            return rpe_attention(q[None], k[None], v[None], None, module, None).square().sum()
+
+    tables = dict(module.named_parameters())
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(tables, q, k, v)["lookup_table_weight"]
+    for i in range(5):
+        expected, = torch.autograd.grad(loss(tables, q[i], k[i], v[i]), tables.values())
+        torch.testing.assert_close(gradients[i], expected)
 
 
 # --- use of a module -------------------------------------------------------------------------------------------------

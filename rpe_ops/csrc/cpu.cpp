@@ -47,6 +47,8 @@ namespace {
 
 // Queries per unit of work, at most: enough to use the pages and lines that neighbouring rows share.
 constexpr int64_t kQueries = 16;
+// Keys per unit of work where tables belong to keys, at most: their tables are to stay in a core's cache.
+constexpr int64_t kKeys = 64;
 
 // RPE_OPS_BEST(kernel<types>) is that kernel for what PyTorch finds this processor able to (see ATEN_CPU_CAPABILITY).
 #ifdef __x86_64__
@@ -59,24 +61,30 @@ bool has_avx2() {
 #define RPE_OPS_BEST(...) baseline::__VA_ARGS__
 #endif
 
-// Table offsets for the ids of one query; raises IndexError for an id that is no bucket.
+// Table offsets for the ids of one query and the keys `first` to `last` - 1; raises IndexError for an id that is no
+// bucket.
 template <typename Id>
-void load_offsets(const at::Tensor& index, int64_t query, int64_t buckets, int32_t* offsets) {
+void load_offsets(const at::Tensor& index, int64_t query, int64_t first, int64_t last, int64_t buckets,
+                  int32_t* offsets) {
   const Id* ids = index.const_data_ptr<Id>() + query * index.stride(0);
   const auto load = RPE_OPS_BEST(load_offsets<Id>);
-  if (load(ids, index.stride(1), index.size(1), buckets, offsets)) return;
-  for (int64_t j = 0; j < index.size(1); ++j) {
+  if (load(ids + first * index.stride(1), index.stride(1), last - first, buckets, offsets)) return;
+  for (int64_t j = first; j < last; ++j) {
     const Id id = ids[j * index.stride(1)];
     TORCH_CHECK_INDEX(0 <= id && id < buckets, "rpe_ops: id ", id, " at index[", query, ", ", j, "] is not one of the ",
                       buckets, " buckets (0 to ", buckets - 1, ")");
   }
 }
 
+auto offsets_loader(const at::Tensor& index) {
+  return index.scalar_type() == at::kInt ? load_offsets<int32_t> : load_offsets<int64_t>;
+}
+
 // For every group of eight planes and every query, calls start(first plane) and then row(query, offsets) of a worker;
 // each thread makes one of its own. Threads take the ids of a few queries through all planes.
 template <typename MakeWorker>
 void for_each_row(const Problem& p, const at::Tensor& index, const MakeWorker& make_worker) {
-  const auto load = index.scalar_type() == at::kInt ? load_offsets<int32_t> : load_offsets<int64_t>;
+  const auto load = offsets_loader(index);
   const int64_t groups = at::divup(p.planes, kPlanes), blocks = at::divup(p.queries, kQueries);
   const int64_t unit = kQueries * kPlanes * std::max<int64_t>(1, std::max(p.keys, p.buckets));
   at::parallel_for(0, blocks * groups, at::divup(32768, unit), [&](int64_t begin, int64_t end) {
@@ -85,10 +93,34 @@ void for_each_row(const Problem& p, const at::Tensor& index, const MakeWorker& m
     for (int64_t u = begin; u < end; ++u) {
       const int64_t block = u / groups, first = block * p.queries / blocks, last = (block + 1) * p.queries / blocks;
       if (u == begin || u % groups == 0) {
-        for (int64_t i = first; i < last; ++i) load(index, i, p.buckets, offsets.data() + (i - first) * p.keys);
+        for (int64_t i = first; i < last; ++i) {
+          load(index, i, 0, p.keys, p.buckets, offsets.data() + (i - first) * p.keys);
+        }
       }
       worker.start(u % groups * kPlanes);
       for (int64_t i = first; i < last; ++i) worker.row(i, offsets.data() + (i - first) * p.keys);
+    }
+  });
+}
+
+// As `for_each_row`, where it is the keys that own the tables: threads take a few keys through all planes, and a worker
+// gets start(first plane, first key, keys), row(query, offsets) for every query, and finish().
+template <typename MakeWorker>
+void for_each_block_of_keys(const Problem& p, const at::Tensor& index, const MakeWorker& make_worker) {
+  const auto load = offsets_loader(index);
+  const int64_t groups = at::divup(p.planes, kPlanes), blocks = at::divup(p.keys, kKeys);
+  const int64_t unit = kKeys * kPlanes * std::max<int64_t>(1, std::max(p.queries, p.buckets));
+  at::parallel_for(0, blocks * groups, at::divup(32768, unit), [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> offsets(kKeys * p.queries);
+    auto worker = make_worker();
+    for (int64_t u = begin; u < end; ++u) {
+      const int64_t block = u / groups, first = block * p.keys / blocks, last = (block + 1) * p.keys / blocks;
+      if (u == begin || u % groups == 0) {
+        for (int64_t i = 0; i < p.queries; ++i) load(index, i, first, last, p.buckets, offsets.data() + i * kKeys);
+      }
+      worker.start(u % groups * kPlanes, first, last - first);
+      for (int64_t i = 0; i < p.queries; ++i) worker.row(i, offsets.data() + i * kKeys);
+      worker.finish();
     }
   });
 }
@@ -116,25 +148,33 @@ struct alignas(kPlanes * sizeof(T)) TableRow {
   T values[kPlanes];
 };
 
-template <typename T>
+// With kAdd, += in place of =.
+template <typename T, bool kAdd = false>
 struct IndexWorker {
   const Problem& p;
   const T* input;
   T* output;
   decltype(&baseline::interleave<T>) interleave = RPE_OPS_BEST(interleave<T>);
   decltype(&baseline::gather<T>) gather = RPE_OPS_BEST(gather<T>);
+  decltype(&baseline::gather_add<T>) gather_add = RPE_OPS_BEST(gather_add<T>);
   std::vector<TableRow<T>> table = std::vector<TableRow<T>>(p.buckets);
+  int64_t planes = 0;
   Rows<const T> from;
   Rows<T> to;
 
   void start(int64_t plane) {
+    planes = std::min<int64_t>(p.planes - plane, kPlanes);
     from = Rows<const T>(p.planes - plane, [&](int64_t k) { return input + p.offset(plane + k, 0); });
     to = Rows<T>(p.planes - plane, [&](int64_t k) { return output + (plane + k) * p.queries * p.keys; });
   }
 
   void row(int64_t query, const int32_t* offsets) {
     interleave((from + query * p.stride_query).of, p.stride_last, p.buckets, table.data()->values);
-    gather(table.data()->values, offsets, p.keys, (to + query * p.keys).of);
+    if constexpr (kAdd) {
+      gather_add(table.data()->values, 0, offsets, p.keys, (to + query * p.keys).of, planes);
+    } else {
+      gather(table.data()->values, offsets, p.keys, (to + query * p.keys).of);
+    }
   }
 };
 
@@ -177,6 +217,63 @@ struct SumWorker {
   }
 };
 
+// output[plane, i, j] += input[plane, j, index[i, j]]
+template <typename T>
+struct KeyIndexAddWorker {
+  const Problem& p;
+  const T* input;
+  T* output;
+  decltype(&baseline::interleave<T>) interleave = RPE_OPS_BEST(interleave<T>);
+  decltype(&baseline::gather_add<T>) gather_add = RPE_OPS_BEST(gather_add<T>);
+  std::vector<TableRow<T>> table = std::vector<TableRow<T>>(kKeys * p.buckets);
+  int64_t keys = 0, planes = 0;
+  Rows<T> to;
+
+  void start(int64_t plane, int64_t key, int64_t count) {
+    keys = count;
+    planes = std::min<int64_t>(p.planes - plane, kPlanes);
+    for (int64_t j = 0; j < keys; ++j) {
+      const Rows<const T> from(p.planes - plane, [&](int64_t k) { return input + p.offset(plane + k, key + j); });
+      interleave(from.of, p.stride_last, p.buckets, table[j * p.buckets].values);
+    }
+    to = Rows<T>(p.planes - plane, [&](int64_t k) { return output + (plane + k) * p.queries * p.keys + key; });
+  }
+
+  void row(int64_t query, const int32_t* offsets) {
+    gather_add(table.data()->values, p.buckets * kPlanes, offsets, keys, (to + query * p.keys).of, planes);
+  }
+
+  void finish() {}
+};
+
+// output[plane, j, index[i, j]] += input[plane, i, j]
+template <typename T>
+struct KeySumAddWorker {
+  const Problem& p;
+  const T* input;
+  T* output;
+  decltype(&baseline::scatter_add<T>) scatter_add = RPE_OPS_BEST(scatter_add<T>);
+  decltype(&baseline::add_sums<T>) add_sums = RPE_OPS_BEST(add_sums<T>);
+  std::vector<TableRow<T>> table = std::vector<TableRow<T>>(kKeys * p.buckets);
+  int64_t keys = 0, planes = 0;
+  Rows<const T> from;
+  Rows<T> to;
+
+  void start(int64_t plane, int64_t key, int64_t count) {
+    keys = count;
+    planes = std::min<int64_t>(p.planes - plane, kPlanes);
+    std::fill_n(table.begin(), keys * p.buckets, TableRow<T>{});
+    from = Rows<const T>(p.planes - plane, [&](int64_t k) { return input + p.offset(plane + k, 0) + key; });
+    to = Rows<T>(p.planes - plane, [&](int64_t k) { return output + ((plane + k) * p.keys + key) * p.buckets; });
+  }
+
+  void row(int64_t query, const int32_t* offsets) {
+    scatter_add((from + query * p.stride_query).of, p.buckets * kPlanes, offsets, keys, table.data()->values);
+  }
+
+  void finish() { add_sums(table.data()->values, keys * p.buckets, to.of, planes); }
+};
+
 template <typename T>
 void gather(const Problem& p, const at::Tensor& input, const at::Tensor& index, at::Tensor& output) {
   const T* from = static_cast<const T*>(input.const_data_ptr());
@@ -216,10 +313,53 @@ at::Tensor rpe_bucket_sum_cpu(const at::Tensor& any_strides, const at::Tensor& i
   return output;
 }
 
+// The adding operators look up and sum in place, so their output has to lie as the kernels write it.
+template <typename Add>
+void dispatch_add(const char* op, const at::Tensor& output, const at::Tensor& input, const Add& add) {
+  TORCH_CHECK_VALUE(output.is_contiguous(), op, ": output must be contiguous");
+  TORCH_CHECK_TYPE(output.scalar_type() == input.scalar_type(), op, ": output is ", output.scalar_type(),
+                   " and input is ", input.scalar_type());
+  switch (input.scalar_type()) {
+    case at::kDouble: return add(double());
+    case at::kFloat: return add(float());
+    default: TORCH_CHECK_TYPE(false, op, ": input must be float32 or float64, got ", input.scalar_type());
+  }
+}
+
+void rpe_index_add_cpu(at::Tensor& output, const at::Tensor& input, const at::Tensor& index, bool by_key) {
+  const Problem p = by_key ? check_rpe_index_by_key(input, index) : check_rpe_index(input, index);
+  check_output("rpe_index_add_", output, {input.size(0), input.size(1), p.queries, p.keys});
+  dispatch_add("rpe_index_add_", output, input, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = input.const_data_ptr<T>();
+    T* to = output.mutable_data_ptr<T>();
+    if (by_key) {
+      for_each_block_of_keys(p, index, [&] { return KeyIndexAddWorker<T>{p, from, to}; });
+    } else {
+      for_each_row(p, index, [&] { return IndexWorker<T, true>{p, from, to}; });
+    }
+  });
+}
+
+void rpe_bucket_sum_add_cpu(at::Tensor& output, const at::Tensor& any_strides, const at::Tensor& index) {
+  const bool dense_rows = any_strides.dim() == 4 && any_strides.stride(3) == 1;
+  const at::Tensor input = dense_rows ? any_strides : any_strides.contiguous();
+  const Problem p = check_rpe_bucket_sum(input, index, output.dim() == 4 ? output.size(3) : 0);
+  check_output("rpe_bucket_sum_add_", output, {input.size(0), input.size(1), p.keys, p.buckets});
+  dispatch_add("rpe_bucket_sum_add_", output, input, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = input.const_data_ptr<T>();
+    T* to = output.mutable_data_ptr<T>();
+    for_each_block_of_keys(p, index, [&] { return KeySumAddWorker<T>{p, from, to}; });
+  });
+}
+
 } // namespace
 } // namespace rpe_ops
 
 TORCH_LIBRARY_IMPL(rpe_ops, CPU, m) {
+  m.impl("rpe_index_add_", rpe_ops::rpe_index_add_cpu);
+  m.impl("rpe_bucket_sum_add_", rpe_ops::rpe_bucket_sum_add_cpu);
   m.impl("rpe_index", rpe_ops::rpe_index_cpu);
   m.impl("rpe_bucket_sum", rpe_ops::rpe_bucket_sum_cpu);
 }

@@ -78,9 +78,11 @@ RPE_OPS_TARGET void interleave(const T* const (&planes)[kPlanes], int64_t stride
   }
 }
 
-// planes[part + k][j] = column(j, part)[k] for j < n, with part a multiple of kLanes<T>
-template <typename T, typename Column>
-RPE_OPS_TARGET RPE_OPS_INLINE inline void write_columns(int64_t n, T* const (&planes)[kPlanes], const Column& column) {
+// planes[part + k][j] = column(j, part)[k] for j < n, with part a multiple of kLanes<T>; with kAdd += and, since what
+// is added twice is wrong, only in the first `count` planes
+template <typename T, bool kAdd = false, typename Column>
+RPE_OPS_TARGET RPE_OPS_INLINE inline void write_columns(int64_t n, T* const (&planes)[kPlanes], const Column& column,
+                                                        int64_t count = kPlanes) {
   constexpr int lanes = kLanes<T>;
   T* rows[kPlanes]; // a copy whose address nobody has, so that it can stay in registers
   std::copy_n(planes, kPlanes, rows);
@@ -89,7 +91,13 @@ RPE_OPS_TARGET RPE_OPS_INLINE inline void write_columns(int64_t n, T* const (&pl
       Vector<T> v[lanes];
       for (int k = 0; k < lanes; ++k) v[k] = column(j + k, part);
       transpose<T>(v);
-      for (int k = 0; k < lanes; ++k) store(rows[part + k] + j, v[k]);
+      for (int k = 0; k < lanes; ++k) {
+        if constexpr (kAdd) {
+          if (part + k >= count) return;
+          v[k] += load(rows[part + k] + j);
+        }
+        store(rows[part + k] + j, v[k]);
+      }
     }
   };
   int64_t j = 0;
@@ -98,12 +106,15 @@ RPE_OPS_TARGET RPE_OPS_INLINE inline void write_columns(int64_t n, T* const (&pl
     for (int i = 0; i < kLine<T>; i += lanes) write(j + i);
   }
   for (; j + lanes <= n; j += lanes) write(j);
-  if (j < n && n >= lanes) {
+  if (!kAdd && j < n && n >= lanes) {
     write(n - lanes); // some of them a second time
     j = n;
   }
   for (; j < n; ++j) {
-    for (int k = 0; k < kPlanes; ++k) rows[k][j] = column(j, k / lanes * lanes)[k % lanes];
+    for (int k = 0; k < count; ++k) {
+      const T value = column(j, k / lanes * lanes)[k % lanes];
+      rows[k][j] = kAdd ? rows[k][j] + value : value;
+    }
   }
 }
 
@@ -114,6 +125,47 @@ RPE_OPS_TARGET void gather(const T* __restrict table, const int32_t* __restrict 
   write_columns<T>(n, planes, [&](int64_t j, int part) RPE_OPS_TARGET RPE_OPS_INLINE {
     return load(table + offsets[j] + part);
   });
+}
+
+// planes[k][j] += table[j * step + offsets[j] + k] for j < n and k < count
+template <typename T>
+RPE_OPS_TARGET void gather_add(const T* __restrict table, int64_t step, const int32_t* __restrict offsets, int64_t n,
+                               T* const (&planes)[kPlanes], int64_t count) {
+  write_columns<T, true>(n, planes, [&](int64_t j, int part) RPE_OPS_TARGET RPE_OPS_INLINE {
+    return load(table + j * step + offsets[j] + part);
+  }, count);
+}
+
+// planes[k][c] += sums[c][k] for c < n and k < count
+template <typename T>
+RPE_OPS_TARGET void add_sums(const T* __restrict sums, int64_t n, T* const (&planes)[kPlanes], int64_t count) {
+  write_columns<T, true>(n, planes, [&](int64_t c, int part) RPE_OPS_TARGET RPE_OPS_INLINE {
+    return load(sums + c * kPlanes + part);
+  }, count);
+}
+
+// sums[j * step + offsets[j] + k] += planes[k][j] for j < n, with places of their own for every j
+template <typename T>
+RPE_OPS_TARGET void scatter_add(const T* const (&planes)[kPlanes], int64_t step, const int32_t* __restrict offsets,
+                                int64_t n, T* __restrict sums) {
+  constexpr int lanes = kLanes<T>;
+  const T* rows[kPlanes];
+  std::copy_n(planes, kPlanes, rows);
+  int64_t j = 0;
+  for (; j + lanes <= n; j += lanes) {
+    for (int part = 0; part < kPlanes; part += lanes) {
+      Vector<T> v[lanes];
+      for (int k = 0; k < lanes; ++k) v[k] = load(rows[part + k] + j);
+      transpose<T>(v);
+      for (int k = 0; k < lanes; ++k) {
+        T* at = sums + (j + k) * step + offsets[j + k] + part;
+        store(at, load(at) + v[k]);
+      }
+    }
+  }
+  for (; j < n; ++j) {
+    for (int k = 0; k < kPlanes; ++k) sums[j * step + offsets[j] + k] += rows[k][j];
+  }
 }
 
 // planes[k][c] = even[c][k] + odd[c][k] for c < n

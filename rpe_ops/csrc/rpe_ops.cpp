@@ -34,6 +34,13 @@ Problem check_rpe_index(const at::Tensor& input, const at::Tensor& index) {
   return check("rpe_index", input, index, input.dim() == 4 ? input.size(3) : 0);
 }
 
+Problem check_rpe_index_by_key(const at::Tensor& input, const at::Tensor& index) {
+  Problem p = check("rpe_index_add_", input, index.dim() == 2 ? index.t() : index,
+                    input.dim() == 4 ? input.size(3) : 0);
+  std::swap(p.queries, p.keys);
+  return p;
+}
+
 Problem check_rpe_bucket_sum(const at::Tensor& input, const at::Tensor& index, int64_t buckets) {
   const Problem p = check("rpe_bucket_sum", input, index, buckets);
   TORCH_CHECK_VALUE(input.size(3) == p.keys, "rpe_bucket_sum: input has ", input.size(3), " keys and index has ",
@@ -41,11 +48,17 @@ Problem check_rpe_bucket_sum(const at::Tensor& input, const at::Tensor& index, i
   return p;
 }
 
+void check_output(const char* op, const at::Tensor& output, at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(output.sizes() == sizes, op, ": output must have shape ", sizes, ", got ", output.sizes());
+}
+
 } // namespace rpe_ops
 
 TORCH_LIBRARY(rpe_ops, m) {
   m.def("rpe_index(Tensor input, Tensor index) -> Tensor");
   m.def("rpe_bucket_sum(Tensor input, Tensor index, SymInt num_buckets) -> Tensor");
+  m.def("rpe_index_add_(Tensor(a!) output, Tensor input, Tensor index, bool by_key=False) -> ()");
+  m.def("rpe_bucket_sum_add_(Tensor(a!) output, Tensor input, Tensor index) -> ()");
 }
 
 // Autocast changes no dtype here: a gather only moves numbers, and half types are summed in float32 anyway.

@@ -1,6 +1,9 @@
 // The two operators of iRPE, each the other's adjoint (ids are shared by every batch and head):
 //   rpe_index       Y[b,h,i,j] = X[b,h,i,index[i,j]]                 X (B,H,Lq,buckets) -> Y (B,H,Lq,Lk)
 //   rpe_bucket_sum  S[b,h,i,c] = sum of P[b,h,i,j] over index[i,j]=c P (B,H,Lq,Lk)      -> S (B,H,Lq,buckets)
+// and, for attention that goes block by block on the CPU, two that add in place:
+//   rpe_index_add_       Y[b,h,i,j] += X[b,h,i,index[i,j]], or by key  Y[b,h,i,j] += X[b,h,j,index[i,j]]
+//   rpe_bucket_sum_add_  by key alone, S[b,h,j,index[i,j]] += P[b,h,i,j]
 #pragma once
 
 #include <cstdint>

@@ -40,6 +40,34 @@ def rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     return torch.ops.rpe_ops.rpe_bucket_sum(input, index, num_buckets)
 
 
+def rpe_index_add_(output: Tensor, input: Tensor, index: Tensor, by_key: bool = False) -> None:
+    """Gather as `rpe_index` does and add to `output` in place; on CPU, without autograd.
+
+    output[b,h,i,j] += input[b,h,i,index[i,j]], or input[b,h,j,index[i,j]] with `by_key`
+
+    output: (batch, heads, Lq, Lk), float32 or float64, contiguous.
+    input: (batch, heads, Lq, buckets), or (batch, heads, Lk, buckets) with `by_key`, of output's dtype, any strides.
+    index: (Lq, Lk), int32 or int64.
+
+    Raises ValueError or TypeError for wrong shapes, strides and dtypes, IndexError for an id out of range.
+    """
+    torch.ops.rpe_ops.rpe_index_add_(output, input, index, by_key)
+
+
+def rpe_bucket_sum_add_(output: Tensor, input: Tensor, index: Tensor) -> None:
+    """Adjoint of `rpe_index_add_` with `by_key`, in place; on CPU, without autograd.
+
+    output[b,h,j,index[i,j]] += input[b,h,i,j], the same in every run and for any number of threads
+
+    output: (batch, heads, Lk, buckets), float32 or float64, contiguous.
+    input: (batch, heads, Lq, Lk), of output's dtype, any strides.
+    index: (Lq, Lk), int32 or int64.
+
+    Raises ValueError or TypeError for wrong shapes, strides and dtypes, IndexError for an id out of range.
+    """
+    torch.ops.rpe_ops.rpe_bucket_sum_add_(output, input, index)
+
+
 def validate_index(index: Tensor, num_buckets: int) -> None:
     """Raise IndexError unless every id of `index` (any shape, any device) is in [0, num_buckets).
 
@@ -71,6 +99,22 @@ def _(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     torch._check(input.size(2) == index.size(0), lambda: "rpe_bucket_sum: input and index differ in their queries")
     torch._check(input.size(3) == index.size(1), lambda: "rpe_bucket_sum: input and index differ in their keys")
     return input.new_empty(*input.shape[:3], num_buckets)
+
+
+@torch.library.register_fake("rpe_ops::rpe_index_add_")
+def _(output: Tensor, input: Tensor, index: Tensor, by_key: bool = False) -> None:
+    owner = 1 if by_key else 0
+    torch._check(output.dim() == input.dim() == 4 and index.dim() == 2, lambda: "rpe_index_add_: wrong dimensions")
+    torch._check(input.size(2) == index.size(owner), lambda: "rpe_index_add_: input and index differ")
+    torch._check(output.shape == (*input.shape[:2], *index.shape), lambda: "rpe_index_add_: wrong shape of output")
+
+
+@torch.library.register_fake("rpe_ops::rpe_bucket_sum_add_")
+def _(output: Tensor, input: Tensor, index: Tensor) -> None:
+    torch._check(output.dim() == input.dim() == 4 and index.dim() == 2, lambda: "rpe_bucket_sum_add_: wrong dimensions")
+    torch._check(input.shape[2:] == index.shape, lambda: "rpe_bucket_sum_add_: input and index differ")
+    torch._check(output.shape[:3] == (*input.shape[:2], index.size(1)),
+                 lambda: "rpe_bucket_sum_add_: wrong shape of output")
 
 
 def _save_index(ctx, inputs, output) -> None:

@@ -9,7 +9,14 @@ import pytest
 import rpe_ops
 import torch
 from rpe_ops import reference
-from rpe_ops.rpe_index import RPEIndexFunction, rpe_bucket_sum, rpe_index, validate_index
+from rpe_ops.rpe_index import (
+    RPEIndexFunction,
+    rpe_bucket_sum,
+    rpe_bucket_sum_add_,
+    rpe_index,
+    rpe_index_add_,
+    validate_index,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # batch, heads, Lq, Lk, buckets: one plane, planes that fill and that overflow groups of eight, rectangles, one of all,
@@ -317,3 +324,96 @@ def test_other_wrong_arguments_of_the_sum_are_named(device):
         rpe_bucket_sum(p[..., 1:], index, 7)
     with pytest.raises(ValueError, match="between 0 and 4194304, got -1"):
         rpe_bucket_sum(p, index, -1)
+
+
+# --- operators that add in place, on the CPU -------------------------------------------------------------------------
+
+def make_adding(shape, dtype=torch.float64, ids=torch.int32):
+    """(y, x, x of the keys, sums of the keys, index): what is added to, and what is added."""
+    batch, heads, queries, keys, buckets = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    sizes = (queries, keys), (queries, buckets), (keys, buckets), (keys, buckets)
+    tensors = [torch.randn(batch, heads, *size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+    return *tensors, torch.randint(buckets, (queries, keys), generator=generator).to(ids)
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 8, 3, 150, 9), (2, 4, 90, 131, 81)])
+def test_adding_operators_equal_their_definition(shape, dtype, ids):
+    y, x, keys_x, sums, index = make_adding(shape, dtype, ids)
+    own, by_key = y.clone(), y.clone()
+    rpe_index_add_(own, x, index)
+    rpe_index_add_(by_key, keys_x, index, by_key=True)
+    assert torch.equal(own, y + reference.rpe_index(x, index))
+    assert torch.equal(by_key, y + reference.rpe_index(keys_x, index.t()).transpose(2, 3))
+    expected = sums + reference.rpe_bucket_sum(y.transpose(2, 3), index.t(), shape[4])
+    rpe_bucket_sum_add_(sums, y, index)
+    torch.testing.assert_close(sums, expected)
+
+
+def test_adding_operators_by_loops():
+    y, x, keys_x, sums, index = make_adding((2, 3, 4, 5, 6))
+    expected = [y.clone(), y.clone(), sums.clone()]
+    for b, h, i, j in itertools.product(*map(range, y.shape)):
+        expected[0][b, h, i, j] += x[b, h, i, index[i, j]]
+        expected[1][b, h, i, j] += keys_x[b, h, j, index[i, j]]
+        expected[2][b, h, j, index[i, j]] += y[b, h, i, j]
+    rpe_bucket_sum_add_(sums, y, index)
+    own, by_key = y.clone(), y
+    rpe_index_add_(own, x, index)
+    rpe_index_add_(by_key, keys_x, index, by_key=True)
+    torch.testing.assert_close([own, by_key, sums], expected)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_adding_operators_take_any_strides_of_what_they_read(number):
+    y, x, keys_x, sums, index = make_adding((2, 3, 5, 9, 7), torch.float32)
+    plain, other = y.clone(), y.clone()
+    plain_sums, other_sums = sums.clone(), sums
+    index_t = index.t().contiguous().t()
+    for output, outer_sums, change, ids in ((plain, plain_sums, lambda t: t, index),
+                                            (other, other_sums, lambda t: list(strided(t))[number], index_t)):
+        rpe_index_add_(output, change(x), ids)
+        rpe_index_add_(output, change(keys_x), ids, by_key=True)
+        rpe_bucket_sum_add_(outer_sums, change(y), ids)
+    assert torch.equal(plain, other) and torch.equal(plain_sums, other_sums)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 9, 7), (2, 0, 5, 9, 7), (2, 3, 0, 9, 7), (2, 3, 5, 0, 7), (2, 3, 5, 0, 0)])
+def test_adding_operators_take_empty_sizes(shape):
+    batch, heads, queries, keys, buckets = shape
+    y, x, keys_x, sums = (torch.ones(batch, heads, *size) for size in (
+        (queries, keys), (queries, buckets), (keys, buckets), (keys, buckets)))
+    index = torch.zeros(queries, keys, dtype=torch.int32)
+    rpe_index_add_(y, x, index)
+    rpe_index_add_(y, keys_x, index, by_key=True)
+    rpe_bucket_sum_add_(sums, y, index)
+    assert (y == 3).all() and (sums[..., 1:] == 1).all() and (sums[..., :1] == 1 + 3 * queries).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_adding_operators_pass_opcheck(dtype):
+    y, x, keys_x, sums, index = make_adding((2, 2, 3, 5, 4), dtype)
+    torch.library.opcheck(torch.ops.rpe_ops.rpe_index_add_.default, (y, x, index))
+    torch.library.opcheck(torch.ops.rpe_ops.rpe_index_add_.default, (y, keys_x, index, True))
+    torch.library.opcheck(torch.ops.rpe_ops.rpe_bucket_sum_add_.default, (sums, y, index))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    (lambda y, x, i: (y, x[:, :, 1:], i), ValueError, "queries and index has"),
+    (lambda y, x, i: (y[:, :1], x, i), ValueError, "output must have shape"),
+    (lambda y, x, i: (y.transpose(2, 3).contiguous().transpose(2, 3), x, i), ValueError, "contiguous"),
+    (lambda y, x, i: (y, x.float(), i), TypeError, "output is Double and input is Float"),
+    (lambda y, x, i: (y.half(), x.half(), i), TypeError, "float32 or float64, got Half"),
+    (lambda y, x, i: (y, x, i + 1), IndexError, "is not one of the 7 buckets"),
+])
+def test_wrong_arguments_of_adding_operators_are_named(change, error, message):
+    y, x, keys_x, sums, index = make_adding((2, 3, 5, 9, 7))
+    index[2, 3] = 6
+    with pytest.raises(error, match=message):
+        rpe_index_add_(*change(y, x, index))
+    with pytest.raises(error, match=message):
+        rpe_index_add_(*change(y, keys_x, index), by_key=True)
+    with pytest.raises(error, match=message):
+        rpe_bucket_sum_add_(*change(sums, y, index))
