@@ -15,6 +15,7 @@ Exit status: 0 all rows passed, 1 one failed, 2 the command line is wrong, 3 non
 import argparse
 import datetime
 import fnmatch
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -35,7 +36,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 PASS, FAIL, USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
-LIBRARIES = ("torch", "torchvision", "timm", "pycocotools")
+LIBRARIES = ("torch", "torchvision", "timm", "pycocotools", "rpe_ops")
 FINISHED = ("pass", "fail")
 
 
@@ -126,7 +127,7 @@ def check(args, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In a process of its own, because both codebases have modules of the same names
+# In a process for each codebase, because both have modules of the same names
 
 def cuda_name():
     """{"device": name of the GPU}, or {"error": sentence}."""
@@ -161,7 +162,8 @@ def inspect_file(row, path):
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    sys.path.insert(0, str(CODEBASES[row["codebase"]].folder))
+    if (folder := str(CODEBASES[row["codebase"]].folder)) not in sys.path:
+        sys.path.insert(0, folder)
     with torch.device("meta"):
         model, size, runtime = {"deit": build_deit, "detr": build_detr}[row["codebase"]](row)
         # PyTorch's fused attention would not be counted on every device
@@ -179,19 +181,25 @@ def inspect_file(row, path):
             "torch_build": torch.__version__}
 
 
-def in_fresh_process(function, *arguments):
-    """Result of a function in a new Python; {"error": sentence} if that dies."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            return {"error": f"the process of {function.__name__} was killed, perhaps for lack of memory"}
+@functools.cache
+def helper(codebase):
+    """The process that looks at a codebase's files; Ctrl-C is for its parent."""
+    return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+
+
+def ask(codebase, function, *arguments):
+    """Result of a function in the codebase's process; {"error": sentence} if that dies."""
+    try:
+        return helper(codebase).submit(function, *arguments).result()
+    except BrokenProcessPool:
+        helper.cache_clear()
+        return {"error": f"the process of {function.__name__} was killed, perhaps for lack of memory"}
 
 
 def describe_device(device):
     """The name that people know the device by. Raises Mistake if it is not there."""
     if device.startswith("cuda"):
-        found = in_fresh_process(cuda_name)
+        found = ask("device", cuda_name)
         if "error" in found:
             raise Mistake(found["error"])
         return found["device"]
@@ -239,11 +247,17 @@ def code_hash(codebase):
     return digest.hexdigest()
 
 
+def version(library):
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def dependencies(row, args, path):
     """All that changes a result; the number of processes does not."""
     data = getattr(args, CODEBASES[row["codebase"]].data)
-    versions = {"python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+    versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
     return {"sha256": sha256(path), "data": str(data.resolve()), "data_files": fingerprint(data_files(row, args)),
             "device": args.device, "flags": getattr(args, f"{row['codebase']}_args"),
             "code": code_hash(CODEBASES[row["codebase"]]), "versions": versions}
@@ -311,7 +325,7 @@ def measure(row, args, device_name, old):
     if old.get("depends") == depends and "measured" in old:
         print("kept: measured before with the same file, data, flags, code and libraries")
         return {**old, **judge(row, old["measured"])}
-    found = in_fresh_process(inspect_file, row, path)
+    found = ask(row["codebase"], inspect_file, row, path)
     if "error" not in found:
         command = command_of(row, args, path)
         found["command"] = f"cd {codebase.folder.name} && {shlex.join(command)}"
@@ -493,7 +507,7 @@ def verify(args, rows):
     entries = []
     for row in rows:
         path = args.checkpoints / row["file"]
-        entry = in_fresh_process(inspect_file, row, path) if path.is_file() else {"status": "missing"}
+        entry = ask(row["codebase"], inspect_file, row, path) if path.is_file() else {"status": "missing"}
         entries.append({"status": "fail" if "error" in entry else "pass", **entry})
         if path.is_file() and "error" not in entry:
             paper = f" (paper: {row['params_m']} M, {row['macs_m']} M)" if "params_m" in row else ""
