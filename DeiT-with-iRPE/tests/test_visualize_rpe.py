@@ -95,10 +95,11 @@ def test_means_are_those_of_a_loop_over_blocks_heads_and_tokens(tmp_path):
 def test_a_trained_checkpoint_is_drawn_with_pictures_of_its_validation_set(pictures, tmp_path, capsys):
     name = "deit_tiny_patch16_32_ctx_cross_56_unshared_qkv"
     checkpoint(tmp_path / "checkpoint.pth", name, pictures)
-    draw("--resume", tmp_path / "checkpoint.pth", "--output_dir", tmp_path / "out")
+    draw("--resume", tmp_path / "checkpoint.pth", "--output_dir", tmp_path / "out", "--layer", 0, 11)
     out = capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"rpe_q.png", "rpe_k.png", "rpe_v.png"}
-    for words in ("on queries of 12 layers", "mean over all keys", "on keys of 12", "mean over all queries", "norm"):
+    for words in ("on queries of 2 layers", "mean over all keys", "on keys of 2 layers", "mean over all queries",
+                  "on values of 2 layers", "norm"):
         assert words in out
 
 
@@ -117,8 +118,8 @@ def test_a_released_file_is_known_by_its_name_and_drawn_with_given_pictures(pict
 def test_a_bias_needs_no_pictures(tmp_path, capsys):
     name = "deit_tiny_patch16_64_bias_product_50_unshared_k"
     model = checkpoint(tmp_path / f"{name}.pth", name, size=64)
-    draw("--resume", tmp_path / f"{name}.pth", "--output_dir", tmp_path)
-    maps = torch.stack([offset_map(block.attn.rpe_k, "k", 4, 4) for block in model.blocks])
+    draw("--resume", tmp_path / f"{name}.pth", "--output_dir", tmp_path, "--layer", 5)
+    maps = offset_map(model.blocks[5].attn.rpe_k, "k", 4, 4)
     assert f"from {maps.min().item():.3g} to {maps.max().item():.3g} added to the logit" in capsys.readouterr().out
 
 
