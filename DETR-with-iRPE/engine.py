@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from datasets.coco_eval import CocoEvaluator, gather_on_main
-from util.runtime import DeferredScalars, Progress, UserError, get_world_size, print_once
+from util.runtime import DeferredScalars, Progress, UserError, get_world_size, print_once, step_optimizer
 
 SHOWN = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm", "lr")
 
@@ -32,7 +32,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         loss_scaler: torch.amp.GradScaler for float16; a disabled one leaves the loss alone.
         max_norm: bound on the norm of the gradient; 0 for no bound.
     Returns: means of all losses, the gradient's norm and the learning rates over steps and processes.
-    Raises: UserError on all processes at the same step when a value of one is not finite.
+    Raises: UserError on all processes at the same step when a value of one is not finite, or the gradients never are.
     """
     model.train()
     criterion.train()
@@ -55,8 +55,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         loss_scaler.scale(losses["loss"]).backward()
         loss_scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-        loss_scaler.step(optimizer)
-        loss_scaler.update()
+        step_optimizer(loss_scaler, optimizer)
         # float16's first steps overflow until the scale has come down, and the scaler leaves them out
         norm = grad_norm.nan_to_num(posinf=0.0) if loss_scaler.is_enabled() else grad_norm
         note(scalars.push(**losses, grad_norm=norm))

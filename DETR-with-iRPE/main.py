@@ -95,7 +95,7 @@ def get_args_parser():
     return parser
 
 
-def check_args(args):
+def check_args(args, needs_data=True):
     """Raise UserError for flags that cannot work, before anything is read or built."""
     later = [flag for flag, given in (
         ("--masks", args.masks), ("--frozen_weights", args.frozen_weights),
@@ -106,7 +106,7 @@ def check_args(args):
         raise UserError(f"{later[0]} belongs to segmentation, which comes later: leave it out to detect boxes")
     if args.dataset_file != "coco":
         raise UserError(f"--dataset_file {args.dataset_file} is not known: coco reads any set in COCO's format")
-    if not args.coco_path:
+    if needs_data and not args.coco_path:
         raise UserError("--coco_path is missing: the folder with annotations/, train2017 and val2017")
     if args.finetune and not args.resume:
         raise UserError("--finetune needs the weights to start from: say --resume FILE")
@@ -221,12 +221,17 @@ def main(args):
     optimizer = build_optimizer(model, args)
     state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
                           torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "float16"))
+    finished = None
     if args.eval or args.finetune:
         if args.resume:
             load_weights(model, runtime.load_checkpoint(args.resume), args.resume, args.finetune)
         else:
             print_once("note: --eval without --resume measures a model with random weights")
-    elif args.resume and (finished := state.resume(args.resume)) is not None:
+    elif args.resume:
+        finished = state.resume(args.resume)
+    if finished is None:
+        state.start_at(args.start_epoch)
+    else:
         args.start_epoch = finished + 1
     if args.eval:
         stats, measured = evaluate(model, criterion, postprocessors, eval_loader(val_set, args),

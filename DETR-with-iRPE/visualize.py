@@ -17,7 +17,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from datasets.coco import read_picture
 from datasets.transforms import make_coco_transforms
-from main import get_args_parser
+from main import check_args, get_args_parser
 from models import build_model
 from models.rpe_attention.irpe import rpe_attention
 from util import runtime
@@ -50,6 +50,7 @@ def load_model(args, argv):
     if "class_embed.weight" in weights:
         args.num_classes = len(weights["class_embed.weight"]) - 1
     args.eval = True
+    check_args(args, needs_data=False)
     model, _, postprocessors = build_model(args)
     load_weights(model, checkpoint, args.resume)
     names = checkpoint.get("categories") or dict(enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))
@@ -90,7 +91,8 @@ def draw_detections(picture, found, names, threshold, path):
         color = matplotlib.colormaps["tab10"](label % 10)
         axes[0].add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=2))
         axes[0].text(x1, y1, f"{names.get(label, label)} {found['scores'][i]:.2f}", color="white", fontsize=8,
-                     verticalalignment="bottom", bbox={"facecolor": color, "edgecolor": "none", "pad": 1})
+                     verticalalignment="bottom", parse_math=False,
+                     bbox={"facecolor": color, "edgecolor": "none", "pad": 1})
     figure.savefig(path)
     return len(kept)
 

@@ -7,7 +7,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from runtime import DeferredScalars, Progress, UserError, all_reduce_sum, get_world_size, print_once
+from runtime import DeferredScalars, Progress, UserError, all_reduce_sum, get_world_size, print_once, step_optimizer
 
 
 def autocast(device: torch.device, amp_dtype: torch.dtype) -> torch.autocast:
@@ -29,7 +29,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: DataLoa
         max_norm: bound on the norm of the gradient; None for no bound.
         mixup_fn: maps (pictures, class ids) to mixed pictures and soft targets.
     Returns: means of loss and lr over all steps and processes.
-    Raises: UserError on all processes at the same step when the loss of one is not finite.
+    Raises: UserError on all processes at the same step when the loss of one is not finite, or the gradients never are.
     """
     model.train()
     progress = Progress(f"Epoch {epoch}", len(data_loader), data_loader.batch_size * get_world_size(), device)
@@ -46,8 +46,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: DataLoa
         if max_norm is not None:
             loss_scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        loss_scaler.step(optimizer)
-        loss_scaler.update()
+        step_optimizer(loss_scaler, optimizer)
         if model_ema is not None:
             model_ema.update(model)
         if previous := scalars.push(loss=loss):

@@ -111,7 +111,7 @@ class SetCriterion(nn.Module):
         classes = torch.full(logits.shape[:3], self.num_classes, device=logits.device)
         classes[layer, picture, query] = labels
         entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), self.empty_weight, reduction="none")
-        loss = entropy.view(len(logits), -1).sum(1) / self.empty_weight[classes].flatten(1).sum(1)
+        loss = entropy.view(len(logits), -1).sum(1) / self.empty_weight[classes].flatten(1).sum(1).clamp(min=1e-30)
         right = (logits[layer, picture, query].argmax(-1) == labels).view(len(logits), -1)[-1:]  # of the last layer
         return {"loss_ce": loss, "class_error": 100 - 100 * right.float().sum(1) / max(right.shape[1], 1)}
 

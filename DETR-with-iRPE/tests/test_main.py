@@ -98,6 +98,26 @@ def test_mixed_precision_trains_and_evaluates(coco):
     main.main(parse(*small(coco, "--amp_dtype", "bfloat16", "--no_augmentation", "--no_aux_loss")))
 
 
+def test_a_start_at_a_later_epoch_has_its_learning_rate(coco, trained, tmp_path):
+    weights = runtime.load_checkpoint(str(trained / "checkpoint.pth"))["model"]
+    torch.save({"model": weights}, tmp_path / "weights.pth")
+    for flags in ([], ["--resume", tmp_path / "weights.pth"]):
+        main.main(parse(*small(coco, "--output_dir", tmp_path / "out", "--epochs", 5, "--start_epoch", 4, "--lr_drop",
+                               2, *flags)))
+        row = json.loads((tmp_path / "out" / "log.txt").read_text().splitlines()[-1])
+        assert row["epoch"] == 4 and row["train_lr"] == pytest.approx(1e-6)
+
+
+def test_no_weight_on_pictures_without_objects_is_no_loss():
+    args = parse("--eos_coef", 0, "--no_pretrained_backbone", "--device", "cpu", "--num_classes", 5)
+    _, criterion, _ = build_model(args)
+    outputs = {"pred_logits": torch.randn(2, 4, 6, requires_grad=True), "pred_boxes": torch.rand(2, 4, 4)}
+    empty = {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}
+    loss = criterion(outputs, [empty, empty])["loss_ce"]
+    loss.backward()
+    assert loss == 0 and outputs["pred_logits"].grad.abs().max() == 0
+
+
 def test_two_processes_train_one_model(coco, tmp_path):
     flags = small(coco, "--batch_size", 1, "--lr", 1e-3, "--lr_backbone", 1e-2)
     status, out, err = finish(start(*launcher(2, "main.py", *flags, "--output_dir", tmp_path)))
@@ -238,6 +258,7 @@ def test_mistakes_in_drawing_are_one_sentence(coco, trained, tmp_path):
                          (["--image", coco / "val2017" / "0000.png", *common, "--attention", 900, 3], "900"),
                          (["--image", coco / "val2017" / "0000.png", *common, "--attention", 3, 3, "--layer", 4], "4"),
                          (["--image", "a/x.png", "b/x.jpg", *common], "named x,"),
+                         (["--image", "x.png", *common, "--nheads", 0], "--nheads is 0"),
                          (["--image", "x.png", *common[:2]], "--output_dir")):
         argv = picture_flags(*flags)
         with pytest.raises(UserError, match=words):

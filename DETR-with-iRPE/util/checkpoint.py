@@ -23,6 +23,12 @@ class TrainingState:
         for path in paths:
             save_atomically(state, path)
 
+    def start_at(self, epoch):
+        """Go to the learning rates of an epoch, for a start there without a checkpoint that holds them."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.lr_scheduler.gamma ** (epoch // self.lr_scheduler.step_size)
+        self.lr_scheduler.last_epoch = epoch
+
     def resume(self, path):
         """Take over what the checkpoint holds; returns the last finished epoch, None if it holds weights only.
 

@@ -487,6 +487,18 @@ class DeferredScalars:
         return values
 
 
+def step_optimizer(loss_scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """Step and update the scaler, which leaves out steps whose gradients overflow and halves its scale.
+
+    Raises: UserError when it has come down without end: then the gradients are not finite at any scale.
+    """
+    loss_scaler.step(optimizer)
+    loss_scaler.update()
+    if loss_scaler.is_enabled() and loss_scaler.get_scale() < 2 ** -14:  # 2¹⁶ at the start: 31 halvings
+        raise UserError("the gradients are not finite in float16 at any scale of the loss: training stops; bfloat16 or "
+                        "float32, or a lower --lr, may help, and the last checkpoint is still there")
+
+
 def _start_mean(values: torch.Tensor) -> Callable[[], list[float]]:
     """Start averaging a vector over the processes and return the function that waits for the floats."""
     work = dist.all_reduce(values, async_op=True) if dist.is_initialized() else None

@@ -1,5 +1,6 @@
 """Training: what it writes, how it resumes, and that each option changes what it should."""
 import json
+import math
 import os
 
 import numpy as np
@@ -215,6 +216,17 @@ def test_clipping_bounds_the_step(scaled):
         epoch_of(model, count=2, max_norm=max_norm, loss_scaler=torch.amp.GradScaler("cpu", enabled=scaled))
         steps.append((torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm().item())
     assert steps[0] > 0.1 and steps[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_gradients_that_are_finite_at_no_scale_stop_training():
+    model = Recorder()
+    model.layer.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(UserError, match="not finite in float16 at any scale.*bfloat16"):
+        epoch_of(model, count=80, loss_scaler=torch.amp.GradScaler("cpu", enabled=True))
+    overflowing = Recorder()
+    before = overflowing.layer.bias.detach().clone()
+    epoch_of(overflowing, count=6, loss_scaler=torch.amp.GradScaler("cpu", init_scale=2.0 ** 129, enabled=True))
+    assert not torch.equal(overflowing.layer.bias, before)  # a scale that is too high comes down and training goes on
 
 
 def test_mixup_reaches_the_model_and_the_loss():
