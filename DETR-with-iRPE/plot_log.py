@@ -139,10 +139,10 @@ def draw(logs, reference, margin):
         for axes, key, line in ((loss, "train_loss", "--"), (loss, "test_loss", "-"), (score, "score", "-"),
                                 (rate, "train_lr", "-")):
             values = log.columns[key]
-            axes.plot(values.keys(), values.values(), line, label=log.name, **style)
+            axes.plot(values.keys(), values.values(), line, **style)
         if several and log is not reference:
             apart = differences(log, reference)
-            panels[3].plot(apart.keys(), apart.values(), label=log.name, **style)
+            panels[3].plot(apart.keys(), apart.values(), **style)
     name = SCORES[reference.kind]
     loss.set(title="loss: test (solid), training (dashed)", ylabel="loss")
     score.set(title="top-1 accuracy" if name == "top-1" else "AP (mean over IoU 0.50 to 0.95)", ylabel=f"{name} (%)")
@@ -155,9 +155,9 @@ def draw(logs, reference, margin):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    handles, names = score.get_legend_handles_labels()
-    figure.legend(handles, [f"{label} (reference)" if several and log is reference else label
-                            for label, log in zip(names, logs, strict=True)], loc="outside lower center", fontsize=9)
+    # matplotlib hides labels that begin with an underscore and reads what stands between dollars as a formula
+    names = [" " + log.name.replace("$", r"\$") + " (reference)" * (several and log is reference) for log in logs]
+    figure.legend(score.lines, names, loc="outside lower center", fontsize=9)
     figure.suptitle(f"{reference.kind}: {'log of a run' if not several else f'logs of {len(logs)} runs'}")
     return figure
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import drawing
 import plot_log
 from conftest import PROJECT
 from runtime import UserError
@@ -104,6 +105,15 @@ def test_a_cut_off_last_line_is_left_out_and_named(tmp_path, capsys):
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path, capsys):
     logs = [write(tmp_path / folder / "run.txt", deit([score])) for folder, score in (("a", 1), ("b", 2))]
     assert plot(capsys, *logs, logs[0], "--output", tmp_path / "x.png")[0].startswith(f"{logs[1]}: within")
+
+
+def test_any_file_name_can_stand_in_the_legend(tmp_path):
+    logs = [plot_log.read_log(write(tmp_path / name, deit([score]))) for name, score in (
+        ("_a.txt", 1), ("$x_{$.txt", 2), ("c.txt", 3))]
+    figure = plot_log.draw(logs, logs[0], 1)
+    drawing.save(figure, tmp_path / "x.png")
+    shown = [text.get_text().strip().replace("\\", "") for text in figure.legends[0].get_texts()]
+    assert shown == ["_a (reference)", "$x_{$", "c"]
 
 
 WHOLE = "".join(json.dumps(row) + "\n" for row in deit([1, 2]))
