@@ -16,7 +16,7 @@ import torch
 from datasets import build_dataset
 from datasets.coco import read_picture
 from drawing import chosen_layers, draw_encodings, figure_class, needs_pictures
-from main import get_args_parser
+from main import check_args, get_args_parser
 from models import build_model
 from util import runtime
 from util.checkpoint import load_weights
@@ -43,6 +43,7 @@ def load_model(args, argv):
     stored = {name: value for name, value in vars(checkpoint.get("args", argparse.Namespace())).items()
               if name in (*MODEL_FLAGS, "coco_path")}
     args = parser(stored).parse_args(argv)
+    check_args(args, needs_data=False)
     weights = runtime.model_weights(checkpoint, args.resume)
     if "class_embed.weight" in weights:
         args.num_classes = len(weights["class_embed.weight"]) - 1

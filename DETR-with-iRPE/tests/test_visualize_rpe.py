@@ -85,7 +85,8 @@ def test_a_file_without_flags_takes_them_from_the_command_line(coco, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     ([], "--image FILE"), (["--layer", 2], "--layer 2 .*0 to 1"), (["--image", "none.png"], "none.png"),
     (["--enc_rpe2d", "rpe-2-x-ctx-1-k"], "'x'"), (["--enc_rpe2d", "rpe-2.0-product-ctx-1-q"], "another configuration"),
-    (["--enc_rpe2d", ""], "no iRPE"), (["--resume", "none.pth"], "none.pth"), (["--output_dir", ""], "--output_dir")])
+    (["--enc_rpe2d", ""], "no iRPE"),
+    (["--nheads", 0], "--nheads"), (["--resume", "none.pth"], "none.pth"), (["--output_dir", ""], "--output_dir")])
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     checkpoint("x.pth", tmp_path / "not here")
