@@ -7,16 +7,14 @@ The model's flags come from the checkpoint where it has them (those of training 
 import argparse
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torchvision import tv_tensors
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from datasets.coco import read_picture
 from datasets.transforms import make_coco_transforms
+from drawing import new_figure
 from main import check_args, get_args_parser
 from models import build_model
 from models.rpe_attention.irpe import rpe_attention
@@ -40,11 +38,14 @@ def parser(defaults=None):
     return result
 
 
-def load_model(args, argv):
-    """Model and category names of `--resume`; explicit flags win over those in the checkpoint."""
+def load_model(args, argv, parser=parser, flags=MODEL_FLAGS):
+    """All flags, and model, post-processing and category names of `--resume`.
+
+    Flags that are given win over those in the checkpoint; `parser` makes the command line with those for defaults.
+    """
     checkpoint = runtime.load_checkpoint(args.resume)
     stored = {name: value for name, value in vars(checkpoint.get("args", argparse.Namespace())).items()
-              if name in MODEL_FLAGS}
+              if name in flags}
     args = parser(stored).parse_args(argv)
     weights = runtime.model_weights(checkpoint, args.resume)
     if "class_embed.weight" in weights:
@@ -83,13 +84,14 @@ def encoder_attention(model, samples, layer):
 
 def draw_detections(picture, found, names, threshold, path):
     """Boxes, names and scores above the threshold on the picture; returns how many."""
+    from matplotlib import colormaps, patches
     figure, axes = _canvas(picture, 1)
     kept = [i for i in range(len(found["scores"])) if found["scores"][i] >= threshold]
     for i in kept:
         x1, y1, x2, y2 = found["boxes"][i].tolist()
         label = int(found["labels"][i])
-        color = matplotlib.colormaps["tab10"](label % 10)
-        axes[0].add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=2))
+        color = colormaps["tab10"](label % 10)
+        axes[0].add_patch(patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=2))
         axes[0].text(x1, y1, f"{names.get(label, label)} {found['scores'][i]:.2f}", color="white", fontsize=8,
                      verticalalignment="bottom", parse_math=False,
                      bbox={"facecolor": color, "edgecolor": "none", "pad": 1})
@@ -115,7 +117,7 @@ def draw_attention(picture, maps, hw, point, path):
 
 
 def _canvas(picture, panels):
-    figure = Figure(figsize=(6 * panels, 6 * picture.height / picture.width + 0.4), layout="constrained")
+    figure = new_figure(6 * panels, 6 * picture.height / picture.width + 0.4)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for ax in axes:
         ax.imshow(np.asarray(picture))

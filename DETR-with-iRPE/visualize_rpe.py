@@ -15,12 +15,11 @@ import torch
 
 from datasets import build_dataset
 from datasets.coco import read_picture
-from drawing import chosen_layers, draw_encodings, figure_class, needs_pictures
-from main import check_args, get_args_parser
-from models import build_model
+from drawing import chosen_layers, draw_encodings, needs_pictures
+from main import get_args_parser
 from util import runtime
-from util.checkpoint import load_weights
 from util.runtime import UserError
+from visualize import MODEL_FLAGS, load_model, prepare
 
 SAMPLE = 4  # pictures taken from the validation set
 
@@ -35,32 +34,9 @@ def parser(defaults=None):
     return result
 
 
-def load_model(args, argv):
-    """All flags, those of the model from the checkpoint unless given, and the model of `--resume`."""
-    figure_class()  # says in a sentence what importing visualize.py without matplotlib would say in a traceback
-    from visualize import MODEL_FLAGS
-    checkpoint = runtime.load_checkpoint(args.resume)
-    stored = {name: value for name, value in vars(checkpoint.get("args", argparse.Namespace())).items()
-              if name in (*MODEL_FLAGS, "coco_path")}
-    args = parser(stored).parse_args(argv)
-    check_args(args, needs_data=False)
-    weights = runtime.model_weights(checkpoint, args.resume)
-    if "class_embed.weight" in weights:
-        args.num_classes = len(weights["class_embed.weight"]) - 1
-    args.eval = True
-    if not args.enc_rpe2d:
-        raise UserError(f"{args.resume} has no iRPE to draw; if its flags are not in the file, say --enc_rpe2d")
-    model, _, _ = build_model(args)
-    load_weights(model, checkpoint, args.resume)
-    if not args.enc_layers:
-        raise UserError(f"{args.resume} has no encoder layer to draw")
-    return args, model.eval()
-
-
 def load_pictures(args):
     """Pictures (3, H, W) as evaluation would see them, one after another: `--image`, or some of the validation set."""
     if args.image:
-        from visualize import prepare
         return (prepare(read_picture(Path(file), f"picture {file}"), args) for file in args.image)
     if not args.coco_path or not Path(args.coco_path).is_dir():
         raise UserError("contextual encodings depend on what they meet, and the checkpoint names no data set that is "
@@ -103,8 +79,10 @@ def main(args, argv=None):
     if not args.resume or not args.output_dir:
         raise UserError("--resume FILE and --output_dir DIR are needed: the checkpoint, and where pictures go")
     device = runtime.init_distributed(args)
-    args, model = load_model(args, argv)
+    args, model, _, _ = load_model(args, argv, parser, (*MODEL_FLAGS, "coco_path"))
     attentions = [layer.self_attn for layer in model.transformer.encoder.layers]
+    if not (attentions and args.enc_rpe2d):
+        raise UserError(f"{args.resume} has no encoder layer with iRPE to draw")
     layers = chosen_layers(args.layer, len(attentions))
     means, map_size = None, square_map(args)
     if args.image or needs_pictures(attentions):

@@ -76,7 +76,7 @@ def test_a_bias_needs_no_pictures_and_is_drawn_as_its_table(tmp_path, capsys):
 def test_a_file_without_flags_takes_them_from_the_command_line(coco, tmp_path):
     checkpoint(tmp_path / "x.pth", coco, with_args=False)
     common = ("--resume", tmp_path / "x.pth", "--output_dir", tmp_path)
-    with pytest.raises(UserError, match="say --enc_rpe2d"):
+    with pytest.raises(UserError, match="check --enc_rpe2d"):
         draw(*common)
     draw(*common, *small(coco)[2:], "--enc_layers", 2, "--image", next((coco / "val2017").iterdir()))
     assert (tmp_path / "rpe_k.png").is_file()
@@ -85,7 +85,7 @@ def test_a_file_without_flags_takes_them_from_the_command_line(coco, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     ([], "--image FILE"), (["--layer", 2], "--layer 2 .*0 to 1"), (["--image", "none.png"], "none.png"),
     (["--enc_rpe2d", "rpe-2-x-ctx-1-k"], "'x'"), (["--enc_rpe2d", "rpe-2.0-product-ctx-1-q"], "another configuration"),
-    (["--enc_rpe2d", ""], "no iRPE"),
+    (["--enc_rpe2d", ""], "check --enc_rpe2d"),
     (["--nheads", 0], "--nheads"), (["--resume", "none.pth"], "none.pth"), (["--output_dir", ""], "--output_dir")])
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
