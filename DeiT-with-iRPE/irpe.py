@@ -45,8 +45,13 @@ except ModuleNotFoundError as error:  # a build that does not fit this PyTorch r
                       "it, in the iRPE repository: pip install ./rpe_ops --no-build-isolation", stacklevel=2)
 
 
+# an exported program must run without rpe_ops, as in onnxruntime; PyTorch 2.6 cannot tell when it exports
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
 def _use_rpe_ops(device):
-    return HAS_RPE_OPS and (device.type == "cpu" or (device.type == "cuda" and rpe_ops.has_cuda))
+    return (HAS_RPE_OPS and not _is_exporting()
+            and (device.type == "cpu" or (device.type == "cuda" and rpe_ops.has_cuda)))
 
 
 def _gather_buckets(lookup, ids):

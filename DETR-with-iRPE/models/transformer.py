@@ -107,7 +107,7 @@ class Transformer(nn.Module):
         tokens, pos = (x.flatten(2).transpose(1, 2) for x in (src, pos_embed))  # (B, H·W, C)
         padding = additive_mask(mask.flatten(1), tokens.dtype)
         memory = self.encoder(tokens, pos, padding, (height, width))
-        queries = query_embed.to(tokens.dtype).expand(len(src), -1, -1)
+        queries = query_embed.to(tokens.dtype).expand(src.shape[0], -1, -1)
         outputs = self.decoder(queries, memory, pos, padding)
         return outputs, memory.transpose(1, 2).unflatten(2, (height, width))
 
