@@ -385,36 +385,6 @@ def _add(total, term):
 _BLOCK = 2 ** 20  # logits at work at a time: 4 MB of float32, few enough to stay in a processor's cache
 
 
-def _planes(x, batch, rows=slice(None)):
-    """(b·H, rows, ...) of the pictures `batch` and the tokens `rows` of (B, H, L, ...); a view if that is possible."""
-    return x[batch, :, rows].flatten(0, 1)
-
-
-def _attention_blocks(q, k, mask, on_k, on_q, spares=0):
-    """Yield (pictures, rows, softmax of their logits (b, H, rows, L), spare tensors of the same shape).
-
-    The next block overwrites them: pages that are new to the process cost more time than the arithmetic on them.
-    `on_k` and `on_q` are pairs of a lookup and its ids, those on queries transposed.
-    """
-    pictures, heads, length, _ = q.shape
-    parts = math.ceil(max(heads * length * length, 1) / _BLOCK)  # blocks of a picture
-    step = max(1, _BLOCK // max(heads * length * length, 1))  # pictures of a block
-    starts = [length * part // parts for part in range(parts + 1)]
-    memory = q.new_empty(1 + spares, min(step, pictures) * heads * math.ceil(length / parts) * length)
-    for first, (start, stop) in itertools.product(range(0, pictures, step), itertools.pairwise(starts)):
-        batch, rows = slice(first, min(first + step, pictures)), slice(start, stop)
-        shape = (batch.stop - first, heads, stop - start, length)
-        logits, *rest = memory[:, :math.prod(shape)].unflatten(1, shape)
-        torch.bmm(_planes(q, batch, rows), _planes(k, batch).transpose(1, 2), out=logits.flatten(0, 1))
-        for lookup, ids in on_k:
-            _add_gathered(logits, lookup[batch, :, rows], ids[rows])
-        for lookup, ids in on_q:
-            _add_gathered(logits, lookup[batch], ids[rows], by_key=True)
-        if mask is not None:
-            logits += mask[batch, :, rows]
-        yield batch, rows, torch.softmax(logits, -1, out=logits), *rest
-
-
 class _BlockwiseAttention(torch.autograd.Function):
     """Attention with contextual terms, block by block, so that memory never holds a tensor of (B, H, L, L).
 
@@ -423,62 +393,112 @@ class _BlockwiseAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, dropout_p, ids_k, ids_q, ids_v, *lookups):
+    def forward(ctx, q, k, v, mask, dropout_p, ids, *tables):
         """Attend.
 
         Args:
             q, k, v: (B, H, L, D), q scaled.
             mask: what is added to the logits, (B, H, L, L), or None.
-            ids_k, ids_q, ids_v: lists of ids (L, L), one for every table; transposed on queries, and on values in a
-                pair with the number of buckets.
-            lookups: q or k times the tables on keys, then on queries, (B, H, L, nb).
-        Returns: attention·v, and for every table on values the attention's sums per bucket, (B, H, L, nb).
+            ids: lists of ids (L, L) on keys, on queries, there transposed, and on values; one for every table.
+            tables: on keys, on queries, there scaled, both (D, nb) or (H, D, nb), and on values with (nb, D).
+        Returns: (B, H, L, D).
         """
-        ctx.save_for_backward(q, k, v, mask, *lookups)
-        ctx.ids, ctx.dropped, ctx.kept = (ids_k, ids_q, ids_v), [], 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-        out, sums = torch.empty_like(v), [v.new_empty(*v.shape[:3], num_buckets) for _, num_buckets in ids_v]
-        for batch, rows, attn in _attention_blocks(q, k, mask, *_BlockwiseAttention._terms(ctx, lookups)):
+        ctx.save_for_backward(q, k, v, mask, *tables)
+        ctx.ids, ctx.dropped, ctx.kept = ids, [], 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+        on_k, on_q, on_v = _pairs(ids, tables)
+        out = torch.empty_like(v)
+        for batch, rows, attn in _attention_blocks(q, k, mask, on_k, on_q):
             if dropout_p:
                 ctx.dropped.append(torch.empty_like(attn, dtype=torch.bool).bernoulli_(dropout_p))
                 attn.masked_fill_(ctx.dropped[-1], 0).mul_(ctx.kept)
-            out[batch, :, rows] = torch.bmm(attn.flatten(0, 1), _planes(v, batch)).view_as(out[batch, :, rows])
-            for total, (ids, num_buckets) in zip(sums, ids_v, strict=True):
-                total[batch, :, rows] = _sum_buckets(attn, ids[rows], num_buckets)
-        return out, *sums
-
-    @staticmethod
-    def _terms(ctx, lookups):
-        ids_k, ids_q, _ = ctx.ids
-        return (list(zip(lookups[:len(ids_k)], ids_k, strict=True)),
-                list(zip(lookups[len(ids_k):], ids_q, strict=True)))
+            block = torch.matmul(attn, v[batch])
+            for indices, table in on_v:
+                block += torch.matmul(_sum_buckets(attn, indices[rows], table.shape[-2]), table)
+            out[batch, :, rows] = block
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, *grad_sums):
-        q, k, v, mask, *lookups = ctx.saved_tensors
-        grad_q = torch.empty_like(q)
-        grad_k, grad_v, *grad_lookups = (torch.zeros_like(x, memory_format=torch.contiguous_format)
-                                         for x in (k, v, *lookups))
-        on_k, on_q = _BlockwiseAttention._terms(ctx, lookups)
-        grads_k, grads_q = _BlockwiseAttention._terms(ctx, grad_lookups)
-        for number, (batch, rows, attn, grad) in enumerate(_attention_blocks(q, k, mask, on_k, on_q, spares=1)):
-            grad_rows, flat = _planes(grad_out, batch, rows), grad.flatten(0, 1)
-            torch.bmm(grad_rows, _planes(v, batch).transpose(1, 2), out=flat)
-            for grad_sum, (ids, _) in zip(grad_sums, ctx.ids[2], strict=True):
-                _add_gathered(grad, grad_sum[batch, :, rows], ids[rows])
-            kept = attn
+    def backward(ctx, grad_out):
+        q, k, v, mask, *tables = ctx.saved_tensors
+        on_k, on_q, on_v = _pairs(ctx.ids, tables)
+        grads = [torch.zeros_like(x) for x in (q, k, v, *tables)]
+        grad_q, grad_k, grad_v, *grad_tables = grads
+        grads_k, grads_q, grads_v = _pairs(ctx.ids, grad_tables)
+        blocks = _attention_blocks(q, k, mask, on_k, on_q, spares=1)
+        for number, (batch, rows, attn, grad) in enumerate(blocks):
+            grad_rows, kept = grad_out[batch, :, rows], attn
+            _matmul(grad_rows, v[batch].transpose(2, 3), out=grad)
+            for indices, table in on_v:
+                _add_gathered(grad, torch.matmul(grad_rows, table.transpose(-2, -1)), indices[rows])
             if ctx.dropped:
                 kept = attn.masked_fill(ctx.dropped[number], 0).mul_(ctx.kept)
                 grad.masked_fill_(ctx.dropped[number], 0).mul_(ctx.kept)
-            _planes(grad_v, batch).baddbmm_(kept.flatten(0, 1).transpose(1, 2), grad_rows)
+            _add_product(grad_v[batch], kept, grad_rows)
+            for indices, grad_table in grads_v:
+                _add_product(grad_table, _sum_buckets(kept, indices[rows], grad_table.shape[-2]), grad_rows)
             torch._softmax_backward_data(grad, attn, -1, attn.dtype, grad_input=grad)
-            grad_q[batch, :, rows] = torch.bmm(flat, _planes(k, batch)).view_as(grad_q[batch, :, rows])
-            _planes(grad_k, batch).baddbmm_(flat.transpose(1, 2), _planes(q, batch, rows))
-            for total, ids in grads_k:
-                total[batch, :, rows] = _sum_buckets(grad, ids[rows], total.shape[-1])
-            for total, ids in grads_q:
-                _add_key_sums(total[batch], grad, ids[rows])
-        return grad_q, grad_k, grad_v, None, None, None, None, None, *grad_lookups
+            _add_product(grad_k[batch], grad, q[batch, :, rows])
+            block = torch.matmul(grad, k[batch])
+            for (indices, table), (_, grad_table) in zip(on_k, grads_k, strict=True):
+                sums = _sum_buckets(grad, indices[rows], table.shape[-1])
+                block += torch.matmul(sums, table.transpose(-2, -1))
+                _add_product(grad_table, q[batch, :, rows], sums)
+            grad_q[batch, :, rows] = block
+            if rows.start == 0:  # of new pictures
+                sums_q = [q.new_zeros(*k[batch].shape[:3], table.shape[-1]) for _, table in on_q]
+            for (indices, _), sums in zip(on_q, sums_q, strict=True):
+                _add_key_sums(sums, grad, indices[rows])
+            if rows.stop == k.shape[2]:
+                for (_, table), (_, grad_table), sums in zip(on_q, grads_q, sums_q, strict=True):
+                    grad_k[batch] += torch.matmul(sums, table.transpose(-2, -1))
+                    _add_product(grad_table, k[batch], sums)
+        return grad_q, grad_k, grad_v, None, None, None, *grad_tables
+
+
+def _pairs(ids, tables):
+    """For keys, queries and values a list of (ids, table)."""
+    tables = iter(tables)
+    return [[(indices, next(tables)) for indices in group] for group in ids]
+
+
+def _attention_blocks(q, k, mask, on_k, on_q, spares=0):
+    """Yield (pictures, rows, softmax of their logits (b, H, rows, L), spare tensors of the same shape).
+
+    The next block overwrites them: pages that are new to the process cost more time than the arithmetic on them.
+    """
+    pictures, heads, length, _ = q.shape
+    parts = math.ceil(max(heads * length * length, 1) / _BLOCK)  # blocks of a picture
+    step = max(1, _BLOCK // max(heads * length * length, 1))  # pictures of a block
+    starts = [length * part // parts for part in range(parts + 1)]
+    memory = q.new_empty(1 + spares, min(step, pictures) * heads * math.ceil(length / parts) * length)
+    for first in range(0, pictures, step):
+        batch = slice(first, min(first + step, pictures))
+        lookups = [(indices, torch.matmul(k[batch], table)) for indices, table in on_q]
+        for rows in itertools.starmap(slice, itertools.pairwise(starts)):
+            shape = (batch.stop - first, heads, rows.stop - rows.start, length)
+            logits, *rest = memory[:, :math.prod(shape)].unflatten(1, shape)
+            _matmul(q[batch, :, rows], k[batch].transpose(2, 3), out=logits)
+            for indices, table in on_k:
+                _add_gathered(logits, torch.matmul(q[batch, :, rows], table), indices[rows])
+            for indices, lookup in lookups:
+                _add_gathered(logits, lookup, indices[rows], by_key=True)
+            if mask is not None:
+                logits += mask[batch, :, rows]
+            yield batch, rows, torch.softmax(logits, -1, out=logits), *rest
+
+
+def _matmul(a, b, out):
+    """Product of 4-D tensors written to `out`, which torch.matmul would copy to."""
+    torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+
+
+def _add_product(total, a, b):
+    """total += aᵀ·b for 4-D a and b, summed over the batch, and over the heads, where `total` has none."""
+    if total.dim() == 4 and len(total) == 1:
+        total[0].baddbmm_(a[0].transpose(1, 2), b[0])
+    else:
+        total += torch.matmul(a.transpose(2, 3), b).sum_to_size(total.shape)
 
 
 def _can_go_blockwise(q, k, v, mask, modules):
@@ -498,22 +518,14 @@ def _can_go_blockwise(q, k, v, mask, modules):
 def _blockwise_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p):
     """As the end of `rpe_attention`, with q scaled."""
     parts_q, parts_k, parts_v = ([] if module is None else module.parts for module in (rpe_q, rpe_k, rpe_v))
-
-    def ids(parts, **kwargs):
-        return [part.bucket_ids(q.shape[2], q.device, height, width, **kwargs) for part in parts]
-
-    lookups = [torch.matmul(q, part.table) for part in parts_k]
-    if parts_q:
-        scaled = k * q.shape[-1] ** -0.5
-        lookups += [torch.matmul(scaled, part.table) for part in parts_q]
+    ids = [[part.bucket_ids(q.shape[2], q.device, height, width, transposed=parts is parts_q) for part in parts]
+           for parts in (parts_k, parts_q, parts_v)]
+    scale = q.shape[-1] ** -0.5
+    tables = [part.table for part in parts_k] + [part.table * scale for part in parts_q]
+    tables += [part.table for part in parts_v]
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
-    ids_v = list(zip(ids(parts_v), (part.num_buckets for part in parts_v), strict=True))
-    out, *sums = _BlockwiseAttention.apply(q, k, v, mask, dropout_p, ids(parts_k),
-                                           ids(parts_q, transposed=True), ids_v, *lookups)
-    for total, part in zip(sums, parts_v, strict=True):
-        out = out.add_(torch.matmul(total, part.table))
-    return out
+    return _BlockwiseAttention.apply(q, k, v, mask, dropout_p, ids, *tables)
 
 
 def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, width=None, attn_mask=None, dropout_p=0.0):
