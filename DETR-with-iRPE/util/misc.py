@@ -31,6 +31,9 @@ def nested_tensor_from_tensor_list(tensor_list):
     Returns: NestedTensor.
     Raises: ValueError for anything else.
     """
+    if isinstance(tensor_list, torch.Tensor) and tensor_list.dim() == 4 and tensor_list.shape[0]:
+        # nothing to pad, and no loop: torch.export can leave the batch size open
+        return NestedTensor(tensor_list, torch.zeros_like(tensor_list[:, 0], dtype=torch.bool))
     if not len(tensor_list) or any(x.dim() != 3 or len(x) != len(tensor_list[0]) for x in tensor_list):
         raise ValueError(f"pictures of shapes {[tuple(x.shape) for x in tensor_list]}; a batch takes one or more of "
                          "shape (channels, height, width) with the same number of channels")
