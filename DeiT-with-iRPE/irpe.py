@@ -565,7 +565,9 @@ def _whole_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_
     if mask is not None:
         logits = _add(logits, mask)
     if rpe_v is None:
-        return F.scaled_dot_product_attention(q, k, v, logits, dropout_p, scale=1.0)
+        out = F.scaled_dot_product_attention(q, k, v, logits, dropout_p, scale=1.0)
+        # its strides depend on whether gradients are asked for, which may change after the trace
+        return out.clone(memory_format=torch.contiguous_format) if _is_exporting() else out
     attn = F.dropout(logits.softmax(-1), dropout_p)
     del logits  # its memory is still in the cache when the next tensor of this size is made
     return torch.matmul(attn, v).add_(rpe_v(attn, height, width))
