@@ -48,12 +48,6 @@ def load_detr():
     return model
 
 
-def without_encoding(model):
-    """The outputs' distance from these must be far above the tolerance."""
-    tables = {name: tensor for name, tensor in model.state_dict().items() if "lookup_table" in name}
-    return torch.func.functional_call, {name: torch.zeros_like(tensor) for name, tensor in tables.items()}
-
-
 def export(model, pictures):
     return torch.export.export(model, (pictures,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
@@ -82,9 +76,9 @@ def run_onnx(program, pictures, folder, names):
 
 def check(outputs, model, pictures):
     """`outputs` of `pictures` are those of `model`, and those of the model without its encoding are not."""
-    call, zeros = without_encoding(model)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items() if "lookup_table" in name}
     with torch.no_grad():
-        expected, plain = model(pictures), call(model, zeros, (pictures,))
+        expected, plain = model(pictures), torch.func.functional_call(model, zeros, (pictures,))
     expected, plain = (list(x.values()) if isinstance(x, dict) else [x] for x in (expected, plain))
     for found, exact, other in zip(outputs, expected, plain, strict=True):
         assert (exact - other).abs().max() > 1e-3
