@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = ["METHOD", "RPEConfig", "build_rpe", "get_bucket_ids_2d", "get_rpe_config", "iRPE", "iRPE_Cross",
            "piecewise_index", "rpe_attention"]
@@ -36,8 +36,11 @@ try:
     import rpe_ops
     from rpe_ops.rpe_index import rpe_bucket_sum, rpe_bucket_sum_add_, rpe_index, rpe_index_add_, validate_index
     HAS_RPE_OPS = True
-except ModuleNotFoundError as error:  # a build that does not fit this PyTorch raises an ImportError that says so
-    if not (error.name or "").startswith("rpe_ops"):
+except ImportError as error:  # a build that does not fit this PyTorch says so itself
+    if error.name == "rpe_ops.rpe_index" and not isinstance(error, ModuleNotFoundError):
+        raise ImportError("the installed rpe_ops is older than this irpe.py; build it anew, in the iRPE repository: "
+                          "pip install ./rpe_ops --no-build-isolation --no-deps --force-reinstall") from error
+    if not (isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("rpe_ops")):
         raise
     HAS_RPE_OPS = False
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
@@ -389,10 +392,11 @@ class _BlockwiseAttention(torch.autograd.Function):
     """Attention with contextual terms, block by block, so that memory never holds a tensor of (B, H, L, L).
 
     A block has whole rows of logits, and the backward pass makes it again, as in FlashAttention (Dao et al., NeurIPS
-    2022).
+    2022), with the same dropout. Derivatives of the second order go through `_differentiable_attention`.
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, q, k, v, mask, dropout_p, ids, *tables):
         """Attend.
 
@@ -404,36 +408,32 @@ class _BlockwiseAttention(torch.autograd.Function):
         Returns: (B, H, L, D).
         """
         ctx.save_for_backward(q, k, v, mask, *tables)
-        ctx.ids, ctx.dropped, ctx.kept = ids, [], 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-        on_k, on_q, on_v = _pairs(ids, tables)
+        ctx.ids, ctx.dropout = ids, _Dropout(dropout_p)
+        (on_k, on_q, on_v), drop = _pairs(ids, tables), ctx.dropout.start()
         out = torch.empty_like(v)
         for batch, rows, attn in _attention_blocks(q, k, mask, on_k, on_q):
-            if dropout_p:
-                ctx.dropped.append(torch.empty_like(attn, dtype=torch.bool).bernoulli_(dropout_p))
-                attn.masked_fill_(ctx.dropped[-1], 0).mul_(ctx.kept)
+            drop(attn)
             block = torch.matmul(attn, v[batch])
-            for indices, table in on_v:
-                block += torch.matmul(_sum_buckets(attn, indices[rows], table.shape[-2]), table)
+            for indices, table in on_v:  # not in place: a checkpoint that saves products must find them as they were
+                block = block + torch.matmul(_sum_buckets(attn, indices[rows], table.shape[-2]), table)
             out[batch, :, rows] = block
         return out
 
     @staticmethod
-    @once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad_out):
         q, k, v, mask, *tables = ctx.saved_tensors
-        on_k, on_q, on_v = _pairs(ctx.ids, tables)
-        grads = [torch.zeros_like(x) for x in (q, k, v, *tables)]
-        grad_q, grad_k, grad_v, *grad_tables = grads
+        if torch.is_grad_enabled():
+            return _BlockwiseAttention._differentiable_gradients(ctx, grad_out, mask, q, k, v, *tables)
+        (on_k, on_q, on_v), drop = _pairs(ctx.ids, tables), ctx.dropout.start()
+        grad_q, grad_k, grad_v, *grad_tables = (torch.zeros_like(x) for x in (q, k, v, *tables))
         grads_k, grads_q, grads_v = _pairs(ctx.ids, grad_tables)
-        blocks = _attention_blocks(q, k, mask, on_k, on_q, spares=1)
-        for number, (batch, rows, attn, grad) in enumerate(blocks):
-            grad_rows, kept = grad_out[batch, :, rows], attn
+        for batch, rows, attn, grad in _attention_blocks(q, k, mask, on_k, on_q, spares=1):
+            grad_rows = grad_out[batch, :, rows]
             _matmul(grad_rows, v[batch].transpose(2, 3), out=grad)
             for indices, table in on_v:
                 _add_gathered(grad, torch.matmul(grad_rows, table.transpose(-2, -1)), indices[rows])
-            if ctx.dropped:
-                kept = attn.masked_fill(ctx.dropped[number], 0).mul_(ctx.kept)
-                grad.masked_fill_(ctx.dropped[number], 0).mul_(ctx.kept)
+            kept, grad = drop(attn.clone() if ctx.dropout.p else attn, grad)
             _add_product(grad_v[batch], kept, grad_rows)
             for indices, grad_table in grads_v:
                 _add_product(grad_table, _sum_buckets(kept, indices[rows], grad_table.shape[-2]), grad_rows)
@@ -455,6 +455,55 @@ class _BlockwiseAttention(torch.autograd.Function):
                     _add_product(grad_table, k[batch], sums)
         return grad_q, grad_k, grad_v, None, None, None, *grad_tables
 
+    @staticmethod
+    def _differentiable_gradients(ctx, grad_out, mask, *inputs):
+        inputs = [x.view_as(x) for x in inputs]  # k may be the same tensor as v, but their gradients are two
+        q, k, v, *tables = inputs
+        out = _differentiable_attention(q, k, v, mask, ctx.dropout.start(), *_pairs(ctx.ids, tables))
+        needed = ctx.needs_input_grad[:3] + ctx.needs_input_grad[6:]
+        grads = iter(torch.autograd.grad(out, [x for x, wanted in zip(inputs, needed, strict=True) if wanted], grad_out,
+                                         create_graph=True))
+        grad_q, grad_k, grad_v, *grad_tables = (next(grads) if wanted else None for wanted in needed)
+        return grad_q, grad_k, grad_v, None, None, None, *grad_tables
+
+
+class _Dropout:
+    """Dropout with probability `p` that a second pass over the same blocks repeats, without keeping what it drew."""
+
+    def __init__(self, p):
+        self.p, self.seed = p, torch.randint(2 ** 62, ()).item() if p else 0
+
+    def start(self):
+        """A function that drops the next places from each of the tensors it is given, in place, and returns them."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def drop(*tensors):
+            if self.p:
+                dropped = torch.empty_like(tensors[0], dtype=torch.bool).bernoulli_(self.p, generator=generator)
+                for x in tensors:
+                    x.masked_fill_(dropped, 0).mul_(1 / (1 - self.p) if self.p < 1 else 0.0)
+            return tensors
+
+        return drop
+
+
+def _differentiable_attention(q, k, v, mask, drop, on_k, on_q, on_v):
+    """What `_BlockwiseAttention` computes, of differentiable operators and with (B, H, L, L) tensors."""
+    logits = torch.matmul(q, k.transpose(2, 3))
+    for indices, table in on_k:
+        logits = logits + _gather_buckets(torch.matmul(q, table), indices)
+    for indices, table in on_q:
+        logits = logits + _gather_buckets(torch.matmul(k, table), indices.t()).transpose(2, 3)
+    attn = (logits if mask is None else logits + mask).softmax(-1)
+    kept = torch.ones_like(attn)
+    for batch, rows in _blocks(q):
+        kept[batch, :, rows], = drop(kept[batch, :, rows].contiguous())
+    attn = attn * kept
+    out = torch.matmul(attn, v)
+    for indices, table in on_v:
+        out = out + torch.matmul(_sum_buckets(attn, indices, table.shape[-2]), table)
+    return out
+
 
 def _pairs(ids, tables):
     """For keys, queries and values a list of (ids, table)."""
@@ -462,30 +511,35 @@ def _pairs(ids, tables):
     return [[(indices, next(tables)) for indices in group] for group in ids]
 
 
+def _blocks(q):
+    """Slices of pictures and of rows, at most `_BLOCK` logits each or one row: some pictures, or rows of one."""
+    pictures, heads, length, _ = q.shape
+    size = max(heads * length * length, 1)
+    parts, step = min(math.ceil(size / _BLOCK), max(length, 1)), max(1, _BLOCK // size)
+    starts = [length * part // parts for part in range(parts + 1)]
+    return [(slice(first, min(first + step, pictures)), rows) for first in range(0, pictures, step)
+            for rows in itertools.starmap(slice, itertools.pairwise(starts))]
+
+
 def _attention_blocks(q, k, mask, on_k, on_q, spares=0):
     """Yield (pictures, rows, softmax of their logits (b, H, rows, L), spare tensors of the same shape).
 
     The next block overwrites them: pages that are new to the process cost more time than the arithmetic on them.
     """
-    pictures, heads, length, _ = q.shape
-    parts = math.ceil(max(heads * length * length, 1) / _BLOCK)  # blocks of a picture
-    step = max(1, _BLOCK // max(heads * length * length, 1))  # pictures of a block
-    starts = [length * part // parts for part in range(parts + 1)]
-    memory = q.new_empty(1 + spares, min(step, pictures) * heads * math.ceil(length / parts) * length)
-    for first in range(0, pictures, step):
-        batch = slice(first, min(first + step, pictures))
-        lookups = [(indices, torch.matmul(k[batch], table)) for indices, table in on_q]
-        for rows in itertools.starmap(slice, itertools.pairwise(starts)):
-            shape = (batch.stop - first, heads, rows.stop - rows.start, length)
-            logits, *rest = memory[:, :math.prod(shape)].unflatten(1, shape)
-            _matmul(q[batch, :, rows], k[batch].transpose(2, 3), out=logits)
-            for indices, table in on_k:
-                _add_gathered(logits, torch.matmul(q[batch, :, rows], table), indices[rows])
-            for indices, lookup in lookups:
-                _add_gathered(logits, lookup, indices[rows], by_key=True)
-            if mask is not None:
-                logits += mask[batch, :, rows]
-            yield batch, rows, torch.softmax(logits, -1, out=logits), *rest
+    shapes = [(*q[batch, :, rows].shape[:3], k.shape[2]) for batch, rows in _blocks(q)]
+    memory = q.new_empty(1 + spares, max(map(math.prod, shapes), default=0))
+    for (batch, rows), shape in zip(_blocks(q), shapes, strict=True):
+        if rows.start == 0:  # of new pictures
+            lookups = [(indices, torch.matmul(k[batch], table)) for indices, table in on_q]
+        logits, *rest = memory[:, :math.prod(shape)].unflatten(1, shape)
+        _matmul(q[batch, :, rows], k[batch].transpose(2, 3), out=logits)
+        for indices, table in on_k:
+            _add_gathered(logits, torch.matmul(q[batch, :, rows], table), indices[rows])
+        for indices, lookup in lookups:
+            _add_gathered(logits, lookup, indices[rows], by_key=True)
+        if mask is not None:
+            logits += mask[batch, :, rows]
+        yield batch, rows, torch.softmax(logits, -1, out=logits), *rest
 
 
 def _matmul(a, b, out):
@@ -502,17 +556,24 @@ def _add_product(total, a, b):
 
 
 def _can_go_blockwise(q, k, v, mask, modules):
-    """Whether `_blockwise_attention` is for this call: not on a GPU, in a tracer, for half types, a bias or a hook."""
+    """Whether `_blockwise_attention` is for this call: eager float32 or float64 on a CPU, contextual terms alone."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     if torch.is_autocast_enabled("cpu") or (mask is not None and mask.requires_grad):
         return False
-    parts = [part for module in modules for part in module.parts]
-    if any(part.config.mode == "bias" for part in parts) or any(
-            module._forward_hooks or module._forward_pre_hooks for module in (*modules, *parts)):
-        return False
     return (q.shape == k.shape and q.shape[:3] == v.shape[:3] and q.dtype in (torch.float32, torch.float64)
-            and all(x.device.type == "cpu" and x.dtype == q.dtype for x in (q, k, v)))
+            and all(x.device.type == "cpu" and x.dtype == q.dtype for x in (q, k, v))
+            and not _has_any_global_hook() and all(map(_is_plain, modules)))
+
+
+def _is_plain(module):
+    """Whether an encoding's `forward` is ours, contextual, and hooked by nobody, so that it need not be called."""
+    if type(module) is iRPE_Cross:
+        own = all(map(_is_plain, module.parts))
+    else:
+        own = type(module) is iRPE and module.config.mode == "contextual"
+    return own and "forward" not in vars(module) and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _blockwise_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p):
@@ -556,18 +617,19 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
 
 def _whole_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p):
     """As the end of `rpe_attention`, with q scaled."""
-    # without a term on values PyTorch's attention does the rest, and takes what is added to the logits as its mask
-    logits = None if rpe_v is None else torch.matmul(q, k.transpose(-2, -1))
+    logits = None
     if rpe_k is not None:
         logits = _add(logits, rpe_k(q, height, width))
     if rpe_q is not None:
         logits = _add(logits, rpe_q(k * q.shape[-1] ** -0.5, height, width).transpose(-2, -1))
     if mask is not None:
         logits = _add(logits, mask)
+    # without a term on values PyTorch's attention does the rest, and takes what is added to the logits as its mask
     if rpe_v is None:
         out = F.scaled_dot_product_attention(q, k, v, logits, dropout_p, scale=1.0)
         # its strides depend on whether gradients are asked for, which may change after the trace
         return out.clone(memory_format=torch.contiguous_format) if _is_exporting() else out
+    logits = _add(logits, torch.matmul(q, k.transpose(-2, -1)))
     attn = F.dropout(logits.softmax(-1), dropout_p)
     del logits  # its memory is still in the cache when the next tensor of this size is made
-    return torch.matmul(attn, v).add_(rpe_v(attn, height, width))
+    return torch.matmul(attn, v) + rpe_v(attn, height, width)

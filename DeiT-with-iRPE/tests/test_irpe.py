@@ -200,10 +200,13 @@ def attention_and_gradients(rpe_on, method, shared_head, mask, dropout_p=0.0):
                                                          ("qv", "euc", True)])
 def test_attention_in_blocks_of_any_size_is_attention(block, rpe_on, method, shared_head, monkeypatch):
     masks = (None, torch.arange(11) < torch.tensor([8, 11, 3])[:, None, None, None], image(4, (11, 11)).double())
+    monkeypatch.setattr(irpe, "_BLOCK", block)
     for mask in masks:
-        monkeypatch.setattr(irpe, "_BLOCK", block)
-        in_blocks = attention_and_gradients(rpe_on, method, shared_head, mask)
         with monkeypatch.context() as patch:
+            patch.delattr(irpe, "_whole_attention")
+            in_blocks = attention_and_gradients(rpe_on, method, shared_head, mask)
+        with monkeypatch.context() as patch:
+            patch.delattr(irpe, "_BlockwiseAttention")
             patch.setattr(irpe, "_can_go_blockwise", lambda *_: False)
             torch.testing.assert_close(in_blocks, attention_and_gradients(rpe_on, method, shared_head, mask))
 
@@ -226,7 +229,7 @@ def test_attention_in_blocks_makes_nothing_as_large_as_the_logits(monkeypatch):
     assert max(sizes) < 4 * 4 * 2 * 400 * 400 / 3  # bytes of the logits; ids without the extension are a quarter
 
 
-@pytest.mark.parametrize("block", [50, 2 ** 20])
+@pytest.mark.parametrize("block", [7, 20, 2 ** 20])
 def test_dropout_keeps_the_mean_and_has_the_gradient_of_what_it_kept(block, monkeypatch):
     monkeypatch.setattr(irpe, "_BLOCK", block)
     modules = [fill(module).double() for module in build_rpe(get_rpe_config(rpe_on="qkv"), 3, 2)]
@@ -242,12 +245,65 @@ def test_dropout_keeps_the_mean_and_has_the_gradient_of_what_it_kept(block, monk
     assert abs(out.mean() - 1) < 0.01 and out.std() > 0.01
 
 
-def test_a_forward_hook_sees_the_term():
-    seen = []
-    modules = build_rpe(get_rpe_config(rpe_on="qk"), 4, 2)
-    modules[0].register_forward_hook(lambda module, inputs, out: seen.append(out.shape))
-    rpe_attention(*image(6, (3, 1, 2, 9, 4)), *modules)
-    assert seen == [(1, 2, 9, 9)]
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("method", ["product", "cross"])
+def test_second_derivatives_equal_finite_differences(dropout_p, method, monkeypatch):
+    monkeypatch.setattr(irpe, "_BLOCK", 20)
+    modules = [fill(module).double() for module in build_rpe(get_rpe_config(method=method, rpe_on="qkv"), 2, 1)]
+    tables = [p for module in modules for p in module.parameters()]
+
+    def attend(x, v, *_):
+        torch.manual_seed(1)
+        return rpe_attention(x, x, v, *modules, dropout_p=dropout_p)
+
+    x, v = (x.double().requires_grad_() for x in image(7, (2, 2, 1, 4, 2)))
+    assert torch.autograd.gradgradcheck(attend, (x, v, *tables))
+    grad, = torch.autograd.grad(attend(x, x).square().sum(), x, create_graph=True)  # keys and values are one tensor
+    assert grad.requires_grad
+    torch.testing.assert_close(grad, torch.autograd.grad(attend(x, x).square().sum(), x)[0])
+
+
+@pytest.mark.usefixtures("operators")
+def test_backward_under_autocast_computes_as_the_forward_did():
+    modules = [fill(module) for module in build_rpe(get_rpe_config(rpe_on="qkv"), 4, 2)]
+    q, k, v = image(6, (3, 1, 2, 9, 4)).requires_grad_()
+    expected = torch.autograd.grad(rpe_attention(q, k, v, *modules).square().sum(), (q, k, v))
+    out = rpe_attention(q, k, v, *modules).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(torch.autograd.grad(out, (q, k, v)), expected)
+
+
+def calls_of(hook):
+    """How often a hook that `hook` registers on a module is called in training."""
+    calls = []
+    modules = build_rpe(get_rpe_config(rpe_on="qk", method="cross"), 4, 2)
+    handle = hook(modules[0].rp_rows, lambda *_: calls.append(1))
+    rpe_attention(*image(6, (3, 1, 2, 9, 4)).requires_grad_(), *modules).sum().backward()
+    if handle:
+        handle.remove()
+    return len(calls)
+
+
+@pytest.mark.parametrize("hook", [
+    lambda module, call: module.register_forward_hook(call),
+    lambda module, call: module.register_forward_pre_hook(call),
+    lambda module, call: module.register_full_backward_hook(call),
+    lambda module, call: module.register_full_backward_pre_hook(call),
+    lambda module, call: setattr(module, "forward", lambda *args: call() or type(module).forward(module, *args))])
+def test_whoever_hooks_a_module_is_called(hook):
+    assert calls_of(hook) == 1
+
+
+def test_global_hooks_and_terms_of_ones_own_are_called():
+    assert calls_of(lambda _, call: torch.nn.modules.module.register_module_forward_hook(call)) == 6
+
+    class Own(torch.nn.Module):
+        def forward(self, x, height, width):
+            return 100 * torch.eye(x.shape[-2]).expand(*x.shape[:2], -1, -1).contiguous()
+
+    q, k, v = image(6, (3, 1, 2, 9, 4))
+    torch.testing.assert_close(rpe_attention(q, k, v, rpe_k=Own()), v)
 
 
 @pytest.mark.usefixtures("operators")

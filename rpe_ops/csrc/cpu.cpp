@@ -1,4 +1,4 @@
-// The CPU side of both operators: parallel loops over queries and groups of planes.
+// The CPU side of the operators: parallel loops over queries and groups of planes.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
@@ -47,8 +47,11 @@ namespace {
 
 // Queries per unit of work, at most: enough to use the pages and lines that neighbouring rows share.
 constexpr int64_t kQueries = 16;
-// Keys per unit of work where tables belong to keys, at most: their tables are to stay in a core's cache.
-constexpr int64_t kKeys = 64;
+// Keys per unit of work where tables belong to keys: their tables are to stay in a core's cache.
+int64_t keys_per_block(const Problem& p) {
+  const int64_t most = std::clamp<int64_t>(p.keys, 1, 64);
+  return std::clamp<int64_t>(16384 / std::max<int64_t>(1, p.buckets), 1, most);
+}
 
 // RPE_OPS_BEST(kernel<types>) is that kernel for what PyTorch finds this processor able to (see ATEN_CPU_CAPABILITY).
 #ifdef __x86_64__
@@ -108,24 +111,25 @@ void for_each_row(const Problem& p, const at::Tensor& index, const MakeWorker& m
 template <typename MakeWorker>
 void for_each_block_of_keys(const Problem& p, const at::Tensor& index, const MakeWorker& make_worker) {
   const auto load = offsets_loader(index);
-  const int64_t groups = at::divup(p.planes, kPlanes), blocks = at::divup(p.keys, kKeys);
-  const int64_t unit = kKeys * kPlanes * std::max<int64_t>(1, std::max(p.queries, p.buckets));
+  const int64_t width = keys_per_block(p), groups = at::divup(p.planes, kPlanes), blocks = at::divup(p.keys, width);
+  const int64_t unit = width * kPlanes * std::max<int64_t>(1, std::max(p.queries, p.buckets));
   at::parallel_for(0, blocks * groups, at::divup(32768, unit), [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> offsets(kKeys * p.queries);
+    std::vector<int32_t> offsets(width * p.queries);
     auto worker = make_worker();
     for (int64_t u = begin; u < end; ++u) {
       const int64_t block = u / groups, first = block * p.keys / blocks, last = (block + 1) * p.keys / blocks;
       if (u == begin || u % groups == 0) {
-        for (int64_t i = 0; i < p.queries; ++i) load(index, i, first, last, p.buckets, offsets.data() + i * kKeys);
+        for (int64_t i = 0; i < p.queries; ++i) load(index, i, first, last, p.buckets, offsets.data() + i * width);
       }
       worker.start(u % groups * kPlanes, first, last - first);
-      for (int64_t i = 0; i < p.queries; ++i) worker.row(i, offsets.data() + i * kKeys);
+      for (int64_t i = 0; i < p.queries; ++i) worker.row(i, offsets.data() + i * width);
       worker.finish();
     }
   });
 }
 
-// Eight rows in memory, one per plane. Past the last plane it comes again, to be read or written once more.
+// Eight rows in memory, one per plane. Past the last plane it comes again, to be read or written (not added to) once
+// more.
 template <typename T>
 struct Rows {
   T* of[kPlanes] = {};
@@ -217,7 +221,7 @@ struct SumWorker {
   }
 };
 
-// output[plane, i, j] += input[plane, j, index[i, j]]
+// output[plane, i, j] += input[plane, j, index[i, j]]; the rows of the input, p's "queries" in its strides, are keys
 template <typename T>
 struct KeyIndexAddWorker {
   const Problem& p;
@@ -225,7 +229,7 @@ struct KeyIndexAddWorker {
   T* output;
   decltype(&baseline::interleave<T>) interleave = RPE_OPS_BEST(interleave<T>);
   decltype(&baseline::gather_add<T>) gather_add = RPE_OPS_BEST(gather_add<T>);
-  std::vector<TableRow<T>> table = std::vector<TableRow<T>>(kKeys * p.buckets);
+  std::vector<TableRow<T>> table = std::vector<TableRow<T>>(keys_per_block(p) * p.buckets);
   int64_t keys = 0, planes = 0;
   Rows<T> to;
 
@@ -254,7 +258,7 @@ struct KeySumAddWorker {
   T* output;
   decltype(&baseline::scatter_add<T>) scatter_add = RPE_OPS_BEST(scatter_add<T>);
   decltype(&baseline::add_sums<T>) add_sums = RPE_OPS_BEST(add_sums<T>);
-  std::vector<TableRow<T>> table = std::vector<TableRow<T>>(kKeys * p.buckets);
+  std::vector<TableRow<T>> table = std::vector<TableRow<T>>(keys_per_block(p) * p.buckets);
   int64_t keys = 0, planes = 0;
   Rows<const T> from;
   Rows<T> to;
@@ -289,7 +293,7 @@ void bucket_sum(const Problem& p, const at::Tensor& input, const at::Tensor& ind
 }
 
 at::Tensor rpe_index_cpu(const at::Tensor& input, const at::Tensor& index) {
-  const Problem p = check_rpe_index(input, index);
+  const Problem p = check_rpe_index("rpe_index", input, index);
   at::Tensor output = at::empty({input.size(0), input.size(1), p.queries, p.keys}, input.options());
   switch (input.element_size()) { // a gather moves bits, whatever they stand for
     case 2: gather<uint16_t>(p, input, index, output); break;
@@ -302,7 +306,7 @@ at::Tensor rpe_index_cpu(const at::Tensor& input, const at::Tensor& index) {
 at::Tensor rpe_bucket_sum_cpu(const at::Tensor& any_strides, const at::Tensor& index, int64_t num_buckets) {
   const bool dense_rows = any_strides.dim() == 4 && any_strides.stride(3) == 1;
   const at::Tensor input = dense_rows ? any_strides : any_strides.contiguous();
-  const Problem p = check_rpe_bucket_sum(input, index, num_buckets);
+  const Problem p = check_rpe_bucket_sum("rpe_bucket_sum", input, index, num_buckets);
   at::Tensor output = at::empty({input.size(0), input.size(1), p.queries, p.buckets}, input.options());
   switch (input.scalar_type()) {
     case at::kDouble: bucket_sum<double, double>(p, input, index, output); break;
@@ -313,12 +317,9 @@ at::Tensor rpe_bucket_sum_cpu(const at::Tensor& any_strides, const at::Tensor& i
   return output;
 }
 
-// The adding operators look up and sum in place, so their output has to lie as the kernels write it.
+// add(a zero of the type)
 template <typename Add>
-void dispatch_add(const char* op, const at::Tensor& output, const at::Tensor& input, const Add& add) {
-  TORCH_CHECK_VALUE(output.is_contiguous(), op, ": output must be contiguous");
-  TORCH_CHECK_TYPE(output.scalar_type() == input.scalar_type(), op, ": output is ", output.scalar_type(),
-                   " and input is ", input.scalar_type());
+void dispatch_add(const char* op, const at::Tensor& input, const Add& add) {
   switch (input.scalar_type()) {
     case at::kDouble: return add(double());
     case at::kFloat: return add(float());
@@ -327,9 +328,10 @@ void dispatch_add(const char* op, const at::Tensor& output, const at::Tensor& in
 }
 
 void rpe_index_add_cpu(at::Tensor& output, const at::Tensor& input, const at::Tensor& index, bool by_key) {
-  const Problem p = by_key ? check_rpe_index_by_key(input, index) : check_rpe_index(input, index);
-  check_output("rpe_index_add_", output, {input.size(0), input.size(1), p.queries, p.keys});
-  dispatch_add("rpe_index_add_", output, input, [&](auto zero) {
+  constexpr auto op = "rpe_index_add_";
+  const Problem p = by_key ? check_by_key(op, input, index) : check_rpe_index(op, input, index);
+  check_output(op, output, input, {input.size(0), input.size(1), p.queries, p.keys});
+  dispatch_add(op, input, [&](auto zero) {
     using T = decltype(zero);
     const T* from = input.const_data_ptr<T>();
     T* to = output.mutable_data_ptr<T>();
@@ -342,11 +344,12 @@ void rpe_index_add_cpu(at::Tensor& output, const at::Tensor& input, const at::Te
 }
 
 void rpe_bucket_sum_add_cpu(at::Tensor& output, const at::Tensor& any_strides, const at::Tensor& index) {
+  constexpr auto op = "rpe_bucket_sum_add_";
   const bool dense_rows = any_strides.dim() == 4 && any_strides.stride(3) == 1;
   const at::Tensor input = dense_rows ? any_strides : any_strides.contiguous();
-  const Problem p = check_rpe_bucket_sum(input, index, output.dim() == 4 ? output.size(3) : 0);
-  check_output("rpe_bucket_sum_add_", output, {input.size(0), input.size(1), p.keys, p.buckets});
-  dispatch_add("rpe_bucket_sum_add_", output, input, [&](auto zero) {
+  const Problem p = check_rpe_bucket_sum(op, input, index, output.dim() == 4 ? output.size(3) : 0);
+  check_output(op, output, any_strides, {input.size(0), input.size(1), p.keys, p.buckets});
+  dispatch_add(op, input, [&](auto zero) {
     using T = decltype(zero);
     const T* from = input.const_data_ptr<T>();
     T* to = output.mutable_data_ptr<T>();

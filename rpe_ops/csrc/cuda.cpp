@@ -19,7 +19,7 @@ void check_grid(const Problem& p) {
 }
 
 at::Tensor rpe_index_cuda(const at::Tensor& input, const at::Tensor& index) {
-  const Problem p = check_rpe_index(input, index);
+  const Problem p = check_rpe_index("rpe_index", input, index);
   check_grid(p);
   const c10::cuda::CUDAGuard guard(input.device());
   at::Tensor output = at::empty({input.size(0), input.size(1), p.queries, p.keys}, input.options());
@@ -41,7 +41,7 @@ Type type_of(const at::Tensor& tensor) {
 }
 
 at::Tensor rpe_bucket_sum_cuda(const at::Tensor& input, const at::Tensor& index, int64_t num_buckets) {
-  const Problem p = check_rpe_bucket_sum(input, index, num_buckets);
+  const Problem p = check_rpe_bucket_sum("rpe_bucket_sum", input, index, num_buckets);
   check_grid(p);
   const c10::cuda::CUDAGuard guard(input.device());
   at::Tensor output = at::empty({input.size(0), input.size(1), p.queries, p.buckets}, input.options());

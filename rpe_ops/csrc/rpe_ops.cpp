@@ -1,4 +1,6 @@
-// Schemas and checks of both operators. Autograd and the fake versions are in Python (rpe_index.py).
+// Schemas and checks of all operators. Derivatives and the fake versions are in Python (rpe_index.py).
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -30,26 +32,33 @@ Problem check(const char* op, const at::Tensor& input, const at::Tensor& index, 
 
 } // namespace
 
-Problem check_rpe_index(const at::Tensor& input, const at::Tensor& index) {
-  return check("rpe_index", input, index, input.dim() == 4 ? input.size(3) : 0);
+Problem check_rpe_index(const char* op, const at::Tensor& input, const at::Tensor& index) {
+  return check(op, input, index, input.dim() == 4 ? input.size(3) : 0);
 }
 
-Problem check_rpe_index_by_key(const at::Tensor& input, const at::Tensor& index) {
-  Problem p = check("rpe_index_add_", input, index.dim() == 2 ? index.t() : index,
-                    input.dim() == 4 ? input.size(3) : 0);
+Problem check_rpe_bucket_sum(const char* op, const at::Tensor& input, const at::Tensor& index, int64_t buckets) {
+  const Problem p = check(op, input, index, buckets);
+  TORCH_CHECK_VALUE(input.size(3) == p.keys, op, ": input has ", input.size(3), " keys and index has ", p.keys);
+  return p;
+}
+
+Problem check_by_key(const char* op, const at::Tensor& input, const at::Tensor& index) {
+  TORCH_CHECK_VALUE(input.dim() == 4 && index.dim() == 2 && input.size(2) == index.size(1), op, " by key: input has "
+                    "shape ", input.sizes(), " and index ", index.sizes(), ", but must be (batch, heads, keys, "
+                    "buckets) and (queries, keys)");
+  Problem p = check(op, input, index.t(), input.size(3));
   std::swap(p.queries, p.keys);
   return p;
 }
 
-Problem check_rpe_bucket_sum(const at::Tensor& input, const at::Tensor& index, int64_t buckets) {
-  const Problem p = check("rpe_bucket_sum", input, index, buckets);
-  TORCH_CHECK_VALUE(input.size(3) == p.keys, "rpe_bucket_sum: input has ", input.size(3), " keys and index has ",
-                    p.keys);
-  return p;
-}
-
-void check_output(const char* op, const at::Tensor& output, at::IntArrayRef sizes) {
+void check_output(const char* op, const at::Tensor& output, const at::Tensor& input, at::IntArrayRef sizes) {
   TORCH_CHECK_VALUE(output.sizes() == sizes, op, ": output must have shape ", sizes, ", got ", output.sizes());
+  TORCH_CHECK_VALUE(output.is_contiguous(), op, ": output must be contiguous");
+  TORCH_CHECK_VALUE(output.device() == input.device(), op, ": output is on ", output.device(), " and input on ",
+                    input.device());
+  TORCH_CHECK_TYPE(output.scalar_type() == input.scalar_type(), op, ": output is ", output.scalar_type(),
+                   " and input is ", input.scalar_type());
+  at::assert_no_overlap(output, input);
 }
 
 } // namespace rpe_ops
@@ -70,6 +79,34 @@ TORCH_LIBRARY_IMPL(rpe_ops, AutocastCPU, m) {
 TORCH_LIBRARY_IMPL(rpe_ops, AutocastCUDA, m) {
   m.impl("rpe_index", torch::CppFunction::makeFallthrough());
   m.impl("rpe_bucket_sum", torch::CppFunction::makeFallthrough());
+}
+
+// What adds in place has no derivatives: it refuses tensors that ask for them, and tells autograd what has changed.
+template <typename... Flags>
+static void add_without_derivatives(const char* op, at::Tensor& output, const at::Tensor& input,
+                                    const at::Tensor& index, Flags... flags) {
+  TORCH_CHECK(!at::GradMode::is_enabled() || !(output.requires_grad() || input.requires_grad()), op, " has no "
+              "derivatives: call it under torch.no_grad(), or use rpe_index and rpe_bucket_sum");
+  const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(op, "");
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    handle.typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&, Flags...)>().call(output, input, index,
+                                                                                            flags...);
+  }
+  output.unsafeGetTensorImpl()->bump_version();
+}
+
+static void index_add(at::Tensor& output, const at::Tensor& input, const at::Tensor& index, bool by_key) {
+  add_without_derivatives("rpe_ops::rpe_index_add_", output, input, index, by_key);
+}
+
+static void bucket_sum_add(at::Tensor& output, const at::Tensor& input, const at::Tensor& index) {
+  add_without_derivatives("rpe_ops::rpe_bucket_sum_add_", output, input, index);
+}
+
+TORCH_LIBRARY_IMPL(rpe_ops, Autograd, m) {
+  m.impl("rpe_index_add_", index_add);
+  m.impl("rpe_bucket_sum_add_", bucket_sum_add);
 }
 
 #ifndef RPE_OPS_CUDA

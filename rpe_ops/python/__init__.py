@@ -1,4 +1,4 @@
-"""iRPE's two operators as one C++/CUDA extension: `rpe_ops.rpe_index` holds them, `rpe_ops.reference` their definition.
+"""iRPE's operators as one C++/CUDA extension: `rpe_ops.rpe_index` holds them, `rpe_ops.reference` their definition.
 
 Importing raises ImportError, with the command to rebuild, when the build belongs to another PyTorch or to another
 version of these files; ModuleNotFoundError only when the package is not installed at all.

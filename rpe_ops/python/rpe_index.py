@@ -3,6 +3,8 @@
     rpe_index       Y[b,h,i,j] = input[b,h,i,index[i,j]]
     rpe_bucket_sum  S[b,h,i,c] = sum of input[b,h,i,j] over all j with index[i,j] = c
 
+and, for attention that goes block by block on the CPU, `rpe_index_add_` and `rpe_bucket_sum_add_`, which add in place.
+
 On keys and queries (Wu et al., ICCV 2021, Eq. 12 and 13) the logits gain rpe_index(x @ table, ids); on values (Eq. 14)
 the output gains rpe_bucket_sum(attention, ids, buckets) @ table.
 """
@@ -41,7 +43,7 @@ def rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
 
 
 def rpe_index_add_(output: Tensor, input: Tensor, index: Tensor, by_key: bool = False) -> None:
-    """Gather as `rpe_index` does and add to `output` in place; on CPU, without autograd.
+    """Gather as `rpe_index` does and add to `output` in place; on CPU, without derivatives.
 
     output[b,h,i,j] += input[b,h,i,index[i,j]], or input[b,h,j,index[i,j]] with `by_key`
 
@@ -49,13 +51,14 @@ def rpe_index_add_(output: Tensor, input: Tensor, index: Tensor, by_key: bool = 
     input: (batch, heads, Lq, buckets), or (batch, heads, Lk, buckets) with `by_key`, of output's dtype, any strides.
     index: (Lq, Lk), int32 or int64.
 
-    Raises ValueError or TypeError for wrong shapes, strides and dtypes, IndexError for an id out of range.
+    Raises ValueError or TypeError for wrong shapes, strides and dtypes, IndexError for an id out of range, when some of
+    `output` may have been added to.
     """
     torch.ops.rpe_ops.rpe_index_add_(output, input, index, by_key)
 
 
 def rpe_bucket_sum_add_(output: Tensor, input: Tensor, index: Tensor) -> None:
-    """Adjoint of `rpe_index_add_` with `by_key`, in place; on CPU, without autograd.
+    """Adjoint of `rpe_index_add_` with `by_key`, in place; on CPU, without derivatives.
 
     output[b,h,j,index[i,j]] += input[b,h,i,j], the same in every run and for any number of threads
 

@@ -192,27 +192,40 @@ def test_one_and_two_threads_are_equal():
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            results.append((rpe_index(x, index), rpe_bucket_sum(p, index, 7)))
+            results.append((rpe_index(x, index), rpe_bucket_sum(p, index, 7), *add_all(x, p, index)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def add_all(x, p, index):
+    """Results of the adding operators; x serves for keys in part."""
+    own, by_key, sums = p.clone(), p.clone(), torch.ones(*p.shape[:2], p.shape[3], x.shape[3], dtype=p.dtype)
+    rpe_index_add_(own, x, index)
+    rpe_index_add_(by_key, sums + x[:, :, :1], index, by_key=True)
+    rpe_bucket_sum_add_(sums, p, index)
+    return own, by_key, sums
 
 
 def test_every_instruction_set_gives_the_same_bits(tmp_path):
     code = """if True:
         import sys, torch
         from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index
+        from test_operators import add_all
         print(torch.backends.cpu.get_cpu_capability())
         inputs = torch.load(sys.argv[1])
-        torch.save([(rpe_index(x, index), rpe_bucket_sum(p, index, 7)) for x, p, index in inputs], sys.argv[2])
+        torch.save([(rpe_index(x, index), rpe_bucket_sum(p, index, 7), *(add_all(x, p, index) if
+                    p.dtype in (torch.float32, torch.float64) else ())) for x, p, index in inputs], sys.argv[2])
     """
     inputs = [make((3, 3, 5, 43, 7), dtype) for dtype in DTYPES]
     torch.save(inputs, tmp_path / "inputs")
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "inputs", tmp_path / "results"], check=True,
-                          env=os.environ | {"ATEN_CPU_CAPABILITY": "default"}, capture_output=True, text=True)
+                          env=os.environ | {"ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.path.dirname(__file__)},
+                          capture_output=True, text=True)
     assert done.stdout == "DEFAULT\n"
-    for (x, p, index), (y, s) in zip(inputs, torch.load(tmp_path / "results"), strict=True):
+    for (x, p, index), (y, s, *added) in zip(inputs, torch.load(tmp_path / "results"), strict=True):
         assert torch.equal(rpe_index(x, index), y) and torch.equal(rpe_bucket_sum(p, index, 7), s)
+        assert not added or all(map(torch.equal, add_all(x, p, index), added))
 
 
 def test_a_row_does_not_depend_on_the_others_in_its_batch(device):
@@ -401,7 +414,7 @@ def test_adding_operators_pass_opcheck(dtype):
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [
-    (lambda y, x, i: (y, x[:, :, 1:], i), ValueError, "queries and index has"),
+    (lambda y, x, i: (y, x[:, :, 1:], i), ValueError, "_add_.*(queries and index has|keys, buckets|must have shape)"),
     (lambda y, x, i: (y[:, :1], x, i), ValueError, "output must have shape"),
     (lambda y, x, i: (y.transpose(2, 3).contiguous().transpose(2, 3), x, i), ValueError, "contiguous"),
     (lambda y, x, i: (y, x.float(), i), TypeError, "output is Double and input is Float"),
@@ -417,3 +430,36 @@ def test_wrong_arguments_of_adding_operators_are_named(change, error, message):
         rpe_index_add_(*change(y, keys_x, index), by_key=True)
     with pytest.raises(error, match=message):
         rpe_bucket_sum_add_(*change(sums, y, index))
+
+
+def test_autograd_knows_what_was_added_to():
+    y, x, _, sums, index = make_adding((2, 3, 5, 9, 7))
+    square = y.requires_grad_().clone()
+    squared = square * square  # saves what is changed next
+    with torch.no_grad():
+        rpe_index_add_(square, x, index)
+        rpe_bucket_sum_add_(sums, y, index)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.sum().backward()
+    for output, source in ((y.detach().clone(), x.clone().requires_grad_()), (y, x)):
+        with pytest.raises(RuntimeError, match="rpe_index_add_ has no derivatives"):
+            rpe_index_add_(output, source, index)
+    with pytest.raises(RuntimeError, match="rpe_bucket_sum_add_ has no derivatives"):
+        rpe_bucket_sum_add_(sums, y, index)
+
+
+def test_adding_to_what_is_read_is_refused():
+    memory = torch.zeros(2000)
+    y, x = memory[:90].view(1, 2, 5, 9), memory[80:150].view(1, 2, 5, 7)
+    with pytest.raises(RuntimeError, match="refer to a single memory location|overlap"):
+        rpe_index_add_(y, x, torch.zeros(5, 9, dtype=torch.int32))
+
+
+def test_adding_to_tables_of_many_buckets():
+    y, _, keys_x, sums, index = make_adding((1, 9, 3, 70, 20000), torch.float32)
+    expected = y + reference.rpe_index(keys_x, index.t()).transpose(2, 3)
+    expected_sums = sums + reference.rpe_bucket_sum(y.transpose(2, 3), index.t(), 20000)
+    rpe_bucket_sum_add_(sums, y, index)
+    rpe_index_add_(y, keys_x, index, by_key=True)
+    assert torch.equal(y, expected)
+    torch.testing.assert_close(sums, expected_sums)
