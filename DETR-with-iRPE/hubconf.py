@@ -4,8 +4,8 @@ Every entry takes `pretrained` (load the released weights), `num_classes` (highe
 `return_postprocessor` (give (model, PostProcess) rather than the model), and returns the model in evaluation mode.
 """
 import importlib
+import pathlib
 import sys
-from pathlib import Path
 
 
 def _import_siblings(*names):
@@ -14,9 +14,9 @@ def _import_siblings(*names):
     Those are put aside for the while, with what lies in them, and come back; without them the folder's own stay
     importable.
     """
-    folder = Path(__file__).resolve().parent
+    folder = pathlib.Path(__file__).resolve().parent
     own = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
-    foreign = {name for name in own - {Path(__file__).stem} if name in sys.modules and not Path(
+    foreign = {name for name in own - {pathlib.Path(__file__).stem} if name in sys.modules and not pathlib.Path(
         getattr(sys.modules[name], "__file__", None) or "/").resolve().is_relative_to(folder)}
 
     def take():

@@ -1,7 +1,7 @@
 """torch.hub.load(DIR, name, source="local"): the eight DeiT baselines and the nine models with iRPE."""
 import importlib
+import pathlib
 import sys
-from pathlib import Path
 
 dependencies = ["torch", "torchvision", "timm"]
 
@@ -11,10 +11,10 @@ def _import_siblings(*names):
 
     Those are put aside for the while and come back; without them the folder's own stay importable.
     """
-    folder = Path(__file__).resolve().parent
-    own = [path.stem for path in folder.glob("*.py") if path.stem != Path(__file__).stem]
+    folder = pathlib.Path(__file__).resolve().parent
+    own = [path.stem for path in folder.glob("*.py") if path.stem != pathlib.Path(__file__).stem]
     aside = {name: sys.modules.pop(name) for name in own if name in sys.modules
-             and Path(getattr(sys.modules[name], "__file__", None) or ".").resolve().parent != folder}
+             and pathlib.Path(getattr(sys.modules[name], "__file__", None) or ".").resolve().parent != folder}
     sys.path.insert(0, str(folder))
     try:
         return [importlib.import_module(name) for name in names]
