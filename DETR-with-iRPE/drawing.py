@@ -94,7 +94,7 @@ def draw_offset_maps(maps, layers, title, unit, signed):
         maps: one (heads, 2h - 1, 2w - 1) tensor for each layer, as `offset_map` returns them.
         layers: their numbers.
         title, unit: of the figure and of its colour bar.
-        signed: diverging colours around zero; else from zero up.
+        signed: diverging colours around zero; else from the least value up.
     """
     panels, tall, wide = torch.stack(list(maps)), *maps[0].shape[1:]
     heads = [f"head {head}" for head in range(len(maps[0]))] if len(maps[0]) > 1 else [""]
@@ -109,8 +109,10 @@ def draw_offset_maps(maps, layers, title, unit, signed):
     size = panels.abs().flatten()
     # a few offsets far above the rest would leave the others pale: half a percent may lie beyond the scale's end
     limit = size.kthvalue(math.ceil(0.995 * len(size))).values.item() or size.max().item() or 1.0
+    low = -limit if signed else size.min().item()
+    low = low if low < limit else 0.0  # a map of one value
     for axes, values in zip(grid.flat, panels.flatten(0, 1), strict=True):
-        image = axes.imshow(values.numpy(), cmap="RdBu_r" if signed else "viridis", vmin=-limit if signed else 0,
+        image = axes.imshow(values.numpy(), cmap="RdBu_r" if signed else "viridis", vmin=low,
                             vmax=limit, extent=(-wide / 2, wide / 2, tall / 2, -tall / 2), interpolation="nearest")
         axes.plot(0, 0, "+", color="black" if signed else "white", markersize=4)
         axes.set(xticks=[-(wide // 2), 0, wide // 2], yticks=[-(tall // 2), 0, tall // 2])

@@ -3,13 +3,15 @@
     python plot_log.py LOG [LOG ...] [--reference LOG] [--margin POINTS] [--output FILE.png]
 
 LOG is the log.txt of a run, of this code or the public one, of DeiT or DETR, which its columns tell. Loss, top-1 or
-AP, and learning rate are drawn as a PNG. For each run a line says at which epoch its top-1 (AP) first differs from the
-reference's, which is --reference or else the first log, by more than the margin. Where a log has an epoch several
-times, as after a run was resumed, the last line counts. Epochs are numbered as in the logs, from 0.
+AP, and learning rate are drawn as a PNG, with an × for what is not finite. For each run a line says at which epoch its
+top-1 (AP) first differs from the reference's, which is --reference or else the first log, by more than the margin.
+Where a log has an epoch several times, as after a run was resumed, the last line counts. Epochs are numbered as in the
+logs, from 0.
 """
 import argparse
 import json
 import math
+import reprlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from pathlib import Path
 from drawing import COLORS, figure_class, new_figure, runtime, save
 
 SCORES = {"DeiT": "top-1", "DETR": "AP"}
+LARGEST = 1e30  # more is no loss, and more than can be drawn
+LINES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Log:
 def parser():
     result = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("logs", nargs="+", metavar="LOG")
-    result.add_argument("--reference", metavar="LOG", help="the curve to compare with, drawn in black")
+    result.add_argument("--reference", metavar="LOG", help="the curve to compare with, drawn in black below the others")
     result.add_argument("--margin", type=float, default=1.0, metavar="POINTS",
                         help="difference in top-1 or AP that is still taken for the same, in points of 100")
     result.add_argument("--output", default="plot_log.png", metavar="FILE.png")
@@ -43,7 +47,7 @@ def read_rows(path):
     Raises: UserError that names the first line that is no line of a log.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").rstrip().splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
     except OSError as error:
         raise runtime.UserError(f"log {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -54,19 +58,26 @@ def read_rows(path):
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and rows and line.startswith("{"):
                 print(f"note: line {number} of {path}, the last one, is cut off and left out", file=sys.stderr)
                 break
             raise runtime.UserError(f"line {number} of {path} is not a JSON object, as those of a log.txt are: give a "
                                     "log, or remove the line") from error
         epoch = row.get("epoch") if isinstance(row, dict) else None
-        if type(epoch) is not int or epoch < 0:
+        if type(epoch) is not int or not 0 <= epoch < LARGEST:
             raise runtime.UserError(f"line {number} of {path} has no epoch, as those of a log.txt have")
         rows[epoch] = row
     if not rows:
         raise runtime.UserError(f"log {path} is empty")
     return dict(sorted(rows.items()))
+
+
+def to_number(value):
+    """A number of a log as a float, which may be NaN or infinite. Raises: ValueError for anything else."""
+    if type(value) not in (int, float) or LARGEST < abs(value) < math.inf:
+        raise ValueError
+    return float(value)
 
 
 def read_log(path):
@@ -78,20 +89,20 @@ def read_log(path):
     if kind is None:
         raise runtime.UserError(f"{path} is no log of DeiT or DETR: it has neither test_acc1 nor test_coco_eval_bbox")
 
-    def column(key, convert=float):
+    def column(key, convert=to_number):
         values = {}
         for epoch, row in rows.items():
             if key in row:
                 try:
                     values[epoch] = convert(row[key])
                 except (TypeError, ValueError, IndexError, KeyError) as error:
-                    raise runtime.UserError(f"{key} of epoch {epoch} in {path} is {row[key]!r}, "
-                                            "not a number") from error
+                    raise runtime.UserError(f"{key} of epoch {epoch} in {path} is {reprlib.repr(row[key])}, not a "
+                                            f"number up to {LARGEST:g}") from error
         return values
 
     columns = {key: column(key) for key in ("train_lr", "train_loss", "test_loss")}
     columns["score"] = (column("test_acc1") if kind == "DeiT" else
-                        column("test_coco_eval_bbox", lambda numbers: 100 * float(numbers[0])))
+                        column("test_coco_eval_bbox", lambda numbers: 100 * to_number(numbers[0])))
     return Log(str(label.resolve().parent.name if label.name == "log.txt" else label.stem), kind, columns)
 
 
@@ -117,8 +128,9 @@ def verdict(log, reference, margin):
     outside = [epoch for epoch, difference in apart.items() if not abs(difference) <= margin]
     if not outside:
         widest = max(apart, key=lambda epoch: abs(apart[epoch]))
-        return (f"{log.name}: within {what} of {reference.name} at all {len(apart)} epochs of both; the largest "
-                f"difference is {apart[widest]:+.2f}, at epoch {widest}")
+        epochs = f"all {len(apart)} epochs" if len(apart) > 1 else "the one epoch"
+        return (f"{log.name}: within {what} of {reference.name} at {epochs} of both; the largest difference "
+                f"is {apart[widest]:+.2f}, at epoch {widest}")
     first, last = outside[0], max(apart)
     return (f"{log.name}: leaves {reference.name} by more than {what} at epoch {first} "
             f"({log.columns['score'][first]:.2f}, not {reference.columns['score'][first]:.2f}) and is outside at "
@@ -126,25 +138,36 @@ def verdict(log, reference, margin):
             f"{apart[last]:+.2f}")
 
 
+def curve(axes, values, style):
+    """Draw {epoch: number} and return the line; an × at the foot marks each epoch without a finite number."""
+    line, = axes.plot(values.keys(), values.values(), **style)
+    if lost := [epoch for epoch, value in values.items() if not math.isfinite(value)]:
+        axes.plot(lost, [0.03] * len(lost), "x", color=style["color"], markersize=7, markeredgewidth=2, zorder=4,
+                  transform=axes.get_xaxis_transform())
+    return line
+
+
 def draw(logs, reference, margin):
     """A figure of loss, score, learning rate and, with several logs, the score's difference from the reference."""
-    several = len(logs) > 1
+    several, lines, runs = len(logs) > 1, [], [log for log in logs if log is not reference]
     figure = new_figure(10 if several else 13, (7 if several else 4) + 0.2 * len(logs))
     panels = figure.subplots(2 if several else 1, 2 if several else 3).flat
     loss, score, rate = panels[:3]
-    for number, log in enumerate(logs):
-        style = {"color": "black" if log is reference else COLORS[number % len(COLORS)], "linewidth": 1.3,
-                 "zorder": 3 if log is reference else 2}
+    for log in logs:
+        # the reference lies below and is wider, so that also a run equal to it is seen
+        style = {"color": "black", "linewidth": 3.0, "zorder": 2}
+        if log is not reference:
+            turn, color = divmod(runs.index(log), len(COLORS))
+            style = {"color": COLORS[color], "linestyle": LINES[turn % len(LINES)], "linewidth": 1.3, "zorder": 3}
         style["marker"] = "." if len(log.columns["train_loss"]) < 20 else ""
-        for axes, key, line in ((loss, "train_loss", "--"), (loss, "test_loss", "-"), (score, "score", "-"),
-                                (rate, "train_lr", "-")):
-            values = log.columns[key]
-            axes.plot(values.keys(), values.values(), line, **style)
+        curve(loss, log.columns["train_loss"], {**style, "alpha": 0.4})
+        curve(loss, log.columns["test_loss"], style)
+        lines.append(curve(score, log.columns["score"], style))
+        curve(rate, log.columns["train_lr"], style)
         if several and log is not reference:
-            apart = differences(log, reference)
-            panels[3].plot(apart.keys(), apart.values(), **style)
+            curve(panels[3], differences(log, reference), style)
     name = SCORES[reference.kind]
-    loss.set(title="loss: test (solid), training (dashed)", ylabel="loss")
+    loss.set(title="loss: test (strong), training (pale)", ylabel="loss")
     score.set(title="top-1 accuracy" if name == "top-1" else "AP (mean over IoU 0.50 to 0.95)", ylabel=f"{name} (%)")
     rate.set(title="learning rate", ylabel="learning rate")
     if several:
@@ -157,7 +180,7 @@ def draw(logs, reference, margin):
         axes.grid(alpha=0.3)
     # matplotlib hides labels that begin with an underscore and reads what stands between dollars as a formula
     names = [" " + log.name.replace("$", r"\$") + " (reference)" * (several and log is reference) for log in logs]
-    figure.legend(score.lines, names, loc="outside lower center", fontsize=9)
+    figure.legend(lines, names, loc="outside lower center", fontsize=9)
     figure.suptitle(f"{reference.kind}: {'log of a run' if not several else f'logs of {len(logs)} runs'}")
     return figure
 

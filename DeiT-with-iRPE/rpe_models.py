@@ -36,7 +36,7 @@ PUBLISHED_RATIOS = {("euc", 20): 20, ("quant", 51): 33, ("cross", 56): 20, ("pro
 
 GRAMMAR = "deit_{tiny|small|base}_patch16_{resolution}_{bias|ctx}_{euc|quant|cross|product}_{buckets}_" \
           "{shared|unshared}_{q|k|v|qk|kv|qv|qkv}"
-_NAME = re.compile(r"deit_(tiny|small|base)_patch16_(\d+)_(bias|ctx)_(euc|quant|cross|product)_(\d+)_"
+_NAME = re.compile(r"deit_(tiny|small|base)_patch16_([0-9]{1,5})_(bias|ctx)_(euc|quant|cross|product)_([0-9]{1,5})_"
                    r"(shared|unshared)_(q|k|v|qk|kv|qv|qkv)")
 
 

@@ -40,6 +40,9 @@ def load_model(args):
     trained = checkpoint.get("args")
     name = args.model or getattr(trained, "model", None) or Path(args.resume).stem
     size = args.input_size or getattr(trained, "input_size", None)
+    if not isinstance(name, str) or not isinstance(size, int | None):
+        raise UserError(f"{args.resume} holds the flags --model {name!r} and --input-size {size!r}, which are no name "
+                        "and number: give both")
     weights = model_weights(checkpoint, args.resume)
     classes = len(weights["head.weight"]) if "head.weight" in weights else 1000
     try:
@@ -47,7 +50,9 @@ def load_model(args):
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise UserError(f"{args.resume} cannot be drawn as {name}: {error}; --model says which one it is") from error
     if not any(isinstance(module, RPEAttention) for module in model.modules()):
-        raise UserError(f"{name} has no iRPE to draw")
+        tables = any("lookup_table" in key for key in weights)
+        raise UserError(f"{args.resume} has iRPE's tables, but {name} has none: --model says which one it is" if tables
+                        else f"{name} has no iRPE to draw")
     load_weights(model, checkpoint, args.resume)
     return model.eval(), name, trained
 

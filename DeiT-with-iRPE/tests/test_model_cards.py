@@ -129,7 +129,10 @@ def test_maps_too_large_to_count_are_described_without_counting(capsys):
     ("deit_smal_patch16_224_ctx_product_50_shared_k", "did you mean deit_small_patch16_224_ctx_product_50_shared_k"),
     ("deit_tiny_patch16_224_ctx_product_51_shared_k", "no product mapping .* 51 buckets"),
     ("deit_tiny_patch16_224_bias_product_50_shared_v", "a bias on values does not exist"),
-    ("deit_tiny_patch16_100_ctx_product_50_shared_k", "100×100"), ("resnet50", "not of the form")])
+    ("deit_tiny_patch16_100_ctx_product_50_shared_k", "100×100"), ("resnet50", "not of the form"),
+    (f"deit_tiny_patch16_{'9' * 5000}_ctx_product_50_shared_k", "not of the form"),
+    (f"deit_tiny_patch16_224_ctx_product_{'9' * 5000}_shared_k", "not of the form"),
+    ("deit_tiny_patch16_٢٢٤_ctx_product_50_shared_k", "not of the form")])
 def test_a_name_outside_the_grammar_is_refused_in_a_sentence(name, words):
     with pytest.raises(UserError, match=words) as refusal:
         model_cards.describe(name)

@@ -107,6 +107,31 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path, capsys):
     assert plot(capsys, *logs, logs[0], "--output", tmp_path / "x.png")[0].startswith(f"{logs[1]}: within")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_log(tmp_path):
+    path = Path(write(tmp_path / "log.txt", deit([1, 2])))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert plot_log.read_log(path).columns["score"] == {0: 1, 1: 2}
+
+
+def test_one_epoch_in_common_is_said_as_one(tmp_path, capsys):
+    logs = [write(tmp_path / f"{name}.txt", deit([1])) for name in "ab"]
+    assert "of a at the one epoch of both" in plot(capsys, *logs, "--output", tmp_path / "x.png")[0]
+
+
+def test_epochs_that_are_not_finite_are_marked(tmp_path):
+    log = plot_log.read_log(write(tmp_path / "a.txt", deit([1, float("nan"), 3, float("inf")])))
+    marks, = [line for line in plot_log.draw([log], log, 1).axes[1].lines if line.get_marker() == "x"]
+    assert list(marks.get_xdata()) == [1, 3]
+
+
+def test_a_run_equal_to_the_reference_is_seen_and_no_two_runs_look_alike(tmp_path):
+    logs = [plot_log.read_log(write(tmp_path / f"{number}.txt", deit([1, 2, 3]))) for number in range(13)]
+    reference, *runs = plot_log.draw(logs, logs[0], 1).axes[1].lines
+    assert all(reference.get_zorder() < run.get_zorder() and reference.get_linewidth() > 2 * run.get_linewidth()
+               for run in runs)
+    assert len({(run.get_color(), run.get_linestyle()) for run in runs}) == 12
+
+
 def test_any_file_name_can_stand_in_the_legend(tmp_path):
     logs = [plot_log.read_log(write(tmp_path / name, deit([score]))) for name, score in (
         ("_a.txt", 1), ("$x_{$.txt", 2), ("c.txt", 3))]
@@ -124,6 +149,10 @@ WHOLE = "".join(json.dumps(row) + "\n" for row in deit([1, 2]))
     (WHOLE[:20], "line 1 of"), (WHOLE[:-60] + "\n" + WHOLE, "line 2 of .*log.txt is not a JSON object"),
     ("[1, 2]\n", "line 1 of .* has no epoch"), ('{"epoch": -1}\n', "no epoch"), ('{"epoch": "3"}\n', "no epoch"),
     ('{"epoch": 0, "loss": 1}\n', "no log of DeiT or DETR"), ('{"epoch": 4, "test_acc1": "high"}\n', "epoch 4.*'high'"),
+    ('{"epoch": 4, "test_acc1": true}\n', "epoch 4.*True"), ('{"epoch": 4, "test_acc1": "5"}\n', "epoch 4.*'5'"),
+    ('{"epoch": 4, "test_acc1": %s}\n' % ("9" * 400), "epoch 4.*not a number"),
+    ('{"epoch": 4, "test_acc1": -1e308}\n', "epoch 4.*not a number"), ("[" * 100000, "line 1 of"),
+    ('{"epoch": %s, "test_acc1": 1}\n' % ("9" * 400), "no epoch"),
     ('{"epoch": 4, "test_coco_eval_bbox": []}\n', r"epoch 4.*\[\]"), (b"\xff\xfe\x00\x80", "no text")])
 def test_what_is_no_log_is_refused_in_a_sentence(tmp_path, content, words):
     path = tmp_path / "log.txt"

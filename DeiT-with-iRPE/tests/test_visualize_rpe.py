@@ -140,7 +140,8 @@ def test_every_panel_shows_its_layer_and_head_on_one_scale_around_zero(heads, la
 
 @pytest.mark.parametrize("flags, words", [
     ([], "--image FILE"), (["--layer", 12], "--layer 12 .*0 to 11"), (["--image", "none.png"], "none.png"),
-    (["--model", "deit_tiny_patch16_224"], "no iRPE"), (["--model", "nothing"], "--model"),
+    (["--model", "deit_tiny_patch16_224"], "x.pth has iRPE's tables, but deit_tiny_patch16_224 has none: --model"),
+    (["--model", "nothing"], "--model"),
     (["--model", "deit_tiny_patch16_224_ctx_euc_20_shared_k"], "another model"),
     (["--resume", "none.pth"], "none.pth"), (["--input-size", 64], "--input-size 32")])
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, flags, words):
@@ -155,6 +156,26 @@ def test_a_file_of_unknown_model_asks_for_its_name(tmp_path):
     checkpoint(tmp_path / "x.pth", TINY, args=argparse.Namespace())
     with pytest.raises(UserError, match="x.pth cannot be drawn as x: .*--model says"):
         draw("--resume", tmp_path / "x.pth", "--output_dir", tmp_path)
+
+
+@pytest.mark.parametrize("flags", [{"model": 5}, {"model": TINY, "input_size": "wide"}])
+def test_flags_of_other_kinds_in_a_checkpoint_are_named(tmp_path, flags):
+    checkpoint(tmp_path / "x.pth", TINY, args=argparse.Namespace(**flags))
+    with pytest.raises(UserError, match="x.pth holds the flags --model (5|'deit_.*) and --input-size (None|'wide')"):
+        draw("--resume", tmp_path / "x.pth", "--output_dir", tmp_path)
+
+
+def test_a_file_without_irpe_has_nothing_to_draw(tmp_path):
+    torch.save({"model": {"head.weight": torch.zeros(3, 192)}}, tmp_path / "deit_tiny_patch16_224.pth")
+    with pytest.raises(UserError, match="deit_tiny_patch16_224 has no iRPE to draw"):
+        draw("--resume", tmp_path / "deit_tiny_patch16_224.pth", "--output_dir", tmp_path)
+
+
+@pytest.mark.parametrize(("low", "high"), [(3.8, 7.5), (2.0, 2.0)])
+def test_norms_are_drawn_on_the_scale_of_their_own_values(low, high):
+    maps = torch.linspace(low, high, 3 * 25).view(3, 5, 5)
+    clim = draw_offset_maps([maps], [0], "title", "unit", False).axes[0].images[0].get_clim()
+    assert clim == pytest.approx((low if low < high else 0, high))
 
 
 def test_an_encoding_at_zero_is_drawn_too():
