@@ -218,19 +218,22 @@ def cuda_name():
 
 
 def build_deit(row):
-    """(model, picture size, its module of checkpoint functions)"""
+    """(model without memory for its weights, picture size, its module of checkpoint functions)"""
+    import model_cards
     import runtime
-    from rpe_models import create_model
-    return create_model(row["name"]), (224, 224), runtime
+    return model_cards.outline(row["name"]), (224, 224), runtime
 
 
 def build_detr(row):
     """As `build_deit`; DETR's MACs are counted at 800×1088 pixels, a common size of a picture of COCO."""
+    import torch
+
     import main
     from models import build_model
     from util import runtime
     flags = ["--enc_rpe2d", row["enc_rpe2d"], "--num_classes", "91", "--eval"]
-    return build_model(main.get_args_parser().parse_args(flags))[0], (800, 1088), runtime
+    with torch.device("meta"):
+        return build_model(main.get_args_parser().parse_args(flags))[0], (800, 1088), runtime
 
 
 def inspect_file(row, path):
@@ -244,11 +247,10 @@ def inspect_file(row, path):
     from torch.utils.flop_counter import FlopCounterMode
     if (folder := str(CODEBASES[row["codebase"]].folder)) not in sys.path:
         sys.path.insert(0, folder)
-    with torch.device("meta"):
-        model, size, runtime = {"deit": build_deit, "detr": build_detr}[row["codebase"]](row)
-        # PyTorch's fused attention would not be counted on every device
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model.eval().requires_grad_(False)(torch.zeros(1, 3, *size))
+    model, size, runtime = {"deit": build_deit, "detr": build_detr}[row["codebase"]](row)
+    # PyTorch's fused attention would not be counted on every device
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.eval().requires_grad_(False)(torch.zeros(1, 3, *size))
     try:
         weights = runtime.model_weights(runtime.load_checkpoint(path), path)
     except runtime.UserError as error:

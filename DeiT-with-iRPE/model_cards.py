@@ -21,8 +21,11 @@ LARGEST_MAP = 64  # tokens along a side; what is counted on larger maps takes gi
 
 def outline(name):
     """The model without memory for its weights, which can tell its shapes and be counted."""
-    with torch.device("meta"):
-        return rpe_models.create_model(name).eval()
+    try:
+        with torch.device("meta"):
+            return rpe_models.create_model(name).eval()
+    except RuntimeError:  # timm 1.0.15 reads the drop path rates off a tensor, which has no values there
+        return rpe_models.create_model(name).eval().to("meta")
 
 
 def count_parameters(model):

@@ -20,8 +20,7 @@ def seen_by_hub(folder, ask, *args):
 
 def load(folder, name):
     torch.manual_seed(0)
-    with torch.device("meta"):
-        return torch.hub.load(folder, name, source="local")
+    return torch.hub.load(folder, name, source="local")
 
 def shapes(model):
     return {{name: tensor.shape for name, tensor in model.state_dict().items()}}

@@ -58,8 +58,7 @@ def test_detrs_rows_are_entries_of_its_hubconf_and_fetch_their_url(monkeypatch):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
 def test_parameters_macs_and_buckets_are_those_of_the_models(row):
     folder = reproduce.CODEBASES[row["codebase"]].folder
-    with torch.device("meta"):
-        model = torch.hub.load(str(folder), row["name"], source="local")
+    model = torch.hub.load(str(folder), row["name"], source="local")
     buckets = {parameter.shape[-1] for name, parameter in model.named_parameters() if "rpe_k.lookup_table" in name}
     if row["codebase"] == "deit":
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == row["params_m"]
