@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import irpe
 from fill import fill_state_dict, image
@@ -184,96 +182,6 @@ def test_dropout_hides_attention_from_the_value_term_too():
     assert rpe_attention(q, k, v, *modules, dropout_p=1.0).abs().max() == 0
 
 
-def attention_and_gradients(rpe_on, method, shared_head, mask, dropout_p=0.0):
-    """Output and gradients on three pictures of 2×5 tokens and a class token, from a fixed seed, in float64."""
-    config = get_rpe_config(1.9, method, "ctx", shared_head, 1, rpe_on)
-    modules = [module and fill(module, f"{i}.").double() for i, module in enumerate(build_rpe(config, 4, 2))]
-    inputs = [*image(3, (3, 3, 2, 11, 4)).double().requires_grad_(), *(p for m in modules if m for p in m.parameters())]
-    torch.manual_seed(0)
-    out = rpe_attention(*inputs[:3], *modules, 2, 5, mask, dropout_p)
-    return [out, *torch.autograd.grad((out * image(2, out.shape).double()).sum(), inputs)]
-
-
-@pytest.mark.usefixtures("operators")
-@pytest.mark.parametrize("block", [1, 100, 2 * 11 * 11, 500, 2 ** 20])
-@pytest.mark.parametrize("rpe_on, method, shared_head", [("k", "product", True), ("qkv", "cross", False),
-                                                         ("qv", "euc", True)])
-def test_attention_in_blocks_of_any_size_is_attention(block, rpe_on, method, shared_head, monkeypatch):
-    masks = (None, torch.arange(11) < torch.tensor([8, 11, 3])[:, None, None, None], image(4, (11, 11)).double())
-    monkeypatch.setattr(irpe, "_BLOCK", block)
-    for mask in masks:
-        with monkeypatch.context() as patch:
-            patch.delattr(irpe, "_whole_attention")
-            in_blocks = attention_and_gradients(rpe_on, method, shared_head, mask)
-        with monkeypatch.context() as patch:
-            patch.delattr(irpe, "_BlockwiseAttention")
-            patch.setattr(irpe, "_can_go_blockwise", lambda *_: False)
-            torch.testing.assert_close(in_blocks, attention_and_gradients(rpe_on, method, shared_head, mask))
-
-
-@pytest.mark.usefixtures("operators")
-def test_attention_in_blocks_makes_nothing_as_large_as_the_logits(monkeypatch):
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            sizes.extend(x.untyped_storage().nbytes() for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
-            return out
-
-    monkeypatch.setattr(irpe, "_BLOCK", 2 ** 14)
-    modules = [fill(module) for module in build_rpe(get_rpe_config(rpe_on="qkv"), 4, 2)]
-    q, k, v = image(6, (3, 4, 2, 400, 4)).requires_grad_()
-    with Sizes():
-        rpe_attention(q, k, v, *modules).sum().backward()
-    assert max(sizes) < 4 * 4 * 2 * 400 * 400 / 3  # bytes of the logits; ids without the extension are a quarter
-
-
-@pytest.mark.parametrize("block", [7, 20, 2 ** 20])
-def test_dropout_keeps_the_mean_and_has_the_gradient_of_what_it_kept(block, monkeypatch):
-    monkeypatch.setattr(irpe, "_BLOCK", block)
-    modules = [fill(module).double() for module in build_rpe(get_rpe_config(rpe_on="qkv"), 3, 2)]
-
-    def attend(q, k, v, *_):
-        torch.manual_seed(1)
-        return rpe_attention(q, k, v, *modules, dropout_p=0.3)
-
-    q, k, v = (x.double().requires_grad_() for x in image(7, (3, 2, 2, 4, 3)))
-    assert torch.autograd.gradcheck(attend, (q, k, v, *(p for module in modules for p in module.parameters())))
-    q, k, v = image(7, (3, 1, 2, 400, 3))
-    out = rpe_attention(q, k, torch.ones_like(v), *build_rpe(get_rpe_config(), 3, 2), dropout_p=0.3)
-    assert abs(out.mean() - 1) < 0.01 and out.std() > 0.01
-
-
-@pytest.mark.usefixtures("operators")
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("method", ["product", "cross"])
-def test_second_derivatives_equal_finite_differences(dropout_p, method, monkeypatch):
-    monkeypatch.setattr(irpe, "_BLOCK", 20)
-    modules = [fill(module).double() for module in build_rpe(get_rpe_config(method=method, rpe_on="qkv"), 2, 1)]
-    tables = [p for module in modules for p in module.parameters()]
-
-    def attend(x, v, *_):
-        torch.manual_seed(1)
-        return rpe_attention(x, x, v, *modules, dropout_p=dropout_p)
-
-    x, v = (x.double().requires_grad_() for x in image(7, (2, 2, 1, 4, 2)))
-    assert torch.autograd.gradgradcheck(attend, (x, v, *tables))
-    grad, = torch.autograd.grad(attend(x, x).square().sum(), x, create_graph=True)  # keys and values are one tensor
-    assert grad.requires_grad
-    torch.testing.assert_close(grad, torch.autograd.grad(attend(x, x).square().sum(), x)[0])
-
-
-@pytest.mark.usefixtures("operators")
-def test_backward_under_autocast_computes_as_the_forward_did():
-    modules = [fill(module) for module in build_rpe(get_rpe_config(rpe_on="qkv"), 4, 2)]
-    q, k, v = image(6, (3, 1, 2, 9, 4)).requires_grad_()
-    expected = torch.autograd.grad(rpe_attention(q, k, v, *modules).square().sum(), (q, k, v))
-    out = rpe_attention(q, k, v, *modules).square().sum()
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(torch.autograd.grad(out, (q, k, v)), expected)
-
-
 def calls_of(hook):
     """How often a hook that `hook` registers on a module is called in training."""
     calls = []
@@ -333,6 +241,44 @@ def test_per_sample_gradients_of_torch_func(monkeypatch):
     for i in range(5):
         expected, = torch.autograd.grad(loss(tables, q[i], k[i], v[i]), tables.values())
         torch.testing.assert_close(gradients[i], expected)
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("rpe_on, method, shared_head", [("k", "product", True), ("qkv", "cross", False),
+                                                         ("qv", "euc", True)])
+def test_masks_are_those_of_the_composed_attention_and_dropout_acts(rpe_on, method, shared_head, monkeypatch):
+    config = get_rpe_config(1.9, method, "ctx", shared_head, 1, rpe_on)
+    modules = [module and fill(module, f"{i}.").double() for i, module in enumerate(build_rpe(config, 4, 2))]
+    tables = [p for module in modules if module for p in module.parameters()]
+    q, k, v = image(3, (3, 3, 2, 11, 4)).double().requires_grad_()
+    masks = (None, torch.arange(11) < torch.tensor([8, 11, 3])[:, None, None, None], image(4, (11, 11)).double())
+    for mask in masks:
+        found = []
+        for takes in (None, lambda *_: False):
+            if takes and irpe.HAS_RPE_OPS:
+                monkeypatch.setattr(irpe.rpe_ops, "attention_takes", takes)
+            out = rpe_attention(q, k, v, *modules, 2, 5, mask)
+            found.append([out, *torch.autograd.grad((out * v.detach()).sum(), (q, k, v, *tables))])
+        monkeypatch.undo()
+        torch.testing.assert_close(*found)
+    ones = rpe_attention(q, k, torch.ones_like(v), *modules, 2, 5, dropout_p=0.3)
+    assert ones.std() > 0.01
+
+
+@pytest.mark.usefixtures("operators")
+def test_the_public_tutorials_own_way_is_rpe_attention():
+    """build_rpe's modules called one by one inside somebody's attention, as users of the public code do."""
+    rpe_q, rpe_k, rpe_v = modules = [fill(m) for m in build_rpe(get_rpe_config(skip=1, rpe_on="qkv"), 8, 2)]
+    q, k, v = image(6, (3, 2, 2, 10, 8))
+    scale = 8 ** -0.5
+    scaled = q * scale
+    attn = scaled @ k.transpose(-2, -1)
+    attn += rpe_k(scaled)
+    attn += rpe_q(k * scale).transpose(2, 3)
+    attn = attn.softmax(dim=-1)
+    out = attn @ v
+    out += rpe_v(attn)
+    torch.testing.assert_close(out, rpe_attention(q, k, v, *modules))
 
 
 # --- use of a module -------------------------------------------------------------------------------------------------

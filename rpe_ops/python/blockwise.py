@@ -1,0 +1,219 @@
+"""Attention with contextual relative positions on a CPU, block by block, over the extension's kernels.
+
+No tensor of batch × heads × tokens × tokens is made, forward or backward: a block has whole rows of logits, and the
+backward pass makes it again, as in FlashAttention (Dao et al., NeurIPS 2022).
+"""
+import itertools
+import math
+
+import torch
+
+from .rpe_index import rpe_bucket_sum, rpe_bucket_sum_add_, rpe_index, rpe_index_add_
+
+_BLOCK = 2 ** 20  # logits at work at a time: 4 MB of float32, few enough to stay in a processor's cache
+
+
+def attention(q, k, v, on_q=(), on_k=(), on_v=(), mask=None, dropout_p=0.0):
+    """softmax(q·kᵀ + terms on keys and queries + mask)·v + terms on values (Wu et al., ICCV 2021, Eq. 12 to 14).
+
+        logits[b,h,i,j] += (q[b,h,i] @ table)[ids[i,j]]     for each (ids, table) on keys
+        logits[b,h,i,j] += (k[b,h,j] @ table)[ids[i,j]]     for each (ids, table) on queries: ids of the pairs (j, i)
+        out[b,h,i]      += Σ_j p[b,h,i,j] table[ids[i,j]]   for each (ids, table) on values, p after dropout
+
+    Args:
+        q, k, v: (B, H, L, D), q scaled; as `attention_takes` says: float32 or float64 on a CPU, outside compiling,
+            tracing, autocast and torch.func.
+        on_q, on_k, on_v: lists of pairs: ids (L, L), int32 or int64, and table, (D, buckets) or (H, D, buckets) on
+            queries and keys, (buckets, D) or (H, buckets, D) on values.
+        mask: added to the logits, broadcast to (B, H, L, L), without gradient; a query that it hides everything from
+            has no defined result.
+        dropout_p: dropout of the attention, the same in the backward pass.
+    Returns: (B, H, L, D), differentiable any number of times in q, k, v and the tables; derivatives of the second
+        order do make tensors of (B, H, L, L).
+    Raises: ValueError for a call that it does not take, IndexError for an id out of range.
+    """
+    if not attention_takes(q, k, v, mask):
+        raise ValueError(f"rpe_ops.attention got q, k, v of {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and "
+                         f"{q.dtype} on {q.device}; it takes what rpe_ops.attention_takes says: eager float32 or "
+                         "float64 of one shape on a CPU")
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], k.shape[2])
+    ids = [[indices for indices, _ in terms] for terms in (on_k, on_q, on_v)]
+    tables = [table for terms in (on_k, on_q, on_v) for _, table in terms]
+    return _BlockwiseAttention.apply(q, k, v, mask, dropout_p, ids, *tables)
+
+
+def attention_takes(q, k, v, mask=None, modules=()):
+    """Whether `attention` is for this call.
+
+    It has to be eager, outside autocast and torch.func, in float32 or float64 of one shape on a CPU, with a mask that
+    asks for no gradient. `modules` are those whose `forward` will not run then: they must have no hooks, nor a
+    `forward` of their own.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch.is_autocast_enabled("cpu") or (mask is not None and mask.requires_grad):
+        return False
+    return (q.shape == k.shape and q.shape[:3] == v.shape[:3] and q.dtype in (torch.float32, torch.float64)
+            and all(x.device.type == "cpu" and x.dtype == q.dtype for x in (q, k, v))
+            and not torch.nn.modules.module._has_any_global_hook()
+            and not any(_is_hooked(part) for module in modules for part in module.modules()))
+
+
+def _is_hooked(module):
+    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+                or module._backward_hooks or module._backward_pre_hooks)
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """`attention`; `ids` are three lists of ids, on keys, on queries and on values, one for every table."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx, q, k, v, mask, dropout_p, ids, *tables):
+        ctx.save_for_backward(q, k, v, mask, *tables)
+        ctx.ids, ctx.dropout = ids, _Dropout(dropout_p)
+        (on_k, on_q, on_v), drop = _pairs(ids, tables), ctx.dropout.start()
+        out = torch.empty_like(v)
+        for batch, rows, attn in _attention_blocks(q, k, mask, on_k, on_q):
+            drop(attn)
+            block = torch.matmul(attn, v[batch])
+            for indices, table in on_v:  # not in place: a checkpoint that saves products must find them as they were
+                block = block + torch.matmul(rpe_bucket_sum(attn, indices[rows], table.shape[-2]), table)
+            out[batch, :, rows] = block
+        return out
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad_out):
+        q, k, v, mask, *tables = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx, grad_out, mask, q, k, v, *tables)
+        (on_k, on_q, on_v), drop = _pairs(ctx.ids, tables), ctx.dropout.start()
+        grad_q, grad_k, grad_v, *grad_tables = (torch.zeros_like(x) for x in (q, k, v, *tables))
+        grads_k, grads_q, grads_v = _pairs(ctx.ids, grad_tables)
+        for batch, rows, attn, grad in _attention_blocks(q, k, mask, on_k, on_q, spares=1):
+            grad_rows = grad_out[batch, :, rows]
+            _matmul(grad_rows, v[batch].transpose(2, 3), out=grad)
+            for indices, table in on_v:
+                rpe_index_add_(grad, torch.matmul(grad_rows, table.transpose(-2, -1)), indices[rows])
+            kept, grad = drop(attn.clone() if ctx.dropout.p else attn, grad)
+            _add_product(grad_v[batch], kept, grad_rows)
+            for indices, grad_table in grads_v:
+                _add_product(grad_table, rpe_bucket_sum(kept, indices[rows], grad_table.shape[-2]), grad_rows)
+            torch._softmax_backward_data(grad, attn, -1, attn.dtype, grad_input=grad)
+            _add_product(grad_k[batch], grad, q[batch, :, rows])
+            block = torch.matmul(grad, k[batch])
+            for (indices, table), (_, grad_table) in zip(on_k, grads_k, strict=True):
+                sums = rpe_bucket_sum(grad, indices[rows], table.shape[-1])
+                block += torch.matmul(sums, table.transpose(-2, -1))
+                _add_product(grad_table, q[batch, :, rows], sums)
+            grad_q[batch, :, rows] = block
+            if rows.start == 0:  # of new pictures
+                sums_q = [q.new_zeros(*k[batch].shape[:3], table.shape[-1]) for _, table in on_q]
+            for (indices, _), sums in zip(on_q, sums_q, strict=True):
+                rpe_bucket_sum_add_(sums, grad, indices[rows])
+            if rows.stop == k.shape[2]:
+                for (_, table), (_, grad_table), sums in zip(on_q, grads_q, sums_q, strict=True):
+                    grad_k[batch] += torch.matmul(sums, table.transpose(-2, -1))
+                    _add_product(grad_table, k[batch], sums)
+        return grad_q, grad_k, grad_v, None, None, None, *grad_tables
+
+
+def _differentiable_gradients(ctx, grad_out, mask, *inputs):
+    """The gradients as differentiable functions, of operators that make (B, H, L, L) tensors."""
+    inputs = [x.view_as(x) for x in inputs]  # k may be the same tensor as v, but their gradients are two
+    q, k, v, *tables = inputs
+    out = _whole_attention(q, k, v, mask, ctx.dropout.start(), *_pairs(ctx.ids, tables))
+    needed = ctx.needs_input_grad[:3] + ctx.needs_input_grad[6:]
+    grads = iter(torch.autograd.grad(out, [x for x, wanted in zip(inputs, needed, strict=True) if wanted], grad_out,
+                                     create_graph=True))
+    grad_q, grad_k, grad_v, *grad_tables = (next(grads) if wanted else None for wanted in needed)
+    return grad_q, grad_k, grad_v, None, None, None, *grad_tables
+
+
+def _whole_attention(q, k, v, mask, drop, on_k, on_q, on_v):
+    logits = torch.matmul(q, k.transpose(2, 3))
+    for indices, table in on_k:
+        logits = logits + rpe_index(torch.matmul(q, table), indices)
+    for indices, table in on_q:
+        logits = logits + rpe_index(torch.matmul(k, table), indices.t()).transpose(2, 3)
+    attn = (logits if mask is None else logits + mask).softmax(-1)
+    kept = torch.ones_like(attn)
+    for batch, rows in _blocks(q):
+        kept[batch, :, rows], = drop(kept[batch, :, rows].contiguous())
+    attn = attn * kept
+    out = torch.matmul(attn, v)
+    for indices, table in on_v:
+        out = out + torch.matmul(rpe_bucket_sum(attn, indices, table.shape[-2]), table)
+    return out
+
+
+class _Dropout:
+    """Dropout with probability `p` that a second pass over the same blocks repeats, without keeping what it drew."""
+
+    def __init__(self, p):
+        self.p, self.seed = p, torch.randint(2 ** 62, ()).item() if p else 0
+
+    def start(self):
+        """A function that drops the next places from each of the tensors it is given, in place, and returns them."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def drop(*tensors):
+            if self.p:
+                dropped = torch.empty_like(tensors[0], dtype=torch.bool).bernoulli_(self.p, generator=generator)
+                for x in tensors:
+                    x.masked_fill_(dropped, 0).mul_(1 / (1 - self.p) if self.p < 1 else 0.0)
+            return tensors
+
+        return drop
+
+
+def _pairs(ids, tables):
+    """For keys, queries and values a list of (ids, table)."""
+    tables = iter(tables)
+    return [[(indices, next(tables)) for indices in group] for group in ids]
+
+
+def _blocks(q):
+    """Slices of pictures and of rows, at most `_BLOCK` logits each or one row: some pictures, or rows of one."""
+    pictures, heads, length, _ = q.shape
+    size = max(heads * length * length, 1)
+    parts, step = min(math.ceil(size / _BLOCK), max(length, 1)), max(1, _BLOCK // size)
+    starts = [length * part // parts for part in range(parts + 1)]
+    return [(slice(first, min(first + step, pictures)), rows) for first in range(0, pictures, step)
+            for rows in itertools.starmap(slice, itertools.pairwise(starts))]
+
+
+def _attention_blocks(q, k, mask, on_k, on_q, spares=0):
+    """Yield (pictures, rows, softmax of their logits (b, H, rows, L), spare tensors of the same shape).
+
+    The next block overwrites them: pages that are new to the process cost more time than the arithmetic on them.
+    """
+    shapes = [(*q[batch, :, rows].shape[:3], k.shape[2]) for batch, rows in _blocks(q)]
+    memory = q.new_empty(1 + spares, max(map(math.prod, shapes), default=0))
+    for (batch, rows), shape in zip(_blocks(q), shapes, strict=True):
+        if rows.start == 0:  # of new pictures
+            lookups = [(indices, torch.matmul(k[batch], table)) for indices, table in on_q]
+        logits, *rest = memory[:, :math.prod(shape)].unflatten(1, shape)
+        _matmul(q[batch, :, rows], k[batch].transpose(2, 3), out=logits)
+        for indices, table in on_k:
+            rpe_index_add_(logits, torch.matmul(q[batch, :, rows], table), indices[rows])
+        for indices, lookup in lookups:
+            rpe_index_add_(logits, lookup, indices[rows], by_key=True)
+        if mask is not None:
+            logits += mask[batch, :, rows]
+        yield batch, rows, torch.softmax(logits, -1, out=logits), *rest
+
+
+def _matmul(a, b, out):
+    """Product of 4-D tensors written to `out`, which torch.matmul would copy to."""
+    torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+
+
+def _add_product(total, a, b):
+    """total += aᵀ·b for 4-D a and b, summed over the batch, and over the heads, where `total` has none."""
+    if total.dim() == 4 and len(total) == 1:
+        total[0].baddbmm_(a[0].transpose(1, 2), b[0])
+    else:
+        total += torch.matmul(a.transpose(2, 3), b).sum_to_size(total.shape)
