@@ -7,8 +7,6 @@ medians of a round's ratios. Memory is the peak of a process that trains one ste
 """
 import argparse
 import datetime
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -18,11 +16,11 @@ from pathlib import Path
 
 import timm
 import torch
+from machine import machine
 
-# in place of this folder, whose rpe_ops.py is not the package
-sys.path[0] = str(Path(__file__).resolve().parent.parent / "DeiT-with-iRPE")
-import irpe  # noqa: E402
-import rpe_models  # noqa: E402
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "DeiT-with-iRPE"))
+import irpe
+import rpe_models
 
 PEER = "deit_small_patch16_224"
 MODELS = [f"{PEER}_ctx_product_50_shared_{where}" for where in ("k", "qk", "qkv")]
@@ -90,15 +88,6 @@ def print_own_peak(args):
     on_gpu = args.device == "cuda"
     print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else
           resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-
-
-def machine(device):
-    """The processor's (and GPU's) name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-    return f"{torch.cuda.get_device_name()} ({name})" if device == "cuda" else name
 
 
 def main():

@@ -9,23 +9,21 @@ meets all of them; printed are medians of times and of a round's ratios.
 """
 import argparse
 import datetime
-import os
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from machine import machine
 from torch import nn
 
-# in place of this folder, whose rpe_ops.py is not the package
-sys.path[0] = str(Path(__file__).resolve().parent.parent / "DETR-with-iRPE")
-import main as detr_main  # noqa: E402
-from engine import named_losses  # noqa: E402
-from models import build_model, parse_enc_rpe2d  # noqa: E402
-from models.rpe_attention import RPEMultiheadAttention, irpe  # noqa: E402
-from util.misc import nested_tensor_from_tensor_list  # noqa: E402
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "DETR-with-iRPE"))
+import main as detr_main
+from engine import named_losses
+from models import build_model, parse_enc_rpe2d
+from models.rpe_attention import RPEMultiheadAttention, irpe
+from util.misc import nested_tensor_from_tensor_list
 
 HEIGHT, WIDTH, BATCH = 25, 34, 2
 ENCODINGS = {where: f"rpe-2.0-product-ctx-1-{where}" for where in ("k", "qk", "qkv")}
@@ -114,15 +112,6 @@ def measure(variants, train, rounds, args, warm_up=3):
     for name, own in times.items():
         ratio = statistics.median(a / b for a, b in zip(own, peer, strict=True))
         print(f"  {name:24}{statistics.median(own) * 1e3:10.2f} ms  ×{ratio:5.2f}", flush=True)
-
-
-def machine(device):
-    """The processor's (and GPU's) name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-    return f"{torch.cuda.get_device_name()} ({name})" if device == "cuda" else name
 
 
 def main():

@@ -9,7 +9,7 @@ trap 'rm -rf "$site"' EXIT
 FORCE_CUDA=1 python -m pip install --quiet --no-build-isolation --no-deps --target "$site" .
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 python -m pytest tests -q 2>&1 | tee "$results/rpe_ops_gpu_tests.txt"
-python ../benchmarks/rpe_ops.py --device cuda | tee "$results/rpe_ops_cuda.txt"
+python ../benchmarks/operators.py --device cuda | tee "$results/rpe_ops_cuda.txt"
 if ! command -v compute-sanitizer >/dev/null; then
     echo "compute-sanitizer is not on PATH: memory and races were not checked" >&2
     exit 1

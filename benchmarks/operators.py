@@ -1,4 +1,4 @@
-"""rpe_ops against PyTorch's own ways and against one pass over memory: `python benchmarks/rpe_ops.py`.
+"""rpe_ops against PyTorch's own ways and against one pass over memory: `python benchmarks/operators.py`.
 
 For the shapes of DeiT-S (batch 8, 224x224) and DETR (batch 2, a 25x34 map), forward and backward of
 
@@ -13,23 +13,16 @@ a round.
 
 import argparse
 import ctypes
-import importlib
 import math
-import platform
 import random
 import statistics
 import sys
 import time
 from datetime import date
-from pathlib import Path
 
-sys.path = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # this file is no rpe_ops
-if __name__ == "rpe_ops":  # `import rpe_ops` from this folder means the package
-    del sys.modules["rpe_ops"]
-    importlib.import_module("rpe_ops")
-
-import torch  # noqa: E402
-from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index  # noqa: E402
+import torch
+from machine import machine
+from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index
 
 GOALS = {"cpu": {"forward": 2.0, "backward": 2.0}, "cuda": {"forward": 1.2, "backward": 1.5}}  # in copies
 FASTER = 1.5  # than the faster of PyTorch's two ways, on the CPU
@@ -137,13 +130,6 @@ def report(shape, direction, seconds, device):
           + (f" (goal: at least {FASTER}: {'met' if speedup >= FASTER else 'MISSED'})" if device == "cpu" else ""))
 
 
-def processor(device):
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def keep_memory():
     """Have glibc keep freed memory, as PyTorch's CUDA allocator does: else new pages, not the operators, are timed."""
     if sys.platform == "linux":
@@ -165,7 +151,7 @@ def main(args):
     keep_memory()
     torch.set_num_threads(args.threads)
     dtypes = [torch.float32] if args.device == "cpu" else [torch.float32, torch.float16, torch.bfloat16]
-    print(f"{date.today()}, {processor(args.device)}, {args.threads} threads, PyTorch {torch.__version__}, "
+    print(f"{date.today()}, {machine(args.device)}, {args.threads} threads, PyTorch {torch.__version__}, "
           f"{args.rounds} rounds")
     for name, batch, heads, (height, width), skip, alpha in SHAPES:
         ids, buckets = product_ids(height, width, skip, alpha)
