@@ -32,7 +32,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         loss_scaler: torch.amp.GradScaler for float16; a disabled one leaves the loss alone.
         max_norm: bound on the norm of the gradient; 0 for no bound.
     Returns: means of all losses, the gradient's norm and the learning rates over steps and processes.
-    Raises: UserError on all processes at the same step when a value of one is not finite, or the gradients never are.
+    Raises: SharedError at the same step when a value of one is not finite, or the gradients never are.
     """
     model.train()
     criterion.train()

@@ -160,17 +160,6 @@ def save_precision(measured, output_dir, names):
         runtime.save_atomically(arrays, path)
 
 
-def save_stats(stats, output_dir):
-    """Write the means of the losses and COCO's numbers to eval.json, from the main process."""
-    if not (output_dir and runtime.is_main_process()):
-        return
-    path = Path(output_dir, "eval.json")
-    try:
-        path.write_text(json.dumps(stats))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-
-
 def share_buffers(model):
     """Give all processes the main one's statistics of batch norm, which are saved: each saw another last batch."""
     if dist.is_initialized():
@@ -178,9 +167,8 @@ def share_buffers(model):
             dist.broadcast(buffer, src=0)
 
 
-def train(state, criterion, postprocessors, train_set, val_set, device, args):
+def train(state, criterion, postprocessors, loader, val_loader, ground_truth, device, args):
     """All epochs, each followed by a checkpoint, an evaluation and a line of the log."""
-    loader, val_loader, ground_truth = train_loader(train_set, args), eval_loader(val_set, args), val_set.ground_truth()
     model = DistributedDataParallel(state.model, [device] if device.type == "cuda" else None) if args.distributed \
         else state.model
     amp_dtype, log = getattr(torch, args.amp_dtype), runtime.RunLog(args.output_dir, args.start_epoch)
@@ -196,7 +184,7 @@ def train(state, criterion, postprocessors, train_set, val_set, device, args):
         if args.output_dir and runtime.is_main_process():
             milestone = (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0
             names = ["checkpoint.pth"] + [f"checkpoint{epoch:04}.pth"] * milestone
-            state.save([Path(args.output_dir, name) for name in names], epoch, args, train_set.categories)
+            state.save([Path(args.output_dir, name) for name in names], epoch, args, loader.dataset.categories)
         values = {f"train_{name}": value for name, value in trained.items()}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             stats, measured = evaluate(state.model, criterion, postprocessors, val_loader, ground_truth, device,
@@ -205,13 +193,27 @@ def train(state, criterion, postprocessors, train_set, val_set, device, args):
             save_precision(measured, args.output_dir, names)
             values.update({f"test_{name}": value for name, value in stats.items()})
         log.write(epoch, {**values, "epoch": epoch, "n_parameters": n_parameters})
-    log.close()
+
+
+def take_weights(state, args):
+    """Bring the state, and `args.start_epoch`, to where the flags say that the run starts."""
+    finished = None
+    if args.resume and not (args.eval or args.finetune):
+        finished = state.resume(args.resume)
+    elif args.resume:
+        load_weights(state.model, runtime.load_checkpoint(args.resume), args.resume, args.finetune)
+    elif args.eval:
+        print_once("note: --eval without --resume measures a model with random weights")
+    if finished is None:
+        state.start_at(args.start_epoch)
+    else:
+        args.start_epoch = finished + 1
 
 
 def main(args):
     """Run the command line; returns what `evaluate` measured if that was all that was asked."""
     check_args(args)
-    device = runtime.init_distributed(args)
+    device = runtime.find_place(args)
     runtime.prepare_output_dir(args.output_dir)
     torch.manual_seed(args.seed)
     train_set, val_set = build_datasets(args)
@@ -221,26 +223,21 @@ def main(args):
     optimizer = build_optimizer(model, args)
     state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
                           torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "float16"))
-    finished = None
-    if args.eval or args.finetune:
-        if args.resume:
-            load_weights(model, runtime.load_checkpoint(args.resume), args.resume, args.finetune)
-        else:
-            print_once("note: --eval without --resume measures a model with random weights")
-    elif args.resume:
-        finished = state.resume(args.resume)
-    if finished is None:
-        state.start_at(args.start_epoch)
-    else:
-        args.start_epoch = finished + 1
+    take_weights(state, args)
+    loader = None if args.eval else train_loader(train_set, args)
+    val_loader, ground_truth = eval_loader(val_set, args), val_set.ground_truth()
+    runtime.init_distributed(args)
     if args.eval:
-        stats, measured = evaluate(model, criterion, postprocessors, eval_loader(val_set, args),
-                                   val_set.ground_truth(), device, getattr(torch, args.amp_dtype))
+        stats, measured = evaluate(model, criterion, postprocessors, val_loader, ground_truth, device,
+                                   getattr(torch, args.amp_dtype))
         save_precision(measured, args.output_dir, ["eval.pth"])
-        save_stats(stats, args.output_dir)
+        if args.output_dir and runtime.is_main_process():
+            path = Path(args.output_dir, "eval.json")
+            with runtime.writing(path):
+                path.write_text(json.dumps(stats))
         return stats
     started = time.perf_counter()
-    train(state, criterion, postprocessors, train_set, val_set, device, args)
+    train(state, criterion, postprocessors, loader, val_loader, ground_truth, device, args)
     print_once(f"Training took {datetime.timedelta(seconds=round(time.perf_counter() - started))}")
     return None
 

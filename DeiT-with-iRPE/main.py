@@ -9,7 +9,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
 
 import torch
 from timm.data import Mixup
@@ -24,25 +23,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+import runtime
 from checkpoint import TrainingState, finetune_from, load_weights
 from datasets import build_collate, build_dataset
 from engine import evaluate, train_one_epoch
 from losses import DistillationLoss
 from rpe_models import create_model
-from runtime import (
-    ArgumentParser,
-    RunLog,
-    UserError,
-    get_rank,
-    get_world_size,
-    init_distributed,
-    is_main_process,
-    load_checkpoint,
-    prepare_output_dir,
-    print_once,
-    run,
-    seed_everything,
-)
+from runtime import UserError, get_rank, get_world_size, is_main_process, load_checkpoint, print_once, seed_everything
 from samplers import RASampler, ShardSampler
 
 
@@ -150,9 +137,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Train, or with ``args.eval`` only evaluate; returns the last evaluation's loss, acc1 and acc5."""
-    device = init_distributed(args)
+    device = runtime.find_place(args)
     check_args(args)
-    prepare_output_dir(args.output_dir)
+    runtime.prepare_output_dir(args.output_dir)
     seed_everything(args.seed)
     torch.backends.cudnn.benchmark = True
     if args.eval:
@@ -161,13 +148,12 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     val_loader, _ = build_val_loader(args, device)
     state = build_state(args, build_model(args, nb_classes).to(device))
     start_epoch = resume(args, state)
-    return train(args, device, state, start_epoch, train_loader, val_loader, nb_classes)
+    criterion = build_criterion(args, state.model, nb_classes, device)
+    runtime.init_distributed(args)
+    return train(args, device, state, start_epoch, criterion, train_loader, val_loader, nb_classes)
 
 
-# --------------------------------------------------------------------------------------------------------------
 # Checks
-# --------------------------------------------------------------------------------------------------------------
-
 _RANGES = {
     "batch_size": (1, None), "epochs": (1, None), "input_size": (1, None), "drop": (0, 0.999),
     "drop_path": (0, 0.999), "model_ema_decay": (0, 1), "opt_eps": (0, None), "clip_grad": (1e-9, None),
@@ -225,10 +211,7 @@ def _mixes(args: argparse.Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-# --------------------------------------------------------------------------------------------------------------
 # Data
-# --------------------------------------------------------------------------------------------------------------
-
 
 def build_train_loader(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, int]:
     """Loader of full batches for this process, and the number of classes."""
@@ -256,10 +239,7 @@ def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **
                       pin_memory=args.pin_mem and device.type == "cuda", **options)
 
 
-# --------------------------------------------------------------------------------------------------------------
 # Model, loss, optimizer
-# --------------------------------------------------------------------------------------------------------------
-
 
 def build_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
     """The named model for ``args.input_size`` pixels, started as the flags say."""
@@ -370,25 +350,20 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
     return getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
 
 
-# --------------------------------------------------------------------------------------------------------------
 # Runs
-# --------------------------------------------------------------------------------------------------------------
-
 
 def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Evaluate ``args.resume``, or the model as it was made; with ``args.output_dir`` also writes eval.json there."""
     loader, nb_classes = build_val_loader(args, device)
-    model = build_model(args, nb_classes)
+    model = build_model(args, nb_classes).to(device)
     if args.resume:
         load_weights(model, load_checkpoint(args.resume), args.resume)
-    stats = evaluate(loader, model.to(device), device, amp_dtype(args, device))
+    runtime.init_distributed(args)
+    stats = evaluate(loader, model, device, amp_dtype(args, device))
     if args.output_dir and is_main_process():
         path = os.path.join(args.output_dir, "eval.json")
-        try:
-            with open(path, "w") as file:
-                json.dump(stats, file)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        with runtime.writing(path), open(path, "w") as file:
+            json.dump(stats, file)
     return stats
 
 
@@ -407,9 +382,8 @@ def resume(args: argparse.Namespace, state: TrainingState) -> int:
 
 
 def train(args: argparse.Namespace, device: torch.device, state: TrainingState, start_epoch: int,
-          train_loader: DataLoader, val_loader: DataLoader, nb_classes: int) -> dict[str, float]:
+          criterion: nn.Module, train_loader: DataLoader, val_loader: DataLoader, nb_classes: int) -> dict[str, float]:
     """Train up to ``args.epochs``; after each epoch evaluate, save and log. Returns the last evaluation."""
-    criterion = build_criterion(args, state.model, nb_classes, device)
     model, mixup, dtype = state.model, build_mixup(args, nb_classes), amp_dtype(args, device)
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print_once(f"{args.model}: {n_parameters / 1e6:.2f} M parameters, {nb_classes} classes, "
@@ -417,9 +391,13 @@ def train(args: argparse.Namespace, device: torch.device, state: TrainingState, 
                f"{args.batch_size} x {args.world_size} an epoch, from epoch {start_epoch} to {args.epochs}")
     if args.distributed:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    log = RunLog(args.output_dir, start_epoch)
+    log = runtime.RunLog(args.output_dir, start_epoch)
     started, test = time.time(), {}
-    for epoch in _epochs(args, start_epoch, train_loader):
+    if start_epoch >= args.epochs:
+        print_once(f"epoch {start_epoch} is behind the last of --epochs {args.epochs}: nothing to train")
+    for epoch in range(start_epoch, args.epochs):
+        seed_everything(args.seed, get_rank(), epoch)  # a resumed run draws what one in one piece would draw
+        train_loader.sampler.set_epoch(epoch)
         stats = train_one_epoch(model, criterion, train_loader, state.optimizer, device, epoch, state.loss_scaler,
                                 args.clip_grad, state.model_ema, mixup, dtype)
         test = evaluate(val_loader, state.model, device, dtype)
@@ -432,21 +410,11 @@ def train(args: argparse.Namespace, device: torch.device, state: TrainingState, 
                           **{f"test_{name}": value for name, value in test.items()},
                           "epoch": epoch, "n_parameters": n_parameters})
         print_once(f"Max accuracy: {state.max_accuracy:.2f}%")
-    log.close()
     print_once(f"Training time {time.strftime('%H:%M:%S', time.gmtime(time.time() - started))}")
     return test
 
 
-def _epochs(args: argparse.Namespace, start_epoch: int, train_loader: DataLoader) -> Iterator[int]:
-    """The epochs to train, each with its own random numbers, so that a resumed run draws what one piece would."""
-    if start_epoch >= args.epochs:
-        print_once(f"epoch {start_epoch} is behind the last of --epochs {args.epochs}: nothing to train")
-    for epoch in range(start_epoch, args.epochs):
-        seed_everything(args.seed, get_rank(), epoch)
-        train_loader.sampler.set_epoch(epoch)
-        yield epoch
-
-
 if __name__ == "__main__":
-    run(main, ArgumentParser("main.py", parents=[get_args_parser()], description=__doc__,
-                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args())
+    parser = runtime.ArgumentParser("main.py", parents=[get_args_parser()], description=__doc__,
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    runtime.run(main, parser.parse_args())

@@ -6,7 +6,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from util.misc import NestedTensor
-from util.runtime import UserError, barrier, cached_download, is_main_process, load_checkpoint
+from util.runtime import UserError, cached_download, load_checkpoint
 
 from .position_encoding import build_position_encoding
 
@@ -48,7 +48,7 @@ class Backbone(BackboneBase):
         return_interm_layers: see `BackboneBase`.
         dilation: DC5: the last stage keeps its resolution and dilates its kernels (not for 18 and 34).
         last_stride: stride of the last stage; 1 keeps its resolution without dilation.
-        pretrained: ImageNet weights from torchvision; the main process downloads them first.
+        pretrained: ImageNet weights from torchvision.
         frozen_norm: batch norm with fixed statistics, as pretrained weights need it. Otherwise it is an ordinary
             trainable one and, with `train_backbone`, the whole backbone trains, as random weights need it.
     Raises: UserError for an unknown name, dilation that the blocks cannot do, or weights that cannot be had.
@@ -69,20 +69,11 @@ class Backbone(BackboneBase):
                 if isinstance(module, nn.Conv2d):
                     module.stride = (1, 1)
         if pretrained:
-            resnet.load_state_dict(load_checkpoint(_pretrained_weights(name)))
+            url = vision_models.get_model_weights(name)["IMAGENET1K_V1"].url
+            resnet.load_state_dict(load_checkpoint(cached_download(url)))
         super().__init__(resnet, train_backbone, resnet.fc.in_features, return_interm_layers)
         if train_backbone and not frozen_norm:
             self.body.requires_grad_(True)
-
-
-def _pretrained_weights(name):
-    url = vision_models.get_model_weights(name)["IMAGENET1K_V1"].url
-    if not is_main_process():
-        barrier()
-    path = cached_download(url)
-    if is_main_process():
-        barrier()
-    return path
 
 
 class Joiner(nn.Sequential):
