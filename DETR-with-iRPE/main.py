@@ -191,7 +191,7 @@ def train(state, criterion, postprocessors, loader, val_loader, ground_truth, de
         values = {f"train_{name}": value for name, value in trained.items()}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             stats, measured = evaluate(state.model, criterion, postprocessors, val_loader, ground_truth, device,
-                                       amp_dtype)
+                                       amp_dtype, args.output_dir)
             names = ["eval/latest.pth"] + [f"eval/{epoch:03}.pth"] * (epoch % 50 == 0)
             save_precision(measured, args.output_dir, names)
             values.update({f"test_{name}": value for name, value in stats.items()})
@@ -223,6 +223,8 @@ def main(args):
     torch.manual_seed(args.seed)
     train_set, val_set = build_datasets(args)
     model, criterion, postprocessors = build_model(args)
+    if "panoptic" in postprocessors:
+        postprocessors["panoptic"].is_thing_map = val_set.is_thing_map
     model.to(device)
     criterion.to(device)
     optimizer = build_optimizer(model, args)
@@ -234,7 +236,7 @@ def main(args):
     runtime.init_distributed(args)
     if args.eval:
         stats, measured = evaluate(model, criterion, postprocessors, val_loader, ground_truth, device,
-                                   getattr(torch, args.amp_dtype))
+                                   getattr(torch, args.amp_dtype), args.output_dir)
         save_precision(measured, args.output_dir, ["eval.pth"])
         if args.output_dir and runtime.is_main_process():
             path = Path(args.output_dir, "eval.json")

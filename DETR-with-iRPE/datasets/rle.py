@@ -24,8 +24,8 @@ def to_rle(segmentation, height, width, name):
 
 def _check_rle(rle, height, width, name):
     if rle.get("size") != [height, width]:
-        raise UserError(f"{name} has RLE of the size {rle.get('size')}, but its picture has [{height}, {width}] (height, "
-                        "width)")
+        raise UserError(f"{name} has RLE of the size {rle.get('size')}, but its picture is {[height, width]}: "
+                        "height, width")
     counts = rle.get("counts")
     try:
         if isinstance(counts, list):

@@ -95,17 +95,31 @@ def test_difficult_objects_are_left_out_of_training_when_asked(tmp_path):
     assert counts["val", ("--remove_difficult",)] == counts["val", ()]
 
 
-def test_a_stray_bad_box_among_thousands_is_clipped_or_left_out_with_a_note(tmp_path, capsys):
+def test_boxes_without_area_are_left_out_with_one_note_however_many_there_are(tmp_path, capsys):
     root = write_set(tmp_path / "set", count=2, splits=("val",))
 
     def change(data):
         good = {**data["annotations"][0], "iscrowd": 0, "bbox": [1, 1, 20, 20]}
-        data["annotations"] = [good] * 3000 + [{**good, "id": 9001, "bbox": [1, 1, 0, 5]},
-                                               {**good, "id": 9002, "bbox": [-9, 1, 20, 20]}]
+        data["annotations"] = [good, {**good, "id": 9001, "bbox": [1, 1, 0, 5]}, {**good, "id": 9002, "category_id": 4},
+                               *({**good, "id": 9003, "bbox": [3, 3, 10, -3]} for _ in range(5))]
+
+    edit(root, change)
+    labels = dataset(root)[0][1]["labels"].tolist()
+    note, = capsys.readouterr().out.splitlines()
+    assert "object 9001" in note and "of 8 boxes 6" in note
+    assert labels == [load_annotations(root, "val")["annotations"][0]["category_id"], 4]
+
+
+def test_a_box_among_thousands_that_reaches_out_is_clipped_with_a_note(tmp_path, capsys):
+    root = write_set(tmp_path / "set", count=2, splits=("val",))
+
+    def change(data):
+        good = {**data["annotations"][0], "iscrowd": 0, "bbox": [1, 1, 20, 20]}
+        data["annotations"] = [good] * 3000 + [{**good, "id": 9002, "bbox": [-9, 1, 20, 20]}]
 
     edit(root, change)
     images = dataset(root)
-    assert "object 9001" in capsys.readouterr().out
+    assert "object 9002" in capsys.readouterr().out
     assert len(images[0][1]["labels"]) == 3001
     assert images[0][1]["boxes"][-1, 2] * images[0][1]["orig_size"][1] == pytest.approx(11, abs=1e-3)
 
@@ -210,13 +224,17 @@ def test_a_picture_of_another_size_than_annotated_is_named(own):
 
 
 @pytest.mark.parametrize(("box", "words"), [
-    ([1000, 2, 5, 5], "reaches out"), ([2, 2, 500, 5], "reaches out"), ([5, 5, 0, 5], "no area"),
-    ([5, 5, 10, -3], "no area"), ([1, 2, 3], "four numbers"), (["a", 1, 2, 3], "four numbers"),
-    ([float("nan"), 1, 2, 3], "reaches out")])
-def test_a_box_outside_the_picture_or_without_area_is_named(own, box, words):
+    ([1000, 2, 5, 5], "reaches out"), ([2, 2, 500, 5], "reaches out"), ([1, 2, 3], "four numbers"),
+    (["a", 1, 2, 3], "four numbers"), ([float("nan"), 1, 2, 3], "reaches out")])
+def test_a_box_outside_the_picture_is_named(own, box, words):
     edit(own, lambda data: data["annotations"].append(
         {"id": 4711, "image_id": 7, "category_id": 1, "bbox": box, "iscrowd": 0, "area": 4}))
     refused(own, "object 4711", words)
+
+
+def test_a_set_in_which_no_box_has_an_area_is_refused(own):
+    edit(own, lambda data: [entry.update(bbox=[5, 5, 10, 0], iscrowd=0) for entry in data["annotations"]])
+    refused(own, "object 1 ", "no area")
 
 
 @pytest.mark.parametrize(("field", "value", "words"), [("image_id", 99, "picture 99"),
