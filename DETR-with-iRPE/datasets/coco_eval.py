@@ -48,6 +48,7 @@ class CocoEvaluator:
             measured = COCOeval(self.ground_truth, self._results(found), self.iou_type)
             measured.evaluate()
             measured.accumulate()
+        print({"bbox": "Boxes", "segm": "Masks"}[self.iou_type])
         measured.summarize()
         return measured
 

@@ -67,7 +67,7 @@ class PanopticEvaluator:
     def _write(self, name, content):
         if self.folder:
             with writing(self.folder / name):
-                self.folder.mkdir(exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / name).write_bytes(content)
 
 
@@ -94,9 +94,9 @@ def compare(truth, true_segments, found, found_segments):
             crowded[f] += n
     matches = []
     for t, f, n in overlaps:
-        iou = n / (true_area[t] + found_area[f] - n - void[f])
-        if iou > 0.5 and f in found_kind and true_kind.get(t) == found_kind[f]:
-            matches.append((found_kind.pop(f)[0], iou))
+        union = true_area[t] + found_area[f] - n - void[f]
+        if f in found_kind and true_kind.get(t) == found_kind[f] and n > union / 2:
+            matches.append((found_kind.pop(f)[0], n / union))
             true_kind.pop(t)
     missed = [(category, 0) for category, crowd in true_kind.values() if not crowd]
     wrong = [(category, 0) for f, (category, _) in found_kind.items() if void[f] + crowded[f] <= found_area[f] / 2]
