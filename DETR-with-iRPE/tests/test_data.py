@@ -88,7 +88,7 @@ def test_targets_have_a_bool_mask_of_every_object_in_the_size_of_the_picture(coc
 
 @pytest.mark.parametrize(("segmentation", "words"), [
     (None, "None"), ([], "--masks needs polygons"), ([[1, 2, 4, 2]], "three points"),
-    ([[1, 2, 4, 2, 4, 6], [1, 2, 3, 4, 5]], "three points"), ([[1, 2, 4, 2, 4, float("nan")]], "pixels"),
+    ([[1, 2, 4, 2, 4, 6], [1, 2, 4, 2, 4, 6, 1]], "three points"), ([[1, 2, 4, 2, 4, float("nan")]], "pixels"),
     ([[1, 2, 4, 2, 4, "6"]], "pixels"), ([1, 2, 4, 2, 4, 6], "three points"),
     ({"size": [6, 8], "counts": [10, 38]}, "[6, 8]"), ({"size": [8, 6], "counts": [10, 4]}, "48"),
     ({"size": [8, 6], "counts": [-10, 58]}, "48"), ({"size": [8, 6], "counts": "abc"}, "decoded"),
