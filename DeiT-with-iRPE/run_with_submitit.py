@@ -27,7 +27,7 @@ def get_parser() -> argparse.ArgumentParser:
                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("job").add_argument
     add("--ngpus", default=8, type=int, help="GPUs of each node, a process for each; with --device cpu only processes")
-    add("--nodes", default=1, type=int)
+    add("--nodes", default=1, type=int, help="machines of the cluster")
     add("--timeout", default=2 * 24 * 60, type=int, help="minutes until the job is requeued")
     add("--partition", type=str, metavar="NAME", help="of the cluster; its default if not given")
     add("--job_dir", default="outputs/%j", type=str, metavar="DIR",
