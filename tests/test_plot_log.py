@@ -1,7 +1,9 @@
 """tools/plot_log.py on made logs of both codebases."""
 import json
+import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import drawing
 import plot_log
@@ -34,26 +36,26 @@ def write(path, rows):
     return path
 
 
-def plot(capsys, *flags):
-    """Lines that are printed after that of the picture."""
-    plot_log.main(plot_log.parser().parse_args([str(flag) for flag in flags]))
+def verdicts(capsys, *flags):
+    """Lines that are printed after that of the picture, which is not drawn."""
+    with mock.patch.multiple(plot_log, draw=mock.DEFAULT, save=mock.DEFAULT):
+        plot_log.main(plot_log.parser().parse_args([str(flag) for flag in flags]))
     return capsys.readouterr().out.splitlines()[1:]
 
 
 def test_a_run_leaves_the_first_log_at_the_first_epoch_beyond_the_margin(capsys):
     logs = write("paper.txt", deit([10, 20, 30, 40, 50])), write("run.txt", deit([10.9, 19, 31.5, 40, 47]))
-    line, = plot(capsys, *logs, "--output", "new/curves.png")
+    line, = verdicts(capsys, *logs)
     assert line == ("run.txt leaves the reference's top-1 by more than 1 at epoch 2 (31.50, not 30.00) and is outside "
                     "at 2 of 5 epochs, last at 4; at the end, epoch 4, it is -3.00")
-    assert Path("new/curves.png").read_bytes().startswith(b"\x89PNG")
-    line, = plot(capsys, *logs, "--margin", 3)
+    line, = verdicts(capsys, *logs, "--margin", 3)
     assert line == ("run.txt is within 3 of the reference's top-1 at all epochs of both, 5; the largest difference is "
                     "-3.00, at epoch 4")
 
 
 def test_detrs_ap_is_compared_in_points_where_both_measured_it(capsys):
     logs = write("a.txt", detr([0.1, 0.2, 0.3, 0.4, 0.5])), write("b.txt", detr([None, 0.205, None, 0.42]))
-    line, = plot(capsys, *logs)
+    line, = verdicts(capsys, *logs)
     assert line == ("b.txt leaves the reference's AP by more than 1 at epoch 3 (42.00, not 40.00) and is outside at 1 "
                     "of 2 epochs, last at 3; at the end, epoch 3, it is +2.00")
     assert plot_log.read_log("b.txt")["train_loss"] == {0: 9, 1: 9, 2: 9, 3: 9}
@@ -62,9 +64,22 @@ def test_detrs_ap_is_compared_in_points_where_both_measured_it(capsys):
 def test_logs_without_a_common_epoch_are_said_to_have_none_and_what_is_not_a_number_is_outside(capsys):
     logs = (write("a.txt", deit([1, 2, 3])), write("later.txt", deit(range(9))[7:]),
             write("nan.txt", deit([1, float("nan"), 3])))
-    later, nan = plot(capsys, *logs)
+    later, nan = verdicts(capsys, *logs)
     assert later == "later.txt has no epoch with top-1 in common with the reference"
     assert nan.startswith("nan.txt leaves the reference's top-1 by more than 1 at epoch 1 (nan, not 2.00)")
+
+
+def test_the_program_ends_with_a_picture_and_status_0_or_with_one_sentence_and_status_1(capsys, monkeypatch):
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["plot_log.py", *flags])
+        runpy.run_path(plot_log.__file__, run_name="__main__")
+
+    run(write("a.txt", deit([1, 2, 3])), write("b.txt", deit([2, 3, 4])), "--output", "new/curves.png")
+    assert Path("new/curves.png").read_bytes().startswith(b"\x89PNG") and "b.txt is within" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="^1$"):
+        run("none.txt")
+    assert capsys.readouterr() == ("", "error: log none.txt cannot be read: [Errno 2] No such file or directory: "
+                                       "'none.txt'\n")
 
 
 def test_the_figure_shows_every_column_and_the_difference():
@@ -118,9 +133,9 @@ def test_what_is_no_log_is_refused_in_a_sentence(content, words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["detr.txt"], "deit.txt is a log of top-1 and detr.txt is not"), (["none.txt"], "none.txt cannot be read"),
-    (["--margin", "-1"], "--margin"), (["--margin", "nan"], "--margin"), (["--output", "x.pdf"], "x.pdf must be a .png"),
-    (["--output", "deit.txt/x.png"], "x.png cannot be written")])
+    (["detr.txt"], "deit.txt is a log of top-1 and detr.txt is not"),
+    (["--margin", "-1"], "--margin"), (["--margin", "nan"], "--margin"),
+    (["--output", "x.pdf"], "x.pdf must be a .png"), (["--output", "deit.txt/x.png"], "x.png cannot be written")])
 def test_mistakes_are_one_sentence_and_draw_nothing(flags, words):
     write("deit.txt", deit([1]))
     write("detr.txt", detr([0.1]))
@@ -139,7 +154,7 @@ def test_without_matplotlib_a_sentence_says_what_to_install(monkeypatch):
 @pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the released logs are not here")
 def test_the_released_logs_are_read_whole(capsys):
     logs = sorted(OFFICIAL.glob("*.txt"))
-    lines = plot(capsys, *logs)
+    lines = verdicts(capsys, *logs)
     assert len(lines) == len(logs) - 1 and all("of 300 epochs" in line for line in lines)
     assert plot_log.read_log(OFFICIAL / "deit_small_patch16_224_ctx_product_50_shared_qkv.txt")["top-1"][299] \
         == pytest.approx(81.202, abs=1e-4)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from drawing import ROOT, new_figure, runtime, save
 
+sys.modules["util.runtime"] = runtime  # DETR's is the same file; its UserError is to be the one that `run` knows
 SAMPLE = 8  # pictures taken from the validation set
 TERMS = {"q": ("queries", "added to the logit, mean over all keys"),
          "k": ("keys", "added to the logit, mean over all queries"),
@@ -58,7 +59,6 @@ def load_deit(args, checkpoint, weights):
 def load_detr(args, checkpoint, weights):
     """As `load_deit`."""
     sys.path.insert(0, str(ROOT / "DETR-with-iRPE"))
-    sys.modules["util.runtime"] = runtime  # the same file there; its UserError is to be the one that `run` knows
     from datasets import build_dataset
     from datasets.coco import read_picture
     from main import check_args, get_args_parser
@@ -161,15 +161,15 @@ def draw_offset_maps(maps, title, unit, signed):
     figure = new_figure(max(5.5, cell * columns + 1.8), max(2.6, cell * tall / wide * rows + 1.0))
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.03, hspace=0.03)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    grid[0, 0].set(xticks=[-(wide // 2), 0, wide // 2], yticks=[-(tall // 2), 0, tall // 2])
     # a few offsets far above the rest would leave the others pale: half a percent may lie beyond the scale's end
     size = panels.abs().flatten()
-    limit = size.quantile(0.995).item() or size.max().item() or 1.0
+    limit = size.quantile(0.995, interpolation="higher").item() or size.max().item() or 1.0
     colors = ("RdBu_r", -limit, "black") if signed else ("viridis", size.min().item(), "white")
     for axes, values in zip(grid.flat, panels.flatten(0, 1), strict=True):
         image = axes.imshow(values.numpy(), colors[0], vmin=colors[1], vmax=limit, interpolation="nearest",
                             extent=(-wide / 2, wide / 2, tall / 2, -tall / 2))
         axes.plot(0, 0, "+", color=colors[2], markersize=4)
-        axes.set(xticks=[-(wide // 2), 0, wide // 2], yticks=[-(tall // 2), 0, tall // 2])
         axes.tick_params(labelsize=6, length=2)
     for axes, name in zip(grid[:, 0], names[0], strict=True):
         axes.set_ylabel(name, fontsize=8)
