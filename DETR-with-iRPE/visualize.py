@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torchvision import tv_tensors
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from datasets.coco import read_picture
 from datasets.transforms import make_coco_transforms
-from drawing import new_figure
 from main import check_args, get_args_parser
 from models import build_model
 from models.rpe_attention.irpe import rpe_attention
@@ -117,7 +117,7 @@ def draw_attention(picture, maps, hw, point, path):
 
 
 def _canvas(picture, panels):
-    figure = new_figure(6 * panels, 6 * picture.height / picture.width + 0.4)
+    figure = Figure(figsize=(6 * panels, 6 * picture.height / picture.width + 0.4), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for ax in axes:
         ax.imshow(np.asarray(picture))
