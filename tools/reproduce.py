@@ -184,7 +184,7 @@ def fingerprint(paths):
     digest = hashlib.sha256()
     for root in paths:
         below = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
-        for file in sorted(below) or [root]:
+        for file in sorted(below) if root.is_dir() else [root]:
             stat = file.stat()
             digest.update(f"{file.relative_to(root.parent)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
