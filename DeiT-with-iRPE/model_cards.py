@@ -8,7 +8,6 @@ import fnmatch
 import json
 from pathlib import Path
 
-import timm
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -107,8 +106,6 @@ def describe(name):
     model = outline(name)
     block, (side, _) = model.blocks[0], model.patch_embed.grid_size
     numbers = released_numbers().get(name, {})
-    url = numbers.get("url") or (f"{rpe_models.RELEASES}{name}.pth" if name in rpe_models.RELEASED else
-                                 timm.get_pretrained_cfg(name).url if known else None)
     lines = [
         ("model", f"DeiT-{name.split('_')[1]}: width {model.embed_dim}, depth {len(model.blocks)}, "
                   f"{block.attn.num_heads} heads of {block.attn.head_dim} channels"),
@@ -119,7 +116,7 @@ def describe(name):
         ("MACs", f"{count_macs(model) / 1e6:.0f} M, counted here"),
         ("released", "{params_m} M parameters, {macs_m} M MACs, top-1 {top1} %, top-5 {top5} %".format(**numbers)
             if numbers else "no numbers in this repository"),
-        ("checkpoint", url or "none released")]
+        ("checkpoint", model.pretrained_cfg["url"] or "none released")]
     print(name)
     for what, value in lines:
         print(f"  {what:10}  {value}")
