@@ -72,7 +72,7 @@ def walk(imagenet, coco, tmp_path_factory):
             break
     stopped = finish(first), results(root / "out")
     (checkpoints / "small.pth").unlink()
-    return root, data, checkpoints, stopped, finish(start(*flags, "--nproc", 2))
+    return root, data, checkpoints, stopped, finish(start(*flags))
 
 
 def test_a_stopped_walk_has_kept_what_it_finished_and_a_damaged_file_did_not_end_it(walk):
@@ -197,12 +197,14 @@ def test_exit_status_tells_passed_failed_and_incomplete_apart(statuses, expected
     assert reproduce.exit_status(statuses) == expected
 
 
-def test_a_tar_is_read_where_imagenet_is_not_unpacked(tmp_path):
+def test_a_tar_is_read_where_imagenet_is_not_unpacked_and_flags_are_handed_on(tmp_path):
     (tmp_path / "val.tar").touch()
-    args = reproduce.parse_args(["--checkpoints", "c", "--imagenet", str(tmp_path), "--deit_args=--batch-size 256"])
+    args = reproduce.parse_args(["--checkpoints", "c", "--imagenet", str(tmp_path), "--deit_args=--batch-size 256",
+                                 "--nproc", "8"])
     row, = reproduce.select(reproduce.read_table(args.table), [TINY])
     command = reproduce.command_of(row, args, tmp_path / row["file"])
     assert "--load-tar" in command and command[command.index("--batch-size") + 1] == "256"
+    assert command[command.index("--nproc_per_node") + 1] == "8"
     (tmp_path / "val").mkdir()
     assert "--load-tar" not in reproduce.command_of(row, args, tmp_path / row["file"])
 
