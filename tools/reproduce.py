@@ -321,7 +321,7 @@ def cells(row, entry):
     codebase, measured = CODEBASES[row["codebase"]], entry.get("measured", {})
     metrics = [cell(measured.get(name, -1) * codebase.points, 2, row[name] * codebase.points)
                for name in codebase.metrics]
-    return [row["name"], *metrics, f"{entry['difference']:+.2f}" if measured else "-",
+    return [row["name"], *metrics, f"{entry['difference']:+.2f}" if "difference" in entry else "-",
             cell(entry.get("params", -1) / 1e6, 2, row.get("params_m")),
             cell(entry.get("macs", -1) / 1e6, 0, row.get("macs_m")), f"**{entry.get('status', 'not run')}**"]
 
