@@ -280,6 +280,19 @@ def test_the_head_sees_for_each_query_the_map_with_its_attention_behind_it():
             torch.testing.assert_close(found[b, q], head.out_lay(x)[0, 0])
 
 
+def test_the_head_starts_xavier_uniform_in_attention_and_kaiming_uniform_in_convolutions_without_biases():
+    attention, head = AttentionMaps(64, 8), MaskHead(64, 8, (64, 32, 16))
+    weights = [(linear.weight, (6 / 128) ** 0.5) for linear in (attention.q_linear, attention.k_linear)]
+    weights += [(conv.weight, (3 / conv.weight[0].numel()) ** 0.5) for conv in head.modules()
+                if isinstance(conv, torch.nn.Conv2d)]
+    for weight, bound in weights:
+        assert 0.9 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.2)
+    for name, parameter in [*attention.named_parameters(), *head.named_parameters()]:
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+
+
 def test_mask_losses_are_sums_over_the_matched_masks_on_the_padded_pictures():
     torch.manual_seed(0)
     criterion = SetCriterion(3, HungarianMatcher(), {}, 0.1, ["masks"])
