@@ -281,8 +281,9 @@ def test_the_head_sees_for_each_query_the_map_with_its_attention_behind_it():
 
 
 def test_the_head_starts_xavier_uniform_in_attention_and_kaiming_uniform_in_convolutions_without_biases():
-    attention, head = AttentionMaps(64, 8), MaskHead(64, 8, (64, 32, 16))
-    weights = [(linear.weight, (6 / 128) ** 0.5) for linear in (attention.q_linear, attention.k_linear)]
+    torch.manual_seed(0)
+    attention, head = AttentionMaps(128, 8), MaskHead(128, 8, (64, 32, 16))
+    weights = [(linear.weight, (6 / 256) ** 0.5) for linear in (attention.q_linear, attention.k_linear)]
     weights += [(conv.weight, (3 / conv.weight[0].numel()) ** 0.5) for conv in head.modules()
                 if isinstance(conv, torch.nn.Conv2d)]
     for weight, bound in weights:
