@@ -5,7 +5,6 @@ import pickle
 import subprocess
 import sys
 import urllib.error
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +20,6 @@ from models.backbone import Backbone
 from util import runtime
 from util.runtime import UserError
 
-GOLDEN = Path(__file__).parent / "golden"
-
 
 @pytest.fixture(scope="module")
 def trained(coco, tmp_path_factory):
@@ -30,15 +27,6 @@ def trained(coco, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
     main.main(parse(*small(coco, "--output_dir", out, "--epochs", 2, "--lr_drop", 1)))
     return out
-
-
-def test_every_released_flag_has_its_name_type_and_default():
-    actions = {action.dest: action for action in main.get_args_parser()._actions}
-    for flag in json.loads((GOLDEN / "cli_detr.json").read_text()):
-        action = actions[flag["dest"]]
-        assert action.option_strings == flag["flags"] and action.default == flag["default"], flag
-        assert (action.type or str).__name__ == (flag["type"] or "str"), flag
-        assert action.nargs == flag["nargs"] and (action.choices and list(action.choices)) == flag["choices"], flag
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ parts done by hand."""
 import functools
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from fill import fill_state_dict, image
 from models.detr import SetCriterion
 from models.matcher import HungarianMatcher
 from models.segmentation import AttentionMaps, MaskHead, PostProcessPanoptic, PostProcessSegm
+from util import runtime
 from util.checkpoint import TrainingState
 from util.runtime import UserError
 
@@ -278,6 +280,20 @@ def test_the_head_sees_for_each_query_the_map_with_its_attention_behind_it():
             torch.testing.assert_close(found[b, q], head.out_lay(x)[0, 0])
 
 
+def test_the_head_starts_xavier_uniform_in_attention_and_kaiming_uniform_in_convolutions_without_biases():
+    torch.manual_seed(0)
+    attention, head = AttentionMaps(128, 8), MaskHead(128, 8, (64, 32, 16))
+    weights = [(linear.weight, (6 / 256) ** 0.5) for linear in (attention.q_linear, attention.k_linear)]
+    weights += [(conv.weight, (3 / conv.weight[0].numel()) ** 0.5) for conv in head.modules()
+                if isinstance(conv, torch.nn.Conv2d)]
+    for weight, bound in weights:
+        assert 0.9 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.2)
+    for name, parameter in [*attention.named_parameters(), *head.named_parameters()]:
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+
+
 def test_mask_losses_are_sums_over_the_matched_masks_on_the_padded_pictures():
     torch.manual_seed(0)
     criterion = SetCriterion(3, HungarianMatcher(), {}, 0.1, ["masks"])
@@ -397,3 +413,27 @@ def test_dilated_and_finer_backbones_draw_on_the_finest_map():
         model, _, _ = models.build_model(narrow("--masks", *flags))
         with torch.no_grad():
             assert model.eval()([torch.zeros(3, 64, 96)])["pred_masks"].shape == (1, 5, 16, 24)
+
+
+def test_masks_over_a_frozen_detector_are_learned_measured_and_gone_on_with(coco, tmp_path):
+    def run(*flags):
+        return main.main(parse(*small(coco, "--output_dir", tmp_path, *flags)))
+
+    run()
+    detector = runtime.load_checkpoint(tmp_path / "checkpoint.pth")["model"]
+    shutil.move(tmp_path / "checkpoint.pth", tmp_path / "detector.pth")
+    frozen = ["--masks", "--frozen_weights", tmp_path / "detector.pth"]
+    run(*frozen)
+    shutil.move(tmp_path / "detector.pth", tmp_path / "away.pth")  # what goes on needs it no more
+    run(*frozen, "--resume", tmp_path / "checkpoint.pth", "--epochs", 2)
+    after = runtime.load_checkpoint(tmp_path / "checkpoint.pth")
+    assert after["epoch"] == 1
+    assert all(torch.equal(after["model"][f"detr.{key}"], value) for key, value in detector.items()
+               if not key.endswith("num_batches_tracked"))
+    rows = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert rows[0]["test_loss_bbox"] == pytest.approx(rows[2]["test_loss_bbox"], rel=1e-5)
+    assert rows[2]["test_loss_mask"] != rows[1]["test_loss_mask"] and len(rows[2]["test_coco_eval_masks"]) == 12
+    stats = run("--masks", "--eval", "--resume", tmp_path / "checkpoint.pth")
+    assert stats["loss_dice"] == pytest.approx(rows[2]["test_loss_dice"], rel=1e-5)
+    with pytest.raises(UserError, match="--frozen_weights"):
+        run("--masks", "--resume", tmp_path / "checkpoint.pth", "--epochs", 3)
