@@ -7,9 +7,11 @@ from .backbone import build_backbone
 from .detr import DETR, PostProcess, SetCriterion
 from .matcher import build_matcher
 from .rpe_attention.irpe import get_rpe_config
+from .segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm
 from .transformer import build_transformer
 
-COCO_CLASSES = 91
+NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}  # of the released models
+COCO_THINGS = {category: category <= 90 for category in range(1, 201)}
 # what the arguments stored in released checkpoints lack
 _NEW_FLAGS = {"num_classes": None, "last_stride": 2, "no_pretrained_backbone": False}
 
@@ -42,10 +44,12 @@ def parse_enc_rpe2d(text):
 
 
 def build_model(args):
-    """Model, criterion and postprocessors ({"bbox": PostProcess}) of a parsed command line (see main.py), or of the
-    `args` in a checkpoint."""
+    """Model, criterion and postprocessors of a parsed command line (see main.py), or of the `args` in a checkpoint.
+
+    The postprocessors are {"bbox": PostProcess}, with masks also "segm", and "panoptic" if the set is a panoptic one.
+    """
     args = argparse.Namespace(**{**_NEW_FLAGS, **vars(args)})
-    num_classes = args.num_classes or COCO_CLASSES
+    num_classes = args.num_classes or NUM_CLASSES[args.dataset_file]
     rpe_config = parse_enc_rpe2d(args.enc_rpe2d)
     if args.hidden_dim % args.nheads or args.hidden_dim % 4:
         raise UserError(f"--hidden_dim {args.hidden_dim} must be a multiple of --nheads {args.nheads} and of 4")
@@ -54,5 +58,12 @@ def build_model(args):
     weights = {"loss_ce": 1, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
     if args.aux_loss:
         weights.update({f"{name}_{i}": weight for i in range(args.dec_layers - 1) for name, weight in weights.items()})
-    criterion = SetCriterion(num_classes, build_matcher(args), weights, args.eos_coef)
-    return model, criterion, {"bbox": PostProcess()}
+    losses, postprocessors = ["labels", "boxes", "cardinality"], {"bbox": PostProcess()}
+    if args.masks:
+        model = DETRsegm(model, freeze_detr=bool(args.frozen_weights))
+        weights.update(loss_mask=args.mask_loss_coef, loss_dice=args.dice_loss_coef)
+        losses.append("masks")
+        postprocessors["segm"] = PostProcessSegm()
+        if args.dataset_file == "coco_panoptic":
+            postprocessors["panoptic"] = PostProcessPanoptic(COCO_THINGS)
+    return model, SetCriterion(num_classes, build_matcher(args), weights, args.eos_coef, losses), postprocessors
