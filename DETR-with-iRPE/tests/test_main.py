@@ -197,12 +197,26 @@ def test_hub_entries_build_their_models_and_load_what_is_cached(offline, tmp_pat
     assert model.class_embed.out_features == 21 and not model.training
     assert post(model([torch.zeros(3, 64, 64)]), torch.tensor([[64, 64]]))[0]["boxes"].shape == (100, 4)
     assert hubconf.detr_resnet101_dc5().backbone[0].body.layer4[1].conv2.dilation == (2, 2)
-    with pytest.raises(UserError, match="detr-r50-e632da11.pth"):
-        hubconf.detr_resnet50(pretrained=True)
+    for name, file in (("detr_resnet50", "detr-r50-e632da11.pth"),
+                       ("detr_resnet50_panoptic", "detr-r50-panoptic-00ce5173.pth"),
+                       ("detr_resnet50_dc5_panoptic", "detr-r50-dc5-panoptic-da08f1b1.pth"),
+                       ("detr_resnet101_panoptic", "detr-r101-panoptic-40021d53.pth")):
+        with pytest.raises(UserError, match=f"https://dl.fbaipublicfiles.com/detr/{file}"):
+            getattr(hubconf, name)(pretrained=True)
     weights = fill_state_dict(hubconf.detr_resnet50_rpe_19_product_ctx_1_k().state_dict())
     torch.save({"model": weights}, tmp_path / "checkpoints" / "rpe-1.9-product-ctx-1-k.pth")
     loaded = hubconf.detr_resnet50_rpe_19_product_ctx_1_k(pretrained=True).state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
+
+
+def test_hub_panoptic_models_draw_maps_of_what_is_above_the_threshold():
+    model, post = hubconf.detr_resnet50_panoptic(num_classes=5, threshold=0.01, return_postprocessor=True)
+    with torch.no_grad():
+        outputs = model([torch.zeros(3, 64, 64)])
+    assert outputs["pred_logits"].shape == (1, 100, 6) and outputs["pred_masks"].shape == (1, 100, 16, 16)
+    outputs["pred_logits"][0, 0, 1] = 9
+    assert post.threshold == 0.01 and post(outputs, torch.tensor([[64, 64]]))[0]["segments_info"]
+    assert hubconf.detr_resnet50_panoptic().detr.class_embed.out_features == 251
 
 
 @pytest.mark.parametrize("order", [("DeiT", "DETR"), ("DETR", "DeiT")])
@@ -269,9 +283,10 @@ def test_mistakes_in_drawing_are_one_sentence(coco, trained, tmp_path):
 # Mistakes
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--masks"], "--masks.*later"), (["--frozen_weights", "x"], "--frozen_weights.*later"),
-    (["--dataset_file", "coco_panoptic"], "coco_panoptic.*later"), (["--coco_panoptic_path", "x"], "later"),
-    (["--mask_loss_coef", 2], "--mask_loss_coef.*later"), (["--dataset_file", "voc"], "voc"),
+    (["--frozen_weights", "x"], "--frozen_weights.*add --masks"), (["--dataset_file", "voc"], "voc.*coco_panoptic"),
+    (["--dataset_file", "coco_panoptic"], "--coco_panoptic_path is missing"),
+    (["--mask_loss_coef", -1], "--mask_loss_coef"), (["--dice_loss_coef", -1], "--dice_loss_coef"),
+    (["--masks", "--hidden_dim", 24], "--hidden_dim 24.*16 with --masks"),
     (["--num_classes", 4], "category id 4 \\(cat\\).*at least 5"), (["--enc_rpe2d", "rpe-2-x-ctx-1-k"], "'x'"),
     (["--coco_path", ""], "--coco_path"), (["--finetune"], "--resume"), (["--resume", "none.pth"], "none.pth"),
     (["--batch_size", 99], "99"), (["--batch_size", 0], "--batch_size"), (["--hidden_dim", 18], "--hidden_dim"),

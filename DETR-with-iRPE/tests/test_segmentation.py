@@ -13,11 +13,14 @@ from PIL import Image
 
 import main
 import models
+from conftest import parse, small
 from engine import named_losses
 from fill import fill_state_dict, image
 from models.detr import SetCriterion
 from models.matcher import HungarianMatcher
 from models.segmentation import AttentionMaps, MaskHead, PostProcessPanoptic, PostProcessSegm
+from util.checkpoint import TrainingState
+from util.runtime import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 SEGM = json.loads((GOLDEN / "detr_segm.json").read_text())
@@ -308,3 +311,89 @@ def test_pictures_without_objects_have_mask_losses_of_zero_that_can_be_trained_o
     losses = criterion(outputs, [nothing])
     (losses["loss_mask"] + losses["loss_dice"]).backward()
     assert losses["loss_mask"] == losses["loss_dice"] == 0 and not outputs["pred_masks"].grad.any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags and checkpoints
+
+def narrow(*flags):
+    return parse(*small("", "--num_classes", 5, *flags))
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """File of a detector's weights, with batch norm as trained from random weights."""
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("detector") / "detector.pth"
+    torch.save({"model": fill_state_dict(models.build_model(narrow())[0].state_dict())}, path)
+    return path
+
+
+def start_training(args):
+    """Training state at the start of a command line, and its criterion."""
+    model, criterion, _ = models.build_model(args)
+    optimizer = main.build_optimizer(model, args)
+    state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1), torch.amp.GradScaler("cpu"))
+    main.take_weights(state, args)
+    return state, criterion
+
+
+def test_over_frozen_weights_only_the_head_learns_and_the_detector_builds_no_gradients(detector):
+    state, criterion = start_training(narrow("--masks", "--frozen_weights", detector, "--lr", 1e-2))
+    before = {key: value.clone() for key, value in state.model.state_dict().items()}
+    weights = torch.load(detector)["model"]
+    assert all(torch.equal(before[f"detr.{key}"], value) for key, value in weights.items())
+    state.model.train()
+    outputs = state.model([torch.randn(3, 64, 64)])
+    assert outputs["pred_masks"].requires_grad and not outputs["pred_logits"].requires_grad
+    meta = {"tseed": 7, "sizes": [(64, 64), (64, 64)]}
+    one = [{**targets(meta)[0], "labels": torch.tensor([1, 2, 3])}]
+    named_losses(criterion, criterion(outputs, one))["loss"].backward()
+    state.optimizer.step()
+    moved = {key for key, value in state.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert {"mask_head.lay1.weight", "mask_head.out_lay.bias", "mask_head.adapter3.weight"} <= moved
+    assert all(key.startswith(("mask_head.", "bbox_attention.")) for key in moved)
+
+
+def test_without_frozen_weights_detector_and_head_learn_together():
+    state, _ = start_training(narrow("--masks"))
+    trained = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in state.model.parameters()}
+    assert {id(p) for p in state.optimizer.param_groups[1]["params"]} == {
+        id(p) for p in state.model.detr.backbone.parameters()}
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--dec_layers", 3], "detector.pth belongs to another configuration.*missing.*decoder.layers.2"),
+    (["--num_classes", 7], "5 classes and this run 7.*--num_classes"),
+    (["--frozen_weights", "none.pth"], "none.pth")])
+def test_frozen_weights_of_another_model_are_refused(detector, flags, words):
+    with pytest.raises(UserError, match=words):
+        start_training(narrow("--masks", "--frozen_weights", detector, *flags))
+
+
+def test_a_checkpoint_with_or_without_masks_where_it_does_not_belong_is_refused_with_what_to_do(detector, tmp_path):
+    for flags in ([], ["--eval"], ["--finetune"]):
+        with pytest.raises(UserError, match="no mask head.*leave --masks out.*--frozen_weights .*detector.pth"):
+            start_training(narrow("--masks", "--resume", detector, *flags))
+    drawn = tmp_path / "drawn.pth"
+    torch.save({"model": models.build_model(narrow("--masks"))[0].state_dict()}, drawn)
+    for flags in (["--resume", drawn], ["--masks", "--frozen_weights", drawn]):
+        with pytest.raises(UserError, match="drawn.pth has a mask head: give it to --resume, with --masks"):
+            start_training(narrow(*flags))
+    start_training(narrow("--masks", "--resume", drawn))
+
+
+def test_finetune_gives_a_model_with_masks_a_new_class_head(tmp_path, capsys):
+    path = tmp_path / "drawn.pth"
+    torch.save({"model": models.build_model(narrow("--masks"))[0].state_dict()}, path)
+    state, _ = start_training(narrow("--masks", "--resume", path, "--finetune", "--num_classes", 8))
+    assert state.model.detr.class_embed.out_features == 9
+    assert "new class head for 8 classes instead of 5" in capsys.readouterr().out
+
+
+def test_dilated_and_finer_backbones_draw_on_the_finest_map():
+    for flags in (["--last_stride", 1], ["--backbone", "resnet50", "--dilation"], ["--position_embedding", "learned"]):
+        model, _, _ = models.build_model(narrow("--masks", *flags))
+        with torch.no_grad():
+            assert model.eval()([torch.zeros(3, 64, 96)])["pred_masks"].shape == (1, 5, 16, 24)

@@ -44,8 +44,7 @@ class TrainingState:
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"the optimizer in {path} trained other parameters ({error}): give that run's --frozen_weights, "
-                "--no_pretrained_backbone and --lr_backbone to go on with it, or --finetune to start a new run from its "
-                "weights"
+                "--no_pretrained_backbone and --lr_backbone to go on with it, or --finetune to start from its weights"
             ) from error
         self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
         if checkpoint.get("scaler"):
