@@ -33,7 +33,7 @@ except ModuleNotFoundError:
 
 MODEL_FLAGS = ("backbone", "dilation", "last_stride", "position_embedding", "enc_layers", "dec_layers",
                "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "enc_rpe2d", "short_side", "masks",
-               "dataset_file")
+               "dataset_file", "is_thing_map")
 
 
 def parser(defaults=None):

@@ -13,7 +13,7 @@ from .transformer import build_transformer
 NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}  # of the released models
 COCO_THINGS = {category: category <= 90 for category in range(1, 201)}
 # what the arguments stored in released checkpoints lack
-_NEW_FLAGS = {"num_classes": None, "last_stride": 2, "no_pretrained_backbone": False}
+_NEW_FLAGS = {"num_classes": None, "last_stride": 2, "no_pretrained_backbone": False, "is_thing_map": None}
 
 RPE_GRAMMAR = "rpe-{ratio}-{euc|quant|cross|product}-{bias|ctx}-{shared_head: 0|1}-{q|k|v|qk|kv|qv|qkv}, " \
               "as rpe-2.0-product-ctx-1-k"
@@ -65,5 +65,5 @@ def build_model(args):
         losses.append("masks")
         postprocessors["segm"] = PostProcessSegm()
         if args.dataset_file == "coco_panoptic":
-            postprocessors["panoptic"] = PostProcessPanoptic(COCO_THINGS)
+            postprocessors["panoptic"] = PostProcessPanoptic(args.is_thing_map or COCO_THINGS)
     return model, SetCriterion(num_classes, build_matcher(args), weights, args.eos_coef, losses), postprocessors
