@@ -98,7 +98,7 @@ class CocoDetection(CocoSet):
         super().__init__(path, data, root, split, transforms, masks)
         entries = [entry for entry in data["annotations"]
                    if not entry["iscrowd"] and not (remove_difficult and entry.get("difficult"))]
-        entries, boxes = _clip_boxes(entries, {image["id"]: image for image in self.images})
+        entries, boxes = _clip_boxes(entries, {image["id"]: image for image in self.images}, path)
         self.boxes, self.labels = boxes, torch.tensor([int(entry["category_id"]) for entry in entries])
         self.rles = [entry["segmentation"]["counts"] for entry in entries] if masks else None
         self.rows = {}  # picture id → its objects' places in the three
@@ -190,7 +190,7 @@ def check_categories(dataset, num_classes):
                         f"--num_classes {num_classes}: it must be at least {highest + 1}, the highest category id + 1")
 
 
-def _clip_boxes(entries, images):
+def _clip_boxes(entries, images, path):
     """(those of the entries whose box has an area in its picture, these boxes (n, 4) as corners in it, float32)"""
     sizes = [(images[entry["image_id"]]["width"], images[entry["image_id"]]["height"]) * 2 for entry in entries]
     boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
@@ -198,20 +198,21 @@ def _clip_boxes(entries, images):
     clipped = np.clip(boxes, 0, np.array(sizes, dtype=np.float64).reshape(-1, 4))
     outside = ~(np.abs(clipped - boxes) <= TOLERATED_PIXELS).all(1)
     empty = ~(clipped[:, 2:] > clipped[:, :2]).all(1)
-    _judge_boxes(entries, outside, "reaches out of the picture", "clipped", outside.sum() > TOLERATED_SHARE * len(boxes))
-    _judge_boxes(entries, empty, "has no area", "left out", empty.all())
+    many_outside = outside.sum() > TOLERATED_SHARE * len(boxes)
+    _judge_boxes(entries, path, outside, "reaches out of the picture", "clipped", many_outside)
+    _judge_boxes(entries, path, empty, "has no area", "left out", empty.all())
     return [entries[row] for row in np.flatnonzero(~empty)], torch.from_numpy(clipped[~empty].astype(np.float32))
 
 
-def _judge_boxes(entries, bad, problem, cure, fatal):
+def _judge_boxes(entries, path, bad, problem, cure, fatal):
     if not bad.any():
         return
     first = entries[bad.argmax()]
-    sentence = (f"the box {first['bbox']} (x, y, width, height) of object {first['id']} in picture {first['image_id']} "
-                f"{problem}")
+    sentence = (f"annotations {path}: the box {first['bbox']} (x, y, width, height) of object {first['id']} in picture "
+                f"{first['image_id']} {problem}; of {len(bad)} boxes {bad.sum()} are like that")
     if fatal:
-        raise UserError(f"{sentence}, and {bad.sum()} of {len(bad)} boxes are like that: correct the annotations")
-    print_once(f"note: {sentence}; of {len(bad)} boxes {bad.sum()} are like that, and {cure}")
+        raise UserError(f"{sentence}: correct the file")
+    print_once(f"note: {sentence}, and {cure}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,8 +239,7 @@ class Pictures:
     def __init__(self, folder):
         self.folder, self.archive = folder, folder.with_name(folder.name + ".zip")
         if not folder.is_dir() and not self.archive.is_file():
-            raise UserError(f"there is neither a folder {folder} nor {self.archive}: put one of them there, or correct the "
-                            "path")
+            raise UserError(f"there is neither a folder {folder} nor {self.archive}: one of them must be there")
 
     def check(self, names):
         """Raise UserError if one is missing, or the zip is damaged."""
@@ -252,8 +252,8 @@ class Pictures:
                             f"({len(missing)} of {len(names)} are missing)")
 
     def read(self, name, size, annotations):
-        """PIL picture, RGB. Raises UserError that names it if it cannot be read or has not the size (height, width) that
-        the annotations say."""
+        """PIL picture, RGB. Raises UserError that names it if it cannot be read or has not the size (height, width)
+        that the annotations say."""
         path = self.folder / name
         if path.is_file():
             picture = read_picture(path, f"picture {path}")

@@ -24,8 +24,8 @@ class CocoEvaluator:
         self.found = []
 
     def update(self, predictions):
-        """Add detections: picture id → dict of `scores`, `labels` (n,), and `boxes` (n, 4) as corners in pixels or `masks`
-        (n, 1, H, W), uint8."""
+        """Add detections: picture id → dict of `scores`, `labels` (n,), and `boxes` (n, 4) as corners in pixels or
+        `masks` (n, 1, H, W), uint8."""
         for image_id, found in predictions.items():
             if self.iou_type == "segm":  # dense masks of a whole set would not fit in memory
                 shapes = rle_tools.encode(np.asfortranarray(found["masks"][:, 0].permute(1, 2, 0).cpu().numpy()))
@@ -48,6 +48,7 @@ class CocoEvaluator:
             measured = COCOeval(self.ground_truth, self._results(found), self.iou_type)
             measured.evaluate()
             measured.accumulate()
+        print({"bbox": "Boxes", "segm": "Masks"}[self.iou_type])
         measured.summarize()
         return measured
 

@@ -48,17 +48,12 @@ class CocoPanoptic(CocoSet):
                 raise UserError(f"{name} has category {category}, which is not among the categories")
         return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
-    @property
-    def num_classes(self):
-        """Highest category id + 1; for COCO's own categories, which end at 200, the released models' 250."""
-        return 250 if max(self.categories) == 200 else super().num_classes
-
     def ground_truth(self):
         """The instances in these pictures as pycocotools.COCO; None if there is no file of instances."""
         return super().ground_truth() if self.instances.is_file() else None
 
     def read_map(self, image):
-        """Ids of the segments in a picture (H, W), int64; 0 where nothing is annotated, unless a segment has that id."""
+        """Ids (H, W), int64, of the segments in a picture; 0 is void, unless a segment has that id."""
         name, size = self.files[image["id"]], (image["height"], image["width"])
         ids = to_ids(self.maps.read(name, size, self.path))
         unknown = ids[~np.isin(ids, [0, *self.segments[image["id"]][:, 0]])]

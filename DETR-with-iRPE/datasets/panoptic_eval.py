@@ -30,17 +30,17 @@ class PanopticEvaluator:
         self.found = []
 
     def update(self, predictions):
-        """Add maps: picture id → dict whose `panoptic` has `png_string` and `segments_info` as PostProcessPanoptic's."""
+        """Add maps: picture id → dict whose `panoptic` has PostProcessPanoptic's `png_string` and `segments_info`."""
         for image_id, result in predictions.items():
-            name, segments = self.dataset.files[image_id], result["panoptic"]["segments_info"]
-            self._write(name, result["panoptic"]["png_string"])
-            found = to_ids(Image.open(io.BytesIO(result["panoptic"]["png_string"])))
-            ious = compare(self.dataset.read_map(self.images[image_id]), self.dataset.segments[image_id].tolist(), found,
-                           [(segment["id"], segment["category_id"], 0) for segment in segments])
+            png, segments = result["panoptic"]["png_string"], result["panoptic"]["segments_info"]
+            name = f"{image_id:012}.png"
+            self._write(name, png)
+            ious = compare(self.dataset.read_map(self.images[image_id]), self.dataset.segments[image_id].tolist(),
+                           to_ids(Image.open(io.BytesIO(png))), [(s["id"], s["category_id"], 0) for s in segments])
             self.found.append(({"image_id": image_id, "file_name": name, "segments_info": segments}, ious))
 
     def summarize(self):
-        """Gather all processes' segments once; the main process measures them, writes predictions.json, prints the table.
+        """Gather all processes' segments once; the main process measures them, writes predictions.json and prints.
 
         Returns: on the main process `PQ_all`, `PQ_th` (things) and `PQ_st` (stuff), each with `pq`, `sq` and `rq` as
             shares, the means over the `n` categories that occur, and `PQ_categories`, category id → the same; {} on the
@@ -67,7 +67,7 @@ class PanopticEvaluator:
     def _write(self, name, content):
         if self.folder:
             with writing(self.folder / name):
-                self.folder.mkdir(exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / name).write_bytes(content)
 
 
@@ -94,9 +94,9 @@ def compare(truth, true_segments, found, found_segments):
             crowded[f] += n
     matches = []
     for t, f, n in overlaps:
-        iou = n / (true_area[t] + found_area[f] - n - void[f])
-        if iou > 0.5 and f in found_kind and true_kind.get(t) == found_kind[f]:
-            matches.append((found_kind.pop(f)[0], iou))
+        union = true_area[t] + found_area[f] - n - void[f]
+        if f in found_kind and true_kind.get(t) == found_kind[f] and n > union / 2:
+            matches.append((found_kind.pop(f)[0], n / union))
             true_kind.pop(t)
     missed = [(category, 0) for category, crowd in true_kind.values() if not crowd]
     wrong = [(category, 0) for f, (category, _) in found_kind.items() if void[f] + crowded[f] <= found_area[f] / 2]

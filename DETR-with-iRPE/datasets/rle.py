@@ -24,8 +24,8 @@ def to_rle(segmentation, height, width, name):
 
 def _check_rle(rle, height, width, name):
     if rle.get("size") != [height, width]:
-        raise UserError(f"{name} has RLE of the size {rle.get('size')}, but its picture has [{height}, {width}] (height, "
-                        "width)")
+        raise UserError(f"{name} has RLE of the size {rle.get('size')}, but its picture is {[height, width]}: "
+                        "height, width")
     counts = rle.get("counts")
     try:
         if isinstance(counts, list):
@@ -33,6 +33,6 @@ def _check_rle(rle, height, width, name):
                 raise ValueError(f"the counts must add up to {height * width}")
             rle = rle_tools.frPyObjects(rle, height, width)
         rle_tools.decode(rle)
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{name} has RLE that cannot be decoded: {error}") from error
     return rle
