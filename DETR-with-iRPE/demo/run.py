@@ -27,7 +27,7 @@ MODEL = ["--backbone", "resnet18", "--no_pretrained_backbone", "--last_stride", 
          "--hidden_dim", "128", "--nheads", "4", "--enc_layers", "2", "--dec_layers", "2", "--dim_feedforward", "256",
          "--num_queries", "5", "--pre_norm", "--dropout", "0", "--enc_rpe2d", "rpe-2.0-product-ctx-1-k",
          "--bbox_loss_coef", "1", "--giou_loss_coef", "0.4"]
-TRAINING = ["--lr", "5e-4", "--lr_backbone", "1e-3", "--batch_size", "16", "--no_augmentation"]
+TRAINING = ["--batch_size", "16", "--no_augmentation"]
 
 
 def shown(program, *flags):
@@ -67,13 +67,14 @@ def run(args):
     common = [*MODEL, "--dataset_file", "coco_panoptic", "--coco_path", out / "digits", "--coco_panoptic_path",
               out / "digits", "--device", "cpu", "--num_workers", 0, "--eval_batch_size", 16]
     before = detr(*common, "--eval")
-    detr(*common, *TRAINING, "--output_dir", out, "--epochs", args.epochs, "--lr_drop", max(1, args.epochs - 2),
-         "--eval_every", args.eval_every)
+    detr(*common, *TRAINING, "--lr", 5e-4, "--lr_backbone", 1e-3, "--output_dir", out, "--epochs", args.epochs,
+         "--lr_drop", max(1, args.epochs - 2), "--eval_every", args.eval_every)
     draw_curves(out / "log.txt", before, out / "curves.png")
     common += ["--masks", "--frozen_weights", out / "checkpoint.pth"]
     trained = out / "masks" / "checkpoint.pth"
     without_head = detr(*common, "--eval")
-    detr(*common, *TRAINING, "--output_dir", out / "masks", "--epochs", args.mask_epochs)
+    detr(*common, *TRAINING, "--lr", 1e-3, "--output_dir", out / "masks", "--epochs", args.mask_epochs,
+         "--lr_drop", max(1, args.mask_epochs - 1), "--eval_every", args.mask_epochs)
     after = detr(*common, "--eval", "--resume", trained)
     argv = shown("visualize.py", "--resume", trained, "--device", "cpu", "--output_dir", out / "pictures",
                  "--threshold", 0.5, "--image", *sorted((out / "digits" / "val2017").iterdir())[:6])
@@ -91,7 +92,7 @@ if __name__ == "__main__":
     parser = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--epochs", type=int, default=8, help="of the detector")
-    parser.add_argument("--mask_epochs", type=int, default=3, help="of the mask head")
+    parser.add_argument("--mask_epochs", type=int, default=4, help="of the mask head")
     parser.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS")
     parser.add_argument("--train", type=int, default=4000, help="training pictures")
     parser.add_argument("--val", type=int, default=100, help="held-out pictures")
