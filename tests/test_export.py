@@ -46,8 +46,10 @@ def load_detr(masks=False):
     if masks:
         model = torch.hub.load(str(ROOT), "detr_resnet50_panoptic", source="local")
         model.detr.transformer, detr = detr.transformer, model.detr
-        with torch.no_grad():  # as if trained: masks depend on where their queries look, and that on the encoding
+        with torch.no_grad():  # as if trained: a mask shows where its query looks more than what the backbone sees
             model.mask_head.lay1.weight[:, -detr.transformer.nhead:].mul_(100)
+            for number in (1, 2, 3):
+                model.mask_head.get_submodule(f"adapter{number}").weight.mul_(0.01)
     for part in (detr.transformer.encoder, detr.transformer.decoder):
         del part.layers[1:]
     detr.aux_loss = False

@@ -99,7 +99,8 @@ class CocoDetection(CocoSet):
         entries = [entry for entry in data["annotations"]
                    if not entry["iscrowd"] and not (remove_difficult and entry.get("difficult"))]
         entries, boxes = _clip_boxes(entries, {image["id"]: image for image in self.images}, path)
-        self.boxes, self.labels = boxes, torch.tensor([int(entry["category_id"]) for entry in entries])
+        self.boxes = boxes
+        self.labels = torch.tensor([int(entry["category_id"]) for entry in entries], dtype=torch.int64)
         self.rles = [entry["segmentation"]["counts"] for entry in entries] if masks else None
         self.rows = {}  # picture id → its objects' places in the three
         for row, entry in enumerate(entries):

@@ -42,9 +42,8 @@ class CocoEvaluator:
         gathered = gather_on_main(self.found)
         if gathered is None:
             return None
-        # the order that pictures came in must not matter to ties of scores
-        found = sorted((picture for pictures in gathered for picture in pictures), key=lambda picture: picture[0])
-        with contextlib.redirect_stdout(io.StringIO()):
+        found = [picture for pictures in gathered for picture in pictures]
+        with contextlib.redirect_stdout(io.StringIO()):  # COCOeval takes pictures in the order of their ids
             measured = COCOeval(self.ground_truth, self._results(found), self.iou_type)
             measured.evaluate()
             measured.accumulate()

@@ -86,9 +86,16 @@ def test_targets_have_a_bool_mask_of_every_object_in_the_size_of_the_picture(coc
         torch.testing.assert_close(masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1]), boxes, rtol=0, atol=2.5)
 
 
+def test_a_set_without_any_object_has_empty_targets_of_the_same_types(own):
+    edit(own, lambda data: data.update(annotations=[]))
+    target = dataset(own, "val", "--masks")[0][1]
+    assert target["boxes"].shape == (0, 4) and target["labels"].dtype == torch.int64
+    assert target["masks"].shape == (0, *target["size"].tolist()) and target["masks"].dtype == torch.bool
+
+
 @pytest.mark.parametrize(("segmentation", "words"), [
     (None, "None"), ([], "--masks needs polygons"), ([[1, 2, 4, 2]], "three points"),
-    ([[1, 2, 4, 2, 4, 6], [1, 2, 3, 4, 5]], "three points"), ([[1, 2, 4, 2, 4, float("nan")]], "pixels"),
+    ([[1, 2, 4, 2, 4, 6], [1, 2, 4, 2, 4, 6, 1]], "three points"), ([[1, 2, 4, 2, 4, float("nan")]], "pixels"),
     ([[1, 2, 4, 2, 4, "6"]], "pixels"), ([1, 2, 4, 2, 4, 6], "three points"),
     ({"size": [6, 8], "counts": [10, 38]}, "[6, 8]"), ({"size": [8, 6], "counts": [10, 4]}, "48"),
     ({"size": [8, 6], "counts": [-10, 58]}, "48"), ({"size": [8, 6], "counts": "abc"}, "decoded"),

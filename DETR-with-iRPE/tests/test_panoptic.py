@@ -164,6 +164,13 @@ def test_annotations_that_do_not_fit_together_are_refused(own, change, words):
     refused(own, annotations(own) if "1 of 3" not in words else own, *words)
 
 
+def test_instances_are_measured_on_the_pictures_of_the_panoptic_set_alone(own):
+    data = json.loads(annotations(own).read_text())
+    data["images"], data["annotations"] = data["images"][1:], data["annotations"][1:]
+    annotations(own).write_text(json.dumps(data))
+    assert read(own).ground_truth().getImgIds() == [17, 27]
+
+
 def test_instances_of_another_set_are_refused(own):
     data = load_annotations(own, "val")
     data["images"] = data["images"][1:]
