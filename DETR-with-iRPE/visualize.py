@@ -48,15 +48,11 @@ def parser(defaults=None):
     return result
 
 
-def load_model(args, argv, parser=parser, flags=MODEL_FLAGS):
-    """All flags, and model, post-processing and category names of `--resume`.
-
-    Flags that are given win over those in the checkpoint; `parser` makes the command line with those for defaults.
-    """
+def load_model(args, argv):
+    """All flags, and model, postprocessors and category names of `--resume`; flags that are given win over its own."""
     checkpoint = runtime.load_checkpoint(args.resume)
-    stored = {name: value for name, value in vars(checkpoint.get("args", argparse.Namespace())).items()
-              if name in flags}
-    args = parser(stored).parse_args(argv)
+    stored = vars(checkpoint.get("args", argparse.Namespace()))
+    args = parser({name: stored[name] for name in MODEL_FLAGS if name in stored}).parse_args(argv)
     weights = runtime.model_weights(checkpoint, args.resume)
     heads = [weight for key, weight in weights.items() if key.endswith("class_embed.weight")]
     args.num_classes = len(heads[0]) - 1 if heads else args.num_classes

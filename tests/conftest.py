@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 torch.set_num_threads(1)  # threads that wait for each other make small models slow on a machine that does more
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 TINY, SMALL = (f"deit_{size}_patch16_224_ctx_product_50_shared_k" for size in ("tiny", "small"))
 DETR = "detr_resnet50_rpe_20_product_ctx_1_k"
