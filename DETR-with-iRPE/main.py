@@ -221,8 +221,6 @@ def main(args):
     torch.manual_seed(args.seed)
     train_set, val_set = build_datasets(args)
     model, criterion, postprocessors = build_model(args)
-    if "panoptic" in postprocessors:
-        postprocessors["panoptic"].is_thing_map = val_set.is_thing_map
     model.to(device)
     criterion.to(device)
     optimizer = build_optimizer(model, args)
