@@ -13,7 +13,7 @@ from .transformer import build_transformer
 NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}  # of the released models
 COCO_THINGS = {category: category <= 90 for category in range(1, 201)}
 # what the arguments stored in released checkpoints lack
-_NEW_FLAGS = {"num_classes": None, "last_stride": 2, "no_pretrained_backbone": False}
+_NEW_FLAGS = {"num_classes": None, "last_stride": 2, "no_pretrained_backbone": False, "is_thing_map": None}
 
 RPE_GRAMMAR = "rpe-{ratio}-{euc|quant|cross|product}-{bias|ctx}-{shared_head: 0|1}-{q|k|v|qk|kv|qv|qkv}, " \
               "as rpe-2.0-product-ctx-1-k"
@@ -26,21 +26,23 @@ def parse_enc_rpe2d(text):
     """
     if not text:
         return None
-    parts = text.split("-")
+    try:
+        return _encoding(text.split("-"))
+    except ValueError as error:
+        raise UserError(f"--enc_rpe2d {text}: {error}; it must be {RPE_GRAMMAR}") from error
+
+
+def _encoding(parts):
     if len(parts) != 6 or parts[0] != "rpe":
-        problem = "starts with another word than rpe" if parts[0] != "rpe" else f"has {len(parts)} parts and not 6"
-        raise UserError(f"--enc_rpe2d {text} {problem}; it must be {RPE_GRAMMAR}")
+        raise ValueError(f"it has {len(parts)} parts, the first being {parts[0]}, and not 6, the first being rpe")
     _, ratio, method, mode, shared_head, rpe_on = parts
     if shared_head not in ("0", "1"):
-        raise UserError(f"--enc_rpe2d {text}: shared_head is {shared_head!r}, not 0 or 1; it must be {RPE_GRAMMAR}")
+        raise ValueError(f"shared_head is {shared_head!r}, not 0 or 1")
     try:
         ratio = float(ratio)
     except ValueError:
-        raise UserError(f"--enc_rpe2d {text}: ratio is {ratio!r}, not a number; it must be {RPE_GRAMMAR}") from None
-    try:
-        return get_rpe_config(ratio, method, mode, shared_head == "1", skip=0, rpe_on=rpe_on)
-    except ValueError as error:
-        raise UserError(f"--enc_rpe2d {text}: {error}; it must be {RPE_GRAMMAR}") from error
+        raise ValueError(f"ratio is {ratio!r}, not a number") from None
+    return get_rpe_config(ratio, method, mode, shared_head == "1", skip=0, rpe_on=rpe_on)
 
 
 def build_model(args):
@@ -65,5 +67,5 @@ def build_model(args):
         losses.append("masks")
         postprocessors["segm"] = PostProcessSegm()
         if args.dataset_file == "coco_panoptic":
-            postprocessors["panoptic"] = PostProcessPanoptic(COCO_THINGS)
+            postprocessors["panoptic"] = PostProcessPanoptic(args.is_thing_map or COCO_THINGS)
     return model, SetCriterion(num_classes, build_matcher(args), weights, args.eos_coef, losses), postprocessors
