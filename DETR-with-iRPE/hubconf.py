@@ -44,8 +44,7 @@ def _detr(flags, url, pretrained, num_classes, return_postprocessor):
     args = _main.get_args_parser().parse_args([*flags, "--num_classes", str(num_classes), "--eval"])
     model, _, postprocessors = _models.build_model(args)
     if pretrained:
-        path = _runtime.cached_download(url)
-        _checkpoint.load_weights(model, _runtime.load_checkpoint(path), path)
+        _checkpoint.load_weights(model, _runtime.load_checkpoint(url), url)
     model.eval()
     return (model, postprocessors["bbox"]) if return_postprocessor else model
 

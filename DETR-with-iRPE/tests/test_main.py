@@ -16,7 +16,7 @@ import main
 import visualize
 from conftest import PROJECT, finish, launcher, parse, small, start, write_set
 from fill import fill_state_dict
-from models import backbone, build_model
+from models import build_model
 from models.backbone import Backbone
 from util import runtime
 from util.runtime import UserError
@@ -129,6 +129,35 @@ def test_two_processes_train_one_model(coco, tmp_path):
     assert row["test_loss"] == pytest.approx(stats["loss"], rel=1e-5)
 
 
+def _epochs(args):
+    """In a process: train for epochs that only note what they draw and the criterion's loss of a known picture."""
+    noted = []
+
+    def note(model, criterion, *_):
+        criterion.train()
+        rank = runtime.get_rank()
+        outputs = {"pred_logits": torch.zeros(1, 5, 6), "pred_boxes": torch.full((1, 5, 4), 0.5)}
+        objects = {"labels": torch.zeros(1 + 2 * rank, dtype=torch.long), "boxes": torch.full((1 + 2 * rank, 4), 0.4)}
+        noted.append({"rank": rank, "drawn": torch.rand(()).item(),
+                      "loss": criterion(outputs, [objects])["loss_bbox"].item()})
+        return {}
+
+    main.train_one_epoch, main.evaluate = note, lambda *_: ({}, None)
+    main.main(args)
+    print(*("NOTED " + json.dumps(row) for row in noted), sep="\n")
+
+
+def test_processes_divide_by_their_mean_number_of_boxes_and_draw_different_random_numbers(coco):
+    script = "import test_main; test_main.runtime.run(test_main._epochs, test_main.parse(*sys.argv[1:]))"
+    flags = small(coco, "--epochs", 2, "--batch_size", 1)
+    status, out, err = finish(start(*launcher(2, "tests/run_code.py", script, *flags)))
+    assert status == 0, err
+    noted = [json.loads(line.removeprefix("NOTED ")) for line in out.splitlines() if line.startswith("NOTED ")]
+    assert len({row["drawn"] for row in noted}) == len(noted) == 4
+    for row in noted:  # one box here and three there, each 4 · 0.1 away
+        assert row["loss"] == pytest.approx((1 + 2 * row["rank"]) * 0.4 / 2)
+
+
 def test_the_demo_runs_from_end_to_end(tmp_path):
     status, out, err = finish(start("demo/run.py", "--output_dir", tmp_path, "--epochs", 1, "--train", 32, "--val", 2))
     assert status == 0, err
@@ -176,16 +205,6 @@ def test_pretrained_weights_come_from_the_cache_into_the_frozen_form(offline, tm
     torch.save(weights, tmp_path / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2])
     body = Backbone("resnet18", True).body.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in body.items())
-
-
-def test_other_processes_wait_until_the_main_one_has_the_weights(monkeypatch):
-    events = []
-    monkeypatch.setattr("models.backbone.barrier", lambda: events.append("barrier"))
-    monkeypatch.setattr("models.backbone.cached_download", lambda url: events.append("download") or "path")
-    for main_process in (True, False):
-        monkeypatch.setattr("models.backbone.is_main_process", lambda main_process=main_process: main_process)
-        backbone._pretrained_weights("resnet18")
-    assert events == ["download", "barrier", "barrier", "download"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
