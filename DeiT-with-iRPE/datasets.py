@@ -165,6 +165,10 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         return _number_classes(super().find_classes(directory)[0], self._known_classes, directory)
 
+    def name(self, i: int) -> str:
+        """Picture i's path."""
+        return self.samples[i][0]
+
     @staticmethod
     def class_names(root: str) -> list[str]:
         """Sorted names of the class folders; empty folders count, as they do for torchvision."""
@@ -190,11 +194,15 @@ class ImageTar(Dataset):
     def __len__(self) -> int:
         return len(self.index.offsets)
 
+    def name(self, i: int) -> str:
+        """Picture i's, for messages."""
+        return f"{self.index.names[i].decode(errors='replace')} in {self.path}"
+
     def __getitem__(self, i: int) -> tuple[Any, int]:
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.index.offsets[i])
             picture = io.BytesIO(file.read(self.index.sizes[i]))
-        image = _decode(picture, f"{self.index.names[i].decode(errors='replace')} in {self.path}")
+        image = _decode(picture, self.name(i))
         return self.transform(image), int(self.numbers[self.index.targets[i]])
 
     @staticmethod
@@ -357,8 +365,11 @@ class INaturalist(Dataset):
         return len(self.samples)
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
-        file_name, target = self.samples[i]
-        return self.transform(load_image(os.path.join(self.root, file_name))), target
+        return self.transform(load_image(self.name(i))), self.samples[i][1]
+
+    def name(self, i: int) -> str:
+        """Picture i's path."""
+        return os.path.join(self.root, self.samples[i][0])
 
 
 def _read_json(path: str) -> Any:

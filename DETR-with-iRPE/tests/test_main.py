@@ -47,7 +47,8 @@ def test_training_writes_checkpoints_log_and_precision(coco, trained):
         parts = [f"train_{name}{suffix}" for name in ("loss_ce", "loss_bbox", "loss_giou") for suffix in ("", "_0")]
         assert row["train_loss"] == pytest.approx(sum(row[part] for part in parts), rel=1e-4)
     files = {str(path.relative_to(trained)) for path in trained.rglob("*.pth")}
-    assert files == {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "eval/latest.pth", "eval/000.pth"}
+    assert files == {"checkpoint.pth", "checkpoint.previous.pth", "checkpoint0000.pth", "checkpoint0001.pth",
+                     "eval/latest.pth", "eval/000.pth"}
     assert (trained / "tensorboard").is_dir()
     checkpoint = runtime.load_checkpoint(str(trained / "checkpoint.pth"))
     assert checkpoint["epoch"] == 1 and checkpoint["args"].enc_rpe2d == "rpe-2.0-product-ctx-1-k"
@@ -125,8 +126,9 @@ def _epochs(args):
     """In a process: train for epochs that only note what they draw and the criterion's loss of a known picture."""
     noted = []
 
-    def note(model, criterion, *_):
+    def note(model, criterion, loader, *_):
         criterion.train()
+        next(iter(runtime.Progress("here", loader, 1, run=_[-1])))  # the first step's random numbers
         rank = runtime.get_rank()
         outputs = {"pred_logits": torch.zeros(1, 5, 6), "pred_boxes": torch.full((1, 5, 4), 0.5)}
         objects = {"labels": torch.zeros(1 + 2 * rank, dtype=torch.long), "boxes": torch.full((1 + 2 * rank, 4), 0.4)}
