@@ -353,7 +353,7 @@ class INaturalist(Dataset):
             categories = {category.get("id", number): category[level] for number, category in
                           enumerate(_read_json(os.path.join(root, "categories.json")))}
             self.classes = sorted(set(categories.values()))
-            files = {image["id"]: image["file_name"] for image in listing["images"]}
+            files = {image["id"]: os.fspath(image["file_name"]) for image in listing["images"]}
             index = {name: number for number, name in enumerate(self.classes)}
             self.samples = [(files[entry["image_id"]], index[categories[entry["category_id"]]])
                             for entry in listing["annotations"]]

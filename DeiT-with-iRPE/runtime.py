@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, BinaryIO, NoReturn
 
@@ -70,7 +71,7 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
             _fail(1, f"a loading process ended or hangs in {_where}: {UserError(error)}")
         if not dist.is_initialized():
             raise
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        lost = isinstance(error, dist.DistError) or re.search("gloo|timeout|closed by peer", str(error))
         _fail(1, f"{_missing()} is lost or hangs in {_where}: {UserError(error)}" if lost else traceback.format_exc())
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -337,6 +338,8 @@ def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
         load = torch.hub.load_state_dict_from_url
         place = f": fetch it elsewhere and put it into {torch.hub.get_dir()}/checkpoints"
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # PyTorch reads changed weights without a word
+            raise zipfile.BadZipFile
         with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):
             checkpoint = load(path, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -8,12 +8,10 @@ never stopped, to the bit. A kill may lose no more steps than `--save-every` say
 refused in one sentence, or read. The last line is the number of failures, which is also the exit status.
 """
 import argparse
-import contextlib
-import io
+import copy
 import json
-import os
 import multiprocessing
-import pickle
+import os
 import random
 import shutil
 import signal
@@ -23,6 +21,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import traceback
 import warnings
 import zipfile
 from pathlib import Path
@@ -241,7 +240,8 @@ def kill_campaign(codebase, world_size, kills, rng, folder):
         if any(statuses):
             counts[kind] += 1
             longest = max(longest, seconds)
-            said = "\n".join(victim.said())
+            said = "\n".join(said for said, status in zip(victim.said(), statuses, strict=True)
+                             if status != -signal.SIGKILL)  # whose loading processes may cry
             lost = steps - saved_steps(out, steps_per_epoch, images)
             most_lost = max(most_lost, lost)
             stopped = number != signal.SIGKILL and 75 in statuses
@@ -259,6 +259,196 @@ def kill_campaign(codebase, world_size, kills, rng, folder):
         victim.ledger.unlink()
         chain = 0
     return counts, most_lost, longest, failures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damaged files
+
+INTRUDED = Path(tempfile.gettempdir(), f"intruded_{os.getpid()}")
+STRANGE = (None, True, -1, 0, 7, 1e99, float("nan"), "", "x", "../x", [], [1], {}, {"x": 1}, [None], [[1, 2], "y"])
+
+
+class Intruder:
+    """Runs a command where it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, (f"touch {INTRUDED}",)
+
+
+def outcome(function):
+    """"read", "refused", or what was wrong with it: `function` in a process of its own, which may take a minute."""
+    with tempfile.TemporaryFile("w+") as said:
+        sys.stdout.flush()
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            status = 4
+            try:
+                function()
+                status = 0
+            except program.runtime.UserError as error:
+                status = 3 if len(str(error).splitlines()) == 1 else print("several lines:", error)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(4 if status is None else status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        words = {0: "read", 3: "refused"}.get(status) or f"status {status}: {said.read()[-1500:]}"
+    if INTRUDED.exists():
+        INTRUDED.unlink()
+        words = "foreign code was run"
+    return words
+
+
+def damage_bytes(content, rng):
+    """The content cut, or with a few bytes changed."""
+    if rng.random() < 0.3:
+        return content[:rng.randrange(len(content))]
+    damaged = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        damaged[rng.randrange(len(damaged))] ^= rng.randint(1, 255)
+    return bytes(damaged)
+
+
+def damage_value(container, rng, strange=STRANGE):
+    """Replace a value somewhere in nested containers by one of another kind, or leave it out."""
+    while True:
+        key = rng.choice(list(container) if isinstance(container, dict) else range(len(container)))
+        inner = container[key]
+        if isinstance(inner, (dict, list)) and inner and rng.random() < 0.8:
+            container = inner
+        elif isinstance(container, dict) and rng.random() < 0.2:
+            return container.pop(key)
+        else:
+            container[key] = rng.choice(strange)
+            return inner
+
+
+def damaged_checkpoints(path, count, rng, resume):
+    """Outcome and kind of `resume` for damaged files of the checkpoint at `path`, which stays as it was."""
+    content, original = path.read_bytes(), torch.load(path, weights_only=False)
+    damaged = path.with_name("damaged.pth")
+    for number in range(count):
+        kind = ("bytes", "types", "code")[number % 3]
+        checkpoint = copy.deepcopy(original)
+        if kind == "bytes":
+            damaged.write_bytes(damage_bytes(content, rng))
+        else:
+            damage_value(checkpoint, rng, STRANGE if kind == "types" else [Intruder()])
+            torch.save(checkpoint, damaged, _use_new_zipfile_serialization=rng.random() < 0.8)
+
+        def read(kind=kind):
+            resume(str(damaged))
+            if kind == "bytes":
+                found = differences(original, program.runtime.load_checkpoint(str(damaged)))
+                if [part for part in found if part != ".args"]:
+                    raise ValueError(f"other {found} were read")
+        yield f"checkpoint, {kind}", outcome(read)
+
+
+def damaged_sets(files, count, rng, read):
+    """Outcome and kind of `read` while one of the files is damaged."""
+    for number in range(count):
+        file = files[number % len(files)]
+        content = file.read_bytes()
+        if file.suffix == ".json" and rng.random() < 0.7:
+            data = json.loads(content)
+            damage_value(data, rng)
+            file.write_text(json.dumps(data))
+        else:
+            file.write_bytes(damage_bytes(content, rng))
+        yield f"set, {file.suffix[1:]}", outcome(lambda file=file: read(file))
+        file.write_bytes(content)
+
+
+def deit_readers(data):
+    """(what reads a checkpoint as training does, files of sets, what reads the set that a file is of)"""
+    def parse(*flags):
+        parser = argparse.ArgumentParser(parents=[program.get_args_parser()])
+        return parser.parse_args(list(map(str, [*deit_flags(data), *flags])))
+
+    args = parse()
+    args.world_size = 1
+    state = program.build_state(args, program.build_model(args, 3))
+    names = sorted(str(path.relative_to(data)) for path in Path(data, "train").rglob("*.png"))
+    Image.open(Path(data, names[0])).save(Path(data, "train", "ant", "0.jpg"))
+    for split in ("train", "val"):
+        Path(data, f"{split}2018.json").write_text(json.dumps({
+            "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
+            "annotations": [{"image_id": number, "category_id": number % 3} for number in range(len(names))]}))
+    Path(data, "categories.json").write_text(json.dumps([{"id": number, "name": str(number)} for number in range(3)]))
+    files = [Path(data, name) for name in ("train.tar", "train2018.json", "categories.json", names[0],
+                                           "train/ant/0.jpg")]
+
+    def read(file):
+        flags = {".tar": ["--load-tar"], ".json": ["--data-set", "INAT"]}.get(file.suffix, [])
+        dataset, _ = program.build_dataset(True, parse(*flags))
+        for number in range(len(dataset)):
+            dataset[number]
+
+    return lambda path: state.resume(path, args), files, read
+
+
+def detr_readers(data):
+    """As `deit_readers`."""
+    parser = argparse.ArgumentParser(parents=[program.get_args_parser()])
+    folder = data / "panoptic"
+    for split in ("train", "val"):
+        instances = json.loads(Path(data, "annotations", f"instances_{split}2017.json").read_text())
+        Path(folder, f"panoptic_{split}2017").mkdir(parents=True)
+        for image in instances["images"]:
+            ids = np.zeros((48, 40, 3), np.uint8)
+            ids[:20, :, 0], ids[20:, :, 0] = 1, 2
+            Image.fromarray(ids).save(Path(folder, f"panoptic_{split}2017", image["file_name"]))
+        Path(folder, "annotations").mkdir(exist_ok=True)
+        Path(folder, "annotations", f"panoptic_{split}2017.json").write_text(json.dumps({
+            "images": instances["images"], "categories": [{"id": 1, "name": "a", "isthing": 1},
+                                                          {"id": 2, "name": "b", "isthing": 0}],
+            "annotations": [{"image_id": image["id"], "file_name": image["file_name"],
+                             "segments_info": [{"id": k, "category_id": k, "iscrowd": 0, "area": 800} for k in (1, 2)]}
+                            for image in instances["images"]]}))
+    for picture in Path(data, "val2017").iterdir():
+        picture.unlink()  # read from the zip
+    files = [data / "train2017" / "0.png", data / "val2017.zip", data / "annotations" / "instances_train2017.json",
+             data / "annotations" / "instances_val2017.json", folder / "annotations" / "panoptic_train2017.json",
+             folder / "panoptic_train2017" / "1.png"]
+
+    def parse(*flags):
+        return parser.parse_args(list(map(str, [*detr_flags(data), *flags])))
+
+    def read(file):
+        panoptic = ["--dataset_file", "coco_panoptic", "--coco_panoptic_path", folder] * ("panoptic" in str(file))
+        for dataset in program.build_datasets(parse("--masks", *panoptic)):
+            dataset.ground_truth()
+            for number in range(len(dataset)):
+                dataset[number]
+
+    args = parse("--num_classes", 3)
+    model, _, _ = program.build_model(args)
+    optimizer = program.build_optimizer(model, args)
+    state = program.TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
+                                  torch.amp.GradScaler("cpu", enabled=False))
+    return state.resume, files, read
+
+
+def damage_campaign(codebase, count, rng, folder, checkpoint):
+    """Print how many damaged files were read and refused; returns the failures."""
+    data = CODEBASES[codebase][0](folder / "damaged")
+    resume, files, read = (deit_readers if codebase.startswith("DeiT") else detr_readers)(data)
+    failures, counts = [], {}
+    for kind, words in (*damaged_checkpoints(checkpoint, count, rng, resume),
+                        *damaged_sets(files, count, rng, read)):
+        label = words if words in ("read", "refused") else "failed"
+        counts.setdefault(kind, dict.fromkeys(("refused", "read", "failed"), 0))[label] += 1
+        failures += [f"{codebase}: {kind}: {words}"] * (label == "failed")
+    for kind, results in sorted(counts.items()):
+        print(f"{codebase}, damaged {kind}: " + ", ".join(f"{number} {label}" for label, number in results.items()),
+              flush=True)
+    return failures
 
 
 def main():
@@ -300,7 +490,8 @@ def campaign(codebase, args, folder):
               f"({kinds}); at most {lost} steps lost, ended after at most {longest:.0f} s; {len(found)} failures",
               flush=True)
         failures += found
-    return failures
+    checkpoint = folder / f"{codebase}_1_reference" / "checkpoint.pth"
+    return failures + damage_campaign(codebase, args.damaged, random.Random(args.seed), folder, checkpoint)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from util.runtime import (
     save_atomically,
 )
 
+# what PyTorch raises for states that are none
+_MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
 
 @dataclass
 class TrainingState:
@@ -55,14 +58,17 @@ class TrainingState:
             return None
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, KeyError) as error:
+        except _MISFITS as error:
             raise UserError(
                 f"the optimizer in {path} trained other parameters ({error}): give that run's --frozen_weights, "
                 "--no_pretrained_backbone and --lr_backbone to go on with it, or --finetune to start from its weights"
             ) from error
-        self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
-        if checkpoint.get("scaler"):
-            self.loss_scaler.load_state_dict(checkpoint["scaler"])
+        try:
+            self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+            if checkpoint.get("scaler"):
+                self.loss_scaler.load_state_dict(checkpoint["scaler"])
+        except _MISFITS as error:
+            raise UserError(f"checkpoint {path} is damaged: its lr_scheduler or scaler is none: {error!r}") from error
         return resume_point(checkpoint, path)
 
 

@@ -3,15 +3,13 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
-import torch
 
 import main
 import runtime
-from conftest import PROJECT, finish, free_port, parse, small, start, start_processes, write_pictures
+from conftest import finish, free_port, parse, small, start, start_processes, write_pictures
 from runtime import Interrupted, UserError, load_checkpoint
 from test_train import same
 
