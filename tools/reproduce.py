@@ -279,7 +279,7 @@ def measure(row, args, device, old, locked):
         print(f"$ {said}", flush=True)
         measured = evaluate(row, command, args.output_dir, locked)
     except BrokenPipeError:
-        raise  # nobody listens any more
+        raise
     except (UserError, OSError) as error:
         return {**old, "status": "error", "why": str(error)}
     return {**judge(row, measured), **counts, "command": said, "device": device, "processes": args.nproc,
@@ -356,7 +356,7 @@ def reproduce(args, table_rows, rows, locked):
         entries[name] = measure(row, args, device, entries.get(name, {}), locked)
         write_reports(args.output_dir, table_rows, entries)
         print(f"{entries[name]['status']}: {entries[name]['why']}", flush=True)
-    print(f"reports: {args.output_dir}/results.md, results.json, results.png")
+    print(f"reports: {args.output_dir}/results.md, results.json, results.png", flush=True)
     return {entries[row["name"]]["status"] for row in rows}
 
 
@@ -410,7 +410,7 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer
+        pass  # nobody reads what could be said
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last row that was measured", file=sys.stderr)
     return INTERRUPTED
