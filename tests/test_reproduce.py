@@ -307,7 +307,7 @@ def test_what_was_measured_is_kept_until_something_changes_and_through_an_error(
 
 
 def test_an_evaluation_without_a_result_is_an_error_also_beside_an_earlier_ones(stub, capsys):
-    (stub / "checkpoints" / "code.py").touch()
+    (stub / "checkpoints" / "code.py").write_text("")
     (stub / "out" / TINY / "eval.json").write_text('{"acc1": 80, "acc5": 92}')
     status, out, _ = run(capsys, *flags_of(stub))
     assert status == 3 and "error: the evaluation ended with status 0 and no result" in out
