@@ -7,7 +7,7 @@ from torch import nn
 
 from datasets.coco_eval import CocoEvaluator, gather_on_main
 from datasets.panoptic_eval import PanopticEvaluator
-from util.runtime import DeferredScalars, Progress, UserError, get_world_size, print_once, step_optimizer
+from util.runtime import Progress, UserError, get_world_size, print_once, step_optimizer
 
 SHOWN = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm", "lr")
 
@@ -33,21 +33,13 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         loss_scaler: torch.amp.GradScaler for float16; a disabled one leaves the loss alone.
         max_norm: bound on the norm of the gradient; 0 for no bound.
     Returns: means of all losses, the gradient's norm and the learning rates over steps and processes.
-    Raises: SharedError at the same step when a value of one is not finite, or the gradients never are.
+    Raises: UserError on all processes when a value of one is not finite, or the gradients never are.
     """
     model.train()
     criterion.train()
-    rates = {"lr": optimizer.param_groups[0]["lr"], "lr_backbone": optimizer.param_groups[-1]["lr"]}
-    progress = Progress(f"Epoch {epoch}", len(data_loader), data_loader.batch_size * get_world_size(), device)
-    means = Progress("", len(data_loader), 0, device)  # of more than the line has room for
-    scalars = DeferredScalars(f"epoch {epoch}")
-
-    def note(values):
-        if values:
-            means.update(**values, **rates)
-            progress.update(**{name: {**values, **rates}[name] for name in SHOWN})
-
-    for samples, targets in progress.track(data_loader):
+    progress = Progress(f"epoch {epoch}", data_loader, data_loader.batch_size * get_world_size(), SHOWN,
+                        lr=optimizer.param_groups[0]["lr"], lr_backbone=optimizer.param_groups[-1]["lr"])
+    for samples, targets in progress:
         samples, targets = to_device(samples, targets, device)
         with autocast(device, amp_dtype):
             outputs = model(samples)
@@ -59,9 +51,8 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         step_optimizer(loss_scaler, optimizer)
         # float16's first steps overflow until the scale has come down, and the scaler leaves them out
         norm = grad_norm.nan_to_num(posinf=0.0) if loss_scaler.is_enabled() else grad_norm
-        note(scalars.push(**losses, grad_norm=norm))
-    note(scalars.flush())
-    return means.averages()
+        progress.add(**losses, grad_norm=norm)
+    return progress.averages()
 
 
 @torch.inference_mode()
@@ -81,13 +72,12 @@ def evaluate(model, criterion, postprocessors, data_loader, ground_truth, device
     """
     model.eval()
     criterion.eval()
-    progress = Progress("Test", len(data_loader), len(data_loader.dataset) / max(len(data_loader), 1), device)
     evaluators, batches = {}, []
     if ground_truth is not None:
         evaluators = {name: CocoEvaluator(ground_truth, name) for name in ("bbox", "segm") if name in postprocessors}
     if "panoptic" in postprocessors:
         evaluators["panoptic"] = PanopticEvaluator(data_loader.dataset, output_dir)
-    for samples, targets in progress.track(data_loader):
+    for samples, targets in Progress("Test", data_loader, len(data_loader.dataset) / max(len(data_loader), 1)):
         samples, targets = to_device(samples, targets, device)
         with autocast(device, amp_dtype):
             outputs = model(samples)

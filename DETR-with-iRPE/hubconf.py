@@ -45,8 +45,7 @@ def _build(flags, url, pretrained, num_classes):
     args = _main.get_args_parser().parse_args([*flags, "--num_classes", str(num_classes), "--eval"])
     model, _, postprocessors = _models.build_model(args)
     if pretrained:
-        path = _runtime.cached_download(url)
-        _checkpoint.load_weights(model, _runtime.load_checkpoint(path), path)
+        _checkpoint.load_weights(model, _runtime.load_checkpoint(url), url)
     return model.eval(), postprocessors
 
 

@@ -52,7 +52,8 @@ def get_args_parser():
     group.add_argument("--pre_norm", action="store_true")
     group.add_argument("--enc_rpe2d", default="", help="relative positions in the encoder, as rpe-2.0-product-ctx-1-k")
     group.add_argument("--num_classes", type=int,
-                       help="highest category id + 1; read from the annotations if not given")
+                       help="highest category id + 1; read from the annotations if not given, and at least 250 for "
+                            "coco_panoptic")
     group.add_argument("--masks", action="store_true", help="draw a mask for every object")
     group.add_argument("--frozen_weights", type=str, metavar="FILE",
                        help="with --masks: the detector under them, which stays as it is")
@@ -133,6 +134,8 @@ def build_datasets(args):
     datasets = [dataset for dataset in (train_set, val_set) if dataset]
     if args.num_classes is None:
         args.num_classes = max(dataset.num_classes for dataset in datasets)
+        if args.dataset_file == "coco_panoptic":  # as the released models have it
+            args.num_classes = max(args.num_classes, NUM_CLASSES["coco_panoptic"])
     for dataset in datasets:
         check_categories(dataset, args.num_classes)
     return train_set, val_set

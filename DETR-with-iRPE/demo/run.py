@@ -26,7 +26,7 @@ from util import runtime
 MODEL = ["--backbone", "resnet18", "--no_pretrained_backbone", "--last_stride", "1", "--short_side", "64",
          "--hidden_dim", "128", "--nheads", "4", "--enc_layers", "2", "--dec_layers", "2", "--dim_feedforward", "256",
          "--num_queries", "5", "--pre_norm", "--dropout", "0", "--enc_rpe2d", "rpe-2.0-product-ctx-1-k",
-         "--bbox_loss_coef", "1", "--giou_loss_coef", "0.4"]
+         "--bbox_loss_coef", "1", "--giou_loss_coef", "0.4", "--num_classes", "11"]
 TRAINING = ["--batch_size", "16", "--no_augmentation"]
 
 

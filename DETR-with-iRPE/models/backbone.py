@@ -6,7 +6,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from util.misc import NestedTensor
-from util.runtime import UserError, cached_download, load_checkpoint
+from util.runtime import UserError, load_checkpoint
 
 from .position_encoding import build_position_encoding
 
@@ -70,7 +70,7 @@ class Backbone(BackboneBase):
                     module.stride = (1, 1)
         if pretrained:
             url = vision_models.get_model_weights(name)["IMAGENET1K_V1"].url
-            resnet.load_state_dict(load_checkpoint(cached_download(url)))
+            resnet.load_state_dict(load_checkpoint(url))
         super().__init__(resnet, train_backbone, resnet.fc.in_features, return_interm_layers)
         if train_backbone and not frozen_norm:
             self.body.requires_grad_(True)

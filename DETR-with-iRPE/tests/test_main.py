@@ -121,6 +121,35 @@ def test_two_processes_train_one_model(coco, tmp_path):
     assert row["test_loss"] == pytest.approx(stats["loss"], rel=1e-5)
 
 
+def _epochs(args):
+    """In a process: train for epochs that only note what they draw and the criterion's loss of a known picture."""
+    noted = []
+
+    def note(model, criterion, *_):
+        criterion.train()
+        rank = runtime.get_rank()
+        outputs = {"pred_logits": torch.zeros(1, 5, 6), "pred_boxes": torch.full((1, 5, 4), 0.5)}
+        objects = {"labels": torch.zeros(1 + 2 * rank, dtype=torch.long), "boxes": torch.full((1 + 2 * rank, 4), 0.4)}
+        noted.append({"rank": rank, "drawn": torch.rand(()).item(),
+                      "loss": criterion(outputs, [objects])["loss_bbox"].item()})
+        return {}
+
+    main.train_one_epoch, main.evaluate = note, lambda *_: ({}, None)
+    main.main(args)
+    print(*("NOTED " + json.dumps(row) for row in noted), sep="\n")
+
+
+def test_processes_divide_by_their_mean_number_of_boxes_and_draw_different_random_numbers(coco):
+    script = "import test_main; test_main.runtime.run(test_main._epochs, test_main.parse(*sys.argv[1:]))"
+    flags = small(coco, "--epochs", 2, "--batch_size", 1)
+    status, out, err = finish(start(*launcher(2, "tests/run_code.py", script, *flags)))
+    assert status == 0, err
+    noted = [json.loads(line.removeprefix("NOTED ")) for line in out.splitlines() if line.startswith("NOTED ")]
+    assert len({row["drawn"] for row in noted}) == len(noted) == 4
+    for row in noted:  # one box here and three there, each 4 · 0.1 away
+        assert row["loss"] == pytest.approx((1 + 2 * row["rank"]) * 0.4 / 2)
+
+
 def test_the_demo_runs_from_end_to_end(tmp_path):
     status, out, err = finish(start("demo/run.py", "--output_dir", tmp_path, "--epochs", 1, "--mask_epochs", 1,
                                     "--train", 32, "--val", 2))
