@@ -181,8 +181,11 @@ def test_a_coco_without_pictures_is_noticed_before_anything_is_written(tmp_path,
 
 @pytest.mark.parametrize(("said", "expected"), [
     ("Traceback (most recent call last):\n[rank1]: ValueError: this\nx.ChildFailedError: \n=====", "ValueError: this"),
-    ("error: process 1 of 2 lost the others: gloo\nerror: --device cuda needs a GPU\nx.y.ChildFailedError:",
-     "--device cuda needs a GPU"),
+    ("error: process 0 of 2: another process is lost: gloo\nerror: process 1 of 2: 7.png cannot be read\n",
+     "process 1 of 2: 7.png cannot be read"),
+    ("error: process 1 of 2: Traceback (most recent call last):\n  File\nKeyError: 7\n", "KeyError: 7"),
+    ("error: process 0 of 2: another process is lost: gloo\nx.y.ChildFailedError:",
+     "process 0 of 2: another process is lost: gloo"),
     ("a.b.errors.ChildFailedError: \n  exitcode  : -9 (pid: 12)\n  traceback : Signal 9 (SIGKILL) received by PID 12\n",
      "Signal 9 (SIGKILL)"),
     ("a warning", ""),

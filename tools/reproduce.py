@@ -241,9 +241,10 @@ def evaluate(row, command, out, locked):
 
 def error_in(said):
     """What went wrong first, among warnings, what the other processes say then, and the launcher's report."""
-    for pattern in (r"^error: (?!.*lost the others)(.*)",
+    for pattern in (r"^error: (?!.*(?:another process is lost|Traceback))(.*)",
                     r"^(?:\[rank\d+\]: )?((?!.*ChildFailedError)[\w.]*(?:Error|Exception)\b.*)",
-                    r"(Signal \d+ .*) received by PID"):
+                    r"(Signal \d+ .*) received by PID",
+                    r"^error: (.*)"):
         if found := re.search(pattern, said, re.MULTILINE):
             return found[1]
     return ""
@@ -336,8 +337,7 @@ def draw(rows, entries, path):
         entry = {"difference": float("nan"), "status": "not run", **entries.get(row["name"], {})}
         axes.plot(entry["difference"] / CODEBASES[row["codebase"]].tolerance, f"{row['name']}: {entry['status']}", "o",
                   color="#0072B2" if entry["status"] == "pass" else "#D55E00")
-    axes.set(xlabel="measured minus the paper's number, in parts of what it may differ by")
-    axes.invert_yaxis()
+    axes.set(xlabel="measured minus the paper's number, in parts of what it may differ by", ylim=(len(rows), -1))
     figure.savefig(path, dpi=120)
 
 
