@@ -44,7 +44,7 @@ def test_the_code_knows_the_released_names_files_and_urls():
 def test_detrs_rows_are_entries_of_its_hubconf_and_fetch_their_url(monkeypatch):
     hubconf = load(ROOT / "DETR-with-iRPE" / "hubconf.py")
     asked = []
-    monkeypatch.setattr(hubconf, "_detr", lambda flags, url, *rest: asked.append((flags, url)))
+    monkeypatch.setattr(hubconf, "_build", lambda flags, url, *rest: asked.append(([*flags], url)) or (None, {}))
     for row in RELEASED["detr"]:
         entry = getattr(hubconf, row["name"])
         entry(pretrained=True)
