@@ -1,4 +1,4 @@
-"""Rewrite the tables of README.md that stand between `<!-- released: NAME -->` and `<!-- end -->` from released.json.
+"""Rewrite the tables of README.md between `<!-- released: NAME -->` and `<!-- end -->` from tools/released.json.
 
     python .ci/readme.py
 """
@@ -37,7 +37,7 @@ def rewrite(text, released):
 
 def main():
     path = ROOT / "README.md"
-    released = json.loads((ROOT / "released.json").read_text(encoding="utf-8"))
+    released = json.loads((ROOT / "tools" / "released.json").read_text(encoding="utf-8"))
     path.write_text(rewrite(path.read_text(encoding="utf-8"), released), encoding="utf-8")
 
 

@@ -8,8 +8,10 @@ import argparse
 import json
 import math
 import os
+import random
 import time
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.layers import to_2tuple
@@ -29,7 +31,7 @@ from datasets import build_collate, build_dataset
 from engine import evaluate, train_one_epoch
 from losses import DistillationLoss
 from rpe_models import create_model
-from runtime import UserError, get_rank, get_world_size, is_main_process, load_checkpoint, print_once, seed_everything
+from runtime import UserError, get_rank, get_world_size, is_main_process, load_checkpoint, print_once
 from samplers import RASampler, ShardSampler
 
 
@@ -351,6 +353,14 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 
 
 # Runs
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, NumPy and PyTorch from non-negative integers, such as (seed, rank, epoch)."""
+    python, numpy, pytorch = np.random.SeedSequence(numbers).generate_state(3)
+    random.seed(int(python))
+    np.random.seed(numpy)
+    torch.manual_seed(int(pytorch))
+
 
 def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Evaluate ``args.resume``, or the model as it was made; with ``args.output_dir`` also writes eval.json there."""

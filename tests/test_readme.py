@@ -9,8 +9,8 @@ import torch
 
 from conftest import ROOT
 
-RELEASED = json.loads((ROOT / "released.json").read_text(encoding="utf-8"))
-ROWS = reproduce.read_table(ROOT / "released.json")
+RELEASED = json.loads((ROOT / "tools" / "released.json").read_text(encoding="utf-8"))
+ROWS = reproduce.read_table(ROOT / "tools" / "released.json")
 
 
 def load(path):

@@ -1,12 +1,13 @@
 """Every mistake a user can make with files and flags ends in one sentence, and nothing already written is lost."""
 import os
+import re
 import shutil
 
 import pytest
 import torch
 
 import main
-from conftest import TINY, finish, parse, small, start, start_processes
+from conftest import TINY, finish, launcher, parse, small, start, start_processes
 from fill import fill_state_dict
 from rpe_models import create_model
 from runtime import UserError, load_checkpoint
@@ -72,7 +73,7 @@ def test_unreadable_picture_is_named(broken):
 def test_truncated_checkpoint(pictures, tmp_path, flag):
     path = checkpoint_of(TINY, tmp_path / "c.pth")
     os.truncate(path, path.stat().st_size // 2)
-    assert f"checkpoint {path} is truncated or damaged" in refused(pictures, flag, path)
+    assert f"checkpoint {path} is truncated" in refused(pictures, flag, path)
 
 
 def test_checkpoint_of_another_model_says_which_keys_differ(pictures, tmp_path):
@@ -241,10 +242,29 @@ def test_the_program_says_one_line_and_ends_with_an_error(pictures, flags, statu
 
 
 @pytest.mark.parametrize("flags", [[], ["--eval"]])
-def test_two_processes_say_the_broken_picture_once(broken, flags):
+def test_broken_picture_is_said_by_the_process_that_meets_it(broken, flags):
     results = [finish(process) for process in start_processes(
         2, "main.py", *small(broken, "--batch-size", 4, "--num_workers", 1, "--no-repeated-aug", *flags))]
-    errors = "".join(err for _, _, err in results)
-    split = "val" if flags else "train"
     assert [code for code, _, _ in results] == [1, 1]
-    assert errors.startswith(f"error: picture {broken}/{split}/bee/2.png cannot be read") and errors.count("\n") == 1
+    errors = "".join(err for _, _, err in results).splitlines()
+    picture = f"picture {broken}/{'val' if flags else 'train'}/bee/2.png cannot be read"
+    said = [error for error in errors if re.match(rf"error: process [01] of 2: {picture}", error)]
+    assert len(said) == 1 and len(errors) == 2
+    assert all("another process is lost" in error for error in errors if error not in said)
+
+
+def test_wrong_flag_is_said_once_under_a_launcher(pictures):
+    code, _, err = finish(start(*launcher(2), "main.py", *small(pictures, "--resume", "none.pth")))
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code != 0 and len(errors) == 1
+    assert errors[0].startswith("error: process 0 of 2: checkpoint none.pth cannot be read: No such file")
+
+
+def test_killed_process_ends_the_other(pictures):
+    first, second = start_processes(2, "main.py", *small(pictures, "--batch-size", 4, "--epochs", 1000))
+    while not first.stdout.readline().startswith("* Acc@1"):
+        assert first.poll() is None
+    second.kill()
+    code, _, err = finish(first)
+    assert code == 1 and re.fullmatch("error: process 0 of 2: another process is lost: .*\n", err)
+    finish(second)
