@@ -65,7 +65,7 @@ def run(args):
     for folder in (out, out / "masks"):
         (folder / "log.txt").unlink(missing_ok=True)  # of an earlier demo
     common = [*MODEL, "--dataset_file", "coco_panoptic", "--coco_path", out / "digits", "--coco_panoptic_path",
-              out / "digits", "--device", "cpu", "--num_workers", 0, "--eval_batch_size", 16]
+              out / "digits", "--num_classes", 11, "--device", "cpu", "--num_workers", 0, "--eval_batch_size", 16]
     before = detr(*common, "--eval")
     detr(*common, *TRAINING, "--lr", 5e-4, "--lr_backbone", 1e-3, "--output_dir", out, "--epochs", args.epochs,
          "--lr_drop", max(1, args.epochs - 2), "--eval_every", args.eval_every)
