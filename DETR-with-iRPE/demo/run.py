@@ -76,8 +76,8 @@ def run(args):
     detr(*common, *TRAINING, "--lr", 1e-3, "--output_dir", out / "masks", "--epochs", args.mask_epochs,
          "--lr_drop", max(1, args.mask_epochs - 1), "--eval_every", args.mask_epochs)
     after = detr(*common, "--eval", "--resume", trained)
-    argv = shown("visualize.py", "--resume", trained, "--device", "cpu", "--output_dir", out / "pictures",
-                 "--threshold", 0.5, "--image", *sorted((out / "digits" / "val2017").iterdir())[:6])
+    argv = shown("visualize.py", "--resume", trained, "--device", "cpu", "--output_dir", out / "pictures", "--image",
+                 *sorted((out / "digits" / "val2017").iterdir())[:6])
     visualize.main(visualize.parser().parse_args(argv), argv)
     for name, first, last in (
             ("AP of boxes", before["AP"], after["AP"]), ("AP50 of boxes", before["AP50"], after["AP50"]),
