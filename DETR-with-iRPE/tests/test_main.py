@@ -140,7 +140,7 @@ def _epochs(args):
 
 
 def test_processes_divide_by_their_mean_number_of_boxes_and_draw_different_random_numbers(coco):
-    script = "import conftest, test_main; test_main.runtime.run(test_main._epochs, test_main.parse(*sys.argv[1:]))"
+    script = "import test_main; test_main.runtime.run(test_main._epochs, test_main.parse(*sys.argv[1:]))"
     flags = small(coco, "--epochs", 2, "--batch_size", 1)
     status, out, err = finish(start(*launcher(2, "tests/run_code.py", script, *flags)))
     assert status == 0, err
