@@ -56,6 +56,16 @@ def test_command_line_and_paths_in_a_checkpoint_come_back(tmp_path, zipped):
     assert torch.equal(checkpoint["model"]["w"], torch.arange(3.0))
 
 
+@pytest.mark.parametrize(("name", "kind"), [(b"pathlib._local\nPosixPath", pathlib.PurePosixPath),
+                                            (b"pathlib\nWindowsPath", pathlib.PureWindowsPath)])
+def test_paths_of_another_python_or_system_come_back(tmp_path, name, kind):
+    path = saved(tmp_path, {"args": pathlib.PosixPath("a/b")}, _use_new_zipfile_serialization=False)
+    own = f"{pathlib.PosixPath.__module__}\nPosixPath".encode()
+    assert own in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(own, name))
+    assert load_checkpoint(path) == {"args": kind("a/b")}
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(("obj", "named"), [(Intruder(), "posix.system"), (Unknown(), "test_runtime.Unknown")])
 def test_pickle_that_needs_more_is_refused_by_name_and_not_run(tmp_path, monkeypatch, zipped, obj, named):
