@@ -186,8 +186,8 @@ def save_atomically(obj: Any, path: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# what command lines kept in checkpoints hold; only one flavour of paths can be made here, so both come back as pure ones,
-# and their module has two names in Python's versions
+# what kept command lines hold; only one flavour of paths can be made here, so both come back as pure ones, and their
+# module has two names in Python's versions
 _ALLOWED = [argparse.Namespace, *((cls, f"{module}.{cls.__name__.removeprefix('Pure')}")
                                   for module in ("pathlib", "pathlib._local")
                                   for cls in (pathlib.PurePosixPath, pathlib.PureWindowsPath))]
