@@ -183,7 +183,7 @@ def train(run, state, criterion, postprocessors, val_loader, ground_truth, devic
     args, model = run.args, state.model
     if args.distributed:
         model = DistributedDataParallel(model, [device] if device.type == "cuda" else None,
-                                        process_group=runtime.training_group())
+                                        process_group=runtime.training_group)
     amp_dtype = getattr(torch, args.amp_dtype)
     n_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     for epoch in run.epochs():

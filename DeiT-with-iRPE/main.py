@@ -29,17 +29,7 @@ from datasets import build_collate, build_dataset
 from engine import evaluate, train_one_epoch
 from losses import DistillationLoss
 from rpe_models import create_model
-from runtime import (
-    SeededDataset,
-    SeededSampler,
-    UserError,
-    get_rank,
-    get_world_size,
-    is_main_process,
-    load_checkpoint,
-    print_once,
-    seed_everything,
-)
+from runtime import UserError, get_rank, get_world_size, is_main_process, load_checkpoint, print_once, seed_everything
 from samplers import RASampler, ShardSampler
 
 
@@ -243,8 +233,8 @@ def build_train_loader(args: argparse.Namespace, device: torch.device) -> tuple[
     if len(sampler) < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size} is more than the {len(sampler)} pictures that each of "
                         f"{get_world_size()} processes sees in an epoch: make it smaller")
-    loader = _loader(args, SeededDataset(dataset), device, sampler=SeededSampler(sampler, args.seed), drop_last=True,
-                     collate_fn=build_collate(args), timeout=args.step_timeout if args.num_workers else 0)
+    loader = _loader(args, runtime.SeededDataset(dataset), device, sampler=runtime.SeededSampler(sampler, args.seed),
+                     drop_last=True, collate_fn=build_collate(args), timeout=args.step_timeout if args.num_workers else 0)
     return loader, nb_classes
 
 
@@ -324,11 +314,10 @@ def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer with the learning rate for 512 pictures a step scaled to ``args.batch_size · world_size``."""
-    options = {**vars(args), "lr": args.lr * args.batch_size * args.world_size / 512}
+    options = argparse.Namespace(**{**vars(args), "lr": args.lr * args.batch_size * args.world_size / 512})
     try:
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(argparse.Namespace(**options)))
-        betas = create_optimizer_v2(model, **optimizer_kwargs(argparse.Namespace(**{**options, "opt_betas": None}))
-                                    ).defaults.get("betas")
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(options))
+        betas = create_optimizer_v2(nn.Linear(1, 1), args.opt, args.lr).defaults.get("betas")
     except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise UserError(f"--opt {args.opt} is unknown to timm or does not take --opt-betas {args.opt_betas}: "
                         f"{str(error) or repr(error)}") from error
@@ -407,11 +396,11 @@ def train(run: runtime.Run, device: torch.device, state: TrainingState, criterio
     model, mixup, dtype = state.model, build_mixup(args, nb_classes), amp_dtype(args, device)
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print_once(f"{args.model}: {n_parameters / 1e6:.2f} M parameters, {nb_classes} classes, "
-               f"{len(loader.dataset)} pictures, {len(loader)} steps of "
+               f"{len(loader.dataset.dataset)} pictures, {len(loader)} steps of "
                f"{args.batch_size} x {args.world_size} an epoch, from epoch {run.epoch} to {args.epochs}")
     if args.distributed:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                        process_group=runtime.training_group())
+                                        process_group=runtime.training_group)
     started, test = time.time(), {}
     if run.epoch >= args.epochs:
         print_once(f"epoch {run.epoch} is behind the last of --epochs {args.epochs}: nothing to train")

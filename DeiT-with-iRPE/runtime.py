@@ -131,18 +131,18 @@ def find_place(args: argparse.Namespace) -> torch.device:
 def init_distributed(args: argparse.Namespace, step_timeout: float = 60) -> torch.device:
     """Find this process's place, join the others, if there are any, at ``--dist_url``, and return the device.
 
-    NCCL connects GPUs, gloo CPUs. A process that waits ``step_timeout`` seconds for another in ``training_group()``
-    ends; elsewhere, where the main one may evaluate or write for long, it waits an hour. Raises ``UserError`` as
+    NCCL connects GPUs, gloo CPUs. A process that waits ``step_timeout`` seconds for another in ``training_group`` ends;
+    elsewhere, where the main one may evaluate or write for long, it waits an hour. Raises ``UserError`` as
     ``find_place``, or if the others cannot be joined.
     """
-    global _training_group
+    global training_group
     device = find_place(args)
     if args.distributed and not dist.is_initialized():
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         try:
             dist.init_process_group(backend, args.dist_url, rank=args.rank, world_size=args.world_size, device_id=bound,
                                     timeout=datetime.timedelta(hours=1))
-            _training_group = dist.new_group(timeout=datetime.timedelta(seconds=step_timeout))
+            training_group = dist.new_group(timeout=datetime.timedelta(seconds=step_timeout))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise UserError(f"the others cannot be joined at --dist_url {args.dist_url} ({error}): "
                             "without torchrun say tcp://HOST:PORT with the first machine's name") from error
@@ -172,13 +172,8 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-_training_group: dist.ProcessGroup | None = None
+training_group: dist.ProcessGroup | None = None  # of training steps, in which the processes are never far apart
 _where = "its first steps"  # of a pass over a loader, for messages
-
-
-def training_group() -> dist.ProcessGroup | None:
-    """The group of all processes in which training steps meet, which are never far apart."""
-    return _training_group
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -186,20 +181,6 @@ def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
     if dist.is_initialized():
         dist.all_reduce(tensor, group=group)
     return tensor
-
-
-def all_gather(value: Any) -> list[Any]:
-    """The ``value`` of every process, in their order."""
-    values = [value] * get_world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
-def wait_for_all() -> None:
-    """Go on when all processes are here, such as the main one, which alone writes the files."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def print_once(*values: Any) -> None:
@@ -225,9 +206,6 @@ class SeededDataset(Dataset):
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, key: tuple[int, ...]) -> Any:
         index, *numbers = key
         seed_everything(*numbers)
@@ -244,10 +222,10 @@ class SeededSampler(Sampler[tuple[int, ...]]):
         self.sampler, self.seed = sampler, seed
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Go to the ``first``-th of this process's samples of an epoch."""
+    def set_epoch(self, epoch: int, done: int = 0) -> None:
+        """Go to an epoch of which all processes together have had ``done`` samples."""
         self.sampler.set_epoch(epoch)
-        self.epoch, self.first = epoch, first
+        self.epoch, self.first = epoch, done // get_world_size()
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         for place, index in itertools.islice(enumerate(self.sampler), self.first, None):
@@ -303,10 +281,12 @@ def save_atomically(obj: Any, path: str | os.PathLike, keep_previous: bool = Fal
     with replacing(path) as file:
         torch.save(obj, file)
         if keep_previous and path.exists():
-            link = pathlib.Path(f"{path}.old")
-            link.unlink(missing_ok=True)  # of a run that was killed here
-            os.link(path, link)
-            os.replace(link, path.with_suffix(".previous.pth"))
+            previous = path.with_suffix(".previous.pth")
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(path, previous)
+            except OSError:  # a disk without hard links
+                os.replace(path, previous)
 
 
 def newest_checkpoint(output_dir: str) -> str:
@@ -327,6 +307,13 @@ def newest_checkpoint(output_dir: str) -> str:
     return ""
 
 
+# what kept command lines hold; only one flavour of paths can be made here, so both come back as pure ones, and their
+# module has two names in Python's versions
+_ALLOWED = [argparse.Namespace, *((cls, f"{module}.{cls.__name__.removeprefix('Pure')}")
+                                  for module in ("pathlib", "pathlib._local")
+                                  for cls in (pathlib.PurePosixPath, pathlib.PureWindowsPath))]
+
+
 def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
     """Read a checkpoint, a URL's from PyTorch's hub cache or else downloaded, without running code from it.
 
@@ -338,9 +325,10 @@ def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
         load = torch.hub.load_state_dict_from_url
         place = f": fetch it elsewhere and put it into {torch.hub.get_dir()}/checkpoints"
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # PyTorch reads changed weights without a word
-            raise zipfile.BadZipFile
-        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # PyTorch reads changed weights without a word
+                assert not archive.testzip()
+        with torch.serialization.safe_globals(_ALLOWED):
             checkpoint = load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}{place}") from error
@@ -362,11 +350,11 @@ def resume_point(checkpoint: Mapping[str, Any], path: str) -> tuple[int, dict[st
         raise UserError(f"checkpoint {path} is damaged: its epoch is {epoch!r}")
     if progress is None:
         return epoch + 1, None
-    if not (isinstance(progress, dict) and isinstance(progress.get("images"), int)
-            and isinstance(progress.get("values"), dict)
-            and all(isinstance(values, torch.Tensor) and values.ndim == 1 for values in progress["values"].values())):
-        raise UserError(f"checkpoint {path} is damaged: its progress in epoch {epoch} cannot be read")
-    return epoch, progress
+    try:
+        return epoch, {"images": int(progress["images"]),
+                       "values": {name: values.tolist() for name, values in progress["values"].items()}}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path} is damaged: its progress in epoch {epoch} is none") from error
 
 
 def model_weights(checkpoint: Mapping[str, Any], path: str, key: str = "model") -> dict[str, torch.Tensor]:
@@ -396,20 +384,19 @@ def _some(names: Iterable[Any]) -> str:
 
 class Run:
     """Training from where it was: saves every ``save_every`` steps (0: none), before and after each evaluation, and
-    when SIGTERM, SIGUSR1 or SIGUSR2 came. Inside a ``with`` they end training by ``Interrupted`` after the running
-    step; on several GPUs after at most 20, since that is how often the processes meet without slowing each other down.
+    when one of ``SIGNALS`` came. Inside a ``with`` these end training by ``Interrupted`` after the running step; on
+    several GPUs after at most 20, since that is how often the processes meet without slowing each other down.
 
     Args:
-        save: writes the state to a path; takes this, the epoch, ``args``, and the progress in it, None after it.
-        epoch: the first one to train.
-        progress: what was saved of it, None for nothing.
+        save: writes the state; takes a path, the epoch, ``args``, and the progress in the epoch, None after it.
+        epoch: the first one to train, of which ``progress`` has been made, None for none.
         loader: of ``SeededSampler``'s samples.
     """
 
     def __init__(self, args: argparse.Namespace, log: "RunLog", save: Callable[..., None], epoch: int,
                  progress: dict | None, loader: DataLoader) -> None:
-        self.args, self.log, self._save, self.loader = args, log, save, loader
-        self.epoch, self.progress, self.failure = epoch, progress or {"images": 0, "values": {}}, None
+        self.args, self.log, self._save, self.loader, self.failure = args, log, save, loader, None
+        self.epoch, self.progress, self.images_per_step = epoch, progress, loader.batch_size * get_world_size()
 
     def __enter__(self) -> "Run":
         _caught.clear()
@@ -425,11 +412,11 @@ class Run:
     def epochs(self) -> Iterator[int]:
         """The epochs to train, each with the loader's sampler where it has to go on."""
         while self.epoch < self.args.epochs:
-            images_per_step = self.loader.batch_size * get_world_size()
-            self.first_step = min(self.progress["images"] // images_per_step, len(self.loader))
-            self.loader.sampler.set_epoch(self.epoch, self.first_step * self.loader.batch_size)
+            self.progress = self.progress or {"images": 0, "values": {}}
+            self.first_step = self.progress["images"] // self.images_per_step
+            self.loader.sampler.set_epoch(self.epoch, self.first_step * self.images_per_step)
             yield self.epoch
-            self.epoch, self.progress = self.epoch + 1, {"images": 0, "values": {}}
+            self.epoch, self.progress = self.epoch + 1, None
 
     def save(self, progress: "Progress | None" = None, row: Mapping[str, Any] | None = None) -> None:
         """Write the state in the middle of the epoch, or after it with its ``row`` of the log. What fails is said and
@@ -445,13 +432,19 @@ class Run:
         except UserError as error:
             print(f"note: {error}: training goes on and tries again at the next save", flush=True)
             self.failure = error
-        wait_for_all()
+        if dist.is_initialized():
+            dist.barrier()  # the next step would not wait long for the main process to write
 
     def after_step(self, progress: "Progress") -> None:
         """Save if it is time or the epoch's last step, and end if a process got a signal."""
         stop = max(_caught, default=0)
         if get_world_size() > 1:
-            stop = 0 if progress.device.type == "cuda" and progress.done % 20 else _highest(stop, progress.device)
+            if progress.device.type == "cuda" and progress.done % 20:
+                stop = 0  # it takes all processes to stop
+            else:
+                highest = torch.tensor(stop, device=progress.device)
+                dist.all_reduce(highest, dist.ReduceOp.MAX, group=training_group)
+                stop = int(highest)
         due = progress.done == len(self.loader) or self.args.save_every and progress.done % self.args.save_every == 0
         if stop or due:
             self.save(progress)
@@ -460,32 +453,27 @@ class Run:
         if stop:
             raise Interrupted(stop, _where)
 
-
     def describe(self, step: int, values: Mapping[str, float]) -> str:
         """Write nonfinite.json: a step, its values and the names of its pictures in all processes. Returns how to
         replay it. All processes have to call this."""
         if not self.args.output_dir:
             return ""
-        self.loader.sampler.set_epoch(self.epoch, step * self.loader.batch_size)
+        self.loader.sampler.set_epoch(self.epoch, step * self.images_per_step)
         keys = itertools.islice(self.loader.sampler, self.loader.batch_size)
         name = getattr(self.loader.dataset.dataset, "name", str)
-        pictures = all_gather([name(index) for index, *_ in keys])
+        pictures = [[name(index) for index, *_ in keys]] * get_world_size()
+        if dist.is_initialized():
+            dist.all_gather_object(pictures, pictures[0])
         path = pathlib.Path(self.args.output_dir, "nonfinite.json")
         if is_main_process():
             with replacing(path) as file:
                 file.write(json.dumps({"epoch": self.epoch, "step": step, **values, "pictures": pictures}).encode())
         launcher = f"torchrun --nproc_per_node={get_world_size()}" if get_world_size() > 1 else "python"
-        return (f"; its pictures are in {path}; to replay it: {launcher} {shlex.join(sys.argv)} --resume auto")
+        return f"; its pictures are in {path}; to replay it: {launcher} {shlex.join(sys.argv)} --resume auto"
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the last is submitit's
 _caught: list[int] = []
-
-
-def _highest(value: int, device: torch.device) -> int:
-    tensor = torch.tensor(value, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=training_group())
-    return int(tensor)
 
 
 # Logs
@@ -503,7 +491,7 @@ class Progress:
         self.run, self.done = run, run.first_step if run else 0
         self.values = {name: [value] for name, value in constants.items()}
         if run:
-            self.values.update({name: values.tolist() for name, values in run.progress["values"].items()})
+            self.values.update(run.progress["values"])
         self._unread: list[dict[str, torch.Tensor]] = []
 
     def __iter__(self) -> Iterator:
@@ -544,7 +532,7 @@ class Progress:
         if not self._unread:
             return
         rows = torch.stack([torch.stack(list(step.values())) for step in self._unread])
-        rows = all_reduce_sum(rows, training_group()) / get_world_size()
+        rows = all_reduce_sum(rows, training_group) / get_world_size()
         for step, row in enumerate(rows.tolist(), self.done - len(rows)):
             for name, value in zip(self._unread[0], row, strict=True):
                 if not math.isfinite(value):
@@ -590,14 +578,12 @@ class RunLog:
         if output_dir and is_main_process():
             self.path, self.first_epoch = pathlib.Path(output_dir, "log.txt"), first_epoch  # which TensorBoard hides
             if self.path.exists():
-                self.lines = [line for line in self.path.read_bytes().splitlines(keepends=True)
-                              if line.endswith(b"\n") and not self._is_dropped(line)]
+                self.lines = [*filter(self._keeps, self.path.read_bytes().splitlines(keepends=True))]
 
-    def _is_dropped(self, line: bytes) -> bool:
-        try:
-            return self.first_epoch is not None and json.loads(line)["epoch"] >= self.first_epoch
-        except (ValueError, KeyError, TypeError):
-            return False  # not ours
+    def _keeps(self, line: bytes) -> bool:
+        epoch = re.search(rb'"epoch": (\d+)', line)
+        return line.endswith(b"\n") and not (epoch and self.first_epoch is not None
+                                             and int(epoch[1]) >= self.first_epoch)
 
     def write(self, epoch: int, values: Mapping[str, Any]) -> None:
         """Append one epoch's values; numbers go to TensorBoard too. Raises ``UserError`` as ``flush``."""

@@ -4,15 +4,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from util.runtime import (
-    UserError,
-    key_differences,
-    load_checkpoint,
-    model_weights,
-    print_once,
-    resume_point,
-    save_atomically,
-)
+from util import runtime
+from util.runtime import UserError, key_differences, load_checkpoint, model_weights, print_once, save_atomically
 
 # what PyTorch raises for states that are none
 _MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -69,7 +62,7 @@ class TrainingState:
                 self.loss_scaler.load_state_dict(checkpoint["scaler"])
         except _MISFITS as error:
             raise UserError(f"checkpoint {path} is damaged: its lr_scheduler or scaler is none: {error!r}") from error
-        return resume_point(checkpoint, path)
+        return runtime.resume_point(checkpoint, path)
 
 
 def load_weights(model, checkpoint, path, new_class_head=False):
