@@ -234,7 +234,7 @@ def build_train_loader(args: argparse.Namespace, device: torch.device) -> tuple[
         raise UserError(f"--batch-size {args.batch_size} is more than the {len(sampler)} pictures that each of "
                         f"{get_world_size()} processes sees in an epoch: make it smaller")
     loader = _loader(args, runtime.SeededDataset(dataset), device, sampler=runtime.SeededSampler(sampler, args.seed),
-                     drop_last=True, collate_fn=build_collate(args), timeout=args.step_timeout if args.num_workers else 0)
+                     drop_last=True, collate_fn=build_collate(args))
     return loader, nb_classes
 
 
@@ -247,6 +247,7 @@ def build_val_loader(args: argparse.Namespace, device: torch.device) -> tuple[Da
 
 def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **options) -> DataLoader:
     return DataLoader(dataset, args.batch_size, num_workers=args.num_workers,
+                      timeout=args.step_timeout if args.num_workers else 0,
                       pin_memory=args.pin_mem and device.type == "cuda", **options)
 
 

@@ -22,7 +22,7 @@ def train_loader(dataset, args):
     """Shuffled batches, each process its own; what does not fill a batch is left out until the next epoch."""
     sampler = DistributedSampler(dataset, get_world_size(), get_rank(), seed=args.seed)
     loader = DataLoader(SeededDataset(dataset), args.batch_size, sampler=SeededSampler(sampler, args.seed),
-                        drop_last=True, timeout=args.step_timeout if args.num_workers else 0, **_common(args))
+                        drop_last=True, **_common(args))
     if not len(loader):
         raise UserError(f"{len(dataset)} pictures in {get_world_size()} processes do not fill one batch of "
                         f"--batch_size {args.batch_size}")
@@ -39,4 +39,5 @@ def eval_loader(dataset, args):
 
 def _common(args):
     return {"num_workers": args.num_workers, "collate_fn": collate_fn,
+            "timeout": args.step_timeout if args.num_workers else 0,
             "pin_memory": torch.device(args.device).type == "cuda"}
