@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torchvision
 from PIL import Image, UnidentifiedImageError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
@@ -89,6 +89,14 @@ def _train_transform(args: argparse.Namespace) -> transforms.Compose:
     except (AssertionError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"--aa {args.aa!r}, --train-interpolation {args.train_interpolation!r} or --remode "
                         f"{args.remode!r} is unknown to timm: {str(error) or repr(error)}") from error
+
+
+def _posterize(picture: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, which keeps no bits at the highest magnitude; Pillow, which made that black, now refuses it."""
+    return auto_augment.posterize(picture, bits, **options) if bits else picture.point(lambda value: 0)
+
+
+auto_augment.NAME_TO_OP.update(Posterize=_posterize, PosterizeIncreasing=_posterize)
 
 
 def build_collate(args: argparse.Namespace) -> Callable[[list], Any]:

@@ -60,9 +60,9 @@ def stop_at(monkeypatch):
     return patch
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("moment", [{"step": 1}, {"step": 4}, {"step": STEPS}, {"step": 9}, {"evaluation": 1},
-                                    {"evaluation": 2}], ids=str)
+@pytest.mark.parametrize(("number", "moment"), [
+    (signal.SIGTERM, {"step": 1}), (signal.SIGUSR1, {"step": 4}), (signal.SIGTERM, {"step": STEPS}),
+    (signal.SIGUSR2, {"step": 9}), (signal.SIGTERM, {"evaluation": 1}), (signal.SIGTERM, {"evaluation": 2})], ids=str)
 def test_signal_ends_training_after_the_step_and_it_goes_on_to_the_bit(pictures, straight, tmp_path, stop_at, number,
                                                                        moment):
     handler = signal.getsignal(number)
