@@ -70,7 +70,7 @@ def go_on(args: argparse.Namespace) -> None:
         # SLURM itself requeues what it ended by SIGTERM for another job's sake, and what a user has cancelled stays so
         if stop.number != signal.SIGTERM and callable(requeue):
             requeue(signal.SIGUSR2, None)
-            time.sleep(60)  # the end of another process might end the main one before it has requeued the job
+            time.sleep(10)  # the end of another process might end the main one before it has requeued the job
         raise
 
 

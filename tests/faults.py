@@ -8,6 +8,7 @@ never stopped, to the bit. A kill may lose no more steps than `--save-every` say
 refused in one sentence, or read. The last line is the number of failures, which is also the exit status.
 """
 import argparse
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -208,7 +209,8 @@ def strike(victim, kind, rng):
     steps = len(victim.steps()) and int(victim.steps()[-1])
     targets = [rng.choice(victim.processes)] if kind.endswith("one") else victim.processes
     for process in targets:
-        os.kill(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(process.pid, number)
     return number, steps
 
 

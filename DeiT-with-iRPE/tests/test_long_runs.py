@@ -1,9 +1,11 @@
 """Runs that are stopped at any moment and go on: nothing is lost, said twice or drawn anew."""
+import contextlib
 import errno
 import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -222,6 +224,18 @@ def test_hanging_process_ends_all_and_is_named_with_the_step(pictures, tmp_path)
         pair[1].kill()
         finish(pair[1])
     assert status == 1 and said.startswith("error: process 0 of 2: process 1 is lost or hangs in epoch "), said
+
+
+def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(pictures, tmp_path):
+    process = start("main.py", *small(pictures, *FLAGS, "--epochs", 1000, "--num_workers", 1))
+    wait_for_line(process, "Max accuracy")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # every pass over the data has its own
+            for worker in children.read_text().split():
+                os.kill(int(worker), signal.SIGKILL)
+    status, _, said = finish(process)
+    assert status == 1 and said.startswith("error: a loading process ended or hangs in ") and said.count("\n") == 1
 
 
 def test_two_launchers_that_meet_train_as_one(pictures, tmp_path):
