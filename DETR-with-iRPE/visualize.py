@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
 from torchvision import tv_tensors
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
@@ -96,7 +97,7 @@ def draw_detections(picture, found, names, threshold):
         axes.add_patch(patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=2))
         if "masks" in found:
             _tint(axes, found["masks"][i, 0].numpy(force=True), color)
-        _write(axes, x1, y1, f"{names.get(label, label)} {found['scores'][i]:.2f}", color)
+        _write(axes, x1, y1, f"{names.get(label, label)} {found['scores'][i]:.2f}", color, verticalalignment="bottom")
     return figure, f"{len(kept)} objects"
 
 
@@ -105,10 +106,11 @@ def draw_panoptic(picture, found, names):
     figure, (axes,) = _canvas(picture, 1)
     ids = np.asarray(Image.open(io.BytesIO(found["png_string"]))) @ np.array([1, 256, 256 ** 2])
     for number, segment in enumerate(found["segments_info"]):
-        mask, label, color = ids == segment["id"], segment["category_id"], colormaps["tab20"](number % 20)
+        mask, label, color = ids == segment["id"], segment["category_id"], colormaps["tab10"](number % 10)
         _tint(axes, mask, color)
-        y, x = np.argwhere(mask)[mask.sum() // 2]  # a pixel of its own, near the middle of its rows
-        _write(axes, x, y, names.get(label, label), color)
+        depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]  # the name goes where it is farthest from others
+        y, x = np.unravel_index(depth.argmax(), mask.shape)
+        _write(axes, x, y, names.get(label, label), color, verticalalignment="center", horizontalalignment="center")
     return figure, f"{len(found['segments_info'])} segments"
 
 
@@ -142,8 +144,8 @@ def _tint(axes, mask, color):
     axes.imshow(np.where(mask[..., None], (*color[:3], 0.5), 0))
 
 
-def _write(axes, x, y, text, color):
-    axes.text(x, y, text, color="white", fontsize=8, verticalalignment="bottom", parse_math=False, clip_on=True,
+def _write(axes, x, y, text, color, **alignment):
+    axes.text(x, y, text, color="white", fontsize=8, parse_math=False, **alignment,
               bbox={"facecolor": color, "edgecolor": "none", "pad": 1})
 
 

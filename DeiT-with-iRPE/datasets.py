@@ -306,7 +306,7 @@ def _headers(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tarf
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None and tar.offset < start + size:
+            while (member := tar.next()) is not None:
                 yield member
                 tar.members.clear()  # a million TarInfo objects would take a gigabyte
             file.seek(tar.offset)

@@ -305,11 +305,10 @@ def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer with the learning rate for 512 pictures a step scaled to ``args.batch_size · world_size``."""
-    options = {**vars(args), "lr": args.lr * args.batch_size * args.world_size / 512}
+    options = argparse.Namespace(**{**vars(args), "lr": args.lr * args.batch_size * args.world_size / 512})
     try:
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(argparse.Namespace(**options)))
-        betas = create_optimizer_v2(model, **optimizer_kwargs(argparse.Namespace(**{**options, "opt_betas": None}))
-                                    ).defaults.get("betas")
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(options))
+        betas = create_optimizer_v2(nn.Linear(1, 1), args.opt, args.lr).defaults.get("betas")
     except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise UserError(f"--opt {args.opt} is unknown to timm or does not take --opt-betas {args.opt_betas}: "
                         f"{str(error) or repr(error)}") from error

@@ -181,9 +181,13 @@ def test_a_coco_without_pictures_is_noticed_before_anything_is_written(tmp_path,
 
 @pytest.mark.parametrize(("said", "expected"), [
     ("Traceback (most recent call last):\n[rank1]: ValueError: this\nx.ChildFailedError: \n=====", "ValueError: this"),
-    ("error: process 1 of 2 lost the others: gloo\nerror: --device cuda needs a GPU\nx.y.ChildFailedError:",
-     "--device cuda needs a GPU"),
-    ("  exitcode  : -9 (pid: 12)\n  traceback : Signal 9 (SIGKILL) received by PID 12\n", "Signal 9 (SIGKILL)"),
+    ("error: process 0 of 2: another process is lost: gloo\nerror: process 1 of 2: 7.png cannot be read\n",
+     "process 1 of 2: 7.png cannot be read"),
+    ("error: process 1 of 2: Traceback (most recent call last):\n  File\nKeyError: 7\n", "KeyError: 7"),
+    ("error: process 0 of 2: another process is lost: gloo\nx.y.ChildFailedError:",
+     "process 0 of 2: another process is lost: gloo"),
+    ("a.b.errors.ChildFailedError: \n  exitcode  : -9 (pid: 12)\n  traceback : Signal 9 (SIGKILL) received by PID 12\n",
+     "Signal 9 (SIGKILL)"),
     ("a warning", ""),
 ])
 def test_the_error_of_an_evaluation_is_told_from_the_launchers_report(said, expected):
@@ -212,13 +216,11 @@ def test_a_tar_is_read_where_imagenet_is_not_unpacked_and_flags_are_handed_on(tm
 def test_a_file_that_changes_in_the_data_is_noticed(tmp_path):
     (tmp_path / "val" / "n01").mkdir(parents=True)
     picture = tmp_path / "val" / "n01" / "1.png"
-    seen = set()
-    for content in (None, b"a", b"ab"):
-        if content:
-            picture.write_bytes(content)
+    seen = {reproduce.fingerprint([tmp_path / "val"])}
+    for content, second in ((b"a", 1), (b"ab", 1), (b"ab", 2)):
+        picture.write_bytes(content)
+        os.utime(picture, (second, second))
         seen.add(reproduce.fingerprint([tmp_path / "val"]))
-    os.utime(picture, (1, 1))
-    seen.add(reproduce.fingerprint([tmp_path / "val"]))
     assert len(seen) == 4 and reproduce.fingerprint([tmp_path / "val"]) in seen
 
 
@@ -274,14 +276,19 @@ def drive(root):
 
     process = multiprocessing.get_context("fork").Process(target=body)
     process.start()
-    yield process
-    process.join(60)
-    process.kill()
+    try:
+        yield process
+        process.join(60)
+    finally:
+        process.kill()
 
 
 def wait_for(path):
-    while not path.exists():
+    for _ in range(2000):
+        if path.exists():
+            return
         time.sleep(0.02)
+    raise AssertionError(f"{path} has not appeared")
 
 
 def test_what_was_measured_is_kept_until_something_changes_and_through_an_error(stub, capsys):
@@ -302,8 +309,9 @@ def test_what_was_measured_is_kept_until_something_changes_and_through_an_error(
     assert status == 1 and "fail: top1 79.000, paper 80.0, difference -1.000 of ±0.1" in out
 
 
-def test_an_evaluation_without_a_result_is_an_error(stub, capsys):
-    evaluation(stub, {}, f"os.remove('out/{TINY}/eval.json')")
+def test_an_evaluation_without_a_result_is_an_error_also_beside_an_earlier_ones(stub, capsys):
+    (stub / "checkpoints" / "code.py").write_text("")
+    (stub / "out" / TINY / "eval.json").write_text('{"acc1": 80, "acc5": 92}')
     status, out, _ = run(capsys, *flags_of(stub))
     assert status == 3 and "error: the evaluation ended with status 0 and no result" in out
 

@@ -161,12 +161,13 @@ DETR_FLAGS = ["--backbone", "resnet18", "--no_pretrained_backbone", "--hidden_di
               "--enc_layers", "2", "--dec_layers", "1", "--dim_feedforward", "16", "--num_queries", "5"]
 
 
-def save_detr(path, encoding, side, data_path, has_args=True, is_constant=True):
+def save_detr(path, encoding, side, data_path, has_args=True, is_constant=True, flags=()):
     sys.path.insert(0, str(ROOT / "DETR-with-iRPE"))
     from main import get_args_parser
     from models import build_model
     args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(
-        [*DETR_FLAGS, "--enc_rpe2d", encoding, "--short_side", str(side), "--eval", "--coco_path", str(data_path)])
+        [*DETR_FLAGS, *flags, "--enc_rpe2d", encoding, "--short_side", str(side), "--coco_path", str(data_path),
+         "--eval"])
     return save(path, build_model(args)[0], args if has_args else None, "in_proj_" if is_constant else "")
 
 
@@ -260,11 +261,11 @@ def test_given_pictures_are_seen_as_those_of_the_validation_set(inside, data, tm
     assert of_the_set == all_given != one_given and of_the_set
 
 
-@pytest.mark.parametrize("codebase, encoding, side, ids", [
-    ("deit", "deit_tiny_patch16_64_bias_product_50_unshared_k", 64, used(1.9, 4, 4)),
-    ("detr", "rpe-2.0-euc-bias-1-k", 320, used(2.0, 10, 10, "euc"))])
-def test_a_bias_needs_no_pictures_and_is_drawn_as_its_table(inside, tmp_path, codebase, encoding, side, ids):
-    weights = inside(codebase, SAVE[codebase], tmp_path / "x.pth", encoding, side, tmp_path / "not here")
+@pytest.mark.parametrize("codebase, encoding, side, ids, more", [
+    ("deit", "deit_tiny_patch16_64_bias_product_50_unshared_k", 64, used(1.9, 4, 4), []),
+    ("detr", "rpe-2.0-euc-bias-1-k", 320, used(2.0, 10, 10, "euc"), [True, False, ["--masks"]])])
+def test_a_bias_needs_no_pictures_and_is_drawn_as_its_table(inside, tmp_path, codebase, encoding, side, ids, more):
+    weights = inside(codebase, SAVE[codebase], tmp_path / "x.pth", encoding, side, tmp_path / "not here", *more)
     status, out, err = inside(codebase, DRAW[codebase], "--resume", tmp_path / "x.pth", "--output_dir", tmp_path)
     expected = expected_ranges(weights, 0, ids)
     assert printed_ranges(out) == {"rpe_k.png": pytest.approx(expected["rpe_k.png"], rel=6e-3)}, err

@@ -59,7 +59,7 @@ def read_log(path):
                 break
             raise runtime.UserError(f"line {number} of {path} is not one of a log.txt, a JSON object with an epoch and "
                                     "numbers: give a log, or remove the line") from error
-    columns = {name: {epoch: row[name] for epoch, row in sorted(rows.items()) if name in row} for name in COLUMNS}
+    columns = {name: {epoch: row[name] for epoch, row in rows.items() if name in row} for name in COLUMNS}
     if not any(columns[name] for name in SCORES):
         raise runtime.UserError(f"{path} has no epoch with the test_acc1 of DeiT or the test_coco_eval_bbox of DETR")
     return columns

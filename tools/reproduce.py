@@ -241,9 +241,10 @@ def evaluate(row, command, out, locked):
 
 def error_in(said):
     """What went wrong first, among warnings, what the other processes say then, and the launcher's report."""
-    for pattern in (r"^error: (?!.*lost the others)(.*)",
+    for pattern in (r"^error: (?!.*(?:another process is lost|Traceback))(.*)",
                     r"^(?:\[rank\d+\]: )?((?!.*ChildFailedError)[\w.]*(?:Error|Exception)\b.*)",
-                    r"(Signal \d+ .*) received by PID"):
+                    r"(Signal \d+ .*) received by PID",
+                    r"^error: (.*)"):
         if found := re.search(pattern, said, re.MULTILINE):
             return found[1]
     return ""
@@ -279,7 +280,7 @@ def measure(row, args, device, old, locked):
         print(f"$ {said}", flush=True)
         measured = evaluate(row, command, args.output_dir, locked)
     except BrokenPipeError:
-        raise  # nobody listens any more
+        raise
     except (UserError, OSError) as error:
         return {**old, "status": "error", "why": str(error)}
     return {**judge(row, measured), **counts, "command": said, "device": device, "processes": args.nproc,
@@ -336,8 +337,7 @@ def draw(rows, entries, path):
         entry = {"difference": float("nan"), "status": "not run", **entries.get(row["name"], {})}
         axes.plot(entry["difference"] / CODEBASES[row["codebase"]].tolerance, f"{row['name']}: {entry['status']}", "o",
                   color="#0072B2" if entry["status"] == "pass" else "#D55E00")
-    axes.set(xlabel="measured minus the paper's number, in parts of what it may differ by")
-    axes.invert_yaxis()
+    axes.set(xlabel="measured minus the paper's number, in parts of what it may differ by", ylim=(len(rows), -1))
     figure.savefig(path, dpi=120)
 
 
@@ -356,7 +356,7 @@ def reproduce(args, table_rows, rows, locked):
         entries[name] = measure(row, args, device, entries.get(name, {}), locked)
         write_reports(args.output_dir, table_rows, entries)
         print(f"{entries[name]['status']}: {entries[name]['why']}", flush=True)
-    print(f"reports: {args.output_dir}/results.md, results.json, results.png")
+    print(f"reports: {args.output_dir}/results.md, results.json, results.png", flush=True)
     return {entries[row["name"]]["status"] for row in rows}
 
 
@@ -410,7 +410,7 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer
+        pass  # nobody reads what could be said
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last row that was measured", file=sys.stderr)
     return INTERRUPTED

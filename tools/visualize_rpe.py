@@ -42,21 +42,22 @@ def main_flags(parser, args, checkpoint, **defaults):
     return parser.parse_args([*args.flags, "--resume", args.resume, "--eval"])
 
 
-def load_deit(args, checkpoint, weights):
+def load_deit(args, checkpoint):
     """A DeiT, its name, the side of its pictures, and two functions: one reads a picture as evaluation would see it,
     (3, H, W), the other opens the validation set."""
     from checkpoint import load_weights
     from datasets import build_dataset, build_transform, load_image
     from main import build_model, get_args_parser
     flags = main_flags(get_args_parser(), args, checkpoint, model=Path(args.resume).stem)
-    model = build_model(flags, len(weights.get("head.weight", ())))
+    head = runtime.model_weights(checkpoint, args.resume).get("head.weight", ())
+    model = build_model(flags, len(head))
     load_weights(model, checkpoint, args.resume)
     transform = build_transform(False, flags)
     return (model, flags.model, flags.input_size, lambda file: transform(load_image(file)),
             lambda: build_dataset(False, flags)[0])
 
 
-def load_detr(args, checkpoint, weights):
+def load_detr(args, checkpoint):
     """As `load_deit`."""
     sys.path.insert(0, str(ROOT / "DETR-with-iRPE"))
     from datasets import build_dataset
@@ -66,7 +67,6 @@ def load_detr(args, checkpoint, weights):
     from util.checkpoint import load_weights
     from visualize import prepare
     flags = main_flags(get_args_parser(), args, checkpoint, coco_path="coco")
-    flags.num_classes = len(weights.get("class_embed.weight", ())) - 1
     check_args(flags, needs_data=False)
     model, *_ = build_model(flags)
     load_weights(model, checkpoint, args.resume)
@@ -188,7 +188,7 @@ def load_model(args):
     checkpoint = runtime.load_checkpoint(args.resume)
     weights = runtime.model_weights(checkpoint, args.resume)
     load = load_detr if any("transformer.encoder" in key for key in weights) else load_deit
-    model, *rest = load(args, checkpoint, weights)
+    model, *rest = load(args, checkpoint)
     return model.eval(), *rest
 
 

@@ -65,7 +65,7 @@ def run(args):
     for folder in (out, out / "masks"):
         (folder / "log.txt").unlink(missing_ok=True)  # of an earlier demo
     common = [*MODEL, "--dataset_file", "coco_panoptic", "--coco_path", out / "digits", "--coco_panoptic_path",
-              out / "digits", "--device", "cpu", "--num_workers", 0, "--eval_batch_size", 16]
+              out / "digits", "--num_classes", 11, "--device", "cpu", "--num_workers", 0, "--eval_batch_size", 16]
     before = detr(*common, "--eval")
     detr(*common, *TRAINING, "--lr", 5e-4, "--lr_backbone", 1e-3, "--output_dir", out, "--epochs", args.epochs,
          "--lr_drop", max(1, args.epochs - 2), "--eval_every", args.eval_every)
@@ -76,8 +76,8 @@ def run(args):
     detr(*common, *TRAINING, "--lr", 1e-3, "--output_dir", out / "masks", "--epochs", args.mask_epochs,
          "--lr_drop", max(1, args.mask_epochs - 1), "--eval_every", args.mask_epochs)
     after = detr(*common, "--eval", "--resume", trained)
-    argv = shown("visualize.py", "--resume", trained, "--device", "cpu", "--output_dir", out / "pictures",
-                 "--threshold", 0.5, "--image", *sorted((out / "digits" / "val2017").iterdir())[:6])
+    argv = shown("visualize.py", "--resume", trained, "--device", "cpu", "--output_dir", out / "pictures", "--image",
+                 *sorted((out / "digits" / "val2017").iterdir())[:6])
     visualize.main(visualize.parser().parse_args(argv), argv)
     for name, first, last in (
             ("AP of boxes", before["AP"], after["AP"]), ("AP50 of boxes", before["AP50"], after["AP50"]),

@@ -186,6 +186,13 @@ def save_atomically(obj: Any, path: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
+# what kept command lines hold; only one flavour of paths can be made here, so both come back as pure ones, and their
+# module has two names in Python's versions
+_ALLOWED = [argparse.Namespace, *((cls, f"{module}.{cls.__name__.removeprefix('Pure')}")
+                                  for module in ("pathlib", "pathlib._local")
+                                  for cls in (pathlib.PurePosixPath, pathlib.PureWindowsPath))]
+
+
 def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
     """Read a checkpoint, a URL's from PyTorch's hub cache or else downloaded, without running code from it.
 
@@ -197,7 +204,7 @@ def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
         load = torch.hub.load_state_dict_from_url
         place = f": fetch it elsewhere and put it into {torch.hub.get_dir()}/checkpoints"
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):
+        with torch.serialization.safe_globals(_ALLOWED):
             checkpoint = load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}{place}") from error
