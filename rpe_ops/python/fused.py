@@ -54,176 +54,178 @@ def _products(x, terms):
 # --- Kernels ---------------------------------------------------------------------------------------------------------
 
 @triton.jit
-def _load(x, tokens, stride, length, channels, BLOCK_D: tl.constexpr):
-    """(tokens, channels) of a plane, zero beyond its end."""
-    channel = tl.arange(0, BLOCK_D)
-    return tl.load(x + tokens[:, None] * stride + channel, mask=(tokens[:, None] < length) & (channel < channels),
-                   other=0.0)
+def _load(x, token, stride, channels, BLOCK_D: tl.constexpr):
+    """(tokens, channels) of a plane."""
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(x + token[:, None] * stride + channel, mask=channel < channels, other=0.0)
 
 
 @triton.jit
-def _store(x, tile, plane, tokens, heads, length, channels, BLOCK_D: tl.constexpr):
+def _store(x, tile, plane, place, heads, length, channels, BLOCK_D: tl.constexpr):
     """Write (tokens, channels) of a plane to a contiguous (B, L, H, D)."""
-    channel = tl.arange(0, BLOCK_D)
-    token = (plane // heads).to(tl.int64) * length + tokens[:, None]
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    token = (plane // heads).to(tl.int64) * length + place[:, None]
     tl.store(x + (token * heads + plane % heads) * channels + channel, tile.to(x.dtype.element_ty),
-             mask=(tokens[:, None] < length) & (channel < channels))
+             mask=(place[:, None] < length) & (channel < channels))
 
 
 @triton.jit
-def _looked_up(x, products, owner, ids, rows, cols, inside, length, buckets, TERMS: tl.constexpr):
+def _looked_up(x, products, owner, ids, pair, pairs, buckets, terms):
     """x[i, j] + Σ over terms of products[owner, term, ids[term, i, j]], where the owner is i or j."""
-    for term in tl.static_range(TERMS):
-        bucket = tl.load(ids + (term * length + rows) * length + cols, mask=inside, other=0).to(tl.int32)
-        x += tl.load(products + (owner * TERMS + term) * buckets + bucket, mask=inside & (bucket < buckets),
-                     other=0.0).to(tl.float32)
+    for term in range(terms):
+        bucket = tl.load(ids + term * pairs + pair).to(tl.int32)
+        x += tl.load(products + (owner * terms + term) * buckets + tl.minimum(bucket, buckets - 1)).to(tl.float32)
     return x
 
 
 @triton.jit
-def _logits(q, k, rows, cols, products_q, products_k, ids_q, ids_k, mask, mask_i, mask_j, length, buckets_q, buckets_k,
-            TERMS_Q: tl.constexpr, TERMS_K: tl.constexpr, MASKED: tl.constexpr):
-    """A tile of logits in float32, -∞ beyond the end; rows (m, 1) and cols (1, n)."""
-    inside = (rows < length) & (cols < length)
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-    logits = _looked_up(logits, products_k, rows, ids_k, rows, cols, inside, length, buckets_k, TERMS_K)
-    logits = _looked_up(logits, products_q, cols, ids_q, rows, cols, inside, length, buckets_q, TERMS_Q)
+def _logits(q, k, row, col, pair, pairs, inside, products_q, products_k, ids_q, ids_k, mask, mask_i, mask_j, buckets_q,
+            buckets_k, terms_q, terms_k, MASKED: tl.constexpr):
+    """A tile of logits in float32, -∞ where it is not inside."""
+    rows, cols = row[:, None], col[None, :]
+    logits = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+    logits = _looked_up(logits, products_k, rows, ids_k, pair, pairs, buckets_k, terms_k)
+    logits = _looked_up(logits, products_q, cols, ids_q, pair, pairs, buckets_q, terms_q)
     if MASKED:
-        logits += tl.load(mask + rows * mask_i + cols * mask_j, mask=inside, other=0.0).to(tl.float32)
+        logits += tl.load(mask + rows * mask_i + cols * mask_j).to(tl.float32)
     return tl.where(inside, logits, float("-inf"))
 
 
 @triton.jit
-def _dropped(x, seed, plane, rows, cols, length, dropout_p, scale):
+def _dropped(x, seed, place, dropout_p, scale):
     """Dropout that depends on the seed and on the place alone."""
-    place = (plane.to(tl.int64) * length + rows) * length + cols
     return tl.where(tl.rand(tl.load(seed), place) >= dropout_p, x * scale, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["terms_q", "terms_k"])
 def _forward_kernel(q, k, v, products_q, products_k, ids_q, ids_k, mask, seed, out, log_sums, weights,
                     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, mask_b, mask_h, mask_i, mask_j,
-                    first, heads, length, channels, buckets_q, buckets_k, dropout_p, scale,
-                    TERMS_Q: tl.constexpr, TERMS_K: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
-                    KEEP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+                    first, heads, length, padded, channels, buckets_q, buckets_k, terms_q, terms_k, dropout_p, scale,
+                    MASKED: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
+                    BLOCK_D: tl.constexpr):
     """Output of a block of queries and the logarithms of their softmax's sums; with KEEP their weights as well."""
-    blocks = tl.cdiv(length, BLOCK)
+    blocks, pairs = tl.cdiv(length, BLOCK), padded * padded
     plane = first + tl.program_id(0) // blocks
     b, h = (plane // heads).to(tl.int64), plane % heads
     q, k, v = q + b * q_b + h * q_h, k + b * k_b + h * k_h, v + b * v_b + h * v_h
     mask += b * mask_b + h * mask_h
-    products_q += plane.to(tl.int64) * length * TERMS_Q * buckets_q
-    products_k += plane.to(tl.int64) * length * TERMS_K * buckets_k
-    row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    rows = row[:, None]
-    q_tile = _load(q, row, q_l, length, channels, BLOCK_D)
+    products_q += plane.to(tl.int64) * length * terms_q * buckets_q
+    products_k += plane.to(tl.int64) * length * terms_k * buckets_k
+    own = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    row = tl.minimum(own, length - 1)  # beyond the end the last token again, which nobody sees
+    q_tile = _load(q, row, q_l, channels, BLOCK_D)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     mean = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for start in range(0, length, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        k_tile = _load(k, col, k_l, length, channels, BLOCK_D)
-        logits = _logits(q_tile, k_tile, rows, col[None, :], products_q, products_k, ids_q, ids_k, mask, mask_i,
-                         mask_j, length, buckets_q, buckets_k, TERMS_Q, TERMS_K, MASKED)
+        other = start + tl.arange(0, BLOCK)
+        col = tl.minimum(other, length - 1)
+        pair = own[:, None] * padded + other[None, :]
+        inside = (other < length)[None, :]
+        k_tile = _load(k, col, k_l, channels, BLOCK_D)
+        logits = _logits(q_tile, k_tile, row, col, pair, pairs, inside, products_q, products_k, ids_q, ids_k, mask,
+                         mask_i, mask_j, buckets_q, buckets_k, terms_q, terms_k, MASKED)
         larger = tl.maximum(largest, tl.max(logits, 1))
         finite = tl.where(larger == float("-inf"), 0.0, larger)  # no difference of infinities
         shrink = tl.exp(largest - finite)
         p = tl.exp(logits - finite[:, None])
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
-            p = _dropped(p, seed, plane, rows, col[None, :], length, dropout_p, scale)
-        v_tile = _load(v, col, v_l, length, channels, BLOCK_D)
-        mean = tl.dot(p.to(v_tile.dtype), v_tile, mean * shrink[:, None], input_precision="ieee")
+            p = _dropped(p, seed, plane.to(tl.int64) * pairs + pair, dropout_p, scale)
+        v_tile = _load(v, col, v_l, channels, BLOCK_D)
+        mean = tl.dot(p.to(v_tile.dtype), v_tile, mean * shrink[:, None], input_precision="tf32x3")
         largest = larger
     blind = total == 0.0
-    _store(out, mean / tl.where(blind, 1.0, total)[:, None], plane, row, heads, length, channels, BLOCK_D)
+    _store(out, mean / tl.where(blind, 1.0, total)[:, None], plane, own, heads, length, channels, BLOCK_D)
     # +∞ makes all weights of a query that sees nothing zero, also in the backward pass
     log_sum = tl.where(blind, float("inf"), largest + tl.log(tl.where(blind, 1.0, total)))
-    tl.store(log_sums + plane.to(tl.int64) * length + row, log_sum, mask=row < length)
+    tl.store(log_sums + plane.to(tl.int64) * length + own, log_sum, mask=own < length)
     if KEEP:
         weights += (plane - first).to(tl.int64) * length * length
         for start in range(0, length, BLOCK):
-            col = start + tl.arange(0, BLOCK)
-            k_tile = _load(k, col, k_l, length, channels, BLOCK_D)
-            logits = _logits(q_tile, k_tile, rows, col[None, :], products_q, products_k, ids_q, ids_k, mask, mask_i,
-                             mask_j, length, buckets_q, buckets_k, TERMS_Q, TERMS_K, MASKED)
+            other = start + tl.arange(0, BLOCK)
+            col = tl.minimum(other, length - 1)
+            pair = own[:, None] * padded + other[None, :]
+            inside = (other < length)[None, :]
+            k_tile = _load(k, col, k_l, channels, BLOCK_D)
+            logits = _logits(q_tile, k_tile, row, col, pair, pairs, inside, products_q, products_k, ids_q, ids_k, mask,
+                             mask_i, mask_j, buckets_q, buckets_k, terms_q, terms_k, MASKED)
             p = tl.exp(logits - log_sum[:, None])
             if DROPOUT:
-                p = _dropped(p, seed, plane, rows, col[None, :], length, dropout_p, scale)
-            tl.store(weights + rows * length + col[None, :], p.to(weights.dtype.element_ty),
-                     mask=(rows < length) & (col[None, :] < length))
+                p = _dropped(p, seed, plane.to(tl.int64) * pairs + pair, dropout_p, scale)
+            tl.store(weights + own[:, None] * length + other[None, :], p.to(weights.dtype.element_ty),
+                     mask=(own < length)[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["terms_q", "terms_k", "terms_v"])
 def _backward_kernel(q, k, v, grad, products_q, products_k, products_v, ids_q, ids_k, ids_v, mask, seed, out, log_sums,
                      deltas, grad_q, grad_k, grad_v, grad_logits,
                      q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, grad_b, grad_h, grad_l, mask_b, mask_h, mask_i,
-                     mask_j, first, heads, length, channels, buckets_q, buckets_k, buckets_v, dropout_p, scale,
-                     TERMS_Q: tl.constexpr, TERMS_K: tl.constexpr, TERMS_V: tl.constexpr, MASKED: tl.constexpr,
-                     DROPOUT: tl.constexpr, BY_KEY: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
-                     BLOCK_D: tl.constexpr):
+                     mask_j, first, heads, length, padded, channels, buckets_q, buckets_k, buckets_v, terms_q, terms_k,
+                     terms_v, dropout_p, scale, MASKED: tl.constexpr, DROPOUT: tl.constexpr, BY_KEY: tl.constexpr,
+                     KEEP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Gradients of a block of queries or, BY_KEY, of keys and values; with KEEP those of their logits as well.
 
     `products_v` are the gradients of the sums per bucket. What is kept is (plane, i, j) or, BY_KEY, (plane, j, i).
     `deltas`, Σ over j of p·(gradient of p), arrive with what the sums per bucket contribute; queries add the rest.
     """
-    blocks = tl.cdiv(length, BLOCK)
+    blocks, pairs = tl.cdiv(length, BLOCK), padded * padded
     plane = first + tl.program_id(0) // blocks
     b, h = (plane // heads).to(tl.int64), plane % heads
     q, k, v = q + b * q_b + h * q_h, k + b * k_b + h * k_h, v + b * v_b + h * v_h
     grad += b * grad_b + h * grad_h
     mask += b * mask_b + h * mask_h
-    products_q += plane.to(tl.int64) * length * TERMS_Q * buckets_q
-    products_k += plane.to(tl.int64) * length * TERMS_K * buckets_k
-    products_v += plane.to(tl.int64) * length * TERMS_V * buckets_v
+    products_q += plane.to(tl.int64) * length * terms_q * buckets_q
+    products_k += plane.to(tl.int64) * length * terms_k * buckets_k
+    products_v += plane.to(tl.int64) * length * terms_v * buckets_v
     log_sums += plane.to(tl.int64) * length
     deltas += plane.to(tl.int64) * length
     grad_logits += (plane - first).to(tl.int64) * length * length
     own = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    token = tl.minimum(own, length - 1)  # beyond the end the last token again, which nobody sees
     if BY_KEY:
-        k_tile, v_tile = _load(k, own, k_l, length, channels, BLOCK_D), _load(v, own, v_l, length, channels, BLOCK_D)
+        k_tile, v_tile = _load(k, token, k_l, channels, BLOCK_D), _load(v, token, v_l, channels, BLOCK_D)
     else:
-        q_tile = _load(q, own, q_l, length, channels, BLOCK_D)
-        grad_tile = _load(grad, own, grad_l, length, channels, BLOCK_D)
-        out_tile = _load(out + (b * length * heads + h) * channels, own, heads * channels, length, channels, BLOCK_D)
-        delta = tl.load(deltas + own, mask=own < length, other=0.0)
-        delta += tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+        q_tile, grad_tile = _load(q, token, q_l, channels, BLOCK_D), _load(grad, token, grad_l, channels, BLOCK_D)
+        out_tile = _load(out + (b * length * heads + h) * channels, token, heads * channels, channels, BLOCK_D)
+        delta = tl.load(deltas + token) + tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
         tl.store(deltas + own, delta, mask=own < length)
-        log_sum = tl.load(log_sums + own, mask=own < length, other=float("inf"))
+        log_sum = tl.load(log_sums + token)
     total = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     total_v = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for start in range(0, length, BLOCK):
         other = start + tl.arange(0, BLOCK)
+        other_token = tl.minimum(other, length - 1)
         if BY_KEY:
-            row, col = other, own
-            q_tile = _load(q, row, q_l, length, channels, BLOCK_D)
-            grad_tile = _load(grad, row, grad_l, length, channels, BLOCK_D)
-            delta = tl.load(deltas + row, mask=row < length, other=0.0)
-            log_sum = tl.load(log_sums + row, mask=row < length, other=float("inf"))
+            row, col = other_token, token
+            pair = other[:, None] * padded + own[None, :]
+            inside = (other < length)[:, None]
+            q_tile, grad_tile = _load(q, row, q_l, channels, BLOCK_D), _load(grad, row, grad_l, channels, BLOCK_D)
+            delta, log_sum = tl.load(deltas + row), tl.load(log_sums + row)
         else:
-            row, col = own, other
-            k_tile = _load(k, col, k_l, length, channels, BLOCK_D)
-            v_tile = _load(v, col, v_l, length, channels, BLOCK_D)
-        rows, cols = row[:, None], col[None, :]
-        inside = (rows < length) & (cols < length)
-        logits = _logits(q_tile, k_tile, rows, cols, products_q, products_k, ids_q, ids_k, mask, mask_i, mask_j,
-                         length, buckets_q, buckets_k, TERMS_Q, TERMS_K, MASKED)
+            row, col = token, other_token
+            pair = own[:, None] * padded + other[None, :]
+            inside = (other < length)[None, :]
+            k_tile, v_tile = _load(k, col, k_l, channels, BLOCK_D), _load(v, col, v_l, channels, BLOCK_D)
+        logits = _logits(q_tile, k_tile, row, col, pair, pairs, inside, products_q, products_k, ids_q, ids_k, mask,
+                         mask_i, mask_j, buckets_q, buckets_k, terms_q, terms_k, MASKED)
         p = tl.exp(logits - log_sum[:, None])
-        grad_p = tl.dot(grad_tile, tl.trans(v_tile), input_precision="ieee")
-        grad_p = _looked_up(grad_p, products_v, rows, ids_v, rows, cols, inside, length, buckets_v, TERMS_V)
+        grad_p = tl.dot(grad_tile, tl.trans(v_tile), input_precision="tf32x3")
+        grad_p = _looked_up(grad_p, products_v, row[:, None], ids_v, pair, pairs, buckets_v, terms_v)
         if DROPOUT:
-            grad_p = _dropped(grad_p, seed, plane, rows, cols, length, dropout_p, scale)
+            grad_p = _dropped(grad_p, seed, plane.to(tl.int64) * pairs + pair, dropout_p, scale)
         tile = (p * (grad_p - delta[:, None])).to(q_tile.dtype)
-        if KEEP:
-            place = cols * length + rows if BY_KEY else rows * length + cols
-            tl.store(grad_logits + place, tile, mask=inside)
         if BY_KEY:
             if DROPOUT:
-                p = _dropped(p, seed, plane, rows, cols, length, dropout_p, scale)
-            total = tl.dot(tl.trans(tile), q_tile, total, input_precision="ieee")
-            total_v = tl.dot(tl.trans(p.to(grad_tile.dtype)), grad_tile, total_v, input_precision="ieee")
+                p = _dropped(p, seed, plane.to(tl.int64) * pairs + pair, dropout_p, scale)
+            total = tl.dot(tl.trans(tile), q_tile, total, input_precision="tf32x3")
+            total_v = tl.dot(tl.trans(p.to(grad_tile.dtype)), grad_tile, total_v, input_precision="tf32x3")
         else:
-            total = tl.dot(tile, k_tile, total, input_precision="ieee")
+            total = tl.dot(tile, k_tile, total, input_precision="tf32x3")
+        if KEEP:
+            place = own[None, :] * length + other[:, None] if BY_KEY else own[:, None] * length + other[None, :]
+            end = (own < length)[None, :] if BY_KEY else (own < length)[:, None]
+            tl.store(grad_logits + place, tile, mask=inside & end)
     if BY_KEY:
         _store(grad_k, total, plane, own, heads, length, channels, BLOCK_D)
         _store(grad_v, total_v, plane, own, heads, length, channels, BLOCK_D)
@@ -257,7 +259,7 @@ def _backward(grad: Tensor, grad_sums: Tensor, out: Tensor, sums: Tensor, log_su
     common = _common(q, k, v, products_q, products_k, ids_q, ids_k, mask, seed, dropout_p) | {
         "grad": grad, **_strides("grad", grad.stride()), "out": out, "log_sums": log_sums,
         "deltas": (grad_sums.float() * sums).sum(-1), "products_v": grad_sums.contiguous(),
-        "ids_v": _narrow(ids_v, buckets_v, q), "buckets_v": buckets_v, "TERMS_V": len(ids_v),
+        "ids_v": _narrow(ids_v, buckets_v, q), "buckets_v": buckets_v, "terms_v": len(ids_v),
         "grad_q": grads[0], "grad_k": grads[1], "grad_v": grads[2]}
 
     def launch(first, last, grad_logits):
@@ -300,13 +302,13 @@ def _common(q, k, v, products_q, products_k, ids_q, ids_k, mask, seed, dropout_p
     terms_q, terms_k = len(ids_q), len(ids_k)
     buckets_q, buckets_k = products_q.shape[3] // max(terms_q, 1), products_k.shape[3] // max(terms_k, 1)
     return {"q": q, "k": k, "v": v, **_strides("q", q.stride()), **_strides("k", k.stride()),
-            **_strides("v", v.stride()), "heads": q.shape[1], "length": q.shape[2], "channels": q.shape[3],
+            **_strides("v", v.stride()), "heads": q.shape[1], "length": q.shape[2], "padded": _padded(q.shape[2]), "channels": q.shape[3],
             "products_q": products_q.contiguous(), "ids_q": _narrow(ids_q, buckets_q, q), "buckets_q": buckets_q,
             "products_k": products_k.contiguous(), "ids_k": _narrow(ids_k, buckets_k, q), "buckets_k": buckets_k,
             "mask": q if mask is None else mask, **_strides("mask", (0,) * 4 if mask is None else mask.stride()),
             "seed": q if seed is None else seed, "dropout_p": dropout_p,
             "scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
-            "TERMS_Q": terms_q, "TERMS_K": terms_k, "MASKED": mask is not None, "DROPOUT": dropout_p > 0,
+            "terms_q": terms_q, "terms_k": terms_k, "MASKED": mask is not None, "DROPOUT": dropout_p > 0,
             **tiling(q.dtype, q.shape[3])}
 
 
@@ -322,9 +324,17 @@ def tiling(dtype, channels):
 
 
 def _narrow(ids, buckets, like):
-    """The ids of all terms, (terms, L, L), in the narrowest type."""
+    """The ids of all terms in the narrowest type, padded to whole tiles; (terms, L', L')."""
     dtype = torch.uint8 if buckets <= 2 ** 8 else torch.int16 if buckets <= 2 ** 15 else torch.int32
-    return torch.stack(ids).to(dtype) if ids else like.new_empty(0, dtype=dtype)
+    length = like.shape[2]
+    narrow = like.new_zeros(len(ids), _padded(length), _padded(length), dtype=dtype)
+    for term, indices in enumerate(ids):
+        narrow[term, :length, :length] = indices
+    return narrow
+
+
+def _padded(length):
+    return triton.cdiv(length, 64) * 64
 
 
 def _like(x):
