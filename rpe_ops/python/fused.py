@@ -52,6 +52,8 @@ def _products(x, terms):
 
 
 # --- Kernels ---------------------------------------------------------------------------------------------------------
+# A program has a block of tokens of its own, `own`, and goes through the others, `other`: its queries through all keys,
+# or its keys through all queries. A tile is (own, other). Places beyond the end get the values of the last token.
 
 @triton.jit
 def _load(x, token, stride, channels, BLOCK_D: tl.constexpr):
@@ -71,166 +73,164 @@ def _store(x, tile, plane, place, heads, length, channels, BLOCK_D: tl.constexpr
 
 @triton.jit
 def _looked_up(x, products, owner, ids, pair, pairs, buckets, terms):
-    """x[i, j] + Σ over terms of products[owner, term, ids[term, i, j]], where the owner is i or j."""
+    """x[pair] + Σ over terms of products[owner, term, ids[term, pair]], the owner being one side of the pair."""
+    # a loop, though it has one or two rounds: the terms' registers are not to be alive together
     for term in range(terms):
-        bucket = tl.load(ids + term * pairs + pair).to(tl.int32)
-        x += tl.load(products + (owner * terms + term) * buckets + tl.minimum(bucket, buckets - 1)).to(tl.float32)
+        bucket = tl.minimum(tl.load(ids + term * pairs + pair).to(tl.int32), buckets - 1)
+        x += tl.load(products + (owner * terms + term) * buckets + bucket).to(tl.float32)
     return x
 
 
 @triton.jit
-def _logits(q, k, row, col, pair, pairs, inside, products_q, products_k, ids_q, ids_k, mask, mask_i, mask_j, buckets_q,
-            buckets_k, terms_q, terms_k, MASKED: tl.constexpr):
+def _logits(own, other, token, other_token, pair, pairs, inside, own_products, own_ids, own_buckets, own_terms,
+            other_products, other_ids, other_buckets, other_terms, mask, mask_own, mask_other, MASKED: tl.constexpr):
     """A tile of logits in float32, -∞ where it is not inside."""
-    rows, cols = row[:, None], col[None, :]
-    logits = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-    logits = _looked_up(logits, products_k, rows, ids_k, pair, pairs, buckets_k, terms_k)
-    logits = _looked_up(logits, products_q, cols, ids_q, pair, pairs, buckets_q, terms_q)
+    tokens, other_tokens = token[:, None], other_token[None, :]
+    logits = tl.dot(own, tl.trans(other), input_precision="tf32x3")
+    logits = _looked_up(logits, own_products, tokens, own_ids, pair, pairs, own_buckets, own_terms)
+    logits = _looked_up(logits, other_products, other_tokens, other_ids, pair, pairs, other_buckets, other_terms)
     if MASKED:
-        logits += tl.load(mask + rows * mask_i + cols * mask_j).to(tl.float32)
+        logits += tl.load(mask + tokens * mask_own + other_tokens * mask_other).to(tl.float32)
     return tl.where(inside, logits, float("-inf"))
 
 
 @triton.jit
-def _dropped(x, seed, place, dropout_p, scale):
-    """Dropout that depends on the seed and on the place alone."""
-    return tl.where(tl.rand(tl.load(seed), place) >= dropout_p, x * scale, 0.0)
+def _kept(seed, place, dropout_p, scale):
+    """What dropout multiplies by; it depends on the seed and on the place alone."""
+    return tl.where(tl.rand(tl.load(seed), place) >= dropout_p, scale, 0.0)
 
 
-@triton.jit(do_not_specialize=["terms_q", "terms_k"])
-def _forward_kernel(q, k, v, products_q, products_k, ids_q, ids_k, mask, seed, out, log_sums, weights,
-                    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, mask_b, mask_h, mask_i, mask_j,
-                    first, heads, length, padded, channels, buckets_q, buckets_k, terms_q, terms_k, dropout_p, scale,
+@triton.jit(do_not_specialize=["own_terms", "other_terms"])
+def _forward_kernel(own, other, other_v, own_products, own_ids, own_buckets, own_terms, other_products, other_ids,
+                    other_buckets, other_terms, mask, seed, out, log_sums, memory,
+                    own_b, own_h, own_l, other_b, other_h, other_l, other_v_b, other_v_h, other_v_l, mask_b, mask_h,
+                    mask_own, mask_other, padded, pairs, first, heads, length, channels, dropout_p, scale,
                     MASKED: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
-                    BLOCK_D: tl.constexpr):
-    """Output of a block of queries and the logarithms of their softmax's sums; with KEEP their weights as well."""
-    blocks, pairs = tl.cdiv(length, BLOCK), padded * padded
+                    STEP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Output of a block of queries, and the logarithms of their softmax's sums; with KEEP their weights, in memory."""
+    blocks = tl.cdiv(length, BLOCK)
     plane = first + tl.program_id(0) // blocks
-    b, h = (plane // heads).to(tl.int64), plane % heads
-    q, k, v = q + b * q_b + h * q_h, k + b * k_b + h * k_h, v + b * v_b + h * v_h
+    b, h, plane_64 = (plane // heads).to(tl.int64), plane % heads, plane.to(tl.int64)
+    other += b * other_b + h * other_h
+    other_v += b * other_v_b + h * other_v_h
     mask += b * mask_b + h * mask_h
-    products_q += plane.to(tl.int64) * length * terms_q * buckets_q
-    products_k += plane.to(tl.int64) * length * terms_k * buckets_k
-    own = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    row = tl.minimum(own, length - 1)  # beyond the end the last token again, which nobody sees
-    q_tile = _load(q, row, q_l, channels, BLOCK_D)
+    own_products += plane_64 * length * own_terms * own_buckets
+    other_products += plane_64 * length * other_terms * other_buckets
+    place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    token = tl.minimum(place, length - 1)
+    own_tile = _load(own + b * own_b + h * own_h, token, own_l, channels, BLOCK_D)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     mean = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    for start in range(0, length, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        col = tl.minimum(other, length - 1)
-        pair = own[:, None] * padded + other[None, :]
-        inside = (other < length)[None, :]
-        k_tile = _load(k, col, k_l, channels, BLOCK_D)
-        logits = _logits(q_tile, k_tile, row, col, pair, pairs, inside, products_q, products_k, ids_q, ids_k, mask,
-                         mask_i, mask_j, buckets_q, buckets_k, terms_q, terms_k, MASKED)
+    for start in range(0, length, STEP):
+        other_place = start + tl.arange(0, STEP)
+        other_token = tl.minimum(other_place, length - 1)
+        pair = place[:, None] * padded + other_place[None, :]
+        logits = _logits(own_tile, _load(other, other_token, other_l, channels, BLOCK_D), token, other_token, pair,
+                         pairs, (other_place < length)[None, :], own_products, own_ids, own_buckets, own_terms,
+                         other_products, other_ids, other_buckets, other_terms, mask, mask_own, mask_other, MASKED)
         larger = tl.maximum(largest, tl.max(logits, 1))
         finite = tl.where(larger == float("-inf"), 0.0, larger)  # no difference of infinities
         shrink = tl.exp(largest - finite)
         p = tl.exp(logits - finite[:, None])
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
-            p = _dropped(p, seed, plane.to(tl.int64) * pairs + pair, dropout_p, scale)
-        v_tile = _load(v, col, v_l, channels, BLOCK_D)
+            p *= _kept(seed, plane_64 * pairs + pair, dropout_p, scale)
+        v_tile = _load(other_v, other_token, other_v_l, channels, BLOCK_D)
         mean = tl.dot(p.to(v_tile.dtype), v_tile, mean * shrink[:, None], input_precision="tf32x3")
         largest = larger
     blind = total == 0.0
-    _store(out, mean / tl.where(blind, 1.0, total)[:, None], plane, own, heads, length, channels, BLOCK_D)
+    _store(out, mean / tl.where(blind, 1.0, total)[:, None], plane, place, heads, length, channels, BLOCK_D)
     # +∞ makes all weights of a query that sees nothing zero, also in the backward pass
     log_sum = tl.where(blind, float("inf"), largest + tl.log(tl.where(blind, 1.0, total)))
-    tl.store(log_sums + plane.to(tl.int64) * length + own, log_sum, mask=own < length)
+    tl.store(log_sums + plane_64 * length + place, log_sum, mask=place < length)
     if KEEP:
-        weights += (plane - first).to(tl.int64) * length * length
-        for start in range(0, length, BLOCK):
-            other = start + tl.arange(0, BLOCK)
-            col = tl.minimum(other, length - 1)
-            pair = own[:, None] * padded + other[None, :]
-            inside = (other < length)[None, :]
-            k_tile = _load(k, col, k_l, channels, BLOCK_D)
-            logits = _logits(q_tile, k_tile, row, col, pair, pairs, inside, products_q, products_k, ids_q, ids_k, mask,
-                             mask_i, mask_j, buckets_q, buckets_k, terms_q, terms_k, MASKED)
+        memory += (plane_64 - first) * length * length
+        for start in range(0, length, STEP):
+            other_place = start + tl.arange(0, STEP)
+            other_token = tl.minimum(other_place, length - 1)
+            pair = place[:, None] * padded + other_place[None, :]
+            inside = (other_place < length)[None, :]
+            logits = _logits(own_tile, _load(other, other_token, other_l, channels, BLOCK_D), token, other_token, pair,
+                             pairs, inside, own_products, own_ids, own_buckets, own_terms, other_products, other_ids,
+                             other_buckets, other_terms, mask, mask_own, mask_other, MASKED)
             p = tl.exp(logits - log_sum[:, None])
             if DROPOUT:
-                p = _dropped(p, seed, plane.to(tl.int64) * pairs + pair, dropout_p, scale)
-            tl.store(weights + own[:, None] * length + other[None, :], p.to(weights.dtype.element_ty),
-                     mask=(own < length)[:, None] & inside)
+                p *= _kept(seed, plane_64 * pairs + pair, dropout_p, scale)
+            tl.store(memory + place[:, None] * length + other_place[None, :], p.to(memory.dtype.element_ty),
+                     mask=(place < length)[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=["terms_q", "terms_k", "terms_v"])
-def _backward_kernel(q, k, v, grad, products_q, products_k, products_v, ids_q, ids_k, ids_v, mask, seed, out, log_sums,
-                     deltas, grad_q, grad_k, grad_v, grad_logits,
-                     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, grad_b, grad_h, grad_l, mask_b, mask_h, mask_i,
-                     mask_j, first, heads, length, padded, channels, buckets_q, buckets_k, buckets_v, terms_q, terms_k,
-                     terms_v, dropout_p, scale, MASKED: tl.constexpr, DROPOUT: tl.constexpr, BY_KEY: tl.constexpr,
-                     KEEP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Gradients of a block of queries or, BY_KEY, of keys and values; with KEEP those of their logits as well.
+@triton.jit(do_not_specialize=["own_terms", "other_terms", "v_terms"])
+def _backward_kernel(own, other, own_v, other_v, own_products, own_ids, own_buckets, own_terms, other_products,
+                     other_ids, other_buckets, other_terms, v_products, v_ids, v_buckets, v_terms, mask, seed, out,
+                     log_sums, deltas, own_grad, own_v_grad, memory,
+                     own_b, own_h, own_l, other_b, other_h, other_l, own_v_b, own_v_h, own_v_l, other_v_b, other_v_h,
+                     other_v_l, mask_b, mask_h, mask_own, mask_other, padded, pairs, first, heads, length,
+                     channels, dropout_p, scale, MASKED: tl.constexpr, DROPOUT: tl.constexpr, BY_KEY: tl.constexpr,
+                     KEEP: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Gradients of a block of queries or, BY_KEY, of keys and values; with KEEP those of their logits, in memory.
 
-    `products_v` are the gradients of the sums per bucket. What is kept is (plane, i, j) or, BY_KEY, (plane, j, i).
-    `deltas`, Σ over j of p·(gradient of p), arrive with what the sums per bucket contribute; queries add the rest.
+    Queries have for values the gradients of their output, and `v_products` are the gradients of the sums per bucket.
+    `deltas`, Σ over keys of p·(gradient of p), come with what the sums per bucket contribute; queries add the rest.
     """
-    blocks, pairs = tl.cdiv(length, BLOCK), padded * padded
+    blocks = tl.cdiv(length, BLOCK)
     plane = first + tl.program_id(0) // blocks
-    b, h = (plane // heads).to(tl.int64), plane % heads
-    q, k, v = q + b * q_b + h * q_h, k + b * k_b + h * k_h, v + b * v_b + h * v_h
-    grad += b * grad_b + h * grad_h
+    b, h, plane_64 = (plane // heads).to(tl.int64), plane % heads, plane.to(tl.int64)
+    other += b * other_b + h * other_h
+    other_v += b * other_v_b + h * other_v_h
     mask += b * mask_b + h * mask_h
-    products_q += plane.to(tl.int64) * length * terms_q * buckets_q
-    products_k += plane.to(tl.int64) * length * terms_k * buckets_k
-    products_v += plane.to(tl.int64) * length * terms_v * buckets_v
-    log_sums += plane.to(tl.int64) * length
-    deltas += plane.to(tl.int64) * length
-    grad_logits += (plane - first).to(tl.int64) * length * length
-    own = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    token = tl.minimum(own, length - 1)  # beyond the end the last token again, which nobody sees
-    if BY_KEY:
-        k_tile, v_tile = _load(k, token, k_l, channels, BLOCK_D), _load(v, token, v_l, channels, BLOCK_D)
-    else:
-        q_tile, grad_tile = _load(q, token, q_l, channels, BLOCK_D), _load(grad, token, grad_l, channels, BLOCK_D)
+    own_products += plane_64 * length * own_terms * own_buckets
+    other_products += plane_64 * length * other_terms * other_buckets
+    v_products += plane_64 * length * v_terms * v_buckets
+    log_sums += plane_64 * length
+    deltas += plane_64 * length
+    memory += (plane_64 - first) * length * length
+    place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    token = tl.minimum(place, length - 1)
+    own_tile = _load(own + b * own_b + h * own_h, token, own_l, channels, BLOCK_D)
+    own_v_tile = _load(own_v + b * own_v_b + h * own_v_h, token, own_v_l, channels, BLOCK_D)
+    if not BY_KEY:
         out_tile = _load(out + (b * length * heads + h) * channels, token, heads * channels, channels, BLOCK_D)
-        delta = tl.load(deltas + token) + tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-        tl.store(deltas + own, delta, mask=own < length)
-        log_sum = tl.load(log_sums + token)
+        delta = tl.load(deltas + token) + tl.sum(own_v_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+        tl.store(deltas + place, delta, mask=place < length)
+        delta, log_sum = delta[:, None], tl.load(log_sums + token)[:, None]
     total = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     total_v = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    for start in range(0, length, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        other_token = tl.minimum(other, length - 1)
+    for start in range(0, length, STEP):
+        other_place = start + tl.arange(0, STEP)
+        other_token = tl.minimum(other_place, length - 1)
+        pair = place[:, None] * padded + other_place[None, :]
+        inside = (other_place < length)[None, :]
+        other_tile = _load(other, other_token, other_l, channels, BLOCK_D)
+        logits = _logits(own_tile, other_tile, token, other_token, pair, pairs, inside, own_products, own_ids,
+                         own_buckets, own_terms, other_products, other_ids, other_buckets, other_terms, mask, mask_own,
+                         mask_other, MASKED)
         if BY_KEY:
-            row, col = other_token, token
-            pair = other[:, None] * padded + own[None, :]
-            inside = (other < length)[:, None]
-            q_tile, grad_tile = _load(q, row, q_l, channels, BLOCK_D), _load(grad, row, grad_l, channels, BLOCK_D)
-            delta, log_sum = tl.load(deltas + row), tl.load(log_sums + row)
+            query = other_token[None, :]
+            delta, log_sum = tl.load(deltas + query), tl.load(log_sums + query)
         else:
-            row, col = token, other_token
-            pair = own[:, None] * padded + other[None, :]
-            inside = (other < length)[None, :]
-            k_tile, v_tile = _load(k, col, k_l, channels, BLOCK_D), _load(v, col, v_l, channels, BLOCK_D)
-        logits = _logits(q_tile, k_tile, row, col, pair, pairs, inside, products_q, products_k, ids_q, ids_k, mask,
-                         mask_i, mask_j, buckets_q, buckets_k, terms_q, terms_k, MASKED)
-        p = tl.exp(logits - log_sum[:, None])
-        grad_p = tl.dot(grad_tile, tl.trans(v_tile), input_precision="tf32x3")
-        grad_p = _looked_up(grad_p, products_v, row[:, None], ids_v, pair, pairs, buckets_v, terms_v)
+            query = token[:, None]
+        p = tl.exp(logits - log_sum)
+        other_v_tile = _load(other_v, other_token, other_v_l, channels, BLOCK_D)
+        grad_p = tl.dot(own_v_tile, tl.trans(other_v_tile), input_precision="tf32x3")
+        grad_p = _looked_up(grad_p, v_products, query, v_ids, pair, pairs, v_buckets, v_terms)
         if DROPOUT:
-            grad_p = _dropped(grad_p, seed, plane.to(tl.int64) * pairs + pair, dropout_p, scale)
-        tile = (p * (grad_p - delta[:, None])).to(q_tile.dtype)
+            draw = other_place[None, :] * padded + place[:, None] if BY_KEY else pair
+            kept = _kept(seed, plane_64 * pairs + draw, dropout_p, scale)
+            grad_p *= kept
+        grad_logits = (p * (grad_p - delta)).to(other_tile.dtype)
+        if KEEP:
+            tl.store(memory + place[:, None] * length + other_place[None, :], grad_logits,
+                     mask=(place < length)[:, None] & inside)
+        total = tl.dot(grad_logits, other_tile, total, input_precision="tf32x3")
         if BY_KEY:
             if DROPOUT:
-                p = _dropped(p, seed, plane.to(tl.int64) * pairs + pair, dropout_p, scale)
-            total = tl.dot(tl.trans(tile), q_tile, total, input_precision="tf32x3")
-            total_v = tl.dot(tl.trans(p.to(grad_tile.dtype)), grad_tile, total_v, input_precision="tf32x3")
-        else:
-            total = tl.dot(tile, k_tile, total, input_precision="tf32x3")
-        if KEEP:
-            place = own[None, :] * length + other[:, None] if BY_KEY else own[:, None] * length + other[None, :]
-            end = (own < length)[None, :] if BY_KEY else (own < length)[:, None]
-            tl.store(grad_logits + place, tile, mask=inside & end)
+                p *= kept
+            total_v = tl.dot(p.to(other_v_tile.dtype), other_v_tile, total_v, input_precision="tf32x3")
+    _store(own_grad, total, plane, place, heads, length, channels, BLOCK_D)
     if BY_KEY:
-        _store(grad_k, total, plane, own, heads, length, channels, BLOCK_D)
-        _store(grad_v, total_v, plane, own, heads, length, channels, BLOCK_D)
-    else:
-        _store(grad_q, total, plane, own, heads, length, channels, BLOCK_D)
+        _store(own_v_grad, total_v, plane, place, heads, length, channels, BLOCK_D)
 
 
 # --- Operators -------------------------------------------------------------------------------------------------------
@@ -241,12 +241,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, products_q: Tensor, products_k: Te
              dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
     """(output without the term on values, sums of the weights per bucket, logarithms of the softmax's sums)"""
     out, log_sums = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    common = _common(q, k, v, products_q, products_k, ids_q, ids_k, mask, seed, dropout_p)
-
-    def launch(first, last, weights):
-        _launch(_forward_kernel, first, last, common, out=out, log_sums=log_sums, weights=weights, KEEP=bool(ids_v))
-
-    return out, _sums_per_bucket(q, ids_v, buckets_v, launch), log_sums
+    arguments = {**_sides(q, k, mask), **_values("other_v", v), **_terms("own", products_k, ids_k),
+                 **_terms("other", products_q, ids_q), **_dropout(seed, dropout_p), "out": out, "log_sums": log_sums}
+    return out, _sums_per_bucket(_forward_kernel, q, ids_v, buckets_v, arguments), log_sums
 
 
 @torch.library.custom_op("rpe_ops::fused_attention_backward", mutates_args=())
@@ -255,95 +252,91 @@ def _backward(grad: Tensor, grad_sums: Tensor, out: Tensor, sums: Tensor, log_su
               ids_v: list[Tensor], buckets_v: int, mask: Tensor | None, seed: Tensor | None,
               dropout_p: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the products"""
-    grads, grad = [_like(q) for _ in range(3)], _planar(grad)
-    common = _common(q, k, v, products_q, products_k, ids_q, ids_k, mask, seed, dropout_p) | {
-        "grad": grad, **_strides("grad", grad.stride()), "out": out, "log_sums": log_sums,
-        "deltas": (grad_sums.float() * sums).sum(-1), "products_v": grad_sums.contiguous(),
-        "ids_v": _narrow(ids_v, buckets_v, q), "buckets_v": buckets_v, "terms_v": len(ids_v),
-        "grad_q": grads[0], "grad_k": grads[1], "grad_v": grads[2]}
-
-    def launch(first, last, grad_logits):
-        _launch(_backward_kernel, first, last, common, grad_logits=grad_logits, BY_KEY=False, KEEP=bool(ids_k))
-
-    def launch_by_key(first, last, grad_logits):
-        _launch(_backward_kernel, first, last, common, grad_logits=grad_logits, BY_KEY=True, KEEP=bool(ids_q))
-
-    # queries first: they complete the deltas
-    sums_k = _sums_per_bucket(q, ids_k, common["buckets_k"], launch)
-    sums_q = _sums_per_bucket(q, [ids.t() for ids in ids_q], common["buckets_q"], launch_by_key)
-    return *grads, sums_q.to(products_q.dtype), sums_k.to(products_k.dtype)
+    grad_q, grad_k, grad_v = (_like(q) for _ in range(3))
+    shared = {"out": out, "log_sums": log_sums, "deltas": (grad_sums.float() * sums).sum(-1), "own_v_grad": grad_v,
+              **_dropout(seed, dropout_p)}
+    queries = {**shared, **_sides(q, k, mask), **_values("own_v", grad), **_values("other_v", v), "own_grad": grad_q,
+               **_terms("own", products_k, ids_k), **_terms("other", products_q, ids_q),
+               **_terms("v", grad_sums, ids_v), "BY_KEY": False}
+    sums_k = _sums_per_bucket(_backward_kernel, q, ids_k, products_k.shape[3] // max(len(ids_k), 1), queries)
+    # after the queries, which complete the deltas
+    keys = {**shared, **_sides(k, q, mask, by_key=True), **_values("own_v", v), **_values("other_v", grad),
+            "own_grad": grad_k, **_terms("own", products_q, ids_q, True), **_terms("other", products_k, ids_k, True),
+            **_terms("v", grad_sums, ids_v, True), "BY_KEY": True}
+    sums_q = _sums_per_bucket(_backward_kernel, q, [ids.t() for ids in ids_q],
+                              products_q.shape[3] // max(len(ids_q), 1), keys)
+    return grad_q, grad_k, grad_v, sums_q.to(products_q.dtype), sums_k.to(products_k.dtype)
 
 
-def _sums_per_bucket(q, ids, buckets, launch):
-    """(B, H, L, terms·buckets) of the (planes, L, L) that `launch(first, last, memory)` makes, some planes at a time."""
-    planes, length = q.shape[0] * q.shape[1], q.shape[2]
-    if not ids:
-        launch(0, planes, q)
-        return q.new_empty(*q.shape[:3], 0)
-    step = min(planes, max(1, _WORKSPACE // length ** 2))
-    memory, sums = q.new_empty(step, length, length), q.new_empty(planes, length, len(ids), buckets)
-    for first in range(0, planes, step):
-        last = min(first + step, planes)
-        launch(first, last, memory)
-        for term, indices in enumerate(ids):
-            sums[first:last, :, term] = rpe_bucket_sum(memory[None, :last - first], indices, buckets)[0]
-    return sums.flatten(2).unflatten(0, q.shape[:2])
+def _sides(own, other, mask, by_key=False):
+    """Arguments of a launch that say where things lie."""
+    length = own.shape[2]
+    padded = _padded(length)
+    strides = (0,) * 4 if mask is None else mask.stride()
+    across = (1, 0) if by_key else (0, 1)
+    return {**_values("own", own), **_values("other", other), "heads": own.shape[1], "length": length,
+            "channels": own.shape[3], "mask": own if mask is None else mask, "mask_b": strides[0],
+            "mask_h": strides[1], "mask_own": strides[2 + across[0]], "mask_other": strides[2 + across[1]],
+            "padded": padded, "pairs": padded ** 2, "MASKED": mask is not None}
 
 
-def _launch(kernel, first, last, common, **arguments):
-    """Run a kernel for the planes from `first` to `last`."""
-    with torch.cuda.device_of(common["q"]):
-        kernel[(last - first) * triton.cdiv(common["length"], common["BLOCK"]),](first=first, **common, **arguments)
+def _values(name, x):
+    x = x if x.stride(3) == 1 else x.contiguous()
+    return {name: x, f"{name}_b": x.stride(0), f"{name}_h": x.stride(1), f"{name}_l": x.stride(2)}
 
 
-def _common(q, k, v, products_q, products_k, ids_q, ids_k, mask, seed, dropout_p):
-    """Arguments that all launches of a call share."""
-    q, k, v = map(_planar, (q, k, v))
-    terms_q, terms_k = len(ids_q), len(ids_k)
-    buckets_q, buckets_k = products_q.shape[3] // max(terms_q, 1), products_k.shape[3] // max(terms_k, 1)
-    return {"q": q, "k": k, "v": v, **_strides("q", q.stride()), **_strides("k", k.stride()),
-            **_strides("v", v.stride()), "heads": q.shape[1], "length": q.shape[2], "padded": _padded(q.shape[2]), "channels": q.shape[3],
-            "products_q": products_q.contiguous(), "ids_q": _narrow(ids_q, buckets_q, q), "buckets_q": buckets_q,
-            "products_k": products_k.contiguous(), "ids_k": _narrow(ids_k, buckets_k, q), "buckets_k": buckets_k,
-            "mask": q if mask is None else mask, **_strides("mask", (0,) * 4 if mask is None else mask.stride()),
-            "seed": q if seed is None else seed, "dropout_p": dropout_p,
-            "scale": 1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
-            "terms_q": terms_q, "terms_k": terms_k, "MASKED": mask is not None, "DROPOUT": dropout_p > 0,
-            **tiling(q.dtype, q.shape[3])}
-
-
-def _strides(name, strides):
-    axes = "bhij" if name == "mask" else "bhl"
-    return {f"{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
-
-
-def tiling(dtype, channels):
-    """Tokens and channels of a tile, and how a program works on it."""
-    return {"BLOCK": 32 if dtype == torch.float32 or channels > 64 else 64,
-            "BLOCK_D": max(16, triton.next_power_of_2(channels)), "num_warps": 4, "num_stages": 2}
-
-
-def _narrow(ids, buckets, like):
-    """The ids of all terms in the narrowest type, padded to whole tiles; (terms, L', L')."""
+def _terms(name, products, ids, by_key=False):
+    """Products and ids of one place; ids (own, other) in the narrowest type, of all terms, padded to whole tiles."""
+    length, buckets = products.shape[2], products.shape[3] // max(len(ids), 1)
     dtype = torch.uint8 if buckets <= 2 ** 8 else torch.int16 if buckets <= 2 ** 15 else torch.int32
-    length = like.shape[2]
-    narrow = like.new_zeros(len(ids), _padded(length), _padded(length), dtype=dtype)
+    narrow = products.new_zeros(len(ids), _padded(length), _padded(length), dtype=dtype)
     for term, indices in enumerate(ids):
-        narrow[term, :length, :length] = indices
-    return narrow
+        narrow[term, :length, :length] = indices.t() if by_key else indices
+    return {f"{name}_products": products.contiguous(), f"{name}_ids": narrow, f"{name}_buckets": buckets,
+            f"{name}_terms": len(ids)}
 
 
 def _padded(length):
     return triton.cdiv(length, 64) * 64
 
 
+def _dropout(seed, p):
+    # without dropout nobody reads the seed, but a kernel wants a pointer
+    return {"seed": torch.empty(0, dtype=torch.int64) if seed is None else seed, "dropout_p": p,
+            "scale": 1 / (1 - p) if p < 1 else 0.0, "DROPOUT": p > 0}
+
+
+def tiling(dtype, channels):
+    """Tokens and channels of a tile: the largest that spills no registers (benchmarks/fused_ptxas.txt)."""
+    block, step = (64, 32) if dtype != torch.float32 else (32, 16) if channels <= 64 else (16, 16)
+    return {"BLOCK": block, "STEP": step, "BLOCK_D": max(16, triton.next_power_of_2(channels)), "num_warps": 8,
+            "num_stages": 1}
+
+
+def _sums_per_bucket(kernel, q, ids, buckets, arguments):
+    """Run a kernel, some planes at a time; returns the sums (B, H, L, terms·buckets) of what it leaves in memory."""
+    planes, length = q.shape[0] * q.shape[1], q.shape[2]
+    step = min(planes, max(1, _WORKSPACE // length ** 2)) if ids else planes
+    memory = q.new_empty(step, length, length) if ids else q
+    sums = q.new_empty(planes, length, len(ids), buckets)
+    options = tiling(q.dtype, q.shape[3])
+    for first in range(0, planes, step):
+        last = min(first + step, planes)
+        _launch(kernel, (last - first) * triton.cdiv(length, options["BLOCK"]), first=first, memory=memory,
+                KEEP=bool(ids), **arguments, **options)
+        for term, indices in enumerate(ids):
+            sums[first:last, :, term] = rpe_bucket_sum(memory[None, :last - first], indices, buckets)[0]
+    return sums.flatten(2).unflatten(0, q.shape[:2])
+
+
+def _launch(kernel, programs, **arguments):
+    with torch.cuda.device_of(arguments["own"]):
+        kernel[programs,](**arguments)
+
+
 def _like(x):
     """Uninitialised (B, H, L, D) whose heads join to channels without a copy."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-
-
-def _planar(x):
-    return x if x.stride(3) == 1 else x.contiguous()
 
 
 @_forward.register_fake
