@@ -22,7 +22,7 @@ PLACES = {"k": (0, 1, 0), "qkv": (1, 1, 1)}  # tables on queries, keys and value
 CHANNELS = (32, 48, 64, 96, 128)
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8",
          torch.int64: "*i64"}
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def launches(dtype, channels, places, masked, dropout_p):

@@ -6,6 +6,7 @@ differentiates the rest. FUSED.md weighs this design against others.
 
 A plane is one head of one picture. Where two tables act in one place, as in a cross, their products lie side by side.
 """
+import os
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .rpe_index import rpe_bucket_sum
 
-INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _WORKSPACE = 2 ** 24  # weights, or gradients of logits, that wait for their sums per bucket at a time
 
 
@@ -35,12 +36,11 @@ def attention(q, k, v, on_q, on_k, on_v, mask, dropout_p):
     return out + torch.matmul(sums, torch.cat([table for _, table in on_v], -2)) if on_v else out
 
 
-def takes(q, k, v, mask):
-    """Whether `attention` is for this call: of one shape, at most 128 channels, on a GPU (or under the interpreter)."""
+def takes(q, k, v):
+    """Whether q, k and v are for `attention`: of one shape, at most 128 channels, on a GPU (or in the interpreter)."""
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
     return (q.device.type == ("cpu" if INTERPRETED else "cuda") and q.shape == k.shape == v.shape
-            and q.shape[3] <= 128 and dtype in (torch.float16, torch.bfloat16, torch.float32)
-            and (mask is None or not mask.requires_grad))
+            and q.numel() > 0 and q.shape[3] <= 128 and dtype in (torch.float16, torch.bfloat16, torch.float32))
 
 
 def _products(x, terms):
@@ -310,7 +310,7 @@ def tiling(dtype, channels):
     """Tokens and channels of a tile: the largest that spills no registers (benchmarks/fused_ptxas.txt)."""
     block, step = (64, 32) if dtype != torch.float32 else (32, 16) if channels <= 64 else (16, 16)
     return {"BLOCK": block, "STEP": step, "BLOCK_D": max(16, triton.next_power_of_2(channels)), "num_warps": 8,
-            "num_stages": 1}
+            "num_stages": 1, "maxnreg": 255}
 
 
 def _sums_per_bucket(kernel, q, ids, buckets, arguments):
