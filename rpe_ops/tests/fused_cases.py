@@ -1,8 +1,8 @@
 """Random cases of fused attention against its definition in float64: `python tests/fused_cases.py --cases 600`.
 
-Without a GPU Triton's interpreter runs the kernels (TRITON_INTERPRET=1). A case passes if no result, output or gradient,
-is further from the definition than a bound: that of the type, in parts of the largest value, and twice what the
-definition itself errs when it is computed in the case's type.
+Without a GPU Triton's interpreter runs the kernels (TRITON_INTERPRET=1). A case passes if no result, output or
+gradient, is further from the definition than a bound: that of the type, in parts of the largest value, and twice what
+the definition itself errs when it is computed in the case's type.
 """
 import argparse
 import os
@@ -13,11 +13,11 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-import numpy as np  # noqa: E402
-import triton  # noqa: E402  reads the environment
-import triton.language as tl  # noqa: E402
-from rpe_ops import fused, reference  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+import numpy as np
+import triton  # reads the environment
+import triton.language as tl
+from rpe_ops import fused, reference
+from triton.runtime import interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of the largest value
@@ -144,7 +144,7 @@ def excess(case):
         fused._WORKSPACE = workspace
     worst = 0.0
     for x, y, z in zip(exact, plain, found, strict=True):
-        # gradients of logits are differences of products of vectors like the output, and may cancel: with one key all do
+        # gradients of logits are differences of products of vectors like the output, and may cancel, as with one key
         size = max(x.abs().max().item(), exact[0].abs().max().item() * case.channels ** 0.5)
         allowed = TOLERANCE[case.dtype] * size + 2 * (y - x).abs().max().item()
         error = (z - x).abs().max().item()
