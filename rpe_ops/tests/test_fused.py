@@ -115,7 +115,7 @@ def test_compiled_it_computes_the_same_in_one_graph(chosen, autocast):
     torch.testing.assert_close(results(torch.compile(step, fullgraph=True, backend="aot_eager")), expected)
     exact = case.results(lambda *x, **_: attend(*x[:3], *(y[0] for y in x[3:6]), function=blockwise.attention),
                          torch.float32)[0]
-    torch.testing.assert_close(expected[0].double(), exact, rtol=0, atol=1e-2)
+    torch.testing.assert_close(expected[0].double(), exact, rtol=0, atol=5e-2)
 
 
 def test_it_says_which_calls_it_takes(chosen):
