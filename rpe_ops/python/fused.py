@@ -308,7 +308,8 @@ def _dropout(seed, p):
 
 def tiling(dtype, channels):
     """Tokens and channels of a tile: the largest that spills no registers (benchmarks/fused_ptxas.txt)."""
-    block, step = (64, 32) if dtype != torch.float32 else (32, 16) if channels <= 64 else (16, 16)
+    small, large = ((32, 16), (16, 16)) if dtype == torch.float32 else ((64, 32), (64, 16))
+    block, step = small if channels <= 64 else large
     return {"BLOCK": block, "STEP": step, "BLOCK_D": max(16, triton.next_power_of_2(channels)), "num_warps": 8,
             "num_stages": 1, "maxnreg": 255}
 
