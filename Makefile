@@ -10,7 +10,7 @@ PY     := $(abspath $(VENV))/bin/python
 
 build: $(VENV)/rpe_ops.done
 
-$(VENV)/packages.done: requirements.txt requirements-dev.txt requirements-export.txt
+$(VENV)/packages.done: requirements.txt requirements-dev.txt requirements-export.txt requirements-submitit.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet -r requirements.txt -r requirements-dev.txt

@@ -25,6 +25,7 @@ deit_small_patch16_224_ctx_cross_56_shared_k
 """
 _DETR = """
 detr_resnet50 detr_resnet50_dc5 detr_resnet101 detr_resnet101_dc5
+detr_resnet50_panoptic detr_resnet50_dc5_panoptic detr_resnet101_panoptic
 detr_resnet50_rpe_19_product_ctx_1_k
 detr_resnet50_rpe_20_product_ctx_1_k
 detr_resnet50_rpe_20_product_ctx_1_k_300epochs

@@ -1,4 +1,4 @@
-"""Rewrite the tables of README.md that stand between `<!-- released: NAME -->` and `<!-- end -->` from released.json.
+"""Rewrite the codebases' model zoos, between `<!-- released -->` and `<!-- end -->`, from tools/released.json.
 
     python .ci/readme.py
 """
@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+READMES = {"deit": ROOT / "DeiT-with-iRPE" / "README.md", "detr": ROOT / "DETR-with-iRPE" / "README.md"}
 # column → the row's entry under it, as a format
 TABLES = {
     "deit": {"name": "{name}", "#Params (M)": "{params_m:.2f}", "MACs (M)": "{macs_m}", "top-1": "{top1:.1f}",
@@ -24,21 +25,19 @@ def table(columns, rows):
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-def rewrite(text, released):
-    """`text` with its marked tables made anew."""
-    for name, columns in TABLES.items():
-        made = f"<!-- released: {name} -->\n{table(columns, released[name])}<!-- end -->"
-        text, count = re.subn(rf"<!-- released: {name} -->.*?<!-- end -->", lambda _, made=made: made, text,
-                              flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(f"README.md has {count} times `<!-- released: {name} -->` ... `<!-- end -->`, not once")
+def rewrite(text, name, released):
+    """`text` of a codebase's README with its marked table made anew."""
+    made = f"<!-- released -->\n{table(TABLES[name], released[name])}<!-- end -->"
+    text, count = re.subn("<!-- released -->.*?<!-- end -->", lambda _: made, text, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"the README of {name} has {count} times `<!-- released -->` ... `<!-- end -->`, not once")
     return text
 
 
 def main():
-    path = ROOT / "README.md"
-    released = json.loads((ROOT / "released.json").read_text(encoding="utf-8"))
-    path.write_text(rewrite(path.read_text(encoding="utf-8"), released), encoding="utf-8")
+    released = json.loads((ROOT / "tools" / "released.json").read_text(encoding="utf-8"))
+    for name, path in READMES.items():
+        path.write_text(rewrite(path.read_text(encoding="utf-8"), name, released), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Lint, then the tests of every part in a process of its own (the two codebases have modules of the same names).
+"""Lint, then the tests of every part in a process of its own (the two codebases have modules of the same names), two at
+a time, as most tests use one core.
 
 The last line sums them up: `N passed, N failed, N skipped`.
 """
@@ -6,10 +7,11 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = [part for part in (ROOT, ROOT / "rpe_ops", ROOT / "DeiT-with-iRPE", ROOT / "DETR-with-iRPE")
+PARTS = [part for part in (ROOT / "DeiT-with-iRPE", ROOT / "DETR-with-iRPE", ROOT, ROOT / "rpe_ops")
          if list(part.glob("tests/test_*.py"))]
 
 
@@ -17,23 +19,23 @@ def run_part(folder):
     """(passed, failed, skipped) of the tests in `folder`/tests, run from there; a crash counts as one failure."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.xml")
-        status = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "--durations=5", f"--junit-xml={report}",
-                                 "-p", "no:cacheprovider", "tests"], cwd=folder).returncode
+        run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "--durations=5", f"--junit-xml={report}",
+                              "-p", "no:cacheprovider", "tests"], cwd=folder, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT)
+        print(f"\n=== {folder.relative_to(ROOT.parent)}\n{run.stdout}", flush=True)
         suites = ElementTree.parse(report).getroot().iter("testsuite") if report.exists() else ()
         counts = [{key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")} for suite in suites]
     total, skipped = (sum(count[key] for count in counts) for key in ("tests", "skipped"))
     failed = sum(count["failures"] + count["errors"] for count in counts)
-    if status and not failed:
+    if run.returncode and not failed:
         failed, total = 1, total + 1
     return total - failed - skipped, failed, skipped
 
 
 def main():
     lint = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT).returncode
-    results = []
-    for part in PARTS:
-        print(f"\n=== {part.relative_to(ROOT.parent)}", flush=True)
-        results.append(run_part(part))
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run_part, PARTS))
     passed, failed, skipped = (sum(column) for column in zip(*results, strict=True))
     failed += lint != 0
     print(f"\n{passed} passed, {failed} failed, {skipped} skipped")

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from datasets.coco_eval import CocoEvaluator, gather_on_main
-from util.runtime import DeferredScalars, Progress, UserError, get_world_size, print_once, step_optimizer
+from datasets.panoptic_eval import PanopticEvaluator
+from util.runtime import Progress, UserError, get_world_size, print_once, step_optimizer
 
 SHOWN = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm", "lr")
 
@@ -32,21 +33,13 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         loss_scaler: torch.amp.GradScaler for float16; a disabled one leaves the loss alone.
         max_norm: bound on the norm of the gradient; 0 for no bound.
     Returns: means of all losses, the gradient's norm and the learning rates over steps and processes.
-    Raises: SharedError at the same step when a value of one is not finite, or the gradients never are.
+    Raises: UserError on all processes when a value of one is not finite, or the gradients never are.
     """
     model.train()
     criterion.train()
-    rates = {"lr": optimizer.param_groups[0]["lr"], "lr_backbone": optimizer.param_groups[-1]["lr"]}
-    progress = Progress(f"Epoch {epoch}", len(data_loader), data_loader.batch_size * get_world_size(), device)
-    means = Progress("", len(data_loader), 0, device)  # of more than the line has room for
-    scalars = DeferredScalars(f"epoch {epoch}")
-
-    def note(values):
-        if values:
-            means.update(**values, **rates)
-            progress.update(**{name: {**values, **rates}[name] for name in SHOWN})
-
-    for samples, targets in progress.track(data_loader):
+    progress = Progress(f"epoch {epoch}", data_loader, data_loader.batch_size * get_world_size(), SHOWN,
+                        lr=optimizer.param_groups[0]["lr"], lr_backbone=optimizer.param_groups[-1]["lr"])
+    for samples, targets in progress:
         samples, targets = to_device(samples, targets, device)
         with autocast(device, amp_dtype):
             outputs = model(samples)
@@ -58,42 +51,63 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         step_optimizer(loss_scaler, optimizer)
         # float16's first steps overflow until the scale has come down, and the scaler leaves them out
         norm = grad_norm.nan_to_num(posinf=0.0) if loss_scaler.is_enabled() else grad_norm
-        note(scalars.push(**losses, grad_norm=norm))
-    note(scalars.flush())
-    return means.averages()
+        progress.add(**losses, grad_norm=norm)
+    return progress.averages()
 
 
 @torch.inference_mode()
-def evaluate(model, criterion, postprocessors, data_loader, ground_truth, device, amp_dtype=torch.float32):
-    """Losses and COCO's numbers over every picture of the set, counted once.
+def evaluate(model, criterion, postprocessors, data_loader, ground_truth, device, amp_dtype=torch.float32,
+             output_dir=""):
+    """Losses, COCO's numbers and panoptic quality over every picture of the set, counted once.
 
     Args:
         model: the bare one, without DistributedDataParallel: processes may have different numbers of batches.
-        ground_truth: pycocotools.COCO of the set.
+        postprocessors: `bbox`; with `segm` masks are measured too, with `panoptic` panoptic quality.
+        ground_truth: pycocotools.COCO of the set; None measures neither boxes nor masks.
+        output_dir: where `panoptic_eval/` goes; nothing is written without it.
     Returns: on the main process the means of all losses over the pictures with AP, AP50 and `coco_eval_bbox`, the
-        twelve numbers, and the COCOeval; on the others ({}, None). Equal for any number of processes.
+        twelve numbers, `coco_eval_masks` and PanopticEvaluator's, and the COCOeval of the boxes; on the others
+        ({}, None). Equal for any number of processes.
     Raises: UserError when a loss is not finite.
     """
     model.eval()
     criterion.eval()
-    progress = Progress("Test", len(data_loader), len(data_loader.dataset) / max(len(data_loader), 1), device)
-    evaluator, batches = CocoEvaluator(ground_truth), []
-    for samples, targets in progress.track(data_loader):
+    evaluators, batches = {}, []
+    if ground_truth is not None:
+        evaluators = {name: CocoEvaluator(ground_truth, name) for name in ("bbox", "segm") if name in postprocessors}
+    if "panoptic" in postprocessors:
+        evaluators["panoptic"] = PanopticEvaluator(data_loader.dataset, output_dir)
+    for samples, targets in Progress("Test", data_loader, len(data_loader.dataset) / max(len(data_loader), 1)):
         samples, targets = to_device(samples, targets, device)
         with autocast(device, amp_dtype):
             outputs = model(samples)
         losses = named_losses(criterion, criterion(outputs, targets))
         values = dict(zip(losses, torch.stack([value.float() for value in losses.values()]).tolist(), strict=True))
-        sizes, ids = (torch.stack([t[name] for t in targets]) for name in ("orig_size", "image_id"))
-        ids = ids.tolist()
-        batches.append((ids[0], len(ids), values))
-        evaluator.update(dict(zip(ids, postprocessors["bbox"](outputs, sizes), strict=True)))
+        results = postprocess(postprocessors, outputs, targets)
+        batches.append((next(iter(results)), len(results), values))
+        for evaluator in evaluators.values():
+            evaluator.update(results)
     gathered = gather_on_main(batches)
     stats = _average(gathered, amp_dtype) if gathered else {}
-    measured = evaluator.summarize()
-    if measured:
-        stats.update(AP=measured.stats[0].item(), AP50=measured.stats[1].item(), coco_eval_bbox=measured.stats.tolist())
-    return stats, measured
+    measured = {name: evaluator.summarize() for name, evaluator in evaluators.items()}
+    boxes, masks = measured.get("bbox"), measured.get("segm")
+    if boxes:
+        stats.update(AP=boxes.stats[0].item(), AP50=boxes.stats[1].item(), coco_eval_bbox=boxes.stats.tolist())
+    if masks:
+        stats["coco_eval_masks"] = masks.stats.tolist()
+    return {**stats, **measured.get("panoptic", {})}, boxes
+
+
+def postprocess(postprocessors, outputs, targets):
+    """Picture id → what was found in it, of every postprocessor: `scores`, `labels`, `boxes`, `masks`, `panoptic`."""
+    ids, sizes, processed = (torch.stack([t[name] for t in targets]) for name in ("image_id", "orig_size", "size"))
+    results = postprocessors["bbox"](outputs, sizes)
+    if "segm" in postprocessors:
+        results = postprocessors["segm"](results, outputs, sizes, processed)
+    if "panoptic" in postprocessors:
+        maps = postprocessors["panoptic"](outputs, processed, sizes)
+        results = [{**result, "panoptic": found} for result, found in zip(results, maps, strict=True)]
+    return dict(zip(ids.tolist(), results, strict=True))
 
 
 def _average(gathered, amp_dtype):

@@ -2,6 +2,7 @@
 
 Every entry takes `pretrained` (load the released weights), `num_classes` (highest category id + 1) and
 `return_postprocessor` (give (model, PostProcess) rather than the model), and returns the model in evaluation mode.
+Those for panoptic segmentation take `threshold` too, the least probability of a query that PostProcessPanoptic keeps.
 """
 import importlib
 import pathlib
@@ -16,7 +17,7 @@ def _import_siblings(*names):
     """
     folder = pathlib.Path(__file__).resolve().parent
     own = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
-    foreign = {name for name in own - {pathlib.Path(__file__).stem} if name in sys.modules and not pathlib.Path(
+    foreign = {name for name in own if name in sys.modules and not pathlib.Path(
         getattr(sys.modules[name], "__file__", None) or "/").resolve().is_relative_to(folder)}
 
     def take():
@@ -40,51 +41,55 @@ _DETR = "https://dl.fbaipublicfiles.com/detr/"
 _IRPE = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/"
 
 
-def _detr(flags, url, pretrained, num_classes, return_postprocessor):
+def _build(flags, url, pretrained, num_classes):
     args = _main.get_args_parser().parse_args([*flags, "--num_classes", str(num_classes), "--eval"])
     model, _, postprocessors = _models.build_model(args)
     if pretrained:
-        path = _runtime.cached_download(url)
-        _checkpoint.load_weights(model, _runtime.load_checkpoint(path), path)
-    model.eval()
-    return (model, postprocessors["bbox"]) if return_postprocessor else model
+        _checkpoint.load_weights(model, _runtime.load_checkpoint(url), url)
+    return model.eval(), postprocessors
 
 
-def detr_resnet50(pretrained=False, num_classes=91, return_postprocessor=False):
-    """DETR with ResNet-50, 500 epochs: 42.0 AP on COCO val2017."""
-    return _detr([], _DETR + "detr-r50-e632da11.pth", pretrained, num_classes, return_postprocessor)
+def _detector(description, url, *flags):
+    def entry(pretrained=False, num_classes=91, return_postprocessor=False):
+        model, postprocessors = _build(flags, url, pretrained, num_classes)
+        return (model, postprocessors["bbox"]) if return_postprocessor else model
+
+    entry.__doc__ = description
+    return entry
 
 
-def detr_resnet50_dc5(pretrained=False, num_classes=91, return_postprocessor=False):
-    """DETR-DC5 with ResNet-50 (dilated last stage): 43.3 AP."""
-    return _detr(["--dilation"], _DETR + "detr-r50-dc5-f0fb7ef5.pth", pretrained, num_classes, return_postprocessor)
+def _panoptic(description, url, *flags):
+    def entry(pretrained=False, num_classes=250, threshold=0.85, return_postprocessor=False):
+        panoptic = ("--masks", "--dataset_file", "coco_panoptic")
+        model, postprocessors = _build(panoptic + flags, url, pretrained, num_classes)
+        postprocessors["panoptic"].threshold = threshold
+        return (model, postprocessors["panoptic"]) if return_postprocessor else model
+
+    entry.__doc__ = description
+    return entry
 
 
-def detr_resnet101(pretrained=False, num_classes=91, return_postprocessor=False):
-    """DETR with ResNet-101: 43.5 AP."""
-    return _detr(["--backbone", "resnet101"], _DETR + "detr-r101-2c7b67e5.pth", pretrained, num_classes,
-                 return_postprocessor)
-
-
-def detr_resnet101_dc5(pretrained=False, num_classes=91, return_postprocessor=False):
-    """DETR-DC5 with ResNet-101: 44.9 AP."""
-    return _detr(["--backbone", "resnet101", "--dilation"], _DETR + "detr-r101-dc5-a2e86def.pth", pretrained,
-                 num_classes, return_postprocessor)
-
-
-def detr_resnet50_rpe_19_product_ctx_1_k(pretrained=False, num_classes=91, return_postprocessor=False):
-    """DETR with ResNet-50 and iRPE on keys, 7×7 buckets, 150 epochs: 40.9 AP."""
-    return _detr(["--enc_rpe2d", "rpe-1.9-product-ctx-1-k"], _IRPE + "rpe-1.9-product-ctx-1-k.pth", pretrained,
-                 num_classes, return_postprocessor)
-
-
-def detr_resnet50_rpe_20_product_ctx_1_k(pretrained=False, num_classes=91, return_postprocessor=False):
-    """DETR with ResNet-50 and iRPE on keys, 9×9 buckets, 150 epochs: 41.0 AP."""
-    return _detr(["--enc_rpe2d", "rpe-2.0-product-ctx-1-k"], _IRPE + "rpe-2.0-product-ctx-1-k.pth", pretrained,
-                 num_classes, return_postprocessor)
-
-
-def detr_resnet50_rpe_20_product_ctx_1_k_300epochs(pretrained=False, num_classes=91, return_postprocessor=False):
-    """DETR with ResNet-50 and iRPE on keys, 9×9 buckets, 300 epochs: 42.2 AP."""
-    return _detr(["--enc_rpe2d", "rpe-2.0-product-ctx-1-k"], _IRPE + "rpe-2.0-product-ctx-1-k_300epochs.pth",
-                 pretrained, num_classes, return_postprocessor)
+detr_resnet50 = _detector(
+    "DETR with ResNet-50, 500 epochs: 42.0 AP on COCO val2017.", _DETR + "detr-r50-e632da11.pth")
+detr_resnet50_dc5 = _detector(
+    "DETR-DC5 with ResNet-50 (dilated last stage): 43.3 AP.", _DETR + "detr-r50-dc5-f0fb7ef5.pth", "--dilation")
+detr_resnet101 = _detector(
+    "DETR with ResNet-101: 43.5 AP.", _DETR + "detr-r101-2c7b67e5.pth", "--backbone", "resnet101")
+detr_resnet101_dc5 = _detector(
+    "DETR-DC5 with ResNet-101: 44.9 AP.", _DETR + "detr-r101-dc5-a2e86def.pth", "--backbone", "resnet101", "--dilation")
+detr_resnet50_rpe_19_product_ctx_1_k = _detector(
+    "DETR with ResNet-50 and iRPE on keys, 7×7 buckets, 150 epochs: 40.9 AP.",
+    _IRPE + "rpe-1.9-product-ctx-1-k.pth", "--enc_rpe2d", "rpe-1.9-product-ctx-1-k")
+detr_resnet50_rpe_20_product_ctx_1_k = _detector(
+    "DETR with ResNet-50 and iRPE on keys, 9×9 buckets, 150 epochs: 41.0 AP.",
+    _IRPE + "rpe-2.0-product-ctx-1-k.pth", "--enc_rpe2d", "rpe-2.0-product-ctx-1-k")
+detr_resnet50_rpe_20_product_ctx_1_k_300epochs = _detector(
+    "DETR with ResNet-50 and iRPE on keys, 9×9 buckets, 300 epochs: 42.2 AP.",
+    _IRPE + "rpe-2.0-product-ctx-1-k_300epochs.pth", "--enc_rpe2d", "rpe-2.0-product-ctx-1-k")
+detr_resnet50_panoptic = _panoptic(
+    "DETR with ResNet-50 and a mask head: 43.4 PQ on COCO val2017.", _DETR + "detr-r50-panoptic-00ce5173.pth")
+detr_resnet50_dc5_panoptic = _panoptic(
+    "DETR-DC5 with ResNet-50 and a mask head: 44.6 PQ.", _DETR + "detr-r50-dc5-panoptic-da08f1b1.pth", "--dilation")
+detr_resnet101_panoptic = _panoptic(
+    "DETR with ResNet-101 and a mask head: 45.1 PQ.", _DETR + "detr-r101-panoptic-40021d53.pth", "--backbone",
+    "resnet101")

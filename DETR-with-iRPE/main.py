@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets import build_dataset, eval_loader, train_loader
 from datasets.coco import check_categories
 from engine import evaluate, train_one_epoch
-from models import build_model, parse_enc_rpe2d
+from models import NUM_CLASSES, build_model, parse_enc_rpe2d
 from util import runtime
 from util.checkpoint import TrainingState, load_weights
 from util.runtime import UserError, print_once
@@ -52,7 +52,11 @@ def get_args_parser():
     group.add_argument("--pre_norm", action="store_true")
     group.add_argument("--enc_rpe2d", default="", help="relative positions in the encoder, as rpe-2.0-product-ctx-1-k")
     group.add_argument("--num_classes", type=int,
-                       help="highest category id + 1; read from the annotations if not given")
+                       help="highest category id + 1; read from the annotations if not given, and at least 250 for "
+                            "coco_panoptic")
+    group.add_argument("--masks", action="store_true", help="draw a mask for every object")
+    group.add_argument("--frozen_weights", type=str, metavar="FILE",
+                       help="with --masks: the detector under them, which stays as it is")
 
     group = parser.add_argument_group("loss")
     group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false",
@@ -62,11 +66,15 @@ def get_args_parser():
     group.add_argument("--set_cost_giou", default=2, type=float)
     group.add_argument("--bbox_loss_coef", default=5, type=float)
     group.add_argument("--giou_loss_coef", default=2, type=float)
+    group.add_argument("--mask_loss_coef", default=1, type=float)
+    group.add_argument("--dice_loss_coef", default=1, type=float)
     group.add_argument("--eos_coef", default=0.1, type=float, help="weight of no-object in the classification")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset_file", default="coco")
-    group.add_argument("--coco_path", type=str)
+    group.add_argument("--dataset_file", default="coco", help="coco, or coco_panoptic for things and stuff")
+    group.add_argument("--coco_path", type=str, help="the folder with annotations/, train2017 and val2017")
+    group.add_argument("--coco_panoptic_path", type=str,
+                       help="the folder with annotations/, panoptic_train2017 and panoptic_val2017")
     group.add_argument("--remove_difficult", action="store_true", help="train without objects marked difficult")
     group.add_argument("--short_side", default=800, type=int,
                        help="of the pictures in evaluation; the sizes of training scale with it")
@@ -85,29 +93,22 @@ def get_args_parser():
     group.add_argument("--eval", action="store_true")
     group.add_argument("--world_size", default=1, type=int)
     group.add_argument("--dist_url", default="env://")
-
-    group = parser.add_argument_group("segmentation, which comes later")
-    group.add_argument("--masks", action="store_true")
-    group.add_argument("--frozen_weights", type=str)
-    group.add_argument("--mask_loss_coef", default=1, type=float)
-    group.add_argument("--dice_loss_coef", default=1, type=float)
-    group.add_argument("--coco_panoptic_path", type=str)
     return parser
 
 
 def check_args(args, needs_data=True):
     """Raise UserError for flags that cannot work, before anything is read or built."""
-    later = [flag for flag, given in (
-        ("--masks", args.masks), ("--frozen_weights", args.frozen_weights),
-        ("--mask_loss_coef", args.mask_loss_coef != 1), ("--dice_loss_coef", args.dice_loss_coef != 1),
-        ("--coco_panoptic_path", args.coco_panoptic_path),
-        ("--dataset_file coco_panoptic", args.dataset_file == "coco_panoptic")) if given]
-    if later:
-        raise UserError(f"{later[0]} belongs to segmentation, which comes later: leave it out to detect boxes")
-    if args.dataset_file != "coco":
-        raise UserError(f"--dataset_file {args.dataset_file} is not known: coco reads any set in COCO's format")
+    if args.dataset_file not in NUM_CLASSES:
+        raise UserError(f"--dataset_file {args.dataset_file} is not known: coco reads any set in COCO's format, and "
+                        "coco_panoptic any in its panoptic format")
     if needs_data and not args.coco_path:
         raise UserError("--coco_path is missing: the folder with annotations/, train2017 and val2017")
+    if needs_data and args.dataset_file == "coco_panoptic" and not args.coco_panoptic_path:
+        raise UserError("--coco_panoptic_path is missing: the folder with annotations/, panoptic_train2017 and "
+                        "panoptic_val2017")
+    if args.frozen_weights and not args.masks:
+        raise UserError("--frozen_weights is the detector under masks: add --masks to learn them, or say --resume FILE "
+                        "--finetune to go on training the detector")
     if args.finetune and not args.resume:
         raise UserError("--finetune needs the weights to start from: say --resume FILE")
     for name in ("batch_size", "short_side", "dec_layers", "num_queries", "eval_every", "lr_drop", "hidden_dim",
@@ -115,7 +116,7 @@ def check_args(args, needs_data=True):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     for name in ("enc_layers", "num_workers", "start_epoch", "epochs", "lr", "lr_backbone", "weight_decay", "dropout",
-                 "clip_max_norm", "eos_coef", "bbox_loss_coef", "giou_loss_coef"):
+                 "clip_max_norm", "eos_coef", "bbox_loss_coef", "giou_loss_coef", "mask_loss_coef", "dice_loss_coef"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 0")
     if args.dropout > 1:
@@ -126,12 +127,15 @@ def check_args(args, needs_data=True):
 
 
 def build_datasets(args):
-    """Training set (None with --eval) and evaluation set; fills in `args.num_classes`."""
+    """Training set (None with --eval) and evaluation set; fills in `args.num_classes` and `args.is_thing_map`."""
     val_set = build_dataset("val", args)
+    args.is_thing_map = getattr(val_set, "is_thing_map", None)
     train_set = None if args.eval else build_dataset("train", args)
     datasets = [dataset for dataset in (train_set, val_set) if dataset]
     if args.num_classes is None:
         args.num_classes = max(dataset.num_classes for dataset in datasets)
+        if args.dataset_file == "coco_panoptic":  # as the released models have it
+            args.num_classes = max(args.num_classes, NUM_CLASSES["coco_panoptic"])
     for dataset in datasets:
         check_categories(dataset, args.num_classes)
     return train_set, val_set
@@ -188,7 +192,7 @@ def train(state, criterion, postprocessors, loader, val_loader, ground_truth, de
         values = {f"train_{name}": value for name, value in trained.items()}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             stats, measured = evaluate(state.model, criterion, postprocessors, val_loader, ground_truth, device,
-                                       amp_dtype)
+                                       amp_dtype, args.output_dir)
             names = ["eval/latest.pth"] + [f"eval/{epoch:03}.pth"] * (epoch % 50 == 0)
             save_precision(measured, args.output_dir, names)
             values.update({f"test_{name}": value for name, value in stats.items()})
@@ -198,6 +202,8 @@ def train(state, criterion, postprocessors, loader, val_loader, ground_truth, de
 def take_weights(state, args):
     """Bring the state, and `args.start_epoch`, to where the flags say that the run starts."""
     finished = None
+    if args.frozen_weights and not args.resume:
+        load_weights(state.model.detr, runtime.load_checkpoint(args.frozen_weights), args.frozen_weights)
     if args.resume and not (args.eval or args.finetune):
         finished = state.resume(args.resume)
     elif args.resume:
@@ -229,7 +235,7 @@ def main(args):
     runtime.init_distributed(args)
     if args.eval:
         stats, measured = evaluate(model, criterion, postprocessors, val_loader, ground_truth, device,
-                                   getattr(torch, args.amp_dtype))
+                                   getattr(torch, args.amp_dtype), args.output_dir)
         save_precision(measured, args.output_dir, ["eval.pth"])
         if args.output_dir and runtime.is_main_process():
             path = Path(args.output_dir, "eval.json")

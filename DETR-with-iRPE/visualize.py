@@ -1,29 +1,40 @@
-"""Draw what a checkpoint detects, and what its encoder attends to, on pictures.
+"""Draw what a checkpoint finds, and what its encoder attends to, on pictures.
 
     python visualize.py --resume FILE --image FILE ... --output_dir DIR [--threshold 0.7] [--attention X Y]
 
-The model's flags come from the checkpoint where it has them (those of training runs do), else from the command line.
+Boxes, with masks where the model has them, and panoptic maps. The model's flags come from the checkpoint where it has
+them (those of training runs do), else from the command line.
 """
 import argparse
+import io
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from scipy.ndimage import distance_transform_edt
 from torchvision import tv_tensors
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from datasets.coco import read_picture
 from datasets.transforms import make_coco_transforms
-from drawing import new_figure
 from main import check_args, get_args_parser
 from models import build_model
-from models.rpe_attention.irpe import rpe_attention
+from models.rpe_attention import RPEMultiheadAttention
 from util import runtime
 from util.checkpoint import load_weights
 from util.runtime import UserError, print_once
 
+try:
+    from matplotlib import colormaps, patches
+    from matplotlib.figure import Figure
+except ModuleNotFoundError:
+    sys.exit("error: pictures are drawn with matplotlib, which is not installed: pip install matplotlib")
+
 MODEL_FLAGS = ("backbone", "dilation", "last_stride", "position_embedding", "enc_layers", "dec_layers",
-               "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "enc_rpe2d", "short_side")
+               "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "enc_rpe2d", "short_side", "masks",
+               "dataset_file", "is_thing_map")
 
 
 def parser(defaults=None):
@@ -38,24 +49,20 @@ def parser(defaults=None):
     return result
 
 
-def load_model(args, argv, parser=parser, flags=MODEL_FLAGS):
-    """All flags, and model, post-processing and category names of `--resume`.
-
-    Flags that are given win over those in the checkpoint; `parser` makes the command line with those for defaults.
-    """
+def load_model(args, argv):
+    """All flags, and model, postprocessors and category names of `--resume`; flags that are given win over its own."""
     checkpoint = runtime.load_checkpoint(args.resume)
-    stored = {name: value for name, value in vars(checkpoint.get("args", argparse.Namespace())).items()
-              if name in flags}
-    args = parser(stored).parse_args(argv)
+    stored = vars(checkpoint.get("args", argparse.Namespace()))
+    args = parser({name: stored[name] for name in MODEL_FLAGS if name in stored}).parse_args(argv)
     weights = runtime.model_weights(checkpoint, args.resume)
-    if "class_embed.weight" in weights:
-        args.num_classes = len(weights["class_embed.weight"]) - 1
+    heads = [weight for key, weight in weights.items() if key.endswith("class_embed.weight")]
+    args.num_classes = len(heads[0]) - 1 if heads else args.num_classes
     args.eval = True
     check_args(args, needs_data=False)
     model, _, postprocessors = build_model(args)
     load_weights(model, checkpoint, args.resume)
     names = checkpoint.get("categories") or dict(enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))
-    return args, model.eval(), postprocessors["bbox"], names
+    return args, model.eval(), postprocessors, names
 
 
 def prepare(picture, args):
@@ -66,41 +73,49 @@ def prepare(picture, args):
 
 def encoder_attention(model, samples, layer):
     """Attention of an encoder layer, mean over its heads: (h·w, h·w) with and without iRPE, and (h, w)."""
-    layers, seen = model.transformer.encoder.layers, {}
+    layers, seen = getattr(model, "detr", model).transformer.encoder.layers, {}
     if not -len(layers) <= layer < len(layers):
         raise UserError(f"--layer {layer} is not among the encoder's {len(layers)} layers")
     attention = layers[layer].self_attn
-    hook = attention.register_forward_pre_hook(lambda module, inputs, named: seen.update(inputs=inputs, **named),
+    plain = RPEMultiheadAttention(attention.embed_dim, attention.num_heads, batch_first=True).eval().to(samples.device)
+    plain.load_state_dict(attention.state_dict(), strict=False)
+    hook = attention.register_forward_pre_hook(lambda module, inputs, named: seen.update(inputs=inputs[:4], **named),
                                                with_kwargs=True)
     model(samples)
     hook.remove()
-    query, key, value, padding = seen["inputs"]
-    q, k, _ = (attention.split_heads(x) for x in attention.project(query, key, value))
-    every_key = torch.eye(q.shape[2], device=q.device).expand(*q.shape[:3], -1)  # values that show the weights
-    mask = padding[:, None, None]
-    return [rpe_attention(q, k, every_key, rpe_q, rpe_k, None, *seen["hw"], mask).mean(1)[0]
-            for rpe_q, rpe_k in ((attention.rpe_q, attention.rpe_k), (None, None))], seen["hw"]
+    return [module(*seen["inputs"], hw=seen["hw"])[1][0] for module in (attention, plain)], seen["hw"]
 
 
-def draw_detections(picture, found, names, threshold, path):
-    """Boxes, names and scores above the threshold on the picture; returns how many."""
-    from matplotlib import colormaps, patches
-    figure, axes = _canvas(picture, 1)
-    kept = [i for i in range(len(found["scores"])) if found["scores"][i] >= threshold]
+def draw_detections(picture, found, names, threshold):
+    """Boxes, masks if there are some, names and scores above the threshold: the figure, and how many there are."""
+    figure, (axes,) = _canvas(picture, 1)
+    kept = (found["scores"] >= threshold).nonzero()[:, 0].tolist()
     for i in kept:
         x1, y1, x2, y2 = found["boxes"][i].tolist()
         label = int(found["labels"][i])
         color = colormaps["tab10"](label % 10)
-        axes[0].add_patch(patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=2))
-        axes[0].text(x1, y1, f"{names.get(label, label)} {found['scores'][i]:.2f}", color="white", fontsize=8,
-                     verticalalignment="bottom", parse_math=False,
-                     bbox={"facecolor": color, "edgecolor": "none", "pad": 1})
-    figure.savefig(path)
-    return len(kept)
+        axes.add_patch(patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=2))
+        if "masks" in found:
+            _tint(axes, found["masks"][i, 0].numpy(force=True), color)
+        _write(axes, x1, y1, f"{names.get(label, label)} {found['scores'][i]:.2f}", color, verticalalignment="bottom")
+    return figure, f"{len(kept)} objects"
 
 
-def draw_attention(picture, maps, hw, point, path):
-    """Attention from a point, with and without the iRPE term, over the picture."""
+def draw_panoptic(picture, found, names):
+    """Every pixel in the colour of its segment, with names: the figure, and how many segments there are."""
+    figure, (axes,) = _canvas(picture, 1)
+    ids = np.asarray(Image.open(io.BytesIO(found["png_string"]))) @ np.array([1, 256, 256 ** 2])
+    for number, segment in enumerate(found["segments_info"]):
+        mask, label, color = ids == segment["id"], segment["category_id"], colormaps["tab10"](number % 10)
+        _tint(axes, mask, color)
+        depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]  # the name goes where it is farthest from others
+        y, x = np.unravel_index(depth.argmax(), mask.shape)
+        _write(axes, x, y, names.get(label, label), color, verticalalignment="center", horizontalalignment="center")
+    return figure, f"{len(found['segments_info'])} segments"
+
+
+def draw_attention(picture, maps, hw, point):
+    """Attention from a point, with and without the iRPE term, over the picture: the figure, and what it is."""
     x, y = point
     if not (0 <= x < picture.width and 0 <= y < picture.height):
         raise UserError(f"--attention {x:g} {y:g} lies outside a picture of {picture.width}×{picture.height} pixels")
@@ -113,16 +128,41 @@ def draw_attention(picture, maps, hw, point, path):
                   extent=(0, picture.width, picture.height, 0))
         ax.plot(x, y, "r+", markersize=12, markeredgewidth=2)
         ax.set_title(title)
-    figure.savefig(path)
+    return figure, f"from pixel {x:g}, {y:g}"
 
 
 def _canvas(picture, panels):
-    figure = new_figure(6 * panels, 6 * picture.height / picture.width + 0.4)
+    figure = Figure(figsize=(6 * panels, 6 * picture.height / picture.width + 0.4), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for ax in axes:
-        ax.imshow(np.asarray(picture))
+        ax.imshow(picture)
         ax.set_axis_off()
     return figure, axes
+
+
+def _tint(axes, mask, color):
+    axes.imshow(np.where(mask[..., None], (*color[:3], 0.5), 0))
+
+
+def _write(axes, x, y, text, color, **alignment):
+    axes.text(x, y, text, color="white", fontsize=8, parse_math=False, **alignment,
+              bbox={"facecolor": color, "edgecolor": "none", "pad": 1})
+
+
+def drawings(model, picture, postprocessors, names, args, device):
+    """What the model and the flags ask to be drawn of a picture: its kind, the figure, and a word about it."""
+    samples = prepare(picture, args)[None].to(device)
+    outputs = model(samples)
+    processed, original = (torch.tensor([size], device=device) for size in (samples.shape[-2:], picture.size[::-1]))
+    found = postprocessors["bbox"](outputs, original)
+    if "segm" in postprocessors:
+        found = postprocessors["segm"](found, outputs, original, processed)
+    yield "detections", *draw_detections(picture, found[0], names, args.threshold)
+    if "panoptic" in postprocessors:
+        postprocessors["panoptic"].threshold = args.threshold
+        yield "panoptic", *draw_panoptic(picture, postprocessors["panoptic"](outputs, processed, original)[0], names)
+    if args.attention:
+        yield "attention", *draw_attention(picture, *encoder_attention(model, samples, args.layer), args.attention)
 
 
 @torch.inference_mode()
@@ -135,18 +175,14 @@ def main(args, argv=None):
                         "into different folders")
     device = runtime.init_distributed(args)
     runtime.prepare_output_dir(args.output_dir)
-    args, model, postprocess, names = load_model(args, argv)
+    args, model, postprocessors, names = load_model(args, argv)
     model.to(device)
-    for file in map(Path, args.image):
-        picture = read_picture(file, f"picture {file}")
-        samples = prepare(picture, args)[None].to(device)
-        found = postprocess(model(samples), torch.tensor([[picture.height, picture.width]], device=device))[0]
-        path = Path(args.output_dir, f"{file.stem}_detections.png")
-        print_once(f"{path}: {draw_detections(picture, found, names, args.threshold, path)} objects")
-        if args.attention:
-            path = Path(args.output_dir, f"{file.stem}_attention.png")
-            draw_attention(picture, *encoder_attention(model, samples, args.layer), args.attention, path)
-            print_once(path)
+    for stem, file in zip(stems, args.image, strict=True):
+        picture = read_picture(Path(file), f"picture {file}")
+        for kind, figure, words in drawings(model, picture, postprocessors, names, args, device):
+            path = Path(args.output_dir, f"{stem}_{kind}.png")
+            figure.savefig(path)
+            print_once(f"{path}: {words}")
 
 
 if __name__ == "__main__":

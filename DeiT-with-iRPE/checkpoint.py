@@ -50,7 +50,7 @@ class TrainingState:
         weights = load_weights(self.model, checkpoint, path)
         if self.model_ema:
             averages = model_weights(checkpoint, path, "model_ema") if checkpoint.get("model_ema") else weights
-            _load(self.model_ema.module, self.model_ema.module.state_dict(), averages, path, " in its 'model_ema'")
+            _load(self.model_ema.module, averages, path, " in its 'model_ema'")
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             print_once(f"note: {path} holds weights only; the optimizer starts anew")
             return None
@@ -129,15 +129,14 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str,
 
     Raises ``UserError`` that says which keys differ, or that the numbers of classes do.
     """
-    weights = model_weights(checkpoint, path)
-    expected = model.state_dict()
+    weights, expected = model_weights(checkpoint, path), model.state_dict()
     if heads := _heads_of_other_classes(model, expected, weights):
         raise UserError(f"checkpoint {path} has {len(weights[heads[0]])} classes and the data set "
                         f"{len(expected[heads[0]])}: "
                         "check --data-set and --data-path, or give it to --finetune for a new head")
-    if any_resolution and "pos_embed" in expected and "pos_embed" in weights:
-        weights["pos_embed"] = _fit_positions(weights["pos_embed"], model)
-    _load(model, expected, weights, path)
+    if any_resolution:
+        _fit_positions(weights, model)
+    _load(model, weights, path)
     return weights
 
 
@@ -147,8 +146,7 @@ def finetune_from(model: nn.Module, path: str) -> None:
     Absolute positions are interpolated (bicubic), a head for other classes keeps its new values, and so do RPE
     tables that the checkpoint lacks; each is said in a line. Raises ``UserError`` for any other difference.
     """
-    weights = model_weights(load_checkpoint(path), path)
-    expected = model.state_dict()
+    weights, expected = model_weights(load_checkpoint(path), path), model.state_dict()
     heads = _heads_of_other_classes(model, expected, weights)
     if heads:
         print_once(f"finetune: new {', '.join(heads)}, for {len(expected[heads[0]])} classes instead of "
@@ -156,18 +154,15 @@ def finetune_from(model: nn.Module, path: str) -> None:
     tables = [key for key in expected if "lookup_table" in key and key not in weights]
     if tables:
         print_once(f"finetune: {path} lacks {len(tables)} tables of the relative positions; they start at zero")
-    if "pos_embed" in expected and "pos_embed" in weights:
-        weights["pos_embed"] = _fit_positions(weights["pos_embed"], model)
-    new = {key: expected[key] for key in heads + tables}
-    _load(model, expected, {**weights, **new}, path)
+    _fit_positions(weights, model)
+    _load(model, {**weights, **{key: expected[key] for key in heads + tables}}, path)
 
 
-def _load(model: nn.Module, expected: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor],
-          path: str, where: str = "") -> None:
-    if differences := key_differences(expected, weights):
-        side = _map_side(weights["pos_embed"], model) if "pos_embed" in expected and "pos_embed" in weights else None
+def _load(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str, where: str = "") -> None:
+    if differences := key_differences(model.state_dict(), weights):
+        side = _map_side(weights, model)
         hint = (f"; its map is that of --input-size {side * model.patch_embed.patch_size[0]}"
-                if side and weights["pos_embed"].shape[1] != expected["pos_embed"].shape[1] else "")
+                if side and weights["pos_embed"].shape[1] != model.pos_embed.shape[1] else "")
         raise UserError(f"checkpoint {path} belongs to another model{where}: {differences}{hint}")
     model.load_state_dict(weights)
 
@@ -182,21 +177,21 @@ def _heads_of_other_classes(model: nn.Module, expected: Mapping[str, torch.Tenso
             and value.shape[1:] == weights[key].shape[1:]]
 
 
-def _map_side(positions: torch.Tensor, model: nn.Module) -> int | None:
-    """Patches along a side of the square map that positions (1, L, C) belong to; None if it is none of a ViT's."""
-    if not isinstance(model, VisionTransformer) or positions.ndim != 3:
+def _map_side(weights: Mapping[str, torch.Tensor], model: nn.Module) -> int | None:
+    """Patches along a side of the square map that the positions (1, L, C) belong to; None if there is none."""
+    if not isinstance(model, VisionTransformer) or "pos_embed" not in weights or weights["pos_embed"].ndim != 3:
         return None
-    patches = positions.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
+    patches = weights["pos_embed"].shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
     side = math.isqrt(max(0, patches))
     return side if side * side == patches else None
 
 
-def _fit_positions(positions: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """Positions (1, L, C) of a square map, interpolated to the model's map if that has another size."""
-    side = _map_side(positions, model)
-    if not side or positions.shape[1] == model.pos_embed.shape[1]:
-        return positions
-    height, width = model.patch_embed.grid_size
-    print_once(f"positions interpolated from {side}×{side} to {height}×{width}")
-    return resample_abs_pos_embed(positions, (height, width),
-                                  num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens)
+def _fit_positions(weights: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Interpolate the positions of a square map to the model's map if that has another size."""
+    side = _map_side(weights, model)
+    if side and weights["pos_embed"].shape[1] != model.pos_embed.shape[1]:
+        height, width = model.patch_embed.grid_size
+        print_once(f"positions interpolated from {side}×{side} to {height}×{width}")
+        weights["pos_embed"] = resample_abs_pos_embed(
+            weights["pos_embed"], (height, width),
+            num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens)

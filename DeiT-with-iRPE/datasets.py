@@ -1,8 +1,8 @@
 """The data sets by name and the transforms of DeiT's recipe.
 
 Tars are read by a small reader of its own. timm's ReaderImageInTar keeps a pickled index beside the data and one
-open tarfile, whose position forked workers share; here the headers are scanned once into arrays, and a picture is
-one ``os.pread``, which has no position to share. The order is torchvision's, so folder and tar give equal results.
+open tarfile, whose position forked workers share; here the headers are scanned once into arrays, and each picture is
+read from a file opened anew. The order is torchvision's, so folder and tar give equal results.
 """
 import argparse
 import functools
@@ -57,10 +57,7 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
     return dataset, IMAGENET_CLASSES
 
 
-# --------------------------------------------------------------------------------------------------------------
 # Transforms
-# --------------------------------------------------------------------------------------------------------------
-
 
 def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Image.Image], Any]:
     """Transform of one picture to a normalized (3, ``args.input_size``, ``args.input_size``) tensor.
@@ -107,10 +104,7 @@ def _collate_and_erase(erase: RandomErasing, samples: list) -> Any:
     return erase(images), targets
 
 
-# --------------------------------------------------------------------------------------------------------------
 # Pictures
-# --------------------------------------------------------------------------------------------------------------
-
 
 def load_image(path: str) -> Image.Image:
     """RGB picture of a file; ``UserError`` that names a file that is missing, truncated or no picture."""
@@ -127,10 +121,7 @@ def _decode(file: str | BinaryIO, name: str) -> Image.Image:
         raise UserError(f"picture {name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-# --------------------------------------------------------------------------------------------------------------
 # Class folders, in a folder or in a tar
-# --------------------------------------------------------------------------------------------------------------
-
 
 def _build_split(is_train: bool, args: argparse.Namespace, transform: Callable) -> Dataset:
     """DIR/train or DIR/val, or their tars; the classes of validation are numbered as in training."""
@@ -195,22 +186,16 @@ class ImageTar(Dataset):
         self.index = _tar_index(path)
         self.classes, self.class_to_idx = _number_classes(self.index.classes, known_classes, path)
         self.numbers = np.array([self.class_to_idx[name] for name in self.index.classes])
-        self._file: io.FileIO | None = None
 
     def __len__(self) -> int:
         return len(self.index.offsets)
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
-        image = _decode(io.BytesIO(self._read(i)), f"{self.index.names[i].decode(errors='replace')} in {self.path}")
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.index.offsets[i])
+            picture = io.BytesIO(file.read(self.index.sizes[i]))
+        image = _decode(picture, f"{self.index.names[i].decode(errors='replace')} in {self.path}")
         return self.transform(image), int(self.numbers[self.index.targets[i]])
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_file": None}  # a spawned worker opens the tar itself
-
-    def _read(self, i: int) -> bytes:
-        if self._file is None:
-            self._file = io.FileIO(self.path)
-        return _pread(self._file.fileno(), int(self.index.offsets[i]), int(self.index.sizes[i]))
 
     @staticmethod
     def class_names(path: str) -> list[str]:
@@ -240,7 +225,7 @@ def _tar_index(path: str) -> TarIndex:
 def _scan_tar(path: str, _mtime: int) -> TarIndex:
     names, offsets, sizes = [], [], []
     with open(path, "rb", buffering=0) as file:
-        for name, offset, size in _pictures(file.fileno(), path):
+        for name, offset, size in _pictures(file, path):
             names.append(name)
             offsets.append(offset)
             sizes.append(size)
@@ -278,12 +263,12 @@ def _bytes(names: list[str]) -> np.ndarray:
     return np.array([name.encode(errors="surrogateescape") for name in names])
 
 
-def _pictures(fd: int, path: str) -> Iterator[tuple[str, int, int]]:
+def _pictures(file: BinaryIO, path: str) -> Iterator[tuple[str, int, int]]:
     """(name, position in the file, size) of every picture; a tar inside the tar counts as a folder."""
-    for name, offset, size in _members(fd, 0, os.fstat(fd).st_size, path):
+    for name, offset, size in _members(file, 0, os.fstat(file.fileno()).st_size, path):
         if name.endswith(".tar"):
             folder = name[:-4]
-            for inner, inner_offset, inner_size in _members(fd, offset, size, f"{name} in {path}"):
+            for inner, inner_offset, inner_size in _members(file, offset, size, f"{name} in {path}"):
                 if _is_picture(inner):
                     inner = inner.removeprefix(posixpath.basename(folder) + "/")  # cat.tar may hold cat/
                     yield f"{folder}/{inner}", inner_offset, inner_size
@@ -291,21 +276,21 @@ def _pictures(fd: int, path: str) -> Iterator[tuple[str, int, int]]:
             yield name, offset, size
 
 
-def _members(fd: int, start: int, size: int, label: str) -> Iterator[tuple[str, int, int]]:
+def _members(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tuple[str, int, int]]:
     """(name, position in the file, size) of every file in the tar, those last that are hard links to others."""
     links = {}
-    for member in _headers(fd, start, size, label):
+    for member in _headers(file, start, size, label):
         if member.issym() or member.issparse():
             raise UserError(f"{member.name} in tar {label} is a {'symbolic link' if member.issym() else 'sparse file'},"
                             " which is not read: make the tar anew with --dereference and without --sparse")
         if member.isreg():
-            yield _clean(member.name), start + member.offset_data, member.size
+            yield _clean(member.name), member.offset_data, member.size
         elif member.islnk():
             links[_clean(member.name)] = _clean(member.linkname)
     if not links:
         return
     targets = set(links.values())  # looked up in a second pass, as the places of a million files would take much memory
-    places = {name: (start + member.offset_data, member.size) for member in _headers(fd, start, size, label)
+    places = {name: (member.offset_data, member.size) for member in _headers(file, start, size, label)
               if member.isreg() and (name := _clean(member.name)) in targets}
     for name, target in links.items():
         if target not in places:
@@ -317,54 +302,22 @@ def _clean(name: str) -> str:
     return posixpath.normpath(name).lstrip("/")
 
 
-def _headers(fd: int, start: int, size: int, label: str) -> Iterator[tarfile.TarInfo]:
-    window = _Window(fd, start, size)
+def _headers(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tarfile.TarInfo]:
+    file.seek(start)
     try:
-        with tarfile.open(fileobj=window, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 yield member
                 tar.members.clear()  # a million TarInfo objects would take a gigabyte
-            window.seek(tar.offset)
+            file.seek(tar.offset)
     except tarfile.ReadError as error:
         raise UserError(f"tar {label} is truncated, compressed or no tar: {error}") from error
-    if window.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
-        raise UserError(f"tar {label} is truncated or damaged at byte {window.tell()}")
+    # tarfile takes a broken header for the end, and reads on behind a tar that is in another one
+    if tar.offset >= start + size or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise UserError(f"tar {label} is truncated or damaged at byte {tar.offset - start}")
 
 
-class _Window:
-    """A part of a file as the file object that tarfile reads."""
-
-    def __init__(self, fd: int, start: int, size: int) -> None:
-        self.fd, self.start, self.size, self.position = fd, start, size, 0
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, position: int) -> int:
-        self.position = position
-        return position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self.size - self.position)
-        data = _pread(self.fd, self.start + self.position, left if size < 0 else min(size, left))
-        self.position += len(data)
-        return data
-
-
-def _pread(fd: int, offset: int, size: int) -> bytes:
-    """``size`` bytes, fewer only at the end of the file: one ``os.pread`` may return less than it is asked for."""
-    parts = []
-    while size > 0 and (part := os.pread(fd, size, offset)):
-        parts.append(part)
-        offset += len(part)
-        size -= len(part)
-    return b"".join(parts)
-
-
-# --------------------------------------------------------------------------------------------------------------
 # CIFAR and iNaturalist
-# --------------------------------------------------------------------------------------------------------------
-
 
 def _build_cifar(root: str, is_train: bool, transform: Callable) -> Dataset:
     cifar = torchvision.datasets.CIFAR100

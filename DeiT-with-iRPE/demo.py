@@ -6,7 +6,6 @@ The 1,797 digits of 8×8 pixels come with scikit-learn; they are written to DIR/
 main.py reads them as any other data set. Every fifth picture is held out.
 """
 import argparse
-import json
 import re
 import shlex
 import subprocess
@@ -17,6 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 MODEL = "deit_tiny_patch16_224_ctx_product_50_shared_k"
+PLOT_LOG = Path(__file__).resolve().parent.parent / "tools" / "plot_log.py"
 LAST_LINE = re.compile(r"\* Acc@1 (\S+) Acc@5 (\S+) loss (\S+)")
 
 
@@ -43,27 +43,6 @@ def run_main(flags):
     return results.groups()
 
 
-def draw(log, picture):
-    """Draw loss and accuracy over the epochs of log.txt."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in Path(log).read_text().splitlines()]
-    epochs = [row["epoch"] + 1 for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot(epochs, [row["train_loss"] for row in rows], label="training (augmented, smoothed labels)")
-    left.plot(epochs, [row["test_loss"] for row in rows], label="held out")
-    left.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, None))
-    left.legend()
-    right.plot(epochs, [row["test_acc1"] for row in rows], color="tab:green")
-    right.set(xlabel="epoch", ylabel="top-1 on held-out digits (%)", ylim=(0, 100),
-              title=f"last: {rows[-1]['test_acc1']:.2f} %")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.suptitle(f"{MODEL} on 1,797 real digits")
-    figure.savefig(picture, dpi=120)
-
-
 def main(args):
     out = Path(args.output_dir).resolve()
     write_digits(out / "digits")
@@ -75,7 +54,7 @@ def main(args):
                         "0.8", "--color-jitter", "0", "--aa", "none", "--no-repeated-aug", "--mixup", "0",
                         "--cutmix", "0", "--reprob", "0", "--no-model-ema"])
     evaluated = run_main([*common, "--eval", "--resume", str(out / "checkpoint.pth")])
-    draw(out / "log.txt", out / "curve.png")
+    subprocess.run([sys.executable, PLOT_LOG, out / "log.txt", "--output", out / "curve.png"], check=True)
     print(f"top-1 {trained[0]} % after training, {evaluated[0]} % from the checkpoint; curves in {out / 'curve.png'}")
     if trained != evaluated:
         sys.exit("error: the checkpoint does not evaluate to what training printed")

@@ -7,7 +7,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from runtime import DeferredScalars, Progress, SharedError, all_reduce_sum, get_world_size, print_once, step_optimizer
+from runtime import Progress, UserError, all_reduce_sum, get_world_size, print_once, step_optimizer
 
 
 def autocast(device: torch.device, amp_dtype: torch.dtype) -> torch.autocast:
@@ -29,13 +29,12 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: DataLoa
         max_norm: bound on the norm of the gradient; None for no bound.
         mixup_fn: maps (pictures, class ids) to mixed pictures and soft targets.
     Returns: means of loss and lr over all steps and processes.
-    Raises: SharedError at the same step when the loss of one is not finite, or the gradients never are.
+    Raises: UserError on all processes when the loss of one is not finite, or the gradients never are.
     """
     model.train()
-    progress = Progress(f"Epoch {epoch}", len(data_loader), data_loader.batch_size * get_world_size(), device)
-    scalars = DeferredScalars(f"epoch {epoch}")
-    lr = optimizer.param_groups[0]["lr"]
-    for images, targets in progress.track(data_loader):
+    progress = Progress(f"epoch {epoch}", data_loader, data_loader.batch_size * get_world_size(),
+                        lr=optimizer.param_groups[0]["lr"])
+    for images, targets in progress:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
@@ -49,9 +48,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: DataLoa
         step_optimizer(loss_scaler, optimizer)
         if model_ema is not None:
             model_ema.update(model)
-        if previous := scalars.push(loss=loss):
-            progress.update(**previous, lr=lr)
-    progress.update(**scalars.flush(), lr=lr)
+        progress.add(loss=loss)
     return progress.averages()
 
 
@@ -63,13 +60,12 @@ def evaluate(data_loader: DataLoader, model: nn.Module, device: torch.device,
     The loader's sampler decides who does what: if it is a ``ShardSampler`` over several processes their sums are
     added up, else the loader is taken to give all pictures. With fewer than five classes acc5 is 100.
     Returns: dict with loss, acc1, acc5, equal on all processes.
-    Raises: SharedError when the loss is not finite or there are no pictures.
+    Raises: UserError when the loss is not finite or there are no pictures.
     """
     model.eval()
     shards = getattr(data_loader.sampler, "num_replicas", 1)
-    progress = Progress("Test", len(data_loader), data_loader.batch_size * shards, device)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for images, targets in progress.track(data_loader):
+    for images, targets in Progress("Test", data_loader, data_loader.batch_size * shards):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with autocast(device, amp_dtype):
             logits = model(images)
@@ -78,11 +74,11 @@ def evaluate(data_loader: DataLoader, model: nn.Module, device: torch.device,
         all_reduce_sum(sums)
     loss, correct1, correct5, images = sums.tolist()
     if not images:
-        raise SharedError("there are no pictures to evaluate on")
+        raise UserError("there are no pictures to evaluate on")
     stats = {"loss": loss / images, "acc1": 100 * correct1 / images, "acc5": 100 * correct5 / images}
     if not torch.isfinite(sums).all():
-        raise SharedError(f"the loss of the evaluation is {stats['loss']}: the weights or --amp-dtype {amp_dtype} "
-                        "give outputs that are not finite")
+        raise UserError(f"the loss of the evaluation is {stats['loss']}: the weights or --amp-dtype {amp_dtype} give "
+                        "outputs that are not finite")
     print_once(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
     return stats
 

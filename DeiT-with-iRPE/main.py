@@ -8,8 +8,10 @@ import argparse
 import json
 import math
 import os
+import random
 import time
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.layers import to_2tuple
@@ -29,7 +31,7 @@ from datasets import build_collate, build_dataset
 from engine import evaluate, train_one_epoch
 from losses import DistillationLoss
 from rpe_models import create_model
-from runtime import UserError, get_rank, get_world_size, is_main_process, load_checkpoint, print_once, seed_everything
+from runtime import UserError, get_rank, get_world_size, is_main_process, load_checkpoint, print_once
 from samplers import RASampler, ShardSampler
 
 
@@ -303,11 +305,10 @@ def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer with the learning rate for 512 pictures a step scaled to ``args.batch_size · world_size``."""
-    options = {**vars(args), "lr": args.lr * args.batch_size * args.world_size / 512}
+    options = argparse.Namespace(**{**vars(args), "lr": args.lr * args.batch_size * args.world_size / 512})
     try:
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(argparse.Namespace(**options)))
-        betas = create_optimizer_v2(model, **optimizer_kwargs(argparse.Namespace(**{**options, "opt_betas": None}))
-                                    ).defaults.get("betas")
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(options))
+        betas = create_optimizer_v2(nn.Linear(1, 1), args.opt, args.lr).defaults.get("betas")
     except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise UserError(f"--opt {args.opt} is unknown to timm or does not take --opt-betas {args.opt_betas}: "
                         f"{str(error) or repr(error)}") from error
@@ -351,6 +352,14 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 
 
 # Runs
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, NumPy and PyTorch from non-negative integers, such as (seed, rank, epoch)."""
+    python, numpy, pytorch = np.random.SeedSequence(numbers).generate_state(3)
+    random.seed(int(python))
+    np.random.seed(numpy)
+    torch.manual_seed(int(pytorch))
+
 
 def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Evaluate ``args.resume``, or the model as it was made; with ``args.output_dir`` also writes eval.json there."""

@@ -1,10 +1,13 @@
-"""What names of models stand for: `rpe_models.py --list [PATTERN]` and `rpe_models.py --describe NAME`."""
+"""What names of models stand for.
+
+    python model_cards.py --list [PATTERN]
+    python model_cards.py --describe NAME
+"""
 import argparse
 import fnmatch
 import json
 from pathlib import Path
 
-import timm
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,9 +17,8 @@ import rpe_models
 from runtime import ArgumentParser, UserError, run
 
 NAMES = (*rpe_models.RELEASED, *rpe_models.UNRELEASED, *models.__all__)
-NUMBERS = Path(__file__).resolve().parent.parent / "released.json"
+NUMBERS = Path(__file__).resolve().parent.parent / "tools" / "released.json"
 METHODS = {"euc": "Euclidean", "quant": "quantization", "cross": "cross", "product": "product"}
-LARGEST_MAP = 64  # tokens along a side; what is counted on larger maps takes gigabytes
 
 
 def outline(name):
@@ -71,8 +73,7 @@ def list_models(pattern):
         print(f"{name:{width}}  {count_parameters(model) / 1e6:10.2f}  {count_macs(model) / 1e6:8.0f}  {buckets:>7}  "
               f"{top1!s:>5}  {top5!s:>5}")
     print("parameters and MACs are counted here, buckets are those that a 14×14 map uses, top-1 and top-5 are the "
-          "authors', in % of ImageNet-1K's validation set"
-          + ("" if released else f" (they stand in the repository's {NUMBERS.name}, which is missing)"))
+          "authors', in % of ImageNet-1K's validation set")
 
 
 def encoding_lines(config, attention, side):
@@ -81,12 +82,7 @@ def encoding_lines(config, attention, side):
     places = f"{', '.join(most)} and {last}" if most else last
     alpha, beta, gamma = (f"{value:g}" for value in config.piecewise)
     tables = [(key, tuple(table.shape)) for key, table in attention.named_parameters() if "lookup_table" in key]
-    # both tables of cross have their own buckets
-    allocated = sum(module.num_buckets for module in next(
-        rpe for rpe in (attention.rpe_q, attention.rpe_k, attention.rpe_v) if rpe is not None).modules()
-        if hasattr(module, "num_buckets"))
-    used = (rpe_models.count_used_buckets(config.method.value, config.ratio, side) if side <= LARGEST_MAP else
-            "an uncounted number")
+    used = rpe_models.count_used_buckets(config.method.value, config.ratio, side)
     return [
         ("method", METHODS[config.method.value]),
         ("mode", "contextual (ctx): a vector a bucket" if config.mode == "contextual" else "bias: a number a bucket"),
@@ -94,7 +90,7 @@ def encoding_lines(config, attention, side):
         ("heads", "share their table" if config.shared_head else "have a table each (unshared)"),
         ("ratio", f"{config.ratio:g}: alpha {alpha}, beta {beta}, gamma {gamma}"),
         ("buckets", f"{rpe_models.count_used_buckets(config.method.value, config.ratio)} used on a 14×14 map, "
-                    f"{used} on this one, of {allocated} in the tables"),
+                    f"{used} on this one"),
         *((f"table{'s' * (len(tables) > 1)}" if number == 0 else "", f"{key} {shape} in each layer")
           for number, (key, shape) in enumerate(tables))]
 
@@ -105,13 +101,11 @@ def describe(name):
     try:
         parsed = None if known else rpe_models.parse_name(name)
     except ValueError as error:
-        near = ", ".join(dict.fromkeys(near for near in rpe_models.near_names(name) if near.startswith("deit_")))
+        near = ", ".join(near for near in rpe_models.near_names(name) if near.startswith("deit_"))
         raise UserError(f"{error}" + (f"; did you mean {near}?" if near else "")) from error
     model = outline(name)
     block, (side, _) = model.blocks[0], model.patch_embed.grid_size
     numbers = released_numbers().get(name, {})
-    url = numbers.get("url") or (f"{rpe_models.RELEASES}{name}.pth" if name in rpe_models.RELEASED else
-                                 timm.get_pretrained_cfg(name).url if known else None)
     lines = [
         ("model", f"DeiT-{name.split('_')[1]}: width {model.embed_dim}, depth {len(model.blocks)}, "
                   f"{block.attn.num_heads} heads of {block.attn.head_dim} channels"),
@@ -119,11 +113,10 @@ def describe(name):
                     f"{model.num_prefix_tokens} prefix token{'s' * (model.num_prefix_tokens > 1)}"),
         *(encoding_lines(parsed.rpe_config, block.attn, side) if parsed else [("method", "none, without iRPE")]),
         ("parameters", f"{count_parameters(model):,}"),
-        ("MACs", f"{count_macs(model) / 1e6:.0f} M, counted here" if side <= LARGEST_MAP
-            else f"not counted above {LARGEST_MAP}×{LARGEST_MAP} tokens"),
+        ("MACs", f"{count_macs(model) / 1e6:.0f} M, counted here"),
         ("released", "{params_m} M parameters, {macs_m} M MACs, top-1 {top1} %, top-5 {top5} %".format(**numbers)
             if numbers else "no numbers in this repository"),
-        ("checkpoint", url or "none released")]
+        ("checkpoint", model.pretrained_cfg["url"] or "none released")]
     print(name)
     for what, value in lines:
         print(f"  {what:10}  {value}")
@@ -136,8 +129,8 @@ def main(args):
         list_models(args.list)
 
 
-def cli():
-    parser = ArgumentParser("rpe_models.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+if __name__ == "__main__":
+    parser = ArgumentParser("model_cards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--list", nargs="?", const="", metavar="PATTERN",
                         help="known names that a glob or a part of a name fits, with parameters, MACs, buckets and "

@@ -5,7 +5,7 @@ from timm.models import deit as timm_deit
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from rpe_vision_transformer import equip_irpe
-from runtime import UserError, cached_download, key_differences, load_checkpoint, model_weights
+from runtime import UserError, key_differences, load_checkpoint, model_weights
 
 __all__ = [f"deit_{variant}" for variant in (
     "tiny_patch16_224", "small_patch16_224", "base_patch16_224", "base_patch16_384", "tiny_distilled_patch16_224",
@@ -19,13 +19,13 @@ def load_pretrained(model, url):
 
     Raises: UserError when the file can be neither found nor fetched, or belongs to another model.
     """
-    path = cached_download(url)
-    weights, own = checkpoint_filter_fn(model_weights(load_checkpoint(path), path), model), model.state_dict()
+    weights, own = checkpoint_filter_fn(model_weights(load_checkpoint(url), url), model), model.state_dict()
     for key, value in own.items():
         if key.startswith("head") and key in weights and weights[key].shape != value.shape:
             weights[key] = value
     if differences := key_differences(own, weights):
-        raise UserError(f"{path} belongs to another model ({differences}): remove it to have it fetched anew")
+        raise UserError(f"{url} belongs to another model ({differences}): remove what is in "
+                        f"{torch.hub.get_dir()}/checkpoints to have it fetched anew")
     model.load_state_dict(weights)
 
 

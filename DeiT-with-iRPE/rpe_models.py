@@ -2,15 +2,12 @@
 
 `deit_small_patch16_224_ctx_product_50_shared_qk` is DeiT-small at 224×224 with contextual product encoding of 50
 buckets, shared by the heads, on queries and keys. `parse_name` reads such a name, `create_model` builds it, and the
-nine names of the public implementation are registered with timm when this module is imported.
-
-    python rpe_models.py --list [PATTERN]      python rpe_models.py --describe NAME
+nine names of the public implementation are registered with timm when this module is imported. `model_cards.py` lists
+and describes them.
 """
 import difflib
 import functools
-import itertools
 import re
-import sys
 from dataclasses import dataclass
 
 import timm
@@ -116,12 +113,8 @@ def build_named(name, pretrained=False, **kwargs):
 
 
 def near_names(name):
-    """Up to four known names that look like `name`."""
-    grammar = ("_".join(("deit", size, "patch16_224", mode, f"{method}_{count}", shared, where))
-               for size, mode, (method, count), shared, where in itertools.product(
-                   ("tiny", "small", "base"), ("ctx", "bias"), PUBLISHED_RATIOS, ("shared", "unshared"),
-                   ("k", "q", "qk", "v", "kv", "qv", "qkv")) if not (mode == "bias" and "v" in where))
-    return difflib.get_close_matches(name, [*RELEASED, *UNRELEASED, *models.__all__, *grammar, *timm.list_models()], 4)
+    """Up to four names of models that look like `name`; timm knows the baselines' and those registered here."""
+    return difflib.get_close_matches(name, timm.list_models(), 4)
 
 
 def create_model(name, pretrained=False, **kwargs):
@@ -136,7 +129,7 @@ def create_model(name, pretrained=False, **kwargs):
         return build_named(name, pretrained, **kwargs)
     if not timm.is_model(name):
         near = near_names(name)
-        raise ValueError(f"model {name!r} is unknown; " + (f"did you mean {', '.join(dict.fromkeys(near))}?" if near
+        raise ValueError(f"model {name!r} is unknown; " + (f"did you mean {', '.join(near)}?" if near
                                                            else f"names with iRPE are {GRAMMAR}"))
     return timm.create_model(name, pretrained, **kwargs)
 
@@ -159,9 +152,3 @@ default_cfgs = generate_default_cfgs({
     name: _cfg(224, f"{RELEASES}{name}.pth" if name in RELEASED else "") for name in (*RELEASED, *UNRELEASED)})
 for _name in (*RELEASED, *UNRELEASED):
     _register(_name)
-
-
-if __name__ == "__main__":
-    sys.modules["rpe_models"] = sys.modules[__name__]  # imported once more, it would register its models once more
-    import model_cards
-    model_cards.cli()

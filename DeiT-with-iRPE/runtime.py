@@ -1,28 +1,20 @@
-"""What a training program needs around its model: errors a user can read, processes that find each other,
-files that are always whole, and logs. Nothing here knows which model is trained.
-
-What is wrong for all processes (flags, files, data sets) is found before they meet, and the first of each machine
-says it. After that a mistake is one process's own, and said with its number, unless it is a ``SharedError``.
-"""
+"""What a training program needs around any model: readable errors, processes that meet, whole files, and logs."""
 import argparse
 import contextlib
 import datetime
-import fcntl
 import json
 import math
-import multiprocessing
 import os
 import pathlib
-import random
 import re
+import statistics
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -31,113 +23,76 @@ class UserError(Exception):
     """A mistake of the user's (flag, file, picture): one sentence says what was wrong and what to do."""
 
     def __str__(self) -> str:
-        # A DataLoader raises a worker's again as "Caught UserError in DataLoader worker process 0. Original Traceback".
-        message = super().__str__()
-        if message.startswith("Caught ") and "Original Traceback" in message:
-            message = message.rpartition("UserError: ")[2]
-        return " ".join(message.split("\n")).strip()
-
-
-class SharedError(UserError):
-    """A ``UserError`` that all processes raise together, since it comes from numbers that they share."""
+        # a DataLoader raises a worker's anew, with the worker's traceback before the sentence
+        return " ".join(super().__str__().rpartition("UserError: ")[2].splitlines()).strip()
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, but a mistake is said in one line, once, without the usage of all flags."""
+    """argparse's parser, but a mistake is said in one line, without the usage of all flags."""
 
     def error(self, message: str) -> NoReturn:
-        _leave(2, f"error: {message}; --help lists all flags")
+        _fail(2, f"{message}; --help lists all flags")
 
 
 def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
     """Call ``main(args)``; end the process with status 1 and one sentence on a ``UserError``, 130 on Ctrl-C.
 
-    A process that cannot go on because another one failed says that in a line. Other exceptions keep their traceback.
+    The first process of a machine speaks at once, and the launcher then stops the others; another one speaks, with its
+    number, if it still runs some seconds later. So what all meet is said once, and what one meets alone by that one.
+    Other exceptions keep their traceback, unless they only say that another process has failed.
     """
     try:
         main(args)
     except KeyboardInterrupt:
-        _leave(130, "interrupted")
+        _end(130)
+    except UserError as error:
+        _fail(1, str(error))
     except Exception as error:
-        joined, me = dist.is_initialized(), f"process {get_rank()} of {get_world_size()}"
-        if isinstance(error, SharedError) or isinstance(error, UserError) and not joined:
-            _leave(1, f"error: {error}")
-        if not joined:
+        if not dist.is_initialized():
             raise
-        if isinstance(error, UserError):
-            _leave(1, f"error: {me}: {error}", alone=True)
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        _leave(1, f"error: {me} lost the others: {_first_line(error)}" if lost else traceback.format_exc(), alone=True)
+        _fail(1, f"another process is lost: {UserError(error)}" if lost else traceback.format_exc())
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _leave(status: int, words: str, alone: bool = False) -> NoReturn:
-    """End the process; what it does not meet alone only the first of the machine says."""
-    if alone or _local_rank() == 0:
-        print(words, file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)  # a launcher that sees one process end stops the others, also the one that is to speak
-    if not dist.is_initialized():
-        sys.exit(status)
-    for child in multiprocessing.active_children():
-        child.terminate()
-    sys.stdout.flush()
-    os._exit(status)  # an orderly exit would wait for collectives whose partners are gone
+def _fail(status: int, words: str) -> NoReturn:
+    if _local_rank():
+        time.sleep(10)
+    me = f"process {get_rank()} of {get_world_size()}: " if get_world_size() > 1 else ""
+    print(f"error: {me}{words}", file=sys.stderr, flush=True)
+    _end(status)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def _end(status: int) -> NoReturn:
+    if get_world_size() > 1:
+        sys.stdout.flush()
+        os._exit(status)  # an orderly exit would wait for collectives whose partners are gone
+    sys.exit(status)
 
 
 # Processes
 
-_place = (0, 1)  # (number of this process, how many there are), set by find_place
-
-
 def find_place(args: argparse.Namespace) -> torch.device:
     """Learn which of how many processes this is, without meeting them, and return its device.
 
-    The launcher's environment says it: torchrun's and torch.distributed.launch's, or SLURM's. Sets ``args.rank``,
-    ``args.world_size`` and ``args.distributed``. Raises ``UserError`` for what cannot work.
+    torchrun says it, or SLURM. Sets ``args.rank``, ``args.world_size``, ``args.distributed``; raises ``UserError``.
     """
-    global _place
-    args.rank, args.world_size = _place = _read_place(args)
-    args.distributed = args.world_size > 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    try:
-        device = torch.device(args.device)
-        if device.type == "cuda" and processes > torch.cuda.device_count() > 0:
-            raise UserError(f"there are {processes} processes on a machine with {torch.cuda.device_count()} GPUs: "
-                            "start one for each GPU at most")
-        if device.type == "cuda" and args.distributed:
-            device = torch.device("cuda", _local_rank(args))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {args.device} cannot be used ({_first_line(error)}): choose another, such as "
-                        "--device cpu") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def _read_place(args: argparse.Namespace) -> tuple[int, int]:
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"])
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
-    if tasks > 1:
-        if args.dist_url == "env://" and "MASTER_ADDR" not in env:
-            raise UserError(f"{tasks} processes under SLURM need --dist_url tcp://HOST:PORT with the first node's name")
-        return int(env["SLURM_PROCID"]), tasks
-    if args.world_size > 1:
+    if args.world_size > 1 and get_world_size() == 1:
         raise UserError(f"--world_size {args.world_size} without a launcher: start with "
                         f"torchrun --nproc_per_node={args.world_size}")
-    return 0, 1
-
-
-def _local_rank(args: argparse.Namespace | None = None) -> int:
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or getattr(args, "local_rank", 0) or 0)
+    args.rank, args.world_size, args.distributed = get_rank(), get_world_size(), get_world_size() > 1
+    try:
+        device = torch.device(args.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", _local_rank() if args.distributed else device.index or 0)
+            torch.cuda.set_device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).partition("\n")[0]
+        raise UserError(f"--device {args.device} cannot be used ({cause}): start as many processes as there are GPUs, "
+                        "or choose another, such as --device cpu") from error
+    return device
 
 
 def init_distributed(args: argparse.Namespace) -> torch.device:
@@ -151,19 +106,27 @@ def init_distributed(args: argparse.Namespace) -> torch.device:
         try:
             dist.init_process_group(backend, args.dist_url, rank=args.rank, world_size=args.world_size, device_id=bound)
         except (RuntimeError, ValueError, AssertionError) as error:
-            raise UserError(f"process {args.rank} of {args.world_size} cannot join the others at --dist_url "
-                            f"{args.dist_url}: {_first_line(error)}") from error
+            raise UserError(f"the others cannot be joined at --dist_url {args.dist_url} ({error}): "
+                            "without torchrun say tcp://HOST:PORT with the first machine's name") from error
     return device
+
+
+def _launched(torchrun: str, slurm: str, alone: int) -> int:
+    return int(os.environ.get(torchrun) or os.environ.get(slurm) or alone)
+
+
+def _local_rank() -> int:
+    return _launched("LOCAL_RANK", "SLURM_LOCALID", 0)
 
 
 def get_rank() -> int:
     """Number of this process, 0 if it is alone."""
-    return dist.get_rank() if dist.is_initialized() else _place[0]
+    return dist.get_rank() if dist.is_initialized() else _launched("RANK", "SLURM_PROCID", 0)
 
 
 def get_world_size() -> int:
     """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else _place[1]
+    return dist.get_world_size() if dist.is_initialized() else _launched("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
 
 
 def is_main_process() -> bool:
@@ -176,14 +139,6 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-def seed_everything(*numbers: int) -> None:
-    """Seed Python, NumPy and PyTorch from non-negative integers, such as (seed, rank, epoch)."""
-    python, numpy, pytorch = np.random.SeedSequence(numbers).generate_state(3)
-    random.seed(int(python))
-    np.random.seed(numpy)
-    torch.manual_seed(int(pytorch))
 
 
 def print_once(*values: Any) -> None:
@@ -208,11 +163,10 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 def prepare_output_dir(path: str) -> None:
     """Create the folder (main process) and make sure now, not after the first epoch, that it can be written."""
-    if not path or not is_main_process():
-        return
-    with writing(f"output directory {path}"):
-        os.makedirs(path, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+    if path and is_main_process():
+        with writing(f"output directory {path}"):
+            os.makedirs(path, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
 
 
 def save_atomically(obj: Any, path: str | os.PathLike) -> None:
@@ -232,52 +186,27 @@ def save_atomically(obj: Any, path: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def cached_download(url: str) -> str:
-    """Path of ``url`` in PyTorch's hub cache, downloaded by one process if it is not there yet.
-
-    Raises ``UserError`` with the URL and the place for the file if it cannot be downloaded.
-    """
-    path = pathlib.Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    if path.is_file():
-        return str(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(path.name + ".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.is_file():
-                torch.hub.download_url_to_file(url, str(path), progress=is_main_process())
-    except OSError as error:
-        raise UserError(f"{url} cannot be downloaded ({_first_line(error)}): "
-                        f"fetch it on another machine and put it at {path}") from error
-    return str(path)
-
-
-# Checkpoints of training runs carry their command line, sometimes with paths in it. Only one of the two flavours can be
-# created, so both come back as pure paths; the module that they are pickled under changed with Python 3.13.
-_ALLOWED_GLOBALS = [argparse.Namespace] + [
-    (cls, f"{module}.{name}") for cls in (pathlib.PurePosixPath, pathlib.PureWindowsPath)
-    for module in ("pathlib", "pathlib._local") for name in (cls.__name__, cls.__name__.removeprefix("Pure"))]
-
-
 def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
-    """Read a checkpoint to the CPU without running code from it.
+    """Read a checkpoint, a URL's from PyTorch's hub cache or else downloaded, without running code from it.
 
-    Beyond tensors and plain containers only ``argparse.Namespace`` and pathlib paths are let in. Raises
+    Beyond tensors, on the CPU, and plain containers only ``argparse.Namespace`` and paths are let in. Raises
     ``UserError`` for a file that is missing, truncated, no checkpoint, or asks for anything else (named).
     """
-    path = str(path_or_url)
-    path = cached_download(path) if path.startswith(("http://", "https://")) else path
+    path, load, place = str(path_or_url), torch.load, ""
+    if "://" in path:
+        load = torch.hub.load_state_dict_from_url
+        place = f": fetch it elsewhere and put it into {torch.hub.get_dir()}/checkpoints"
     try:
-        with torch.serialization.safe_globals(_ALLOWED_GLOBALS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):
+            checkpoint = load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}{place}") from error
     except Exception as error:  # changed bytes have raised ten kinds
         if name := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"checkpoint {path} is refused: it needs {name[1]} to be read, which could run foreign "
                             "code") from error
-        raise UserError(f"checkpoint {path} is truncated, damaged or none of PyTorch's: fetch or copy it "
-                        "again") from error
+        raise UserError(f"checkpoint {path} is truncated, damaged or none of PyTorch's"
+                        f"{place or ': fetch or copy it again'}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
@@ -293,108 +222,86 @@ def model_weights(checkpoint: Mapping[str, Any], path: str, key: str = "model") 
 
 def key_differences(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
     """What keeps ``found`` from being loaded into a model with the state dict ``expected``; empty if nothing."""
-    missing = [key for key in expected if key not in found]
-    unexpected = [key for key in found if key not in expected]
-    reshaped = [f"{key} is {tuple(found[key].shape)} instead of {tuple(value.shape)}"
-                for key, value in expected.items() if key in found and found[key].shape != value.shape]
-    return ", ".join(f"{len(keys)} {kind} ({_some(keys)})" for keys, kind in (
-        (missing, "missing"), (unexpected, "unexpected"), (reshaped, "of another shape")) if keys)
+    differences = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "of another shape": [f"{key} is {tuple(found[key].shape)} instead of {tuple(value.shape)}"
+                             for key, value in expected.items() if key in found and found[key].shape != value.shape]}
+    return ", ".join(f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in differences.items() if keys)
 
 
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+def _some(names: Iterable[Any]) -> str:
+    names = list(map(str, names))
+    return ", ".join(names[:3] + ["..."] * (len(names) > 3))
 
 
 # Logs
 
 class Progress:
-    """Averages of one pass over a loader, and every ``interval`` seconds and at the end a line about it: steps, time
-    left, images/s, GPU memory, and of each value the mean over the last 20 steps and, in brackets, over all.
+    """One pass over a loader: gives its batches, and every 20 steps and at the end prints a line of steps, time left,
+    images/s, GPU memory, and of the values ``shown`` (or all) the mean of the last 20 steps and, in brackets, of all.
+    ``constants`` are values that are the same in all steps.
     """
 
-    def __init__(self, header: str, steps: int, images_per_step: float, device: torch.device | None = None,
-                 interval: float = 10.0) -> None:
-        self.header, self.steps, self.images_per_step = header, steps, images_per_step
-        self.device, self.interval = device, interval
-        self.values: dict[str, list[float]] = {}
+    def __init__(self, header: str, loader: Sized, images_per_step: float, shown: Iterable[str] = (),
+                 **constants: float) -> None:
+        self.header, self.loader, self.images_per_step, self.shown = header, loader, images_per_step, shown
+        self.values = {name: [value] for name, value in constants.items()}
+        self._unread: list[dict[str, torch.Tensor]] = []
 
-    def update(self, **values: float) -> None:
-        """Add one step's values."""
-        for name, value in values.items():
-            self.values.setdefault(name, []).append(value)
-
-    def track(self, loader: Iterable) -> Iterator:
-        """Yield from the loader; print the line between steps."""
-        started = shown = time.perf_counter()
-        for done, batch in enumerate(loader, 1):
+    def __iter__(self) -> Iterator:
+        started = time.perf_counter()
+        for done, batch in enumerate(self.loader, 1):
             yield batch
-            now = time.perf_counter()
-            if now - shown >= self.interval or done == self.steps:
-                shown = now
-                print_once(self._line(done, now - started))
+            if done % 20 == 0 or done == len(self.loader):
+                self._read(done)
+                print_once(self._line(done, time.perf_counter() - started))
+
+    def add(self, **values: torch.Tensor) -> None:
+        """Take one step's 0-d tensors. They are read, as means over the processes, only when the next line is due, so
+        that the GPU does not wait for the CPU. If one is then not finite all processes raise the same ``UserError``.
+        """
+        self._unread.append({name: value.detach().float() for name, value in values.items()})
 
     def averages(self) -> dict[str, float]:
         """Mean of every value over all steps."""
-        return {name: math.fsum(values) / len(values) for name, values in self.values.items()}
+        return {name: statistics.fmean(values) for name, values in self.values.items()}
+
+    def _read(self, done: int) -> None:
+        if not self._unread:
+            return
+        rows = torch.stack([torch.stack(list(step.values())) for step in self._unread])
+        rows = all_reduce_sum(rows) / get_world_size()
+        for step, row in enumerate(rows.tolist(), done - len(rows)):
+            for name, value in zip(self._unread[0], row, strict=True):
+                if not math.isfinite(value):
+                    raise UserError(f"{name} is {value} at {self.header}, step {step}: training stops; a lower --lr or "
+                                    "gradient clipping may help, and the last checkpoint is still there")
+                self.values.setdefault(name, []).append(value)
+        self._unread.clear()
 
     def _line(self, done: int, elapsed: float) -> str:
-        left = datetime.timedelta(seconds=round((self.steps - done) * elapsed / done))
-        line = f"{self.header} [{done}/{self.steps}]  eta {left}  {done / elapsed * self.images_per_step:.1f} img/s"
-        for name, values in self.values.items():
-            recent = values[-20:]
-            line += f"  {name} {sum(recent) / len(recent):.4g} ({sum(values) / len(values):.4g})"
-        if self.device is not None and self.device.type == "cuda":
-            line += f"  mem {torch.cuda.max_memory_allocated(self.device) / 2**20:.0f} MB"
+        steps, rate = len(self.loader), done / elapsed
+        left = datetime.timedelta(seconds=round((steps - done) / rate))
+        line = f"{self.header} [{done}/{steps}]  eta {left}  {rate * self.images_per_step:.1f} img/s"
+        means = self.averages()
+        for name in self.shown or means:
+            line += f"  {name} {statistics.fmean(self.values[name][-20:]):.4g} ({means[name]:.4g})"
+        if memory := torch.cuda.max_memory_allocated():
+            line += f"  mem {memory / 2**20:.0f} MB"
         return line
-
-
-class DeferredScalars:
-    """Per-step scalars averaged over the processes, read one step late so that the GPU never waits for the CPU.
-
-    ``push`` takes this step's 0-d tensors and returns the floats of the step before (``{}`` at the first step),
-    ``flush`` those of the last step. A value that is not finite on one process is not finite on any, so all
-    processes raise the same ``SharedError`` at the same step; ``place`` says where in the training that was.
-    """
-
-    def __init__(self, place: str) -> None:
-        self.place, self.step = place, 0
-        self._pending: tuple[list[str], torch.Tensor, torch.cuda.Event | None] | None = None
-
-    def push(self, **tensors: torch.Tensor) -> dict[str, float]:
-        previous = self.flush()
-        sums = all_reduce_sum(torch.stack([tensor.detach().float() for tensor in tensors.values()]))
-        host = (sums / get_world_size()).to("cpu", non_blocking=True)
-        copied = torch.cuda.current_stream().record_event() if sums.is_cuda else None
-        self._pending = list(tensors), host, copied
-        return previous
-
-    def flush(self) -> dict[str, float]:
-        if self._pending is None:
-            return {}
-        names, host, copied = self._pending
-        self._pending = None
-        if copied:
-            copied.synchronize()
-        values = dict(zip(names, host.tolist(), strict=True))
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise SharedError(f"{name} is {value} at {self.place}, step {self.step}: training stops; a lower --lr "
-                                  "or gradient clipping may help, and the last checkpoint is still there")
-        self.step += 1
-        return values
 
 
 def step_optimizer(loss_scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
     """Step and update the scaler, which leaves out steps whose gradients overflow and halves its scale.
 
-    Raises ``SharedError`` when it has come down without end: then the gradients are not finite at any scale.
+    Raises ``UserError`` when it has come down without end: then the gradients are not finite at any scale.
     """
     loss_scaler.step(optimizer)
     loss_scaler.update()
     if loss_scaler.is_enabled() and loss_scaler.get_scale() < 2 ** -14:  # 2¹⁶ at the start: 31 halvings
-        raise SharedError("the gradients are not finite in float16 at any scale of the loss: training stops; bfloat16 "
-                          "or float32, or a lower --lr, may help, and the last checkpoint is still there")
+        raise UserError("the gradients are not finite in float16 at any scale of the loss: training stops; bfloat16 "
+                        "or float32, or a lower --lr, may help, and the last checkpoint is still there")
 
 
 class RunLog:

@@ -59,7 +59,7 @@ def attention_variants(args):
         for table in (p for name, p in module.named_parameters() if "lookup_table" in name):
             nn.init.xavier_uniform_(table)
         variants[f"iRPE on {where}"] = variant(
-            module, lambda module: module(query, query, value, added, hw=(HEIGHT, WIDTH))[0])
+            module, lambda module: module(query, query, value, added, need_weights=False, hw=(HEIGHT, WIDTH))[0])
     return variants
 
 

@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 torch.set_num_threads(1)  # threads that wait for each other make small models slow on a machine that does more
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools"))
 
 TINY, SMALL = (f"deit_{size}_patch16_224_ctx_product_50_shared_k" for size in ("tiny", "small"))
 DETR = "detr_resnet50_rpe_20_product_ctx_1_k"
@@ -27,9 +27,9 @@ METRICS = ("ap", "ap50", "ap75", "aps", "apm", "apl")
 
 def start(*flags):
     """Start reproduce.py on the CPU with one thread; its output is captured."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.Popen([sys.executable, "reproduce.py", "--device", "cpu", *map(str, flags)], cwd=ROOT, env=env,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "tools/reproduce.py", "--device", "cpu", *map(str, flags)], cwd=ROOT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process):

@@ -38,13 +38,21 @@ def load_deit(where, **kwargs):
                                **kwargs))
 
 
-def load_detr():
-    """DETR-R50 with iRPE; of its like layers one of the encoder and one of the decoder are kept, to be quick."""
+def load_detr(masks=False):
+    """DETR-R50 with iRPE; of its like layers one of the encoder and one of the decoder are kept, to be quick. With
+    masks it is inside the panoptic model."""
     torch.manual_seed(0)
-    model = fill(torch.hub.load(str(ROOT), "detr_resnet50_rpe_20_product_ctx_1_k", source="local"))
-    for part in (model.transformer.encoder, model.transformer.decoder):
+    detr = model = fill(torch.hub.load(str(ROOT), "detr_resnet50_rpe_20_product_ctx_1_k", source="local"))
+    if masks:
+        model = torch.hub.load(str(ROOT), "detr_resnet50_panoptic", source="local")
+        model.detr.transformer, detr = detr.transformer, model.detr
+        with torch.no_grad():  # as if trained: a mask shows where its query looks more than what the backbone sees
+            model.mask_head.lay1.weight[:, -detr.transformer.nhead:].mul_(100)
+            for number in (1, 2, 3):
+                model.mask_head.get_submodule(f"adapter{number}").weight.mul_(0.01)
+    for part in (detr.transformer.encoder, detr.transformer.decoder):
         del part.layers[1:]
-    model.aux_loss = False
+    detr.aux_loss = False
     return model
 
 
@@ -91,10 +99,10 @@ def deit():
     return model, export(model, torch.randn(2, 3, 224, 224))
 
 
-@pytest.fixture(scope="module")
-def detr():
-    model = load_detr()
-    return model, export(model, torch.randn(2, 3, 96, 160))
+@pytest.fixture(scope="module", params=[False, True], ids=["boxes", "masks"])
+def detr(request):
+    model, names = load_detr(request.param), ["pred_logits", "pred_boxes"] + ["pred_masks"] * request.param
+    return model, export(model, torch.randn(2, 3, 96, 160)), names
 
 
 def test_deit_small_exported_runs_without_rpe_ops_at_another_batch_size(deit, tmp_path):
@@ -122,15 +130,15 @@ def test_encodings_on_queries_keys_and_values_in_onnxruntime(gradients, tmp_path
 
 
 def test_detr_exported_runs_without_rpe_ops_at_another_batch_size(detr, tmp_path):
-    model, program = detr
+    model, program, _ = detr
     pictures = torch.randn(3, 3, 96, 160)
     check(list(run_elsewhere(program, pictures, tmp_path).values()), model, pictures)
 
 
 @needs_onnx
 def test_detr_in_onnxruntime_at_other_batch_sizes(detr, tmp_path):
-    model, program = detr
+    model, program, names = detr
     batches = [torch.randn(size, 3, 96, 160) for size in (1, 3)]
-    found = run_onnx(program, batches, tmp_path, ["pred_logits", "pred_boxes"])
+    found = run_onnx(program, batches, tmp_path, names)
     for pictures, outputs in zip(batches, found, strict=True):
         check(outputs, model, pictures)

@@ -6,13 +6,16 @@ from util.misc import collate_fn
 from util.runtime import UserError, get_rank, get_world_size
 
 from .coco import CocoDetection
+from .coco_panoptic import CocoPanoptic
 from .transforms import make_coco_transforms
 
 
 def build_dataset(split, args):
-    """The split (`train` or `val`) of `--coco_path`."""
+    """The split (`train` or `val`) of `--coco_path`, with the objects that `--dataset_file` says."""
     transforms = make_coco_transforms(split, args.short_side, not args.no_augmentation)
-    return CocoDetection(args.coco_path, split, transforms, args.remove_difficult and split == "train")
+    if args.dataset_file == "coco_panoptic":
+        return CocoPanoptic(args.coco_path, args.coco_panoptic_path, split, transforms, args.masks)
+    return CocoDetection(args.coco_path, split, transforms, args.remove_difficult and split == "train", args.masks)
 
 
 def train_loader(dataset, args):

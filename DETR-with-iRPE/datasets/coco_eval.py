@@ -1,9 +1,10 @@
-"""COCO's twelve numbers for boxes, through pycocotools."""
+"""COCO's twelve numbers for boxes or masks, through pycocotools."""
 import contextlib
 import io
 
 import numpy as np
 import torch.distributed as dist
+from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -15,39 +16,47 @@ class CocoEvaluator:
 
     Args:
         ground_truth: pycocotools.COCO of all pictures to count, with or without objects.
+        iou_type: whether `boxes` ("bbox") or `masks` ("segm") are compared.
     """
 
-    def __init__(self, ground_truth):
-        self.ground_truth = ground_truth
-        self.rows = []
+    def __init__(self, ground_truth, iou_type="bbox"):
+        self.ground_truth, self.iou_type = ground_truth, iou_type
+        self.found = []
 
     def update(self, predictions):
-        """Add detections: picture id → dict of `boxes` (n, 4) as corners in pixels, `scores`, `labels` (n,)."""
+        """Add detections: picture id → dict of `scores`, `labels` (n,), and `boxes` (n, 4) as corners in pixels or
+        `masks` (n, 1, H, W), uint8."""
         for image_id, found in predictions.items():
-            boxes, scores, labels = (found[name].double().cpu().numpy() for name in ("boxes", "scores", "labels"))
-            corner, size = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-            self.rows.append(np.column_stack([np.full_like(scores, image_id), corner, size, scores, labels]))
+            if self.iou_type == "segm":  # dense masks of a whole set would not fit in memory
+                shapes = rle_tools.encode(np.asfortranarray(found["masks"][:, 0].permute(1, 2, 0).cpu().numpy()))
+            else:
+                boxes = found["boxes"].double().cpu().numpy()
+                shapes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
+            self.found.append((image_id, found["labels"].tolist(), found["scores"].double().tolist(), shapes))
 
     def summarize(self):
         """Gather all processes' detections once; the main process measures them and prints the table.
 
         Returns: COCOeval with `stats` (the twelve numbers) and `eval` on the main process, None on the others.
         """
-        gathered = gather_on_main(self.rows)
+        gathered = gather_on_main(self.found)
         if gathered is None:
             return None
-        # the order that rows came in must not matter to ties of scores
-        rows = sorted((row for rows in gathered for row in rows if len(row)), key=lambda row: row[0, 0])
-        with contextlib.redirect_stdout(io.StringIO()):
-            measured = COCOeval(self.ground_truth, self._detections(rows), "bbox")
+        found = [picture for pictures in gathered for picture in pictures]
+        with contextlib.redirect_stdout(io.StringIO()):  # COCOeval takes pictures in the order of their ids
+            measured = COCOeval(self.ground_truth, self._results(found), self.iou_type)
             measured.evaluate()
             measured.accumulate()
+        print({"bbox": "Boxes", "segm": "Masks"}[self.iou_type])
         measured.summarize()
         return measured
 
-    def _detections(self, rows):
-        if rows:
-            return self.ground_truth.loadRes(np.concatenate(rows))
+    def _results(self, found):
+        field = {"bbox": "bbox", "segm": "segmentation"}[self.iou_type]
+        results = [{"image_id": image_id, "category_id": label, "score": score, field: shape}
+                   for image_id, *columns in found for label, score, shape in zip(*columns, strict=True)]
+        if results:
+            return self.ground_truth.loadRes(results)
         nothing = COCO()  # loadRes wants at least one
         nothing.dataset = {**self.ground_truth.dataset, "annotations": []}
         nothing.createIndex()

@@ -1,6 +1,7 @@
-"""The recipe of DETR for pictures and boxes, made of torchvision's transforms.
+"""The recipe of DETR for pictures, boxes and masks, made of torchvision's transforms.
 
-Each takes and returns (PIL picture, target), where the target's `boxes` are tv_tensors.BoundingBoxes as corners.
+Each takes and returns (PIL picture, target), where the target's `boxes` are tv_tensors.BoundingBoxes as corners and its
+`masks`, if there are any, tv_tensors.Mask of uint8: torchvision resizes bool by way of float32.
 """
 import torch
 from torchvision import tv_tensors
@@ -29,19 +30,22 @@ class RandomSizeCrop:
 
 
 def crop(image, target, top, left, height, width):
-    """Cut out a region in pixels; boxes are clipped to it and dropped, with their labels, where nothing is left."""
+    """Cut out a region in pixels; boxes are clipped to it, and objects whose box has nothing left are dropped."""
     region = (top, left, height, width)
-    boxes = v2.functional.crop(target["boxes"], *region)
-    left_over = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    target = {**target, "boxes": tv_tensors.wrap(boxes[left_over], like=boxes), "labels": target["labels"][left_over]}
-    return v2.functional.crop(image, *region), target
+    cut = {name: v2.functional.crop(target[name], *region) for name in ("boxes", "masks") if name in target}
+    left_over = (cut["boxes"][:, 2:] > cut["boxes"][:, :2]).all(1)
+    kept = {name: tv_tensors.wrap(values[left_over], like=values) for name, values in cut.items()}
+    return v2.functional.crop(image, *region), {**target, **kept, "labels": target["labels"][left_over]}
 
 
-def normalize_boxes(image, target):
-    """Corners in pixels → plain tensor of (cx, cy, w, h) as shares of the picture (C, H, W)."""
+def finish_target(image, target):
+    """Boxes: corners in pixels → plain tensor of (cx, cy, w, h) as shares of the picture (C, H, W); masks → bool."""
     height, width = image.shape[-2:]
     boxes = target["boxes"].as_subclass(torch.Tensor) / torch.tensor([width, height, width, height])
-    return image, {**target, "boxes": box_xyxy_to_cxcywh(boxes), "size": torch.tensor([height, width])}
+    target = {**target, "boxes": box_xyxy_to_cxcywh(boxes), "size": torch.tensor([height, width])}
+    if "masks" in target:
+        target["masks"] = target["masks"].as_subclass(torch.Tensor).view(torch.bool)
+    return image, target
 
 
 def make_coco_transforms(split, short_side=800, augment=True):
@@ -61,7 +65,7 @@ def make_coco_transforms(split, short_side=800, augment=True):
 
     max_size, = scaled(1333)
     finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-              normalize_boxes]
+              finish_target]
     if split == "val" or not augment:
         return v2.Compose([resize([short_side], max_size), *finish])
     vary = resize(scaled(*range(480, 801, 32)), max_size)

@@ -1,8 +1,9 @@
-"""Write a set in COCO's format of real handwritten digits on a canvas: scikit-learn's 1,797 digits, boxes known.
+"""Write a set in COCO's format of real handwritten digits on paper: scikit-learn's 1,797 digits, boxes and masks known.
 
-    python demo/digits.py FOLDER [--train 4000] [--val 100] [--canvas 64] [--most 2]
+    python demo/digits.py FOLDER [--train 4000] [--val 100]
 
-Digits of the training pictures never appear in the held-out ones. Each keeps its own aspect, cut to its ink.
+Digits of the training pictures never appear in the held-out ones. Each keeps its own aspect. FOLDER is for --coco_path
+and, since the panoptic maps lie there too, for --coco_panoptic_path; in those the paper is stuff.
 """
 import argparse
 import json
@@ -10,55 +11,63 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 from sklearn.datasets import load_digits
 
 HELD_OUT = 0.2  # share of the digits that only validation pictures use
+CANVAS = 64  # side of a picture in pixels
+MOST = 2  # digits in a picture, one up to this many
+INK = 96  # least level of a digit's mask; fainter pixels are what smooth enlargement adds
+DIGITS = [{"id": i, "name": str(i), "isthing": 1} for i in range(10)]
+PAPER = {"id": 10, "name": "paper", "isthing": 0}
 
 
-def write_digits(folder, train=4000, val=100, canvas=64, most=2, seed=0):
-    """Write `folder`/{train,val}2017 and `folder`/annotations.
-
-    Args:
-        train, val: pictures of each split.
-        canvas: side of a picture in pixels.
-        most: digits in a picture, one up to this many.
-    """
+def write_digits(folder, train=4000, val=100, seed=0):
+    """Write `train` and `val` pictures, their objects and their panoptic maps into `folder`."""
     random = np.random.RandomState(seed)
     digits = load_digits()
     order = random.permutation(len(digits.images))
     held_out = round(HELD_OUT * len(order))
-    for split, count, ids in (("train", train, order[held_out:]), ("val", val, order[:held_out])):
-        pictures = Path(folder, f"{split}2017")
-        pictures.mkdir(parents=True, exist_ok=True)
-        data = {"images": [], "annotations": [], "categories": [{"id": i, "name": str(i)} for i in range(10)]}
+    for split, count, ids in (("train2017", train, order[held_out:]), ("val2017", val, order[:held_out])):
+        for part in (split, f"panoptic_{split}", "annotations"):
+            Path(folder, part).mkdir(parents=True, exist_ok=True)
+        images, objects, maps = [], [], []
         for number in range(count):
             name = f"{number:06}.png"
-            picture, objects = _compose(digits, ids, canvas, most, random)
-            picture.save(pictures / name)
-            data["images"].append({"id": number, "file_name": name, "height": canvas, "width": canvas})
-            for label, (x, y, width, height) in objects:
-                data["annotations"].append({"id": len(data["annotations"]) + 1, "image_id": number, "iscrowd": 0,
-                                            "category_id": label, "bbox": [x, y, width, height],
-                                            "area": width * height})
-        annotations = Path(folder, "annotations", f"instances_{split}2017.json")
-        annotations.parent.mkdir(exist_ok=True)
-        annotations.write_text(json.dumps(data))
+            pixels, segments, labels = _compose(digits, ids, random)
+            Image.fromarray(pixels).convert("RGB").save(Path(folder, split, name))
+            red = np.pad(segments[..., None], ((0, 0), (0, 0), (0, 2)))  # a segment's id is red + 256·green + ...
+            Image.fromarray(red).save(Path(folder, f"panoptic_{split}", name))
+            found = [{**_describe(segments == i), "id": i, "category_id": label} for i, label in labels.items()]
+            images.append({"id": number, "file_name": name, "height": CANVAS, "width": CANVAS})
+            objects += [{**segment, "image_id": number, "id": len(objects) + segment["id"]} for segment in found[:-1]]
+            for segment in found:
+                del segment["segmentation"]
+            maps.append({"image_id": number, "file_name": name, "segments_info": found})
+        for kind, annotations, categories in (("instances", objects, DIGITS), ("panoptic", maps, [*DIGITS, PAPER])):
+            Path(folder, "annotations", f"{kind}_{split}.json").write_text(
+                json.dumps({"images": images, "annotations": annotations, "categories": categories}))
 
 
-def _compose(digits, ids, canvas, most, random):
-    """A grey-level picture and its objects [(digit, (x, y, width, height))], which do not overlap."""
-    pixels, objects = np.zeros((canvas, canvas), dtype=np.uint8), []
-    for i in random.choice(ids, size=random.randint(1, most + 1), replace=False):
-        ink = _enlarge(digits.images[i], canvas * random.uniform(0.35, 0.55))
+def _compose(digits, ids, random):
+    """A grey-level picture (H, W), its map of segments (H, W), and their categories by id, the paper's at the end."""
+    pixels = np.zeros((CANVAS, CANVAS), dtype=np.uint8)
+    segments, labels = np.zeros_like(pixels), {}
+    for i in random.choice(ids, size=random.randint(1, MOST + 1), replace=False):
+        ink = _enlarge(digits.images[i], CANVAS * random.uniform(0.35, 0.55))
         height, width = ink.shape
         for _ in range(50):
-            y, x = (random.randint(0, canvas - side + 1) for side in ink.shape)
+            y, x = (random.randint(0, CANVAS - side + 1) for side in ink.shape)
             region = pixels[max(y - 2, 0):y + height + 2, max(x - 2, 0):x + width + 2]
             if not region.any():
                 pixels[y:y + height, x:x + width] = ink
-                objects.append((int(digits.target[i]), (x, y, width, height)))
+                number = len(labels) + 1
+                labels[number] = int(digits.target[i])
+                segments[y:y + height, x:x + width][ink >= INK] = number
                 break
-    return Image.fromarray(pixels).convert("RGB"), objects
+    paper = len(labels) + 1
+    segments[segments == 0] = paper
+    return pixels, segments, {**labels, paper: PAPER["id"]}
 
 
 def _enlarge(digit, height):
@@ -69,13 +78,16 @@ def _enlarge(digit, height):
     return np.asarray(ink.resize((max(1, round(ink.width * scale)), round(height)), Image.Resampling.BICUBIC))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    for name, default in (("train", 4000), ("val", 100), ("canvas", 64), ("most", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    write_digits(**vars(parser.parse_args()))
+def _describe(mask):
+    """What COCO's annotations say of a mask (H, W)."""
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    return {"segmentation": {**rle, "counts": rle["counts"].decode()}, "area": int(coco_mask.area(rle)),
+            "bbox": coco_mask.toBbox(rle).tolist(), "iscrowd": 0}
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--train", type=int, default=4000)
+    parser.add_argument("--val", type=int, default=100)
+    write_digits(**vars(parser.parse_args()))

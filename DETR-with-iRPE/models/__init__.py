@@ -7,11 +7,13 @@ from .backbone import build_backbone
 from .detr import DETR, PostProcess, SetCriterion
 from .matcher import build_matcher
 from .rpe_attention.irpe import get_rpe_config
+from .segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm
 from .transformer import build_transformer
 
-COCO_CLASSES = 91
+NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}  # of the released models
+COCO_THINGS = {category: category <= 90 for category in range(1, 201)}
 # what the arguments stored in released checkpoints lack
-_NEW_FLAGS = {"num_classes": None, "last_stride": 2, "no_pretrained_backbone": False}
+_NEW_FLAGS = {"num_classes": None, "last_stride": 2, "no_pretrained_backbone": False, "is_thing_map": None}
 
 RPE_GRAMMAR = "rpe-{ratio}-{euc|quant|cross|product}-{bias|ctx}-{shared_head: 0|1}-{q|k|v|qk|kv|qv|qkv}, " \
               "as rpe-2.0-product-ctx-1-k"
@@ -24,28 +26,32 @@ def parse_enc_rpe2d(text):
     """
     if not text:
         return None
-    parts = text.split("-")
-    if len(parts) != 6 or parts[0] != "rpe":
-        problem = "starts with another word than rpe" if parts[0] != "rpe" else f"has {len(parts)} parts and not 6"
-        raise UserError(f"--enc_rpe2d {text} {problem}; it must be {RPE_GRAMMAR}")
-    _, ratio, method, mode, shared_head, rpe_on = parts
-    if shared_head not in ("0", "1"):
-        raise UserError(f"--enc_rpe2d {text}: shared_head is {shared_head!r}, not 0 or 1; it must be {RPE_GRAMMAR}")
     try:
-        ratio = float(ratio)
-    except ValueError:
-        raise UserError(f"--enc_rpe2d {text}: ratio is {ratio!r}, not a number; it must be {RPE_GRAMMAR}") from None
-    try:
-        return get_rpe_config(ratio, method, mode, shared_head == "1", skip=0, rpe_on=rpe_on)
+        return _encoding(text.split("-"))
     except ValueError as error:
         raise UserError(f"--enc_rpe2d {text}: {error}; it must be {RPE_GRAMMAR}") from error
 
 
+def _encoding(parts):
+    if len(parts) != 6 or parts[0] != "rpe":
+        raise ValueError(f"it has {len(parts)} parts, the first being {parts[0]}, and not 6, the first being rpe")
+    _, ratio, method, mode, shared_head, rpe_on = parts
+    if shared_head not in ("0", "1"):
+        raise ValueError(f"shared_head is {shared_head!r}, not 0 or 1")
+    try:
+        ratio = float(ratio)
+    except ValueError:
+        raise ValueError(f"ratio is {ratio!r}, not a number") from None
+    return get_rpe_config(ratio, method, mode, shared_head == "1", skip=0, rpe_on=rpe_on)
+
+
 def build_model(args):
-    """Model, criterion and postprocessors ({"bbox": PostProcess}) of a parsed command line (see main.py), or of the
-    `args` in a checkpoint."""
+    """Model, criterion and postprocessors of a parsed command line (see main.py), or of the `args` in a checkpoint.
+
+    The postprocessors are {"bbox": PostProcess}, with masks also "segm", and "panoptic" if the set is a panoptic one.
+    """
     args = argparse.Namespace(**{**_NEW_FLAGS, **vars(args)})
-    num_classes = args.num_classes or COCO_CLASSES
+    num_classes = args.num_classes or NUM_CLASSES[args.dataset_file]
     rpe_config = parse_enc_rpe2d(args.enc_rpe2d)
     if args.hidden_dim % args.nheads or args.hidden_dim % 4:
         raise UserError(f"--hidden_dim {args.hidden_dim} must be a multiple of --nheads {args.nheads} and of 4")
@@ -54,5 +60,12 @@ def build_model(args):
     weights = {"loss_ce": 1, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
     if args.aux_loss:
         weights.update({f"{name}_{i}": weight for i in range(args.dec_layers - 1) for name, weight in weights.items()})
-    criterion = SetCriterion(num_classes, build_matcher(args), weights, args.eos_coef)
-    return model, criterion, {"bbox": PostProcess()}
+    losses, postprocessors = ["labels", "boxes", "cardinality"], {"bbox": PostProcess()}
+    if args.masks:
+        model = DETRsegm(model, freeze_detr=bool(args.frozen_weights))
+        weights.update(loss_mask=args.mask_loss_coef, loss_dice=args.dice_loss_coef)
+        losses.append("masks")
+        postprocessors["segm"] = PostProcessSegm()
+        if args.dataset_file == "coco_panoptic":
+            postprocessors["panoptic"] = PostProcessPanoptic(args.is_thing_map or COCO_THINGS)
+    return model, SetCriterion(num_classes, build_matcher(args), weights, args.eos_coef, losses), postprocessors

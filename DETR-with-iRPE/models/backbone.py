@@ -6,7 +6,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from util.misc import NestedTensor
-from util.runtime import UserError, cached_download, load_checkpoint
+from util.runtime import UserError, load_checkpoint
 
 from .position_encoding import build_position_encoding
 
@@ -70,7 +70,7 @@ class Backbone(BackboneBase):
                     module.stride = (1, 1)
         if pretrained:
             url = vision_models.get_model_weights(name)["IMAGENET1K_V1"].url
-            resnet.load_state_dict(load_checkpoint(cached_download(url)))
+            resnet.load_state_dict(load_checkpoint(url))
         super().__init__(resnet, train_backbone, resnet.fc.in_features, return_interm_layers)
         if train_backbone and not frozen_norm:
             self.body.requires_grad_(True)
@@ -84,18 +84,21 @@ class Joiner(nn.Sequential):
         self.num_channels = backbone.num_channels
 
     def forward(self, tensor_list):
-        """NestedTensor of pictures → maps (list of NestedTensor) and their positions (list of (B, C, H, W))."""
+        """NestedTensor of pictures → maps (list of NestedTensor) and, in a list too, the last one's positions
+        (B, C, H, W)."""
         maps = list(self[0](tensor_list).values())
-        return maps, [self[1](x).to(x.tensors.dtype) for x in maps]
+        return maps, [self[1](maps[-1]).to(maps[-1].tensors.dtype)]
 
 
 def build_backbone(args):
     """The backbone of the command line, with its position encoding.
 
-    Weights come from torchvision unless a checkpoint brings them (`resume`, `eval`) or `no_pretrained_backbone`.
-    Training from random weights needs batch norm that adapts; a model that only runs has it in the frozen form.
+    Weights come from torchvision unless a checkpoint brings them (`resume`, `frozen_weights`, `eval`) or
+    `no_pretrained_backbone`. Training from random weights needs batch norm that adapts; a model that only runs, as a
+    detector under masks that are learned, has it in the frozen form.
     """
-    backbone = Backbone(args.backbone, args.lr_backbone > 0, dilation=args.dilation, last_stride=args.last_stride,
-                        pretrained=not (args.no_pretrained_backbone or args.resume or args.eval),
-                        frozen_norm=args.eval or not args.no_pretrained_backbone)
+    fixed = args.eval or args.frozen_weights
+    backbone = Backbone(args.backbone, args.lr_backbone > 0, args.masks, args.dilation, args.last_stride,
+                        pretrained=not (args.no_pretrained_backbone or args.resume or fixed),
+                        frozen_norm=bool(fixed or not args.no_pretrained_backbone))
     return Joiner(backbone, build_position_encoding(args))

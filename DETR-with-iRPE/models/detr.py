@@ -5,11 +5,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import generalized_box_iou_loss
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from util.box_ops import box_cxcywh_to_xyxy
 from util.misc import NestedTensor, nested_tensor_from_tensor_list
 from util.runtime import all_reduce_sum, get_world_size
+
+from .segmentation import dice_loss, enlarge
 
 
 class MLP(nn.Module):
@@ -56,11 +58,19 @@ class DETR(nn.Module):
         Returns: dict with `pred_logits` (B, Q, K + 1), `pred_boxes` (B, Q, 4) as (cx, cy, w, h) in shares of the
             picture without its padding, and with aux_loss `aux_outputs`, a list of such dicts, first layer first.
         """
+        return self.predict(self.encode(samples)[2])
+
+    def encode(self, samples):
+        """Samples → the backbone's maps (list of NestedTensor), the last of them projected (B, C, H, W), the tokens of
+        every decoder layer (layers, B, Q, C) and the encoder's map (B, C, H, W)."""
         if not isinstance(samples, NestedTensor):
             samples = nested_tensor_from_tensor_list(samples)
         maps, positions = self.backbone(samples)
-        src, mask = maps[-1].decompose()
-        tokens, _ = self.transformer(self.input_proj(src), mask, self.query_embed.weight, positions[-1])
+        projected = self.input_proj(maps[-1].tensors)
+        return maps, projected, *self.transformer(projected, maps[-1].mask, self.query_embed.weight, positions[-1])
+
+    def predict(self, tokens):
+        """Tokens (layers, B, Q, C) → what `forward` returns."""
         layers = [{"pred_logits": logits, "pred_boxes": boxes}
                   for logits, boxes in zip(self.class_embed(tokens), self.bbox_embed(tokens).sigmoid(), strict=True)]
         return {**layers[-1], "aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
@@ -74,7 +84,7 @@ class SetCriterion(nn.Module):
         matcher: as `HungarianMatcher`.
         weight_dict: name of a loss → its weight in the total.
         eos_coef: weight of "no object" in the cross-entropy.
-        losses: which to compute, of `labels`, `boxes`, `cardinality`.
+        losses: which to compute, of `labels`, `boxes`, `cardinality`, `masks`.
     """
 
     def __init__(self, num_classes, matcher, weight_dict, eos_coef, losses=("labels", "boxes", "cardinality")):
@@ -90,7 +100,8 @@ class SetCriterion(nn.Module):
 
         Args:
             outputs: of `DETR`.
-            targets: for each picture a dict with `labels` (n,) and `boxes` (n, 4), normalised (cx, cy, w, h).
+            targets: for each picture a dict with `labels` (n,) and `boxes` (n, 4), normalised (cx, cy, w, h), and with
+                the loss `masks` also `masks` (n, height, width), bool.
         In training box losses are divided by the mean number of boxes over the processes, at least 1; in evaluation
         by that of this batch alone, since processes may have different numbers of batches.
         """
@@ -99,12 +110,12 @@ class SetCriterion(nn.Module):
         matches = self.matcher.match_layers(logits, boxes, targets).to(logits.device, non_blocking=True)
         values = {}
         for loss in self.losses:
-            values.update(loss(logits, boxes, targets, matches))
+            values.update(loss(logits, boxes, outputs.get("pred_masks"), targets, matches))
         suffixes = [f"_{i}" for i in range(len(layers) - 1)] + [""]
         return {f"{name}{suffix}": value for name, per_layer in values.items()
                 for suffix, value in zip(suffixes[-len(per_layer):], per_layer, strict=True)}
 
-    def _loss_labels(self, logits, boxes, targets, matches):
+    def _loss_labels(self, logits, boxes, masks, targets, matches):
         """Weighted cross-entropy, and the share of matched objects in another class (%)."""
         layer, picture, query, obj = matches
         labels = torch.cat([t["labels"] for t in targets])[obj]
@@ -115,7 +126,7 @@ class SetCriterion(nn.Module):
         right = (logits[layer, picture, query].argmax(-1) == labels).view(len(logits), -1)[-1:]  # of the last layer
         return {"loss_ce": loss, "class_error": 100 - 100 * right.float().sum(1) / max(right.shape[1], 1)}
 
-    def _loss_boxes(self, logits, boxes, targets, matches):
+    def _loss_boxes(self, logits, boxes, masks, targets, matches):
         """L1 and GIoU."""
         layer, picture, query, obj = matches
         found, wanted = boxes[layer, picture, query], torch.cat([t["boxes"] for t in targets])[obj]
@@ -125,11 +136,23 @@ class SetCriterion(nn.Module):
         return {name: loss.view(len(boxes), -1).sum(1) / num_boxes
                 for name, loss in (("loss_bbox", l1), ("loss_giou", giou))}
 
-    def _loss_cardinality(self, logits, boxes, targets, matches):
+    def _loss_cardinality(self, logits, boxes, masks, targets, matches):
         """How far the number of predicted objects is from the number of objects; not trained on."""
         sizes = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
         found = (logits.argmax(-1) != self.num_classes).sum(-1)  # (layers, B)
         return {"cardinality_error": (found - sizes).abs().float().mean(1)}
+
+    def _loss_masks(self, logits, boxes, masks, targets, matches):
+        """Focal and dice loss of the last layer's masks, on the pixels of the padded pictures."""
+        _, picture, query, obj = matches.view(4, len(logits), -1)[:, -1]
+        height, width = (max(t["masks"].shape[axis] for t in targets) for axis in (1, 2))
+        wanted = torch.cat([F.pad(t["masks"], (0, width - t["masks"].shape[2], 0, height - t["masks"].shape[1]))
+                            for t in targets])[obj].float()
+        found = enlarge(masks[picture, query], (height, width))
+        num_boxes = self._num_boxes(targets, masks.device)
+        focal = sigmoid_focal_loss(found, wanted, alpha=0.25, gamma=2).mean((1, 2))
+        return {name: loss.sum()[None] / num_boxes
+                for name, loss in (("loss_mask", focal), ("loss_dice", dice_loss(found, wanted)))}
 
     def _num_boxes(self, targets, device):
         count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
 
 torch.set_num_threads(1)  # threads that wait for each other make small models slow on a machine that does more
 PROJECT = Path(__file__).resolve().parent.parent
@@ -41,8 +42,10 @@ def write_set(root, count=6, seed=0, splits=("train", "val")):
             (picture.convert("L") if number == 1 else picture).save(folder / name)
             data["images"].append({"id": 10 * number + 7, "file_name": name, "width": width, "height": height})
             for box in random_boxes(random, 0 if number == 2 else random.randint(1, 4), width, height):
+                x, y, w, h = box
                 data["annotations"].append({
                     "id": len(data["annotations"]) + 1, "image_id": 10 * number + 7, "bbox": box.tolist(),
+                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
                     "category_id": int(random.choice([1, 3, 4])), "area": float(box[2] * box[3]),
                     "iscrowd": int(number == 3 and random.rand() < 0.3)})
         save_annotations(root, split, data)
@@ -53,6 +56,39 @@ def save_annotations(root, split, data):
     path = Path(root, "annotations", f"instances_{split}2017.json")
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(data))
+
+
+def write_panoptic(root, folder, split="val", seed=0):
+    """The panoptic set of a set's instances, later ones over earlier ones, with some crowds, one kind of stuff on part
+    of the rest, and void."""
+    random, folder, truth = np.random.RandomState(seed), Path(folder), COCO()
+    truth.dataset = load_annotations(root, split)
+    truth.createIndex()
+    pictures = folder / f"panoptic_{split}2017"
+    pictures.mkdir(parents=True)
+    categories = [{**category, "isthing": 1} for category in truth.dataset["categories"]]
+    data = {"images": truth.dataset["images"], "annotations": [],
+            "categories": [*categories, {"id": 200, "name": "sky", "isthing": 0}]}
+    for image in data["images"]:
+        ids = np.zeros((image["height"], image["width"]), np.int64)
+        ids[:image["height"] // 2] = sky = random.randint(1, 256 ** 3)
+        segments = [{"id": sky, "category_id": 200, "iscrowd": 0}]
+        for entry in truth.imgToAnns[image["id"]]:
+            segments.append({"id": random.randint(1, 256 ** 3), "category_id": entry["category_id"],
+                             "iscrowd": max(entry["iscrowd"], int(random.rand() < 0.2))})
+            ids[truth.annToMask(entry) > 0] = segments[-1]["id"]
+        segments = [{**segment, "area": int((ids == segment["id"]).sum())} for segment in segments]
+        save_ids(pictures / f"{image['id']}.png", ids)
+        data["annotations"].append({"image_id": image["id"], "file_name": f"{image['id']}.png",
+                                    "segments_info": [segment for segment in segments if segment["area"]]})
+    (folder / "annotations").mkdir(exist_ok=True)
+    (folder / "annotations" / f"panoptic_{split}2017.json").write_text(json.dumps(data))
+    return folder
+
+
+def save_ids(path, ids):
+    """Write ids (H, W) as a PNG of COCO's panoptic format."""
+    Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)).save(path)
 
 
 def load_annotations(root, split):

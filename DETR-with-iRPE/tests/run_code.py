@@ -2,6 +2,7 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+here = Path(__file__).parent
+sys.path[:0] = [str(here), str(here.parent), str(here.parent / "demo")]
 code = sys.argv.pop(1)
 exec(code)

@@ -3,9 +3,13 @@ import json
 import shutil
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as rle_tools
+from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 
 from conftest import COCO_SAMPLE, load_annotations, pack, parse, save_annotations, small, write_set
 from datasets import build_dataset, eval_loader, train_loader
@@ -42,6 +46,66 @@ def test_targets_are_the_annotations_without_crowds(coco):
         torch.testing.assert_close(boxes, expected, rtol=0, atol=1e-3)
         assert target["labels"].tolist() == [a["category_id"] for a in objects]
         assert min(picture.shape[1:]) == 64 and picture.shape[1:] == tuple(target["size"].tolist())
+
+
+def drawn(segmentation):
+    """The mask of a picture of 8×6 (height, width) whose only object has the segmentation."""
+    def find(data):
+        data["images"] = [{**data["images"][0], "height": 8, "width": 6}]
+        data["annotations"] = [{"id": 4711, "image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4],
+                                "segmentation": segmentation}]
+    return find
+
+
+RECTANGLE = np.zeros((8, 6), np.uint8)
+RECTANGLE[2:6, 1:4] = 1
+NOTCHED = RECTANGLE.copy()
+NOTCHED[4:6, 2:4] = 0
+
+
+@pytest.mark.parametrize(("segmentation", "expected"), [
+    ([[1, 2, 4, 2, 4, 6, 1, 6]], RECTANGLE), ([[1, 2, 4, 2, 4, 4, 1, 4], [1, 4, 2, 4, 2, 6, 1, 6]], NOTCHED),
+    ({"size": [8, 6], "counts": [10, 4, 4, 4, 4, 4, 18]}, RECTANGLE), ("compressed", NOTCHED)])
+def test_masks_come_from_polygons_and_both_kinds_of_rle(own, segmentation, expected):
+    if segmentation == "compressed":
+        rle = rle_tools.encode(np.asfortranarray(expected))
+        segmentation = {**rle, "counts": rle["counts"].decode()}
+    edit(own, drawn(segmentation))
+    Image.new("RGB", (6, 8)).save(own / "val2017" / "0000.png")
+    masks = CocoDetection(own, "val", lambda *pair: pair, masks=True)[0][1]["masks"]
+    assert isinstance(masks, tv_tensors.Mask) and masks.shape == (1, 8, 6)
+    assert np.array_equal(masks[0], expected)
+
+
+def test_targets_have_a_bool_mask_of_every_object_in_the_size_of_the_picture(coco):
+    for (picture, target), (_, bare) in zip(dataset(coco, "val", "--masks"), dataset(coco), strict=True):
+        masks, (height, width) = target["masks"], picture.shape[1:]
+        assert masks.dtype == torch.bool and masks.shape == (len(target["labels"]), height, width)
+        assert "masks" not in bare and torch.equal(bare["boxes"], target["boxes"])
+        boxes = box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([width, height, width, height])
+        torch.testing.assert_close(masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1]), boxes, rtol=0, atol=2.5)
+
+
+def test_a_set_without_any_object_has_empty_targets_of_the_same_types(own):
+    edit(own, lambda data: data.update(annotations=[]))
+    target = dataset(own, "val", "--masks")[0][1]
+    assert target["boxes"].shape == (0, 4) and target["labels"].dtype == torch.int64
+    assert target["masks"].shape == (0, *target["size"].tolist()) and target["masks"].dtype == torch.bool
+
+
+@pytest.mark.parametrize(("segmentation", "words"), [
+    (None, "None"), ([], "--masks needs polygons"), ([[1, 2, 4, 2]], "three points"),
+    ([[1, 2, 4, 2, 4, 6], [1, 2, 4, 2, 4, 6, 1]], "three points"), ([[1, 2, 4, 2, 4, float("nan")]], "pixels"),
+    ([[1, 2, 4, 2, 4, "6"]], "pixels"), ([1, 2, 4, 2, 4, 6], "three points"),
+    ({"size": [6, 8], "counts": [10, 38]}, "[6, 8]"), ({"size": [8, 6], "counts": [10, 4]}, "48"),
+    ({"size": [8, 6], "counts": [-10, 58]}, "48"), ({"size": [8, 6], "counts": "abc"}, "decoded"),
+    ({"size": [8, 6], "counts": ["a"]}, "decoded"), ({"size": [8, 6]}, "decoded")])
+def test_a_segmentation_that_cannot_be_drawn_is_named_where_masks_are_asked_for(own, segmentation, words):
+    edit(own, drawn(segmentation))
+    dataset(own)
+    with pytest.raises(UserError) as caught:
+        dataset(own, "val", "--masks")
+    assert "object 4711" in str(caught.value) and words in str(caught.value)
 
 
 def test_folder_zip_and_a_zip_that_completes_a_folder_give_the_same(coco, tmp_path):
@@ -95,17 +159,31 @@ def test_difficult_objects_are_left_out_of_training_when_asked(tmp_path):
     assert counts["val", ("--remove_difficult",)] == counts["val", ()]
 
 
-def test_a_stray_bad_box_among_thousands_is_clipped_or_left_out_with_a_note(tmp_path, capsys):
+def test_boxes_without_area_are_left_out_with_one_note_however_many_there_are(tmp_path, capsys):
     root = write_set(tmp_path / "set", count=2, splits=("val",))
 
     def change(data):
         good = {**data["annotations"][0], "iscrowd": 0, "bbox": [1, 1, 20, 20]}
-        data["annotations"] = [good] * 3000 + [{**good, "id": 9001, "bbox": [1, 1, 0, 5]},
-                                               {**good, "id": 9002, "bbox": [-9, 1, 20, 20]}]
+        data["annotations"] = [good, {**good, "id": 9001, "bbox": [1, 1, 0, 5]}, {**good, "id": 9002, "category_id": 4},
+                               *({**good, "id": 9003, "bbox": [3, 3, 10, -3]} for _ in range(5))]
+
+    edit(root, change)
+    labels = dataset(root)[0][1]["labels"].tolist()
+    note, = capsys.readouterr().out.splitlines()
+    assert "object 9001" in note and "of 8 boxes 6" in note
+    assert labels == [load_annotations(root, "val")["annotations"][0]["category_id"], 4]
+
+
+def test_a_box_among_thousands_that_reaches_out_is_clipped_with_a_note(tmp_path, capsys):
+    root = write_set(tmp_path / "set", count=2, splits=("val",))
+
+    def change(data):
+        good = {**data["annotations"][0], "iscrowd": 0, "bbox": [1, 1, 20, 20]}
+        data["annotations"] = [good] * 3000 + [{**good, "id": 9002, "bbox": [-9, 1, 20, 20]}]
 
     edit(root, change)
     images = dataset(root)
-    assert "object 9001" in capsys.readouterr().out
+    assert "object 9002" in capsys.readouterr().out
     assert len(images[0][1]["labels"]) == 3001
     assert images[0][1]["boxes"][-1, 2] * images[0][1]["orig_size"][1] == pytest.approx(11, abs=1e-3)
 
@@ -210,13 +288,17 @@ def test_a_picture_of_another_size_than_annotated_is_named(own):
 
 
 @pytest.mark.parametrize(("box", "words"), [
-    ([1000, 2, 5, 5], "reaches out"), ([2, 2, 500, 5], "reaches out"), ([5, 5, 0, 5], "no area"),
-    ([5, 5, 10, -3], "no area"), ([1, 2, 3], "four numbers"), (["a", 1, 2, 3], "four numbers"),
-    ([float("nan"), 1, 2, 3], "reaches out")])
-def test_a_box_outside_the_picture_or_without_area_is_named(own, box, words):
+    ([1000, 2, 5, 5], "reaches out"), ([2, 2, 500, 5], "reaches out"), ([1, 2, 3], "four numbers"),
+    (["a", 1, 2, 3], "four numbers"), ([float("nan"), 1, 2, 3], "reaches out")])
+def test_a_box_outside_the_picture_is_named(own, box, words):
     edit(own, lambda data: data["annotations"].append(
         {"id": 4711, "image_id": 7, "category_id": 1, "bbox": box, "iscrowd": 0, "area": 4}))
     refused(own, "object 4711", words)
+
+
+def test_a_set_in_which_no_box_has_an_area_is_refused(own):
+    edit(own, lambda data: [entry.update(bbox=[5, 5, 10, 0], iscrowd=0) for entry in data["annotations"]])
+    refused(own, "object 1 ", "no area")
 
 
 @pytest.mark.parametrize(("field", "value", "words"), [("image_id", 99, "picture 99"),

@@ -1,27 +1,28 @@
 """The program from its command line: flags, training, resuming, pictures, and what a user gets wrong."""
+import io
 import json
 import math
 import pickle
-import subprocess
-import sys
 import urllib.error
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from digits import write_digits
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from pycocotools import mask as coco_mask
 from torchvision.models import ResNet18_Weights, resnet18
 
 import hubconf
 import main
 import visualize
-from conftest import PROJECT, finish, launcher, parse, small, start, write_set
+from conftest import PROJECT, finish, launcher, load_annotations, parse, small, start, write_set
 from fill import fill_state_dict
-from models import backbone, build_model
+from models import build_model
 from models.backbone import Backbone
 from util import runtime
 from util.runtime import UserError
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +31,6 @@ def trained(coco, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
     main.main(parse(*small(coco, "--output_dir", out, "--epochs", 2, "--lr_drop", 1)))
     return out
-
-
-def test_every_released_flag_has_its_name_type_and_default():
-    actions = {action.dest: action for action in main.get_args_parser()._actions}
-    for flag in json.loads((GOLDEN / "cli_detr.json").read_text()):
-        action = actions[flag["dest"]]
-        assert action.option_strings == flag["flags"] and action.default == flag["default"], flag
-        assert (action.type or str).__name__ == (flag["type"] or "str"), flag
-        assert action.nargs == flag["nargs"] and (action.choices and list(action.choices)) == flag["choices"], flag
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,11 +121,62 @@ def test_two_processes_train_one_model(coco, tmp_path):
     assert row["test_loss"] == pytest.approx(stats["loss"], rel=1e-5)
 
 
-def test_the_demo_runs_from_end_to_end(tmp_path):
-    status, out, err = finish(start("demo/run.py", "--output_dir", tmp_path, "--epochs", 1, "--train", 32, "--val", 2))
+def _epochs(args):
+    """In a process: train for epochs that only note what they draw and the criterion's loss of a known picture."""
+    noted = []
+
+    def note(model, criterion, *_):
+        criterion.train()
+        rank = runtime.get_rank()
+        outputs = {"pred_logits": torch.zeros(1, 5, 6), "pred_boxes": torch.full((1, 5, 4), 0.5)}
+        objects = {"labels": torch.zeros(1 + 2 * rank, dtype=torch.long), "boxes": torch.full((1 + 2 * rank, 4), 0.4)}
+        noted.append({"rank": rank, "drawn": torch.rand(()).item(),
+                      "loss": criterion(outputs, [objects])["loss_bbox"].item()})
+        return {}
+
+    main.train_one_epoch, main.evaluate = note, lambda *_: ({}, None)
+    main.main(args)
+    print("".join(f"NOTED {json.dumps(row)}\n" for row in noted), end="")  # in one piece: both print
+
+
+def test_processes_divide_by_their_mean_number_of_boxes_and_draw_different_random_numbers(coco):
+    script = "import test_main; test_main.runtime.run(test_main._epochs, test_main.parse(*sys.argv[1:]))"
+    flags = small(coco, "--epochs", 2, "--batch_size", 1)
+    status, out, err = finish(start(*launcher(2, "tests/run_code.py", script, *flags)))
     assert status == 0, err
-    assert " before and " in out and (tmp_path / "curves.png").stat().st_size > 5000
-    assert len(list((tmp_path / "detections").glob("*.png"))) == 2
+    noted = [json.loads(line.removeprefix("NOTED ")) for line in out.splitlines() if line.startswith("NOTED ")]
+    assert len({row["drawn"] for row in noted}) == len(noted) == 4
+    for row in noted:  # one box here and three there, each 4 · 0.1 away
+        assert row["loss"] == pytest.approx((1 + 2 * row["rank"]) * 0.4 / 2)
+
+
+def test_the_demo_runs_from_end_to_end(tmp_path):
+    status, out, err = finish(start("demo/run.py", "--output_dir", tmp_path, "--epochs", 1, "--mask_epochs", 1,
+                                    "--train", 32, "--val", 2))
+    assert status == 0, err
+    for name in ("AP of boxes", "AP50 of masks", "panoptic quality"):
+        assert f"{name} 0.0" in out
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+        f"{number:06}_{kind}.png" for number in (0, 1) for kind in ("detections", "panoptic")]
+
+
+def test_digits_have_boxes_around_their_masks_and_panoptic_maps_of_the_same_masks_on_paper(tmp_path):
+    write_digits(tmp_path, train=1, val=6)
+    instances = load_annotations(tmp_path, "val")
+    panoptic = json.loads((tmp_path / "annotations" / "panoptic_val2017.json").read_text())
+    assert {len(a["segments_info"]) for a in panoptic["annotations"]} == {2, 3}
+    for picture, annotation in zip(panoptic["images"], panoptic["annotations"], strict=True):
+        ids = np.asarray(Image.open(tmp_path / "panoptic_val2017" / annotation["file_name"])) @ [1, 256, 256 ** 2]
+        pixels = np.asarray(Image.open(tmp_path / "val2017" / picture["file_name"]).convert("L"))
+        *digits, paper = annotation["segments_info"]
+        assert paper["category_id"] == 10 and pixels[ids == paper["id"]].max() < pixels[ids != paper["id"]].min() + 1
+        objects = [a for a in instances["annotations"] if a["image_id"] == picture["id"]]
+        for segment, entry in zip(digits, objects, strict=True):
+            mask = ids == segment["id"]
+            assert np.array_equal(mask, coco_mask.decode(entry["segmentation"])) and entry["area"] == mask.sum()
+            (top, left), (bottom, right) = np.argwhere(mask).min(0), np.argwhere(mask).max(0) + 1
+            assert entry["bbox"] == segment["bbox"] == [left, top, right - left, bottom - top]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,16 +221,6 @@ def test_pretrained_weights_come_from_the_cache_into_the_frozen_form(offline, tm
     assert all(torch.equal(value, weights[key]) for key, value in body.items())
 
 
-def test_other_processes_wait_until_the_main_one_has_the_weights(monkeypatch):
-    events = []
-    monkeypatch.setattr("models.backbone.barrier", lambda: events.append("barrier"))
-    monkeypatch.setattr("models.backbone.cached_download", lambda url: events.append("download") or "path")
-    for main_process in (True, False):
-        monkeypatch.setattr("models.backbone.is_main_process", lambda main_process=main_process: main_process)
-        backbone._pretrained_weights("resnet18")
-    assert events == ["download", "barrier", "barrier", "download"]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Hub and pictures
 
@@ -197,53 +230,99 @@ def test_hub_entries_build_their_models_and_load_what_is_cached(offline, tmp_pat
     assert model.class_embed.out_features == 21 and not model.training
     assert post(model([torch.zeros(3, 64, 64)]), torch.tensor([[64, 64]]))[0]["boxes"].shape == (100, 4)
     assert hubconf.detr_resnet101_dc5().backbone[0].body.layer4[1].conv2.dilation == (2, 2)
-    with pytest.raises(UserError, match="detr-r50-e632da11.pth"):
-        hubconf.detr_resnet50(pretrained=True)
+    for name, file in (("detr_resnet50", "detr-r50-e632da11.pth"),
+                       ("detr_resnet50_panoptic", "detr-r50-panoptic-00ce5173.pth"),
+                       ("detr_resnet50_dc5_panoptic", "detr-r50-dc5-panoptic-da08f1b1.pth"),
+                       ("detr_resnet101_panoptic", "detr-r101-panoptic-40021d53.pth")):
+        with pytest.raises(UserError, match=f"https://dl.fbaipublicfiles.com/detr/{file}"):
+            getattr(hubconf, name)(pretrained=True)
     weights = fill_state_dict(hubconf.detr_resnet50_rpe_19_product_ctx_1_k().state_dict())
     torch.save({"model": weights}, tmp_path / "checkpoints" / "rpe-1.9-product-ctx-1-k.pth")
     loaded = hubconf.detr_resnet50_rpe_19_product_ctx_1_k(pretrained=True).state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
 
 
-@pytest.mark.parametrize("order", [("DeiT", "DETR"), ("DETR", "DeiT")])
-def test_hub_loads_both_codebases_in_one_process_next_to_modules_of_the_same_names(tmp_path, order):
-    (tmp_path / "util.py").write_text("mine = True\n")
-    (tmp_path / "models").mkdir()
-    for name in ("__init__", "backbone"):
-        (tmp_path / "models" / f"{name}.py").write_text("mine = True\n")
-    load = {"DETR": "net = torch.hub.load({!r}, 'detr_resnet50_rpe_20_product_ctx_1_k', source='local')\n"
-                    "assert net([torch.zeros(3, 64, 64)])['pred_logits'].shape == (1, 100, 92)\n",
-            "DeiT": "net = torch.hub.load({!r}, 'deit_tiny_patch16_224', source='local')\n"
-                    "assert net(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)\n"}
-    loads = "".join(load[name].format(str(PROJECT.parent / f"{name}-with-iRPE")) for name in order)
-    for code in (loads, f"import models.backbone, util\n{loads}import models\n"
-                        "assert models.mine and models.backbone.mine and util.mine\n"
-                        "assert 'models.detr' not in sys.modules and 'util.runtime' not in sys.modules\n"):
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"import sys, torch\n{code}"], cwd=tmp_path,
-                              capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+def test_hub_panoptic_models_draw_maps_of_what_is_above_the_threshold():
+    model, post = hubconf.detr_resnet50_panoptic(num_classes=5, threshold=0.01, return_postprocessor=True)
+    with torch.no_grad():
+        outputs = model([torch.zeros(3, 64, 64)])
+    assert outputs["pred_logits"].shape == (1, 100, 6) and outputs["pred_masks"].shape == (1, 100, 16, 16)
+    outputs["pred_logits"][0, 0, 1] = 9
+    assert post.threshold == 0.01 and post(outputs, torch.tensor([[64, 64]]))[0]["segments_info"]
+    assert hubconf.detr_resnet50_panoptic().detr.class_embed.out_features == 251
 
 
 def picture_flags(*flags):
     return [str(flag) for flag in ("--device", "cpu", *flags)]
 
 
-def test_pictures_show_detections_and_attention_with_and_without_the_encoding(coco, trained, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A checkpoint with masks and panoptic categories of a filled model, its own flags, and a picture."""
+    folder = tmp_path_factory.mktemp("drawn")
+    args = parse(*small("", "--masks", "--dataset_file", "coco_panoptic", "--num_classes", 5, "--eval"))
+    args.is_thing_map = {1: True, 3: False, 4: True}
+    torch.save({"model": fill_state_dict(build_model(args)[0].state_dict()), "args": args,
+                "categories": {1: "ant", 3: "bee", 4: "cat"}}, folder / "masks.pth")
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (60, 90, 3)).astype(np.uint8)).save(folder / "picture.png")
+    return folder
+
+
+def test_pictures_show_detections_panoptic_maps_and_attention(coco, trained, drawn, tmp_path, capsys):
     files = sorted((coco / "val2017").iterdir())[:2]
-    argv = picture_flags("--resume", trained / "checkpoint.pth", "--image", *files, "--output_dir", tmp_path,
-                         "--threshold", 0.01, "--attention", 12, 30)
-    visualize.main(visualize.parser().parse_args(argv), argv)
-    assert "_detections.png: 5 objects" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {
-        f"{file.stem}_{kind}.png" for file in files for kind in ("detections", "attention")}
+    for checkpoint, pictures in ((trained / "checkpoint.pth", files), (drawn / "masks.pth", [drawn / "picture.png"])):
+        argv = picture_flags("--resume", checkpoint, "--image", *pictures, "--output_dir", tmp_path,
+                             "--threshold", 0.01, "--attention", 12, 30)
+        visualize.main(visualize.parser().parse_args(argv), argv)
+        assert "_detections.png: 5 objects" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"picture_panoptic.png"} | {
+        f"{file.stem}_{kind}.png" for file in [*files, drawn / "picture.png"] for kind in ("detections", "attention")}
 
 
-def test_drawn_attention_is_a_distribution_that_the_encoding_changes(coco, trained):
-    argv = picture_flags("--resume", trained / "checkpoint.pth", "--image", "x", "--output_dir", "x")
+def pixels_of(figure):
+    """What a figure shows, (H, W, 3)."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+
+
+def test_masks_and_segments_tint_their_own_pixels_and_are_named(drawn):
+    picture = Image.new("RGB", (80, 40))  # black: left half one segment, right half another
+    ids = np.zeros((40, 80, 3), np.uint8)
+    ids[:, 40:, 0] = 7
+    file = io.BytesIO()
+    Image.fromarray(ids).save(file, "PNG")
+    found = {"png_string": file.getvalue(), "segments_info": [{"id": 0, "category_id": 3}, {"id": 7, "category_id": 9}]}
+    figure, words = visualize.draw_panoptic(picture, found, {3: "bee"})
+    assert words == "2 segments" and [text.get_text() for text in figure.axes[0].texts] == ["bee", "9"]
+    assert [text.get_position()[0] // 40 for text in figure.axes[0].texts] == [0, 1]
+    shown = pixels_of(figure)
+    quarter = shown.shape[1] // 4
+    left, right = shown[shown.shape[0] // 3, quarter], shown[shown.shape[0] // 3, 3 * quarter]
+    assert left.max() > 50 and right.max() > 50 and abs(left - right).max() > 30
+    detected = {"scores": torch.tensor([0.9, 0.2]), "labels": torch.tensor([3, 1]),
+                "boxes": torch.tensor([[4.0, 4, 36, 36], [0, 0, 9, 9]]),
+                "masks": torch.from_numpy(ids[None, None, :, :, 0] == 0).byte().expand(2, 1, -1, -1)}
+    figure, words = visualize.draw_detections(picture, detected, {3: "bee"}, 0.5)
+    assert words == "1 objects" and [text.get_text() for text in figure.axes[0].texts] == ["bee 0.90"]
+    shown = pixels_of(figure)
+    assert shown[shown.shape[0] // 2, quarter].max() > 50 and shown[shown.shape[0] // 2, 3 * quarter].max() == 0
+
+
+def test_things_of_the_set_reach_the_panoptic_maps_that_are_drawn(drawn):
+    argv = picture_flags("--resume", drawn / "masks.pth", "--image", "x", "--output_dir", "x")
+    _, _, postprocessors, _ = visualize.load_model(visualize.parser().parse_args(argv), argv)
+    assert postprocessors["panoptic"].is_thing_map == {1: True, 3: False, 4: True}
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_drawn_attention_is_a_distribution_that_the_encoding_changes(trained, drawn, masks):
+    file = drawn / "masks.pth" if masks else trained / "checkpoint.pth"
+    argv = picture_flags("--resume", file, "--image", "x", "--output_dir", "x")
     args, model, _, names = visualize.load_model(visualize.parser().parse_args(argv), argv)
     assert args.enc_rpe2d == "rpe-2.0-product-ctx-1-k" and names[3] == "bee"
-    table = model.transformer.encoder.layers[0].self_attn.rpe_k.lookup_table_weight
-    table.data.mul_(20)
+    attention = (model.detr if masks else model).transformer.encoder.layers[0].self_attn
+    attention.rpe_k.lookup_table_weight.data.mul_(20)
     with torch.no_grad():
         (with_term, without_term), hw = visualize.encoder_attention(model, torch.randn(1, 3, 64, 96), -1)
     assert hw == (2, 3) and with_term.shape == (6, 6)
@@ -269,9 +348,10 @@ def test_mistakes_in_drawing_are_one_sentence(coco, trained, tmp_path):
 # Mistakes
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--masks"], "--masks.*later"), (["--frozen_weights", "x"], "--frozen_weights.*later"),
-    (["--dataset_file", "coco_panoptic"], "coco_panoptic.*later"), (["--coco_panoptic_path", "x"], "later"),
-    (["--mask_loss_coef", 2], "--mask_loss_coef.*later"), (["--dataset_file", "voc"], "voc"),
+    (["--frozen_weights", "x"], "--frozen_weights.*add --masks"), (["--dataset_file", "voc"], "voc.*coco_panoptic"),
+    (["--dataset_file", "coco_panoptic"], "--coco_panoptic_path is missing"),
+    (["--mask_loss_coef", -1], "--mask_loss_coef"), (["--dice_loss_coef", -1], "--dice_loss_coef"),
+    (["--masks", "--hidden_dim", 24], "--hidden_dim 24.*16 with --masks"),
     (["--num_classes", 4], "category id 4 \\(cat\\).*at least 5"), (["--enc_rpe2d", "rpe-2-x-ctx-1-k"], "'x'"),
     (["--coco_path", ""], "--coco_path"), (["--finetune"], "--resume"), (["--resume", "none.pth"], "none.pth"),
     (["--batch_size", 99], "99"), (["--batch_size", 0], "--batch_size"), (["--hidden_dim", 18], "--hidden_dim"),
@@ -280,7 +360,8 @@ def test_mistakes_in_drawing_are_one_sentence(coco, trained, tmp_path):
     (["--eval_batch_size", 0], "--eval_batch_size"), (["--num_workers", -1], "--num_workers"), (["--lr", -1], "--lr"),
     (["--clip_max_norm", -1], "--clip_max_norm"), (["--dropout", 2], "--dropout"), (["--enc_layers", -1], "enc_layers"),
     (["--set_cost_class", 0, "--set_cost_bbox", 0, "--set_cost_giou", 0], "--set_cost_class.*above"),
-    (["--position_embedding", "learned", "--short_side", 1700, "--eval"], "50×50.*--position_embedding sine")])
+    (["--position_embedding", "learned", "--last_stride", 1, "--short_side", 850, "--eval"],
+     "50×50.*--position_embedding sine")])
 def test_flags_that_cannot_work_are_refused_in_one_sentence(coco, flags, words):
     with pytest.raises(UserError, match=words) as caught:
         main.main(parse(*small(coco, *flags)))

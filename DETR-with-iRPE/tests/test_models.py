@@ -84,41 +84,87 @@ def test_a_wrong_encoding_is_refused_with_its_wrong_part_and_the_grammar(text, p
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention and transformer
 
+MASKS = {"nothing": {}, "padding": {"key_padding_mask": torch.arange(6) >= torch.tensor([[4], [6]])},
+         "pairs": {"attn_mask": torch.ones(6, 6, dtype=torch.bool).triu(1), "is_causal": True},
+         "heads": {"attn_mask": image(4, (8, 6, 6)), "key_padding_mask": image(5, (2, 6))}}
+
+
+@pytest.mark.parametrize("rpe_on", [None, "qkv"])
 @pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("masked", ["nothing", "padding", "pairs"])
-def test_without_encoding_attention_equals_pytorchs(batch_first, masked):
-    ours, theirs = (make(16, 4, batch_first=batch_first) for make in (RPEMultiheadAttention, nn.MultiheadAttention))
-    theirs.load_state_dict(fill_state_dict(ours.state_dict()))
-    ours.load_state_dict(theirs.state_dict())
-    query, key, value = (image(seed, (2, 6, 16) if batch_first else (6, 2, 16)) for seed in (1, 2, 3))
-    masks = {}
-    if masked == "padding":
-        masks["key_padding_mask"] = torch.arange(6) >= torch.tensor([[4], [6]])
-    if masked == "pairs":
-        masks["attn_mask"] = torch.ones(6, 6, dtype=torch.bool).triu(1)
-    for q, k in ((query, key), (query, query)):
-        torch.testing.assert_close(ours(q, k, value, **masks, hw=(2, 3))[0], theirs(q, k, value, **masks)[0])
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+def test_without_encoding_or_with_empty_tables_attention_equals_pytorchs(rpe_on, batch_first, masks):
+    config = rpe_on and get_rpe_config(2.0, "product", "ctx", shared_head=False, skip=0, rpe_on=rpe_on)
+    theirs = nn.MultiheadAttention(16, 4, batch_first=batch_first, dtype=torch.float64)
+    ours = RPEMultiheadAttention(16, 4, batch_first=batch_first, dtype=torch.float64, rpe_config=config)  # tables are 0
+    theirs.load_state_dict(fill_state_dict(theirs.state_dict()))
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    x, y, value = (image(seed, (2, 6, 16) if batch_first else (6, 2, 16)).double() for seed in (1, 2, 3))
+    masks = {name: mask.double() if name != "is_causal" and mask.is_floating_point() else mask
+             for name, mask in masks.items()}
+    for key, named in itertools.product((x, y), ({}, {"need_weights": False}, {"average_attn_weights": False})):
+        found, expected = (attention(x, key, value, **masks, **named, **where)
+                           for attention, where in ((ours, {"hw": (2, 3)}), (theirs, {})))
+        torch.testing.assert_close(found, expected)
 
 
-def test_attention_with_encoding_equals_a_loop_over_queries():
-    config = get_rpe_config(2.0, "product", "ctx", shared_head=False, skip=0, rpe_on="qkv")
-    attention = RPEMultiheadAttention(8, 2, batch_first=True, rpe_config=config)
-    attention.load_state_dict(fill_state_dict(attention.state_dict()))
-    x, hidden = image(5, (2, 6, 8)), torch.arange(6) >= torch.tensor([[5], [6]])
-    found, _ = attention(x, x, x, key_padding_mask=hidden, hw=(3, 2))
-    ids = attention.rpe_k.bucket_ids(6, "cpu", 3, 2)
+def loop_over_queries(attention, x, hidden, ids):
+    """Output and weights of each head, from the formula."""
     q, k, v = (attention.split_heads(y) for y in attention.project(x, x, x))
-    q, scale = q / 2, 1 / 2
-    expected = torch.zeros(2, 6, 8)
-    for b, h, i in itertools.product(range(2), range(2), range(6)):
+    (batch, heads, length, channels), weights = q.shape, torch.zeros(*q.shape[:3], q.shape[2], dtype=x.dtype)
+    scale, out = channels ** -0.5, torch.zeros_like(x)
+    for b, h, i in itertools.product(range(batch), range(heads), range(length)):
         logits = torch.stack([
-            q[b, h, i] @ (k[b, h, j] + attention.rpe_k.lookup_table_weight[h, :, ids[i, j]])
+            scale * q[b, h, i] @ (k[b, h, j] + attention.rpe_k.lookup_table_weight[h, :, ids[i, j]])
             + scale * k[b, h, j] @ attention.rpe_q.lookup_table_weight[h, :, ids[j, i]]
-            if not hidden[b, j] else torch.tensor(-math.inf) for j in range(6)])
-        p = logits.softmax(0)
-        expected[b, i, 4 * h:4 * h + 4] = sum(
-            p[j] * (v[b, h, j] + attention.rpe_v.lookup_table_weight[h, ids[i, j]]) for j in range(6))
-    torch.testing.assert_close(found, attention.out_proj(expected))
+            if not hidden[b, j] else torch.tensor(-math.inf, dtype=x.dtype) for j in range(length)])
+        weights[b, h, i] = p = logits.softmax(0)
+        out[b, i, channels * h:channels * (h + 1)] = sum(
+            p[j] * (v[b, h, j] + attention.rpe_v.lookup_table_weight[h, ids[i, j]]) for j in range(length))
+    return attention.out_proj(out), weights
+
+
+def test_attention_with_encoding_equals_a_loop_over_queries_and_so_do_its_weights():
+    config = get_rpe_config(2.0, "product", "ctx", shared_head=False, skip=0, rpe_on="qkv")
+    attention = RPEMultiheadAttention(8, 2, batch_first=True, dtype=torch.float64, rpe_config=config)
+    attention.load_state_dict(fill_state_dict(attention.state_dict()))
+    x, hidden = image(5, (2, 6, 8)).double(), torch.arange(6) >= torch.tensor([[5], [6]])
+    expected, weights = loop_over_queries(attention, x, hidden, attention.rpe_k.bucket_ids(6, "cpu", 3, 2))
+    for named, seen in (({"need_weights": False}, None), ({"average_attn_weights": False}, weights),
+                        ({}, weights.mean(1))):
+        found = attention(x, x, x, key_padding_mask=hidden, hw=(3, 2), **named)
+        torch.testing.assert_close(found, (expected, seen))
+
+
+def test_attention_weights_in_training_are_those_that_dropout_left():
+    config = get_rpe_config(2.0, "product", "ctx", shared_head=False, skip=0, rpe_on="qkv")
+    attention = RPEMultiheadAttention(8, 2, dropout=0.5, batch_first=True, rpe_config=config).train()
+    attention.load_state_dict(fill_state_dict(attention.state_dict()))
+    x = image(5, (3, 6, 8))
+    out, weights = attention(x, x, x, average_attn_weights=False, hw=(3, 2))
+    assert 0.2 < (weights == 0).float().mean() < 0.8
+    v = attention.split_heads(list(attention.project(x, x, x))[2])
+    mixed = weights @ v + attention.rpe_v(weights, 3, 2)
+    torch.testing.assert_close(out, attention.out_proj(mixed.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ({"add_bias_kv": True}, "add_bias_kv"), ({"add_zero_attn": True}, "add_zero_attn"), ({"kdim": 4}, "kdim=4"),
+    ({"vdim": 4}, "vdim=4")])
+def test_attention_refuses_at_once_what_has_no_place_on_a_map(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        RPEMultiheadAttention(8, 2, **arguments)
+
+
+@pytest.mark.parametrize(("shapes", "arguments", "words"), [
+    ([(4, 8)] * 3, {}, r"\(4, 8\).*three dimensions"),
+    ([(4, 1, 8), (5, 1, 8), (5, 1, 8)], {}, r"\(5, 1, 8\).*one shape"),
+    ([(4, 1, 8)] * 3, {"is_causal": True}, "give the causal attn_mask"),
+    ([(4, 1, 8)] * 3, {"key_padding_mask": torch.ones(1, 4).long()}, "int64.*bool"),
+    ([(4, 1, 8)] * 3, {"hw": (3, 2)}, "3×2")])
+def test_attention_refuses_inputs_that_it_would_misread(shapes, arguments, words):
+    attention = RPEMultiheadAttention(8, 2, rpe_config=get_rpe_config(skip=0))
+    with pytest.raises(ValueError, match=words):
+        attention(*map(torch.zeros, shapes), **arguments)
 
 
 @pytest.mark.parametrize("flags", [(), ("--pre_norm",), ("--enc_rpe2d", "rpe-2.0-product-ctx-1-qkv")])

@@ -22,7 +22,8 @@ def sample(seed, integral=False):
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.round().astype(int), strict=True):
         mask[y1:y2, x1:x2] = 255
     target = {"boxes": tv_tensors.BoundingBoxes(torch.tensor(boxes, dtype=torch.float32), format="XYXY",
-                                                canvas_size=(height, width)), "labels": torch.arange(4)}
+                                                canvas_size=(height, width)), "labels": torch.arange(4),
+              "masks": tv_tensors.Mask(torch.from_numpy(masks // 255))}
     picture = Image.fromarray(random.randint(0, 255, (height, width, 3)).astype(np.uint8))
     return picture, target, [Image.fromarray(mask) for mask in masks]
 
@@ -47,8 +48,10 @@ def test_flipped_twice_boxes_and_picture_are_as_before(seed):
 @pytest.mark.parametrize("seed", range(8))
 def test_flipped_box_is_where_the_flipped_mask_is(seed):
     picture, target, masks = sample(seed, integral=True)
-    boxes = v2.RandomHorizontalFlip(p=1)(picture, target)[1]["boxes"]
-    assert boxes.tolist() == [extent(v2.functional.horizontal_flip(mask)) for mask in masks]
+    found = v2.RandomHorizontalFlip(p=1)(picture, target)[1]
+    flipped = [v2.functional.horizontal_flip(mask) for mask in masks]
+    assert found["boxes"].tolist() == [extent(mask) for mask in flipped]
+    assert np.array_equal(found["masks"] * 255, np.stack(flipped))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -58,20 +61,36 @@ def test_cropped_boxes_and_labels_are_those_of_the_cropped_masks(seed):
     top, left = random.randint(0, picture.height // 2), random.randint(0, picture.width // 2)
     region = (top, left, random.randint(10, picture.height - top), random.randint(10, picture.width - left))
     cut, found = crop(picture, target, *region)
-    expected = {i: extent(v2.functional.crop(mask, *region)) for i, mask in enumerate(masks)}
-    expected = {i: box for i, box in expected.items() if box}
+    masks = [v2.functional.crop(mask, *region) for mask in masks]
+    expected = {i: extent(mask) for i, mask in enumerate(masks) if extent(mask)}
     assert found["labels"].tolist() == list(expected)
     assert found["boxes"].tolist() == list(expected.values())
+    assert np.array_equal(found["masks"] * 255, np.array([np.asarray(masks[i]) for i in expected]).reshape(
+        -1, *region[2:]))
     assert (cut.height, cut.width) == region[2:] == found["boxes"].canvas_size
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_resized_box_is_where_the_resized_mask_is(seed):
+def test_resized_box_and_mask_are_where_the_resized_mask_is(seed):
     picture, target, masks = sample(seed, integral=True)
     resized, found = v2.Resize(217, max_size=333)(picture, target)
     assert found["boxes"].canvas_size == (resized.height, resized.width)
-    for box, mask in zip(found["boxes"], masks, strict=True):
-        np.testing.assert_allclose(box, extent(v2.functional.resize(mask, [resized.height, resized.width])), atol=1.0)
+    for box, small, mask in zip(found["boxes"], found["masks"], masks, strict=True):
+        expected = v2.functional.resize(mask, [resized.height, resized.width])
+        np.testing.assert_allclose(box, extent(expected), atol=1.0)
+        assert (small.numpy() != (np.asarray(expected) > 127)).mean() < 0.02 and set(small.unique().tolist()) <= {0, 1}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_after_the_whole_recipe_every_mask_is_where_its_box_is(seed):
+    picture, target, _ = sample(seed, integral=True)
+    torch.manual_seed(seed)
+    image, found = make_coco_transforms("train", 200)(picture, target)
+    height, width = image.shape[1:]
+    assert found["masks"].dtype == torch.bool and found["masks"].shape == (len(found["labels"]), height, width)
+    boxes = box_cxcywh_to_xyxy(found["boxes"]) * torch.tensor([width, height, width, height])
+    for box, mask in zip(boxes, found["masks"], strict=True):
+        np.testing.assert_allclose(box, extent(mask * 255), atol=4.0)
 
 
 def test_size_crop_stays_inside_and_within_its_limits():

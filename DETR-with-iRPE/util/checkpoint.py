@@ -43,8 +43,8 @@ class TrainingState:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except (ValueError, KeyError) as error:
             raise UserError(
-                f"the optimizer in {path} trained other parameters ({error}): give the --no_pretrained_backbone and "
-                "--lr_backbone of that run to go on with it, or --finetune to start a new run from its weights"
+                f"the optimizer in {path} trained other parameters ({error}): give that run's --frozen_weights, "
+                "--no_pretrained_backbone and --lr_backbone to go on with it, or --finetune to start from its weights"
             ) from error
         self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
         if checkpoint.get("scaler"):
@@ -60,13 +60,20 @@ def load_weights(model, checkpoint, path, new_class_head=False):
     """
     weights = model_weights(checkpoint, path)
     expected = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
-    head = [key for key in expected if key.startswith("class_embed.") and key in weights
+    drawn, draws = (any(key.startswith("mask_head.") for key in keys) for keys in (weights, expected))
+    if drawn and not draws:
+        raise UserError(f"checkpoint {path} has a mask head: give it to --resume, with --masks")
+    if draws and not drawn:
+        raise UserError(f"checkpoint {path} has no mask head: leave --masks out to find boxes, or learn masks on top "
+                        f"of this detector with --frozen_weights {path}")
+    head = [key for key in expected if "class_embed." in key and key in weights
             and len(weights[key]) != len(expected[key])]
     if head:
         counts = [len(values[head[0]]) - 1 for values in (weights, expected)]
         if not new_class_head:
             raise UserError(f"checkpoint {path} has {counts[0]} classes and this run {counts[1]}: check --coco_path "
-                            "and --num_classes, or say --finetune to start from its weights with a new class head")
+                            "and --num_classes, or say --finetune with --resume to start from its weights with a new "
+                            "class head")
         print_once(f"finetune: new class head for {counts[1]} classes instead of {counts[0]}")
         weights.update({key: expected[key] for key in head})
     differences = key_differences(

@@ -69,6 +69,15 @@ def small(data_path, *flags):
             "--batch-size", 8, "--num_workers", 0, "--epochs", 1, *flags]
 
 
+@pytest.fixture(scope="session")
+def trained(pictures, tmp_path_factory):
+    """checkpoint.pth, beside its log.txt, of a run of one epoch; for reading only."""
+    from main import main
+    path = tmp_path_factory.mktemp("trained")
+    main(parse(*small(pictures, "--output_dir", path)))
+    return path / "checkpoint.pth"
+
+
 def start(*command, **environment):
     """Start Python with one thread in the project's folder; its output is captured.
 
@@ -83,6 +92,9 @@ def free_port():
     with socket.socket() as sock:
         sock.bind(("localhost", 0))
         return sock.getsockname()[1]
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 
 
 def launcher(world_size, *flags):

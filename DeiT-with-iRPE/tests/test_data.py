@@ -131,7 +131,7 @@ def test_damaged_header_in_a_tar_does_not_pass_for_its_end(pictures, tmp_path):
     with tarfile.open(pictures / "val.tar") as tar:
         offset = tar.getmembers()[5].offset
     data = bytearray((pictures / "val.tar").read_bytes())
-    data[offset:offset + 512] = b"x" * 512
+    data[offset:offset + 512], data[offset + 512:offset + 1024] = b"x" * 512, bytes(512)
     (tmp_path / "val.tar").write_bytes(data)
     with pytest.raises(UserError, match="val.tar is truncated or damaged"):
         build("val", tmp_path, "--load-tar")

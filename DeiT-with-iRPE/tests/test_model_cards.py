@@ -1,4 +1,4 @@
-"""`rpe_models.py --list` and `--describe` against the golden shapes, the released table and counts by hand."""
+"""`model_cards.py --list` and `--describe` against the golden shapes, the released table and counts by hand."""
 import json
 import re
 import subprocess
@@ -76,11 +76,10 @@ def test_a_pattern_is_a_part_of_a_name_or_a_glob(pattern, names):
     assert model_cards.matching(pattern) == names
 
 
-def test_without_the_repositorys_table_the_list_says_so(monkeypatch, tmp_path, capsys):
+def test_without_the_repositorys_table_the_list_does_without_released_numbers(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(model_cards, "NUMBERS", tmp_path / "released.json")
     model_cards.list_models("deit_tiny_patch16_224_ctx")
-    out = capsys.readouterr().out
-    assert re.search(r" 50 +- +-\n", out) and "released.json, which is missing" in out
+    assert re.search(r" 50 +- +-\n", capsys.readouterr().out)
 
 
 def test_a_pattern_that_fits_nothing_is_refused_in_a_sentence():
@@ -107,7 +106,7 @@ def test_a_description_of_an_ablation_tells_every_part_of_its_name(capsys):
     expected = {"model": "width 192, depth 12, 3 heads of 64", "picture": "384×384 .* 24×24 tokens after 1 prefix",
                 "method": "cross", "mode": "bias", "where": r"queries and keys \(qk\)", "heads": "unshared",
                 "ratio": "20: alpha 20, beta 40, gamma 160",
-                "buckets": f"56 used on a 14×14 map, {2 * (len(g) + 1)} on this one, of 164 in the tables"}
+                "buckets": f"56 used on a 14×14 map, {2 * (len(g) + 1)} on this one"}
     for what, words in expected.items():
         assert re.search(words, found[what]), what
     assert text.count("lookup_table_bias (3, 82)") == 4
@@ -118,11 +117,6 @@ def test_a_baseline_is_described_without_an_encoding(name, prefix, capsys):
     found, _ = described(name, capsys)
     assert found["method"].startswith("none") and "ratio" not in found
     assert f"after {prefix} prefix" in found["picture"] and found["checkpoint"].startswith("https://")
-
-
-def test_maps_too_large_to_count_are_described_without_counting(capsys):
-    found, _ = described("deit_tiny_patch16_4096_ctx_euc_20_shared_v", capsys)
-    assert "not counted" in found["MACs"] and "256×256" in found["picture"]
 
 
 @pytest.mark.parametrize("name, words", [
@@ -140,7 +134,7 @@ def test_a_name_outside_the_grammar_is_refused_in_a_sentence(name, words):
 
 
 def test_the_command_works_from_any_folder_and_registers_its_models_once(tmp_path):
-    done = subprocess.run([sys.executable, "-W", "ignore:the extension rpe_ops", PROJECT / "rpe_models.py", "--list",
+    done = subprocess.run([sys.executable, "-W", "ignore:the extension rpe_ops", PROJECT / "model_cards.py", "--list",
                            "*tiny*_k"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(f"^{rpe_models.RELEASED[0]} +5.76 +1276 +50 ", done.stdout, re.MULTILINE)

@@ -2,21 +2,21 @@
 import argparse
 import collections
 import json
+import math
 import os
 import pathlib
 import re
 import resource
 import signal
-import sys
 import urllib.error
-import zipfile
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import main
 import runtime
-from conftest import finish, start, start_processes
+from conftest import PROJECT, finish, launcher, start, start_processes
 from runtime import UserError, load_checkpoint, save_atomically
 
 
@@ -48,29 +48,12 @@ def saved(tmp_path, obj, **options):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_command_line_and_paths_in_a_checkpoint_come_back(tmp_path, zipped):
     args = argparse.Namespace(output_dir=pathlib.PosixPath("/a/b"), betas=[0.9, 0.95], lr=1e-3, resume=None,
-                              data=pathlib.PureWindowsPath("c:/d"), more=collections.OrderedDict(a=1))
+                              more=collections.OrderedDict(a=1))
     path = saved(tmp_path, {"model": {"w": torch.arange(3.0)}, "epoch": 7, "args": args},
                  _use_new_zipfile_serialization=zipped)
     checkpoint = load_checkpoint(path)
     assert checkpoint["args"] == args and checkpoint["epoch"] == 7
     assert torch.equal(checkpoint["model"]["w"], torch.arange(3.0))
-
-
-@pytest.mark.parametrize(("name", "expected"), [
-    ("pathlib._local\nPosixPath", pathlib.PurePosixPath("a/b")),
-    ("pathlib\nWindowsPath", pathlib.PureWindowsPath("a/b")),
-    ("pathlib._local\nPureWindowsPath", pathlib.PureWindowsPath("a/b"))])
-def test_paths_of_other_pythons_and_systems_are_read(tmp_path, name, expected):
-    written = "pathlib._local\nPosixPath" if sys.version_info >= (3, 13) else "pathlib\nPosixPath"
-    source = saved(tmp_path, {"p": pathlib.PosixPath("a/b")})
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(tmp_path / "new.pth", "w") as new:
-        for record in old.namelist():
-            data = old.read(record)
-            if record.endswith("data.pkl"):
-                assert written.encode() in data
-                data = data.replace(written.encode(), name.encode())
-            new.writestr(record, data)
-    assert load_checkpoint(tmp_path / "new.pth") == {"p": expected}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -167,11 +150,10 @@ def test_output_directory_is_made_or_refused_at_once(tmp_path):
 
 def test_download_is_kept_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    (tmp_path / "w.pth").write_bytes(b"weights")
-    path = runtime.cached_download((tmp_path / "w.pth").as_uri())
-    assert pathlib.Path(path).read_bytes() == b"weights" and path.startswith(str(tmp_path / "cache"))
-    (tmp_path / "w.pth").unlink()
-    assert runtime.cached_download((tmp_path / "w.pth").as_uri()) == path
+    url = saved(tmp_path, {"epoch": 3}).as_uri()
+    assert load_checkpoint(url) == {"epoch": 3}
+    (tmp_path / "c.pth").unlink()
+    assert load_checkpoint(url) == {"epoch": 3} and (tmp_path / "cache" / "hub" / "checkpoints" / "c.pth").is_file()
 
 
 def test_offline_the_address_and_the_place_for_the_file_are_said(tmp_path, monkeypatch):
@@ -181,9 +163,8 @@ def test_offline_the_address_and_the_place_for_the_file_are_said(tmp_path, monke
         raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    for function in (runtime.cached_download, load_checkpoint):
-        sentence = fails_with(function, "https://host/models/w.pth")
-        assert "https://host/models/w.pth" in sentence and f"{tmp_path}/hub/checkpoints/w.pth" in sentence
+    sentence = fails_with(load_checkpoint, "https://host/models/w.pth")
+    assert "https://host/models/w.pth" in sentence and f"put it into {tmp_path}/hub/checkpoints" in sentence
 
 
 # Errors
@@ -204,7 +185,7 @@ def test_sentence_survives_the_worker_process(workers):
 @pytest.mark.parametrize(("error", "status", "said"), [
     (UserError("no such flower"), 1, "error: no such flower\n"),
     (UserError("said by a library\nin two lines"), 1, "error: said by a library in two lines\n"),
-    (KeyboardInterrupt(), 130, "interrupted\n")])
+    (KeyboardInterrupt(), 130, "")])
 def test_run_says_one_line_and_ends_with_a_status(capsys, error, status, said):
     def main(args):
         raise error
@@ -234,7 +215,7 @@ def test_parser_says_a_mistake_in_one_line(capsys):
 # Processes
 
 def settings(**values):
-    return argparse.Namespace(**{"device": "cpu", "world_size": 1, "dist_url": "env://", "local_rank": None, **values})
+    return argparse.Namespace(**{"device": "cpu", "world_size": 1, "dist_url": "env://", **values})
 
 
 @pytest.fixture
@@ -242,14 +223,12 @@ def alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS",
                  "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(runtime, "_place", (0, 1))  # find_place changes it
     return monkeypatch
 
 
 @pytest.mark.parametrize(("environment", "values", "place"), [
     ({}, {}, (0, 1, 0)),
     ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, {}, (5, 8, 1)),
-    ({"RANK": "5", "WORLD_SIZE": "8"}, {"local_rank": 1, "world_size": 8}, (5, 8, 1)),
     ({"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"},
      {"dist_url": "tcp://host:1"}, (3, 4, 1)),
     ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, {}, (0, 1, 0))])
@@ -258,13 +237,13 @@ def test_place_among_the_processes_is_read_from_any_launcher(alone, environment,
         alone.setenv(name, value)
     args = settings(**values)
     assert runtime.find_place(args) == torch.device("cpu")
-    assert (args.rank, args.world_size, runtime._local_rank(args)) == place
+    assert (args.rank, args.world_size, runtime._local_rank()) == place
     assert (runtime.get_rank(), runtime.get_world_size()) == place[:2] and args.distributed == (place[1] > 1)
 
 
 @pytest.mark.parametrize(("environment", "values", "words"), [
     ({}, {"world_size": 2}, "torchrun --nproc_per_node=2"),
-    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, {}, "need --dist_url tcp://HOST:PORT"),
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, {}, "say tcp://HOST:PORT"),
     ({}, {"device": "toaster"}, "--device toaster cannot be used"),
     ({"RANK": "0", "WORLD_SIZE": "2"}, {"dist_url": "carrier-pigeon://x"}, "--dist_url carrier-pigeon://x")])
 def test_launch_that_cannot_work_is_explained(alone, environment, values, words):
@@ -283,18 +262,15 @@ PROGRAM = """
 import argparse, sys, time, torch, runtime
 case = sys.argv[1]
 def main(args):
-    device = runtime.find_place(args)
+    runtime.find_place(args)
     if case == "before":
         raise runtime.UserError("a mistake of all")
     runtime.init_distributed(args)
-    rank, scalars = runtime.get_rank(), runtime.DeferredScalars("here")
-    scalars.push(loss=torch.tensor(float(rank)))
-    assert scalars.push(loss=torch.tensor(1.0)) == {"loss": 0.5}
-    assert scalars.flush() == {"loss": 1.0}
-    runtime.print_once("ready")
-    if case == "nan":
-        scalars.push(loss=torch.tensor(float("nan") if rank else 1.0))
-        scalars.flush()
+    rank, values = runtime.get_rank(), []
+    progress = runtime.Progress("here", range(2), 1)
+    for step in progress:
+        progress.add(loss=torch.tensor(float("nan") if case == "nan" and step and rank else float(rank + step)))
+    assert progress.averages() == {"loss": 1.0}
     if case == "alone" and rank == 1:
         raise runtime.UserError("a mistake of one")
     if case == "bug" and rank == 1:
@@ -304,29 +280,35 @@ def main(args):
     runtime.all_reduce_sum(torch.zeros(1))
 runtime.run(main, argparse.Namespace(device="cpu", world_size=1, dist_url="env://"))
 """
-LOST = "error: process 0 of 2 lost the others: "
 
 
-@pytest.mark.parametrize(("case", "status", "first", "second"), [
-    ("none", 0, "", ""), ("before", 1, "error: a mistake of all\n", ""),
-    ("nan", 1, "error: loss is nan at here, step 2: ", ""), ("interrupt", 130, "interrupted\n", ""),
-    ("alone", 1, LOST, "error: process 1 of 2: a mistake of one\n"), ("bug", 1, LOST, "Traceback")])
-def test_mistake_of_all_is_said_once_and_that_of_one_by_itself(case, status, first, second):
-    processes = start_processes(2, "-c", PROGRAM, case)
-    if case == "interrupt":
-        assert processes[0].stdout.readline() == "ready\n"
-        for process in processes:
-            process.send_signal(signal.SIGINT)
-    results = [finish(process) for process in processes]
-    assert [result[0] for result in results] == [status] * 2
-    for (_, _, said), expected in zip(results, (first, second), strict=True):
-        assert said.startswith(expected) and (said.count("\n") == bool(expected) or case == "bug")
-    assert results[0][2].count("\n") <= 1 and (case != "bug" or "RuntimeError: a bug" in results[1][2])
+@pytest.mark.parametrize(("case", "said"), [("before", "a mistake of all"), ("nan", "loss is nan at here, step 1: ")])
+def test_mistake_that_all_meet_is_said_once_under_a_launcher(tmp_path, case, said):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    status, _, err = finish(start(*launcher(2), "--use_env", tmp_path / "program.py", case, PYTHONPATH=str(PROJECT)))
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status != 0 and len(errors) == 1 and errors[0].startswith(f"error: process 0 of 2: {said}")
+
+
+def test_mistake_of_one_process_ends_all_and_is_said_by_itself():
+    runs = {case: start_processes(2, "-c", PROGRAM, case) for case in ("none", "interrupt", "alone", "bug")}
+    assert "here [2/2]" in runs["interrupt"][0].stdout.readline()
+    for process in runs["interrupt"]:
+        process.send_signal(signal.SIGINT)
+    results = {case: [finish(process) for process in processes] for case, processes in runs.items()}
+    assert {case: [status for status, _, _ in ends] for case, ends in results.items()} == {
+        "none": [0, 0], "interrupt": [130, 130], "alone": [1, 1], "bug": [1, 1]}
+    assert {err for case in ("none", "interrupt") for _, _, err in results[case]} == {""}
+    for case, said in (("alone", "a mistake of one\n"), ("bug", "Traceback (most recent call last):\n")):
+        (_, _, first), (_, _, second) = results[case]
+        assert re.fullmatch("error: process 0 of 2: another process is lost: .*\n", first)
+        assert second.startswith(f"error: process 1 of 2: {said}")
+    assert second.endswith("RuntimeError: a bug\n\n")
 
 
 def test_seeds_give_the_same_numbers_again_and_other_numbers_for_another_epoch():
     def draw(*seed):
-        runtime.seed_everything(*seed)
+        main.seed_everything(*seed)
         return torch.rand(1).item(), __import__("random").random(), __import__("numpy").random.rand()
 
     assert draw(0, 1, 2) == draw(0, 1, 2)
@@ -337,21 +319,21 @@ def test_seeds_give_the_same_numbers_again_and_other_numbers_for_another_epoch()
 # Logs
 
 def test_progress_says_steps_rate_and_means_in_plain_lines(capsys):
-    progress = runtime.Progress("Epoch 3", 24, images_per_step=8, interval=0.0)
-    for value in progress.track(range(24)):
-        progress.update(loss=float(value))
+    progress = runtime.Progress("epoch 3", range(24), images_per_step=8, shown=("loss", "lr"), lr=0.1)
+    for value in progress:
+        progress.add(loss=torch.tensor(float(value)), other=torch.tensor(1.0))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 24 and re.fullmatch(
-        r"Epoch 3 \[24/24]  eta 0:00:00  [\d.]+ img/s  loss 13.5 \(11.5\)", lines[-1])
-    assert progress.averages() == {"loss": 11.5}
+    assert len(lines) == 2 and "[20/24]" in lines[0] and re.fullmatch(
+        r"epoch 3 \[24/24]  eta 0:00:00  [\d.]+ img/s  loss 13.5 \(11.5\)  lr 0.1 \(0.1\)", lines[1])
+    assert progress.averages() == {"loss": 11.5, "other": 1.0, "lr": 0.1}
 
 
-def test_scalars_are_read_one_step_late_and_must_be_finite():
-    scalars = runtime.DeferredScalars("epoch 2")
-    assert scalars.push(loss=torch.tensor(1.0), other=torch.tensor(5.0)) == {}
-    assert scalars.push(loss=torch.tensor(2.0), other=torch.tensor(6.0)) == {"loss": 1.0, "other": 5.0}
-    assert scalars.push(loss=torch.tensor(float("inf")), other=torch.tensor(0.0)) == {"loss": 2.0, "other": 6.0}
-    assert fails_with(scalars.flush).startswith("loss is inf at epoch 2, step 2")
+def test_value_that_is_not_finite_is_said_with_its_step(capsys):
+    progress = runtime.Progress("epoch 2", range(50), images_per_step=1)
+    sentence = fails_with(lambda: [progress.add(loss=torch.tensor(math.inf if step == 23 else 1.0))
+                                   for step in progress])
+    assert sentence.startswith("loss is inf at epoch 2, step 23: ")
+    assert "[20/50]" in (said := capsys.readouterr().out) and "[40/50]" not in said
 
 
 def test_log_has_one_object_a_line_and_tensorboard_the_numbers(tmp_path):

@@ -94,9 +94,8 @@ def test_a_resumed_run_goes_on_to_the_bit_as_one_that_never_stopped(pictures, tm
     assert logs[0] == logs[1] and logs[0].count("\n") == 3
 
 
-def test_optimizer_of_a_released_file_is_taken_over(pictures, tmp_path):
-    run(pictures, "--output_dir", tmp_path)
-    checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
+def test_optimizer_of_a_released_file_is_taken_over(pictures, trained, tmp_path):
+    checkpoint = load_checkpoint(trained)
     del checkpoint["max_accuracy"]
     old_keys = {"params", "lr", "betas", "eps", "weight_decay", "amsgrad", "initial_lr"}  # PyTorch 1.7's AdamW
     for group in checkpoint["optimizer"]["param_groups"]:
@@ -106,9 +105,9 @@ def test_optimizer_of_a_released_file_is_taken_over(pictures, tmp_path):
         state["step"] = int(state["step"])
     torch.save(checkpoint, tmp_path / "released.pth")
     ends = []
-    for file in ("checkpoint.pth", "released.pth"):
-        run(pictures, "--output_dir", tmp_path / file[:4], "--resume", tmp_path / file, "--epochs", 2)
-        ends.append(load_checkpoint(tmp_path / file[:4] / "checkpoint.pth")["model"])
+    for name, file in (("own", trained), ("released", tmp_path / "released.pth")):
+        run(pictures, "--output_dir", tmp_path / name, "--resume", file, "--epochs", 2)
+        ends.append(load_checkpoint(tmp_path / name / "checkpoint.pth")["model"])
     assert same(*ends)
 
 
@@ -119,10 +118,9 @@ def test_best_accuracy_is_remembered_by_a_resumed_run(pictures, tmp_path, monkey
         assert "Max accuracy: 70.00%" in capsys.readouterr().out
 
 
-def test_checkpoint_that_a_new_run_will_replace_is_named(pictures, tmp_path, capsys):
-    flags = ["--output_dir", tmp_path]
-    for more, said in (([], False), ([], True), (["--resume", tmp_path / "checkpoint.pth"], False)):
-        run(pictures, *flags, *more)
+def test_checkpoint_that_a_new_run_will_replace_is_named(pictures, trained, tmp_path, capsys):
+    for more, said in (([], False), ([], True), (["--resume", trained], False)):
+        run(pictures, "--output_dir", tmp_path, *more)
         note = f"note: {tmp_path}/checkpoint.pth of an earlier run will be replaced"
         assert (note in capsys.readouterr().out) == said
 
@@ -140,11 +138,9 @@ def test_every_epoch_has_an_order_of_its_own(pictures, monkeypatch, flag):
     assert len(set(orders)) == 3
 
 
-def test_nothing_is_trained_beyond_the_last_epoch(pictures, tmp_path, capsys):
-    run(pictures, "--output_dir", tmp_path)
-    before = (tmp_path / "checkpoint.pth").read_bytes()
-    run(pictures, "--output_dir", tmp_path, "--resume", tmp_path / "checkpoint.pth")
-    assert "nothing to train" in capsys.readouterr().out and (tmp_path / "checkpoint.pth").read_bytes() == before
+def test_nothing_is_trained_beyond_the_last_epoch(pictures, trained, tmp_path, capsys):
+    run(pictures, "--output_dir", tmp_path, "--resume", trained)
+    assert "nothing to train" in capsys.readouterr().out and not (tmp_path / "checkpoint.pth").exists()
 
 
 def test_weights_alone_can_be_evaluated_and_trained_further(pictures, tmp_path, capsys):

@@ -10,8 +10,10 @@ from .irpe import build_rpe, rpe_attention
 
 def additive_mask(mask, dtype):
     """Mask to add to the logits, from a bool one (True hides the key) or a float one of any shape."""
-    if mask.dtype != torch.bool:
+    if mask.is_floating_point():
         return mask.to(dtype)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"a mask is of {mask.dtype}; it must be bool (True hides the key) or float (to add)")
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
 
 
@@ -21,38 +23,61 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
     Parameters and their names are those of `nn.MultiheadAttention`, plus the tables of `rpe_q`, `rpe_k`, `rpe_v`.
 
     Args:
-        embed_dim: channels of the tokens, a multiple of `num_heads`.
-        num_heads: H.
-        dropout: of the attention, in training.
-        bias: whether the projections have one.
-        batch_first: (B, L, C) rather than (L, B, C) in and out.
+        *args, **kwargs: of `nn.MultiheadAttention`.
         rpe_config: `irpe.RPEConfig`; None for attention without relative positions.
+    Raises: ValueError for add_bias_kv or add_zero_attn, whose keys have no place on a map, and for another kdim or
+        vdim than embed_dim.
     """
 
-    def __init__(self, embed_dim, num_heads, dropout=0.0, bias=True, batch_first=False, rpe_config=None):
-        super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first)
-        self.rpe_q, self.rpe_k, self.rpe_v = build_rpe(rpe_config, self.head_dim, num_heads)
+    def __init__(self, *args, rpe_config=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.bias_k is not None or self.add_zero_attn or self.in_proj_weight is None:
+            raise ValueError(f"add_bias_kv, add_zero_attn, kdim={self.kdim} or vdim={self.vdim} is asked for: leave "
+                             f"them out; keys and values have embed_dim={self.embed_dim} channels, one for each token")
+        self.rpe_q, self.rpe_k, self.rpe_v = build_rpe(rpe_config, self.head_dim, self.num_heads)
+        self.to(self.in_proj_weight)  # tables go where device and dtype put the rest
 
-    def forward(self, query, key, value, key_padding_mask=None, attn_mask=None, hw=None):
-        """Attend.
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+                average_attn_weights=True, is_causal=False, *, hw=None):
+        """Attend, as `nn.MultiheadAttention` on batches.
 
         Args:
             query, key, value: (B, L, C) with `batch_first`, else (L, B, C); one length L for all with rpe_config.
             key_padding_mask: (B, L), bool with True on keys to ignore, or float to add to the logits.
+            need_weights: give the weights too; without them it is faster.
             attn_mask: (L, L) or (B·H, L, L), bool with True where a key is hidden, or float.
+            average_attn_weights: give the mean weights of the heads.
+            is_causal: a hint that attn_mask is causal; changes nothing.
             hw: (height, width) of the map, in tokens; square if not given.
-        Returns: (output of query's shape, None), as `nn.MultiheadAttention` without weights.
-        Raises: ValueError if L does not fit the map.
+        Returns: (output of query's shape, the weights that it used, (B, L, L) or of each head (B, H, L, L); None
+            without need_weights).
+        Raises: ValueError if L does not fit the map, or arguments have shapes or types other than these.
         """
+        shapes = [tuple(x.shape) for x in (query, key, value)]
+        encoded = self.rpe_q or self.rpe_k or self.rpe_v
+        if any(len(shape) != 3 for shape in shapes) or (encoded and len(set(shapes)) > 1):
+            raise ValueError(f"query, key and value have shapes {shapes}: give batches, of three dimensions, and with "
+                             "relative positions all of one shape")
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal is only a hint about attn_mask: give the causal attn_mask with it")
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = (self.split_heads(x) for x in self.project(query, key, value))
-        height, width = hw or (None, None)
-        out = rpe_attention(q, k, v, self.rpe_q, self.rpe_k, self.rpe_v, height, width,
-                            self._merge_masks(key_padding_mask, attn_mask, q),
-                            self.dropout if self.training else 0.0)
+        out, weights = self._attend(q, k, v, self._merge_masks(key_padding_mask, attn_mask, q), need_weights, hw)
         out = self.out_proj(out.transpose(1, 2).flatten(2))  # (B, L, C)
-        return (out if self.batch_first else out.transpose(0, 1)), None
+        if need_weights and average_attn_weights:
+            weights = weights.mean(1)
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def _attend(self, q, k, v, mask, need_weights, hw):
+        """(B, H, L, D), and (B, H, L, L) or None."""
+        hw, dropout = hw or (None, None), self.dropout if self.training else 0.0
+        if not need_weights:
+            return rpe_attention(q, k, v, self.rpe_q, self.rpe_k, self.rpe_v, *hw, mask, dropout), None
+        every_key = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:3], -1)
+        weights = rpe_attention(q, k, every_key, self.rpe_q, self.rpe_k, None, *hw, mask, dropout)
+        out = torch.matmul(weights, v)
+        return (out if self.rpe_v is None else out + self.rpe_v(weights, *hw)), weights
 
     def project(self, query, key, value):
         """Queries, keys and values (B, L, C) after the input projection."""

@@ -1,30 +1,19 @@
-"""iRPE.png, drawn by draw_irpe.py at the top of the repository."""
-import importlib.util
+"""iRPE.png, drawn by tools/draw_irpe.py."""
 import math
 
+import draw_irpe
 import pytest
 import torch
 
-from conftest import PROJECT
+from conftest import ROOT
 from irpe import get_bucket_ids_2d, piecewise_index
 
-ROOT = PROJECT.parent
-if not (ROOT / "draw_irpe.py").is_file():
-    pytest.skip("this folder was copied without the repository around it", allow_module_level=True)
 PUBLISHED = {"Euclidean": ("euc", 20), "Quantization": ("quant", 33), "Product": ("product", 1.9),
              "Cross, rows": ("cross_rows", 20), "Cross, columns": ("cross_cols", 20)}
 
 
-@pytest.fixture(scope="module")
-def draw_irpe():
-    spec = importlib.util.spec_from_file_location("draw_irpe", ROOT / "draw_irpe.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("position", [(5, 8), (0, 13)])
-def test_every_number_and_colour_drawn_is_the_bucket_of_its_key(draw_irpe, position):
+def test_every_number_and_colour_drawn_is_the_bucket_of_its_key(position):
     axes = {panel.get_title().partition(":")[0]: panel for panel in draw_irpe.draw(position).axes}
     for name, (method, ratio) in PUBLISHED.items():
         ids, _ = get_bucket_ids_2d(method, 14, 14, 0, ratio, 2 * ratio, 8 * ratio)
@@ -40,7 +29,7 @@ def test_every_number_and_colour_drawn_is_the_bucket_of_its_key(draw_irpe, posit
             assert middle == [position[1], position[0]]
 
 
-def test_the_curves_are_g_and_the_clipped_offset(draw_irpe):
+def test_the_curves_are_g_and_the_clipped_offset():
     panel = draw_irpe.draw((5, 8)).axes[-1]
     curves = {line.get_label(): dict(zip(*(values.tolist() for values in line.get_data(orig=True)), strict=True))
               for line in panel.lines if not line.get_label().startswith("_")}

@@ -1,17 +1,15 @@
 """Draw iRPE.png: the bucket of every position of a 14×14 map as seen from one, under each mapping, and the function g.
 
-    python draw_irpe.py [--position ROW COLUMN] [--output FILE.png]
+    python tools/draw_irpe.py [--position ROW COLUMN] [--output FILE.png]
 """
 import argparse
-import sys
-from pathlib import Path
+import itertools
 
 import torch
+from drawing import COLORS, ROOT, new_figure, runtime, save
+from matplotlib import colormaps
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "DeiT-with-iRPE"))
-from drawing import COLORS, new_figure, save
 from irpe import get_bucket_ids_2d, get_rpe_config, piecewise_index
-from runtime import ArgumentParser, UserError, run
 
 SIDE = 14
 # the mappings with the ratios of the published models
@@ -31,7 +29,6 @@ def buckets(method, ratio, position):
 
 def colors(ids):
     """(14, 14, 3): one colour for each bucket, from dark to bright in their order."""
-    from matplotlib import colormaps
     values, ranks = ids.unique(return_inverse=True)
     return torch.from_numpy(colormaps["viridis"](ranks.numpy() / (len(values) - 1))[..., :3]).float()
 
@@ -51,10 +48,9 @@ def draw_buckets(axes, ids, position, title, pixels):
     """Coloured squares with the numbers of their buckets; the reference position is framed."""
     axes.imshow(pixels.numpy())
     bright = pixels @ torch.tensor([0.3, 0.59, 0.11])
-    for row in range(SIDE):
-        for column in range(SIDE):
-            axes.text(column, row, str(ids[row, column].item()), ha="center", va="center", fontsize=7.5,
-                      color="black" if bright[row, column] > 0.5 else "white")
+    for row, column in itertools.product(range(SIDE), repeat=2):
+        axes.text(column, row, str(ids[row, column].item()), ha="center", va="center", fontsize=7.5,
+                  color="black" if bright[row, column] > 0.5 else "white")
     row, column = position
     for width, color in ((4, "white"), (2, "#D00000")):
         axes.plot([column - 0.5, column + 0.5, column + 0.5, column - 0.5, column - 0.5],
@@ -97,14 +93,14 @@ def draw(position):
 
 def main(args):
     if not all(0 <= value < SIDE for value in args.position):
-        raise UserError(f"--position {args.position[0]} {args.position[1]} is not on the map of {SIDE}×{SIDE}: "
+        raise runtime.UserError(f"--position {args.position[0]} {args.position[1]} is not on the map of {SIDE}×{SIDE}: "
                         f"rows and columns go from 0 to {SIDE - 1}")
     save(draw(args.position), args.output, dpi=80)
     print(args.output)
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--position", nargs=2, type=int, default=(5, 8), metavar=("ROW", "COLUMN"))
-    parser.add_argument("--output", default=str(Path(__file__).resolve().parent / "iRPE.png"), metavar="FILE.png")
-    run(main, parser.parse_args())
+    parser.add_argument("--output", default=str(ROOT / "iRPE.png"), metavar="FILE.png")
+    runtime.run(main, parser.parse_args())

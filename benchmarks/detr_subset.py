@@ -1,6 +1,6 @@
 """Copy a few pictures of a set in COCO's format into both splits of a new one, for a model to learn by heart.
 
-    python demo/subset.py COCO_PATH FOLDER [--images 4] [--most 4] [--repeat 25]
+    python benchmarks/detr_subset.py COCO_PATH FOLDER [--images 4] [--most 4] [--repeat 25]
 """
 import argparse
 import json

@@ -1,0 +1,187 @@
+"""Every flag of the public implementation has its name, type and default, and does what it says."""
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import main
+from conftest import load_annotations, parse, save_annotations, small, write_panoptic, write_set
+from models import build_model
+from util import runtime
+from util.runtime import UserError
+
+FLAGS = json.loads((Path(__file__).parent / "golden" / "cli_detr.json").read_text())
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=[flag["dest"] for flag in FLAGS])
+def test_every_released_flag_has_its_name_type_and_default(flag):
+    action, = (action for action in main.get_args_parser()._actions if action.dest == flag["dest"])
+    assert action.option_strings == flag["flags"] and action.default == flag["default"]
+    assert (action.type or str).__name__ == (flag["type"] or "str")
+    assert action.nargs == flag["nargs"] and (action.choices and list(action.choices)) == flag["choices"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A set, also as a panoptic one, whose first training picture has an object marked difficult, and weights of a
+    detector for it in detector.pth."""
+    root = write_set(tmp_path_factory.mktemp("flags"), count=4)
+    for split in ("train", "val"):
+        write_panoptic(root, root / "panoptic", split)
+    data = load_annotations(root, "train")
+    data["annotations"][0]["difficult"] = 1
+    save_annotations(root, "train", data)
+    torch.save({"model": build_model(parse(*small(root, "--num_classes", 5)))[0].state_dict()}, root / "detector.pth")
+    return root
+
+
+@pytest.fixture(scope="module")
+def start(root):
+    """Runs main.py on flags up to its first step: what the loops of training and evaluation were given, a list each."""
+    def start(*flags):
+        epochs, evaluations = [], []
+
+        def train_one_epoch(model, criterion, loader, optimizer, device, epoch, scaler, max_norm, amp_dtype):
+            optimizer.step()
+            epochs.append(SimpleNamespace(
+                model=model, criterion=criterion, loader=loader, optimizer=optimizer, device=device, epoch=epoch,
+                max_norm=max_norm, rates=[group["lr"] for group in optimizer.param_groups]))
+            return {}
+
+        def evaluate(model, criterion, postprocessors, loader, *rest):
+            evaluations.append(SimpleNamespace(model=model, postprocessors=postprocessors, loader=loader))
+            return {}, None
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(main, "train_one_epoch", train_one_epoch)
+            patch.setattr(main, "evaluate", evaluate)
+            main.main(parse(*small(root, *flags)))
+        return epochs, evaluations
+    return start
+
+
+@pytest.fixture(scope="module")
+def plain(start):
+    """The first epoch without further flags."""
+    return start()[0][0]
+
+
+def encoder(run):
+    return run.model.transformer.encoder.layers
+
+
+# flag: what it is set to, with what it needs beside it; what is seen of it in the first epoch; and what that is then.
+# The others have a test of their own below.
+SEEN = {
+    "lr": ([0.5], lambda run: run.rates[0], 0.5),
+    "lr_backbone": ([0.25], lambda run: run.rates[1], 0.25),
+    "batch_size": ([3], lambda run: run.loader.batch_size, 3),
+    "weight_decay": ([0.5], lambda run: run.optimizer.defaults["weight_decay"], 0.5),
+    "clip_max_norm": ([7], lambda run: run.max_norm, 7),
+    "backbone": (["resnet34"], lambda run: len(run.model.backbone[0].body.layer3), 6),
+    "dilation": (["--backbone", "resnet50"], lambda run: run.model.backbone[0].body.layer4[1].conv2.dilation, (2, 2)),
+    "position_embedding": (["learned"], lambda run: type(run.model.backbone[1]).__name__, "PositionEmbeddingLearned"),
+    "enc_layers": ([3], lambda run: len(encoder(run)), 3),
+    "dec_layers": ([3], lambda run: len(run.model.transformer.decoder.layers), 3),
+    "dim_feedforward": ([24], lambda run: encoder(run)[0].linear1.out_features, 24),
+    "hidden_dim": ([32], lambda run: run.model.input_proj.out_channels, 32),
+    "dropout": ([0.5], lambda run: encoder(run)[0].dropout.p, 0.5),
+    "nheads": ([4], lambda run: encoder(run)[0].self_attn.num_heads, 4),
+    "num_queries": ([6], lambda run: run.model.query_embed.num_embeddings, 6),
+    "pre_norm": ([], lambda run: encoder(run)[0].norm_first, True),
+    "enc_rpe2d": (["rpe-2.0-product-ctx-1-q"], lambda run: encoder(run)[0].self_attn.rpe_q is not None, True),
+    "masks": ([], lambda run: hasattr(run.model, "mask_head"), True),
+    "aux_loss": ([], lambda run: run.model.aux_loss or "loss_ce_0" in run.criterion.weight_dict, False),
+    "set_cost_class": ([9], lambda run: run.criterion.matcher.cost_class, 9),
+    "set_cost_bbox": ([9], lambda run: run.criterion.matcher.cost_bbox, 9),
+    "set_cost_giou": ([9], lambda run: run.criterion.matcher.cost_giou, 9),
+    "mask_loss_coef": ([9, "--masks"], lambda run: run.criterion.weight_dict.get("loss_mask"), 9),
+    "dice_loss_coef": ([9, "--masks"], lambda run: run.criterion.weight_dict.get("loss_dice"), 9),
+    "bbox_loss_coef": ([9], lambda run: run.criterion.weight_dict["loss_bbox_0"], 9),
+    "giou_loss_coef": ([9], lambda run: run.criterion.weight_dict["loss_giou_0"], 9),
+    "eos_coef": ([0.5], lambda run: run.criterion.empty_weight[-1].item(), 0.5),
+    "seed": ([7], lambda run: run.loader.sampler.seed, 7),
+    "num_workers": ([1], lambda run: run.loader.num_workers, 1),
+    "start_epoch": ([2, "--epochs", 3], lambda run: run.epoch, 2),
+    "remove_difficult": ([], lambda run: len(run.loader.dataset[0][1]["labels"]), 0),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_a_flag_reaches_what_it_names(start, plain, name):
+    values, seen, expected = SEEN[name]
+    flag, = (flag["flags"][0] for flag in FLAGS if flag["dest"] == name)
+    assert seen(start(flag, *values)[0][0]) == expected and seen(plain) != expected
+
+
+def test_every_flag_is_tested():
+    alone = {name.removeprefix("test_flag_") for name in globals() if name.startswith("test_flag_")}
+    assert {flag["dest"] for flag in FLAGS} == alone | SEEN.keys()
+
+
+def test_flag_epochs(start):
+    assert [run.epoch for run in start("--epochs", 3)[0]] == [0, 1, 2]
+
+
+def test_flag_lr_drop(start):
+    for drop, rates in ((1, [1e-4, 1e-5, 1e-6]), (2, [1e-4, 1e-4, 1e-5])):
+        assert [run.rates[0] for run in start("--epochs", 3, "--lr_drop", drop)[0]] == pytest.approx(rates)
+
+
+def test_flag_eval(start):
+    epochs, (evaluation,) = start("--eval")
+    assert not epochs and evaluation.loader.dataset.path.name == "instances_val2017.json"
+
+
+def test_flag_output_dir(start, tmp_path):
+    start("--output_dir", tmp_path / "out")
+    assert {"checkpoint.pth", "log.txt"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_flag_resume(start, tmp_path):
+    start("--output_dir", tmp_path, "--epochs", 2)
+    assert [run.epoch for run in start("--resume", tmp_path / "checkpoint.pth", "--epochs", 4)[0]] == [2, 3]
+
+
+def test_flag_frozen_weights(start, root):
+    (run,), _ = start("--masks", "--frozen_weights", root / "detector.pth")
+    weights = torch.load(root / "detector.pth")["model"]
+    assert all(torch.equal(value, weights[key]) for key, value in run.model.detr.state_dict().items())
+    assert not any(p.requires_grad for p in run.model.detr.parameters())
+
+
+def test_flag_coco_path(plain, root):
+    assert plain.loader.dataset.path.is_relative_to(root)
+
+
+def test_flag_dataset_file(start, root):
+    _, (evaluation,) = start("--dataset_file", "coco_panoptic", "--coco_panoptic_path", root / "panoptic", "--masks")
+    assert "panoptic" in evaluation.postprocessors
+    assert evaluation.model.detr.class_embed.out_features == 251  # as the released models, whatever the set has
+
+
+def test_flag_coco_panoptic_path(start, root):
+    _, (evaluation,) = start("--dataset_file", "coco_panoptic", "--coco_panoptic_path", root / "panoptic")
+    assert evaluation.loader.dataset.path.is_relative_to(root / "panoptic")
+
+
+def test_flag_device(plain):
+    assert plain.device == torch.device("cpu")
+    assert runtime.find_place(parse("--device", "meta")) == torch.device("meta")
+
+
+def test_flag_world_size(start):
+    with pytest.raises(UserError, match="--world_size 2"):
+        start("--world_size", 2)
+
+
+def test_flag_dist_url(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: asked.append([*args, *kwargs.values()]))
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    runtime.init_distributed(parse("--device", "cpu", "--dist_url", "tcp://somewhere:29500"))
+    assert "tcp://somewhere:29500" in asked[0]
