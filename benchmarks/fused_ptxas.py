@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 TARGETS = {80: "A100", 90: "H100"}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PLACES = {"k": (0, 1, 0), "qkv": (1, 1, 1)}  # tables on queries, keys and values; a second one is a loop's next round
-CHANNELS = (32, 48, 64, 96, 128)
+CHANNELS = (32, 64, 128)  # 48 is padded to 64, 96 to 128
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8",
          torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")

@@ -163,7 +163,7 @@ def _forward_kernel(own, other, other_v, own_products, own_ids, own_buckets, own
 
 @triton.jit(do_not_specialize=["own_terms", "other_terms", "v_terms"])
 def _backward_kernel(own, other, own_v, other_v, own_products, own_ids, own_buckets, own_terms, other_products,
-                     other_ids, other_buckets, other_terms, v_products, v_ids, v_buckets, v_terms, mask, seed, out,
+                     other_ids, other_buckets, other_terms, v_products, v_ids, v_buckets, v_terms, mask, seed,
                      log_sums, deltas, own_grad, own_v_grad, memory,
                      own_b, own_h, own_l, other_b, other_h, other_l, own_v_b, own_v_h, own_v_l, other_v_b, other_v_h,
                      other_v_l, mask_b, mask_h, mask_own, mask_other, padded, pairs, first, heads, length,
@@ -172,7 +172,7 @@ def _backward_kernel(own, other, own_v, other_v, own_products, own_ids, own_buck
     """Gradients of a block of queries or, BY_KEY, of keys and values; with KEEP those of their logits, in memory.
 
     Queries have for values the gradients of their output, and `v_products` are the gradients of the sums per bucket.
-    `deltas`, Σ over keys of p·(gradient of p), come with what the sums per bucket contribute; queries add the rest.
+    Queries leave their `deltas`, Σ over keys of p·(gradient of p), to the keys.
     """
     blocks = tl.cdiv(length, BLOCK)
     plane = first + tl.program_id(0) // blocks
@@ -191,10 +191,29 @@ def _backward_kernel(own, other, own_v, other_v, own_products, own_ids, own_buck
     own_tile = _load(own + b * own_b + h * own_h, token, own_l, channels, BLOCK_D)
     own_v_tile = _load(own_v + b * own_v_b + h * own_v_h, token, own_v_l, channels, BLOCK_D)
     if not BY_KEY:
-        out_tile = _load(out + (b * length * heads + h) * channels, token, heads * channels, channels, BLOCK_D)
-        delta = tl.load(deltas + token) + tl.sum(own_v_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+        # the product of the output and its gradient is the same, but rounded otherwise than the gradients of p it is to
+        # be subtracted from: where values have much in common that would cost the difference its digits
+        query, log_sum = token[:, None], tl.load(log_sums + token)[:, None]
+        delta = tl.zeros((BLOCK,), tl.float32)
+        weight = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, length, STEP):
+            other_place = start + tl.arange(0, STEP)
+            other_token = tl.minimum(other_place, length - 1)
+            pair = place[:, None] * padded + other_place[None, :]
+            logits = _logits(own_tile, _load(other, other_token, other_l, channels, BLOCK_D), token, other_token, pair,
+                             pairs, (other_place < length)[None, :], own_products, own_ids, own_buckets, own_terms,
+                             other_products, other_ids, other_buckets, other_terms, mask, mask_own, mask_other, MASKED)
+            p = tl.exp(logits - log_sum)
+            other_v_tile = _load(other_v, other_token, other_v_l, channels, BLOCK_D)
+            grad_p = tl.dot(own_v_tile, tl.trans(other_v_tile), input_precision="tf32x3")
+            grad_p = _looked_up(grad_p, v_products, query, v_ids, pair, pairs, v_buckets, v_terms)
+            if DROPOUT:
+                grad_p *= _kept(seed, plane_64 * pairs + pair, dropout_p, scale)
+            delta += tl.sum(p * grad_p, 1)
+            weight += tl.sum(p, 1)
+        delta /= tl.where(weight == 0.0, 1.0, weight)  # of p as it is here, whose sum is 1 but for rounding
         tl.store(deltas + place, delta, mask=place < length)
-        delta, log_sum = delta[:, None], tl.load(log_sums + token)[:, None]
+        delta = delta[:, None]
     total = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     total_v = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for start in range(0, length, STEP):
@@ -209,8 +228,6 @@ def _backward_kernel(own, other, own_v, other_v, own_products, own_ids, own_buck
         if BY_KEY:
             query = other_token[None, :]
             delta, log_sum = tl.load(deltas + query), tl.load(log_sums + query)
-        else:
-            query = token[:, None]
         p = tl.exp(logits - log_sum)
         other_v_tile = _load(other_v, other_token, other_v_l, channels, BLOCK_D)
         grad_p = tl.dot(own_v_tile, tl.trans(other_v_tile), input_precision="tf32x3")
@@ -247,19 +264,19 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, products_q: Tensor, products_k: Te
 
 
 @torch.library.custom_op("rpe_ops::fused_attention_backward", mutates_args=())
-def _backward(grad: Tensor, grad_sums: Tensor, out: Tensor, sums: Tensor, log_sums: Tensor, q: Tensor, k: Tensor,
-              v: Tensor, products_q: Tensor, products_k: Tensor, ids_q: list[Tensor], ids_k: list[Tensor],
-              ids_v: list[Tensor], buckets_v: int, mask: Tensor | None, seed: Tensor | None,
+def _backward(grad: Tensor, grad_sums: Tensor, log_sums: Tensor, q: Tensor, k: Tensor, v: Tensor, products_q: Tensor,
+              products_k: Tensor, ids_q: list[Tensor], ids_k: list[Tensor], ids_v: list[Tensor], buckets_v: int,
+              mask: Tensor | None, seed: Tensor | None,
               dropout_p: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the products"""
     grad_q, grad_k, grad_v = (_like(q) for _ in range(3))
-    shared = {"out": out, "log_sums": log_sums, "deltas": (grad_sums.float() * sums).sum(-1), "own_v_grad": grad_v,
+    shared = {"log_sums": log_sums, "deltas": torch.empty_like(log_sums), "own_v_grad": grad_v,
               **_dropout(seed, dropout_p)}
     queries = {**shared, **_sides(q, k, mask), **_values("own_v", grad), **_values("other_v", v), "own_grad": grad_q,
                **_terms("own", products_k, ids_k), **_terms("other", products_q, ids_q),
                **_terms("v", grad_sums, ids_v), "BY_KEY": False}
     sums_k = _sums_per_bucket(_backward_kernel, q, ids_k, products_k.shape[3] // max(len(ids_k), 1), queries)
-    # after the queries, which complete the deltas
+    # after the queries, which leave the deltas
     keys = {**shared, **_sides(k, q, mask, by_key=True), **_values("own_v", v), **_values("other_v", grad),
             "own_grad": grad_k, **_terms("own", products_q, ids_q, True), **_terms("other", products_k, ids_k, True),
             **_terms("v", grad_sums, ids_v, True), "BY_KEY": True}
@@ -346,13 +363,13 @@ def _(q, k, v, products_q, products_k, ids_q, ids_k, ids_v, buckets_v, mask, see
 
 
 @_backward.register_fake
-def _(grad, grad_sums, out, sums, log_sums, q, k, v, products_q, products_k, *_):
+def _(grad, grad_sums, log_sums, q, k, v, products_q, products_k, *_):
     return *(_like(q) for _ in range(3)), *(x.new_empty(x.shape) for x in (products_q, products_k))
 
 
 def _save(ctx, inputs, output):
     *tensors, ids_q, ids_k, ids_v, ctx.buckets_v, mask, seed, ctx.dropout_p = inputs
-    ctx.save_for_backward(*output, *tensors, mask, seed)
+    ctx.save_for_backward(output[2], *tensors, mask, seed)
     ctx.ids = ids_q, ids_k, ids_v
 
 
