@@ -97,6 +97,14 @@ def test_damaged_checkpoint_is_read_or_refused_in_a_sentence_that_names_it(tmp_p
         assert "c.pth is truncated" in sentence or not zipped and "c.pth is refused" in sentence
 
 
+def test_a_single_bit_that_has_changed_in_the_weights_is_noticed(tmp_path):
+    path = saved(tmp_path, {"model": {"w": torch.arange(300.0)}})
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(300.0).numpy().tobytes()) + 700] ^= 1
+    path.write_bytes(content)
+    assert "c.pth is truncated, damaged" in fails_with(load_checkpoint, path)
+
+
 def test_what_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "page.pth").write_text("<html>404</html>")
     assert "page.pth is truncated, damaged or none of PyTorch's" in fails_with(load_checkpoint, tmp_path / "page.pth")
