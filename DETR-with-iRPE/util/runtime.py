@@ -559,11 +559,12 @@ def step_optimizer(loss_scaler: torch.amp.GradScaler, optimizer: torch.optim.Opt
 
     Raises ``UserError`` when it has come down without end: then the gradients are not finite at any scale.
     """
-    loss_scaler.step(optimizer)
-    loss_scaler.update()
+    # read before the step, which waits for the gradients anyway: read after it, it would wait for the optimizer too
     if loss_scaler.is_enabled() and loss_scaler.get_scale() < 2 ** -14:  # 2¹⁶ at the start: 31 halvings
         raise UserError("the gradients are not finite in float16 at any scale of the loss: training stops; bfloat16 "
                         "or float32, or a lower --lr, may help, and the last checkpoint is still there")
+    loss_scaler.step(optimizer)
+    loss_scaler.update()
 
 
 class RunLog:
