@@ -319,7 +319,7 @@ def test_mistake_of_one_process_ends_all_and_is_said_by_itself():
     assert {err for case in ("none", "interrupt") for _, _, err in results[case]} == {""}
     for case, said in (("alone", "a mistake of one\n"), ("bug", "Traceback (most recent call last):\n")):
         (_, _, first), (_, _, second) = results[case]
-        assert re.fullmatch("error: process 0 of 2: another process is lost: .*\n", first)
+        assert re.fullmatch("error: process 0 of 2: process 1 is lost or hangs in here, step 1: .*\n", first)
         assert second.startswith(f"error: process 1 of 2: {said}")
     assert second.endswith("RuntimeError: a bug\n\n")
 
