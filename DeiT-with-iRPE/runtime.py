@@ -1,5 +1,6 @@
 """What a training program needs around any model: readable errors, processes that meet, whole files, and logs."""
 import argparse
+import atexit
 import contextlib
 import datetime
 import itertools
@@ -73,8 +74,6 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
             raise
         lost = isinstance(error, dist.DistError) or re.search("gloo|timeout|closed by peer", str(error))
         _fail(1, f"{_missing()} is lost or hangs in {_where}: {UserError(error)}" if lost else traceback.format_exc())
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _fail(status: int, words: str) -> NoReturn:
@@ -143,6 +142,7 @@ def init_distributed(args: argparse.Namespace, step_timeout: float = 60) -> torc
             dist.init_process_group(backend, args.dist_url, rank=args.rank, world_size=args.world_size, device_id=bound,
                                     timeout=datetime.timedelta(hours=1))
             training_group = dist.new_group(timeout=datetime.timedelta(seconds=step_timeout))
+            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # else its threads abort
         except (RuntimeError, ValueError, AssertionError) as error:
             raise UserError(f"the others cannot be joined at --dist_url {args.dist_url} ({error}): "
                             "without torchrun say tcp://HOST:PORT with the first machine's name") from error
