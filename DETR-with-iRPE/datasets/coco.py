@@ -42,7 +42,7 @@ class CocoSet(torch.utils.data.Dataset):
     def __init__(self, path, data, root, split, transforms, masks):
         self.path, self.transforms, self.masks = path, transforms, masks
         self.instances = Path(root, "annotations", f"instances_{split}2017.json")
-        self.categories = {category["id"]: category.get("name", str(category["id"]))
+        self.categories = {category["id"]: str(category.get("name", category["id"]))
                            for category in data["categories"]}
         self.images = sorted(data["images"], key=lambda image: image["id"])
         self.pictures = Pictures(Path(root, f"{split}2017"))
@@ -70,6 +70,10 @@ class CocoSet(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.images)
+
+    def name(self, index):
+        """File name of a picture."""
+        return self.images[index]["file_name"]
 
     def __getitem__(self, index):
         image = self.images[index]

@@ -41,11 +41,12 @@ class CocoPanoptic(CocoSet):
     def _segments(self, annotation):
         """(n, 3): id, category and whether it is a crowd."""
         name = f"annotations {self.path}: segments_info of {annotation['file_name']}"
-        check_fields(annotation["segments_info"], {"id": int, "category_id": int}, name)
-        rows = [(entry["id"], entry["category_id"], entry.get("iscrowd", 0)) for entry in annotation["segments_info"]]
-        for _, category, _ in rows:
-            if category not in self.categories:
-                raise UserError(f"{name} has category {category}, which is not among the categories")
+        segments = annotation["segments_info"]
+        check_fields(segments, {"id": int, "category_id": int}, name)
+        for segment in segments:
+            if segment["category_id"] not in self.categories:
+                raise UserError(f"{name} has category {segment['category_id']}, which is not among the categories")
+        rows = [(segment["id"], segment["category_id"], bool(segment.get("iscrowd"))) for segment in segments]
         return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
     def ground_truth(self):

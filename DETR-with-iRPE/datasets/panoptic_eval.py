@@ -111,8 +111,8 @@ def quality(ious):
 
 
 def _mean(values):
-    return {key: math.fsum(value[key] for value in values) / max(len(values), 1) for key in ("pq", "sq", "rq")} | {
-        "n": len(values)}
+    means = {key: math.fsum(value[key] for value in values) / max(len(values), 1) for key in ("pq", "sq", "rq")}
+    return {**means, "n": len(values)}
 
 
 def _line(name, values):

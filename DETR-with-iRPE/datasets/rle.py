@@ -1,4 +1,6 @@
 """COCO's ways to write a mask, all read as one."""
+import contextlib
+
 from pycocotools import mask as rle_tools
 
 from util.runtime import UserError
@@ -26,13 +28,17 @@ def _check_rle(rle, height, width, name):
     if rle.get("size") != [height, width]:
         raise UserError(f"{name} has RLE of the size {rle.get('size')}, but its picture is {[height, width]}: "
                         "height, width")
-    counts = rle.get("counts")
+    pixels = height * width
     try:
-        if isinstance(counts, list):
-            if min(counts, default=0) < 0 or sum(counts) != height * width:
-                raise ValueError(f"the counts must add up to {height * width}")
+        if isinstance(rle.get("counts"), list):
             rle = rle_tools.frPyObjects(rle, height, width)
         rle_tools.decode(rle)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{name} has RLE that cannot be decoded: {error}") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{name} has RLE that cannot be decoded ({error}): its counts must add up to {pixels}, the "
+                        "pixels of its picture") from error
+    # counts that end early leave pixels as memory was, without an error; those that do not are too many for one less
+    with contextlib.suppress(ValueError):
+        rle_tools.decode({**rle, "size": [pixels - 1, 1]})
+        raise UserError(f"{name} has RLE whose counts end early: they must add up to {pixels}, the pixels of its "
+                        "picture")
     return rle

@@ -183,11 +183,11 @@ class PostProcessPanoptic(nn.Module):
         """
         scores, labels = outputs["pred_logits"].float().softmax(-1).max(-1)
         sure = (scores > self.threshold) & (labels < outputs["pred_logits"].shape[-1] - 1)
-        sizes = zip(*([tuple(map(int, size)) for size in sizes]
-                      for sizes in (processed_sizes, processed_sizes if target_sizes is None else target_sizes)),
-                    strict=True)
-        return [self._draw(masks[chosen], classes[chosen].tolist(), *both)
-                for masks, classes, chosen, both in zip(outputs["pred_masks"], labels, sure, sizes, strict=True)]
+        both = processed_sizes, processed_sizes if target_sizes is None else target_sizes
+        processed, target = ([tuple(map(int, size)) for size in sizes] for sizes in both)
+        pictures = zip(outputs["pred_masks"], labels, sure, processed, target, strict=True)
+        return [self._draw(masks[chosen], classes[chosen].tolist(), *sizes)
+                for masks, classes, chosen, *sizes in pictures]
 
     def _draw(self, masks, classes, processed, target):
         masks = enlarge(masks, processed)

@@ -109,6 +109,14 @@ def test_a_segment_without_pixels_is_no_object(own):
     assert len(target["labels"]) == len(target["masks"]) == len(data["annotations"][0]["segments_info"]) - 1
 
 
+@pytest.mark.parametrize(("iscrowd", "crowd"), [(None, 0), (False, 0), (True, 1)])
+def test_a_crowd_is_what_is_marked_as_one_in_whatever_way(own, iscrowd, crowd):
+    data = json.loads(annotations(own).read_text())
+    data["annotations"][0]["segments_info"][0]["iscrowd"] = iscrowd
+    annotations(own).write_text(json.dumps(data))
+    assert read(own).segments[7][0, 2] == crowd
+
+
 def test_things_are_what_the_set_says(made, monkeypatch):
     seen = []
     monkeypatch.setattr(main, "evaluate", lambda model, criterion, post, *rest: seen.append(post) or ({}, None))
@@ -388,8 +396,12 @@ def test_log_and_eval_json_have_the_numbers_of_masks_and_quality(made, tmp_path)
         assert stats[name] == row[f"test_{name}"]
 
 
-def test_without_instances_panoptic_quality_is_measured_alone(made, tmp_path):
+def test_without_instances_panoptic_quality_is_measured_alone_also_of_categories_without_names(made, tmp_path):
     (tmp_path / "val2017").symlink_to(made / "val2017")
-    (tmp_path / "panoptic").symlink_to(made / "panoptic")
+    shutil.copytree(made / "panoptic", tmp_path / "panoptic", ignore=shutil.ignore_patterns("*train*"))
+    data = json.loads(annotations(tmp_path).read_text())
+    for category in data["categories"]:
+        category["name"] = None
+    annotations(tmp_path).write_text(json.dumps(data))
     stats = main.main(parse(*flags_of(tmp_path, "--eval")))
     assert "PQ_all" in stats and "AP" not in stats and "coco_eval_masks" not in stats

@@ -302,7 +302,8 @@ def test_mask_losses_are_sums_over_the_matched_masks_on_the_padded_pictures():
     sizes = [(12, 9), (10, 16)]
     wanted = [{"labels": torch.randint(0, 3, (n,)), "boxes": torch.rand(n, 4), "masks": torch.rand(n, *size) > 0.5}
               for n, size in zip((2, 1), sizes, strict=True)]
-    losses = criterion({**outputs, "aux_outputs": [outputs]}, wanted)
+    earlier = {"pred_logits": torch.randn(2, 4, 4), "pred_boxes": torch.rand(2, 4, 4)}  # matched otherwise
+    losses = criterion({**outputs, "aux_outputs": [earlier]}, wanted)
     focal = dice = 0.0
     for picture, (queries, objects) in enumerate(criterion.matcher(outputs, wanted)):
         for query, obj in zip(queries, objects, strict=True):

@@ -195,15 +195,17 @@ def test_requeued_job_goes_on_from_its_checkpoint_and_not_from_another_run_s(job
         tmp_path / "out" / "checkpoint.pth")
 
 
-def test_job_that_saved_nothing_begins_as_it_began(job, pictures, tmp_path):
+def test_job_that_saved_nothing_begins_as_it_began(job, pictures, tmp_path, capsys):
     job(1, *small(pictures, "--output_dir", tmp_path / "first"))
     first = tmp_path / "first" / "checkpoint.pth"
     flags = small(pictures, "--resume", first, "--epochs", 2)
     trainer = job(2, *flags)
     assert epochs(tmp_path / "2") == [1] and trainer.args == parse(*flags)
-    (tmp_path / "2" / "checkpoint.pth").unlink()
+    for name in ("checkpoint.pth", "checkpoint.previous.pth"):
+        (tmp_path / "2" / name).unlink()
+    capsys.readouterr()
     trainer.checkpoint().result()
-    assert epochs(tmp_path / "2") == [1, 1]
+    assert "from epoch 1 to 2" in capsys.readouterr().out and epochs(tmp_path / "2") == [1]
 
 
 def test_all_gpus_stay_visible_for_the_processes_to_choose_by_number(job, pictures, monkeypatch):
