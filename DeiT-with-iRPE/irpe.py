@@ -238,6 +238,8 @@ class iRPE(nn.Module):
             raise ValueError(f"{length} tokens on a map of {height}×{width} leave {prefix} prefix tokens, but the "
                              f"encoding was built with skip={skip}; set skip={max(prefix, 0)}, or give the height and "
                              "width of the map")
+        if transposed and torch.compiler.is_compiling():  # which takes two constants of one function for the same
+            return self._constant_ids(height, width, torch.device(device), False).t()
         return self._constant_ids(height, width, torch.device(device), transposed)
 
     @torch.compiler.assume_constant_result
@@ -249,8 +251,7 @@ class iRPE(nn.Module):
     def terms(self, length, device, height=None, width=None):
         """A list of (ids, table), as `rpe_ops.attention` takes the term of this module."""
         ids = self.bucket_ids(length, device, height, width, transposed=self.on == "q")
-        scaled = self.on == "q" and self.config.mode == "contextual"
-        return [(ids, self._table * self._table.shape[-2] ** -0.5 if scaled else self._table)]
+        return [(ids, self._table * self._table.shape[-2] ** -0.5 if self.on == "q" else self._table)]
 
     @property
     def _table(self):

@@ -56,7 +56,7 @@ def fused(x, in_l2=False):
     before, after = around(x)
     forward = [(4 * x.tokens + read + pairs * x.on_v, (2 + x.on_v) * x.tile)] + [sums] * x.on_v
     read += x.on_v * x.products
-    queries = (6 * x.tokens + read + pairs * ("k" in x.on), 3 * x.tile)
+    queries = (5 * x.tokens + read + pairs * ("k" in x.on), 5 * x.tile)  # two of them for the deltas
     keys = (6 * x.tokens + read + pairs * ("q" in x.on), 4 * x.tile)
     return before + forward, after + [queries, keys] + [sums] * x.in_logits + [(2 * x.products, 0)] * x.on_v
 
