@@ -165,16 +165,21 @@ def test_preempted_job_of_two_processes_goes_on_by_itself(pictures, tmp_path):
                        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
     controller = int(re.search(r"job (\d+) \(local\)", (tmp_path / "said").read_text())[1])
     folder = tmp_path / f"out_{controller}"
+
+    def tasks():
+        return map(int, Path(f"/proc/{controller}/task/{controller}/children").read_text().split())
+
     try:
         wait_until(lambda: epochs(folder))
-        for task in Path(f"/proc/{controller}/task/{controller}/children").read_text().split():
-            os.kill(int(task), signal.SIGUSR2)
+        for task in tasks():
+            os.kill(task, signal.SIGUSR2)
         stdout = tmp_path / "outputs" / str(controller) / f"{controller}_0_log.out"
         wait_until(lambda: stdout.read_text().count("M parameters") == 2)
         before = len(epochs(folder))
         wait_until(lambda: len(epochs(folder)) > before)
     finally:
-        os.kill(controller, signal.SIGINT)
+        for process in (controller, *tasks()):
+            os.kill(process, signal.SIGKILL)
     done = epochs(folder)
     assert done == sorted(set(done))  # the first ones were not trained again
 
