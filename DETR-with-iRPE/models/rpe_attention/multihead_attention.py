@@ -55,7 +55,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         """
         shapes = [tuple(x.shape) for x in (query, key, value)]
         encoded = self.rpe_q or self.rpe_k or self.rpe_v
-        if any(len(shape) != 3 for shape in shapes) or (encoded and len(set(shapes)) > 1):
+        if any(len(shape) != 3 for shape in shapes) or (encoded and not shapes[0] == shapes[1] == shapes[2]):
             raise ValueError(f"query, key and value have shapes {shapes}: give batches, of three dimensions, and with "
                              "relative positions all of one shape")
         if is_causal and attn_mask is None:
