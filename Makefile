@@ -1,11 +1,12 @@
 # make        set up .venv and build rpe_ops into it
 # make test   all tests
+# make faults kill runs that then go on, and damage files: benchmarks/faults.txt is what it printed
 # make demo   train and evaluate a small DeiT on real digits      make demo-detr   a small DETR on pictures of them
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(abspath $(VENV))/bin/python
 
-.PHONY: build test demo demo-detr clean
+.PHONY: build test faults demo demo-detr clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/rpe_ops.done
@@ -22,6 +23,9 @@ $(VENV)/rpe_ops.done: $(VENV)/packages.done $(shell git ls-files rpe_ops 2>/dev/
 
 test: build
 	$(PY) .ci/test.py
+
+faults: build
+	OMP_NUM_THREADS=1 $(PY) tests/faults.py
 
 demo: build
 	cd DeiT-with-iRPE && $(PY) demo.py --output_dir ../outputs/demo

@@ -26,18 +26,19 @@ def named_losses(criterion, losses):
 
 
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler, max_norm=0.0,
-                    amp_dtype=torch.float32):
+                    amp_dtype=torch.float32, run=None):
     """Train over the loader once.
 
     Args:
         loss_scaler: torch.amp.GradScaler for float16; a disabled one leaves the loss alone.
         max_norm: bound on the norm of the gradient; 0 for no bound.
+        run: runtime.Run, which says at which step to begin, saves, and may end training.
     Returns: means of all losses, the gradient's norm and the learning rates over steps and processes.
     Raises: UserError on all processes when a value of one is not finite, or the gradients never are.
     """
     model.train()
     criterion.train()
-    progress = Progress(f"epoch {epoch}", data_loader, data_loader.batch_size * get_world_size(), SHOWN,
+    progress = Progress(f"epoch {epoch}", data_loader, data_loader.batch_size * get_world_size(), SHOWN, run,
                         lr=optimizer.param_groups[0]["lr"], lr_backbone=optimizer.param_groups[-1]["lr"])
     for samples, targets in progress:
         samples, targets = to_device(samples, targets, device)

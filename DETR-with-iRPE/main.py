@@ -86,7 +86,13 @@ def get_args_parser():
     group.add_argument("--output_dir", default="", help="where checkpoints and logs go; nothing is written without it")
     group.add_argument("--device", default="cuda")
     group.add_argument("--seed", default=42, type=int)
-    group.add_argument("--resume", default="", help="checkpoint (file or URL) to go on from, or to evaluate")
+    group.add_argument("--resume", default="", help="checkpoint (file or URL) to go on from, or to evaluate; auto "
+                       "takes the last one in --output_dir, and starts anew if there is none")
+    group.add_argument("--save_every", default=0, type=int, metavar="STEPS",
+                       help="save within an epoch too, after so many steps")
+    group.add_argument("--step_timeout", default=60, type=int, metavar="SECONDS",
+                       help="a process that waits so long in a training step for another, or for a picture, ends the "
+                            "run")
     group.add_argument("--finetune", action="store_true",
                        help="start a new run from the weights of --resume, with a new class head if it needs one")
     group.add_argument("--start_epoch", default=0, type=int)
@@ -109,14 +115,15 @@ def check_args(args, needs_data=True):
     if args.frozen_weights and not args.masks:
         raise UserError("--frozen_weights is the detector under masks: add --masks to learn them, or say --resume FILE "
                         "--finetune to go on training the detector")
-    if args.finetune and not args.resume:
+    if args.finetune and args.resume in ("", "auto"):
         raise UserError("--finetune needs the weights to start from: say --resume FILE")
     for name in ("batch_size", "short_side", "dec_layers", "num_queries", "eval_every", "lr_drop", "hidden_dim",
-                 "nheads", "dim_feedforward", "eval_batch_size"):
+                 "nheads", "dim_feedforward", "eval_batch_size", "step_timeout"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    for name in ("enc_layers", "num_workers", "start_epoch", "epochs", "lr", "lr_backbone", "weight_decay", "dropout",
-                 "clip_max_norm", "eos_coef", "bbox_loss_coef", "giou_loss_coef", "mask_loss_coef", "dice_loss_coef"):
+    for name in ("enc_layers", "num_workers", "start_epoch", "epochs", "seed", "save_every", "lr",
+                 "lr_backbone", "weight_decay", "dropout", "clip_max_norm", "eos_coef", "bbox_loss_coef",
+                 "giou_loss_coef", "mask_loss_coef", "dice_loss_coef"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 0")
     if args.dropout > 1:
@@ -171,24 +178,19 @@ def share_buffers(model):
             dist.broadcast(buffer, src=0)
 
 
-def train(state, criterion, postprocessors, loader, val_loader, ground_truth, device, args):
-    """All epochs, each followed by a checkpoint, an evaluation and a line of the log."""
-    model = DistributedDataParallel(state.model, [device] if device.type == "cuda" else None) if args.distributed \
-        else state.model
-    amp_dtype, log = getattr(torch, args.amp_dtype), runtime.RunLog(args.output_dir, args.start_epoch)
+def train(run, state, criterion, postprocessors, val_loader, ground_truth, device):
+    """All epochs, each followed by an evaluation, a line of the log and a checkpoint."""
+    args, model = run.args, state.model
+    if args.distributed:
+        model = DistributedDataParallel(model, [device] if device.type == "cuda" else None,
+                                        process_group=runtime.training_group)
+    amp_dtype = getattr(torch, args.amp_dtype)
     n_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
-    for epoch in range(args.start_epoch, args.epochs):
-        loader.sampler.set_epoch(epoch)
-        # a resumed run draws what the uninterrupted one would have drawn
-        torch.manual_seed(args.seed + epoch * args.world_size + args.rank)
-        trained = train_one_epoch(model, criterion, loader, state.optimizer, device, epoch, state.loss_scaler,
-                                  args.clip_max_norm, amp_dtype)
+    for epoch in run.epochs():
+        trained = train_one_epoch(model, criterion, run.loader, state.optimizer, device, epoch, state.loss_scaler,
+                                  args.clip_max_norm, amp_dtype, run)
         share_buffers(state.model)
         state.lr_scheduler.step()
-        if args.output_dir and runtime.is_main_process():
-            milestone = (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0
-            names = ["checkpoint.pth"] + [f"checkpoint{epoch:04}.pth"] * milestone
-            state.save([Path(args.output_dir, name) for name in names], epoch, args, loader.dataset.categories)
         values = {f"train_{name}": value for name, value in trained.items()}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             stats, measured = evaluate(state.model, criterion, postprocessors, val_loader, ground_truth, device,
@@ -196,24 +198,23 @@ def train(state, criterion, postprocessors, loader, val_loader, ground_truth, de
             names = ["eval/latest.pth"] + [f"eval/{epoch:03}.pth"] * (epoch % 50 == 0)
             save_precision(measured, args.output_dir, names)
             values.update({f"test_{name}": value for name, value in stats.items()})
-        log.write(epoch, {**values, "epoch": epoch, "n_parameters": n_parameters})
+        run.save(row={**values, "epoch": epoch, "n_parameters": n_parameters})
 
 
 def take_weights(state, args):
-    """Bring the state, and `args.start_epoch`, to where the flags say that the run starts."""
-    finished = None
+    """Bring the state to where the flags say that the run starts; returns the epoch and what has been done of it."""
+    place = None
     if args.frozen_weights and not args.resume:
         load_weights(state.model.detr, runtime.load_checkpoint(args.frozen_weights), args.frozen_weights)
     if args.resume and not (args.eval or args.finetune):
-        finished = state.resume(args.resume)
+        place = state.resume(args.resume)
     elif args.resume:
         load_weights(state.model, runtime.load_checkpoint(args.resume), args.resume, args.finetune)
     elif args.eval:
         print_once("note: --eval without --resume measures a model with random weights")
-    if finished is None:
+    if place is None:
         state.start_at(args.start_epoch)
-    else:
-        args.start_epoch = finished + 1
+    return place or (args.start_epoch, None)
 
 
 def main(args):
@@ -221,6 +222,9 @@ def main(args):
     check_args(args)
     device = runtime.find_place(args)
     runtime.prepare_output_dir(args.output_dir)
+    goes_on = bool(args.resume) and not args.finetune
+    if args.resume == "auto":
+        args.resume = runtime.newest_checkpoint(args.output_dir)
     torch.manual_seed(args.seed)
     train_set, val_set = build_datasets(args)
     model, criterion, postprocessors = build_model(args)
@@ -228,11 +232,12 @@ def main(args):
     criterion.to(device)
     optimizer = build_optimizer(model, args)
     state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
-                          torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "float16"))
-    take_weights(state, args)
+                          torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "float16"),
+                          (train_set or val_set).categories)
+    epoch, progress = take_weights(state, args)
     loader = None if args.eval else train_loader(train_set, args)
     val_loader, ground_truth = eval_loader(val_set, args), val_set.ground_truth()
-    runtime.init_distributed(args)
+    runtime.init_distributed(args, args.step_timeout)
     if args.eval:
         stats, measured = evaluate(model, criterion, postprocessors, val_loader, ground_truth, device,
                                    getattr(torch, args.amp_dtype), args.output_dir)
@@ -243,7 +248,9 @@ def main(args):
                 path.write_text(json.dumps(stats))
         return stats
     started = time.perf_counter()
-    train(state, criterion, postprocessors, loader, val_loader, ground_truth, device, args)
+    log = runtime.RunLog(args.output_dir, epoch if goes_on else None)
+    with runtime.Run(args, log, state.save, epoch, progress, loader) as run:
+        train(run, state, criterion, postprocessors, val_loader, ground_truth, device)
     print_once(f"Training took {datetime.timedelta(seconds=round(time.perf_counter() - started))}")
     return None
 

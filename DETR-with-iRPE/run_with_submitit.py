@@ -2,14 +2,17 @@
 
     python run_with_submitit.py --nodes 2 --ngpus 8 --partition NAME [main.py's flags]
 
-A job whose time is over, that had to make room for another or lost a node is requeued and goes on from its last
-checkpoint. What else a cluster asks for, such as an account, sbatch reads from the environment (SBATCH_ACCOUNT).
+A job whose time is over, or that had to make room for another, finishes its step, saves, is requeued and goes on; one
+that lost a node goes on from its last checkpoint. What else a cluster asks for, such as an account, sbatch reads from
+the environment (SBATCH_ACCOUNT).
 Where there is no SLURM, the job runs in the background of this machine.
 """
 import argparse
 import copy
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import main
@@ -57,10 +60,18 @@ class Trainer:
 
 def go_on(args: argparse.Namespace) -> None:
     """Run main.py, from the checkpoint that an earlier try of this job wrote, if there is one."""
-    path = Path(args.output_dir, "checkpoint.pth")
-    if path.is_file() and getattr(runtime.load_checkpoint(path).get("args"), "job_id", None) == args.job_id:
-        args.resume, args.finetune = str(path), False  # no new start from the first weights
-    main.main(args)
+    path = runtime.newest_checkpoint(args.output_dir)
+    if path and getattr(runtime.load_checkpoint(path).get("args"), "job_id", None) == args.job_id:
+        args.resume, args.finetune = path, False  # no new start from the first weights
+    requeue = signal.getsignal(signal.SIGUSR2)  # submitit's, which ends the main process and is nothing to the others
+    try:
+        main.main(args)
+    except runtime.Interrupted as stop:
+        # SLURM itself requeues what it ended by SIGTERM for another job's sake, and what a user has cancelled stays so
+        if stop.number != signal.SIGTERM and callable(requeue):
+            requeue(signal.SIGUSR2, None)
+            time.sleep(10)  # the end of another process might end the main one before it has requeued the job
+        raise
 
 
 def submit(args: argparse.Namespace) -> None:

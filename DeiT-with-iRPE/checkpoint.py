@@ -14,6 +14,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import runtime
 from runtime import UserError, key_differences, load_checkpoint, model_weights, print_once, save_atomically
 
 
@@ -27,8 +28,10 @@ class TrainingState:
     model_ema: ModelEmaV3 | None
     max_accuracy: float = 0.0
 
-    def save(self, path: str | os.PathLike, epoch: int, args: argparse.Namespace) -> None:
-        """Write the state after ``epoch`` in the format of the released checkpoints, and the best top-1 so far."""
+    def save(self, path: str | os.PathLike, epoch: int, args: argparse.Namespace,
+             progress: dict[str, Any] | None = None) -> None:
+        """Write the state after ``epoch`` in the format of the released checkpoints, and the best top-1 so far. Within
+        ``epoch`` there is also the ``progress`` in it."""
         save_atomically({
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -38,10 +41,12 @@ class TrainingState:
             "scaler": self.loss_scaler.state_dict(),
             "args": args,
             "max_accuracy": self.max_accuracy,
-        }, path)
+            **({"progress": progress} if progress else {}),
+        }, path, keep_previous=True)
 
-    def resume(self, path: str, args: argparse.Namespace) -> int | None:
-        """Take over what the checkpoint holds; returns the last finished epoch, None if it holds weights only.
+    def resume(self, path: str, args: argparse.Namespace) -> tuple[int, dict | None] | None:
+        """Take over what the checkpoint holds; returns the epoch to train and the progress in it, None if it holds
+        weights only.
 
         Averages that the checkpoint lacks start from its weights. Raises ``UserError`` if it belongs to another
         model, or to an optimizer or schedule other than those of ``args``, or is damaged.
@@ -54,9 +59,6 @@ class TrainingState:
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             print_once(f"note: {path} holds weights only; the optimizer starts anew")
             return None
-        epoch = checkpoint["epoch"]
-        if not isinstance(epoch, int) or epoch < 0:
-            raise UserError(f"checkpoint {path} is damaged: its epoch is {epoch!r}")
         _check_same_flags(checkpoint.get("args"), args, path)
         try:
             if not hasattr(checkpoint.get("args"), "opt"):
@@ -73,7 +75,7 @@ class TrainingState:
         except _MISFITS as error:
             raise UserError(f"the schedule in {path} is not --sched {args.sched}, or the file is damaged: "
                             f"{error!r}") from error
-        return epoch
+        return runtime.resume_point(checkpoint, path)
 
 
 # What the libraries raise for states that are not theirs.

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torchvision
 from PIL import Image, UnidentifiedImageError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
@@ -89,6 +89,14 @@ def _train_transform(args: argparse.Namespace) -> transforms.Compose:
     except (AssertionError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"--aa {args.aa!r}, --train-interpolation {args.train_interpolation!r} or --remode "
                         f"{args.remode!r} is unknown to timm: {str(error) or repr(error)}") from error
+
+
+def _posterize(picture: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, which keeps no bits at the highest magnitude; Pillow, which made that black, now refuses it."""
+    return auto_augment.posterize(picture, bits, **options) if bits else picture.point(lambda value: 0)
+
+
+auto_augment.NAME_TO_OP.update(Posterize=_posterize, PosterizeIncreasing=_posterize)
 
 
 def build_collate(args: argparse.Namespace) -> Callable[[list], Any]:
@@ -165,6 +173,10 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         return _number_classes(super().find_classes(directory)[0], self._known_classes, directory)
 
+    def name(self, i: int) -> str:
+        """Picture i's path."""
+        return self.samples[i][0]
+
     @staticmethod
     def class_names(root: str) -> list[str]:
         """Sorted names of the class folders; empty folders count, as they do for torchvision."""
@@ -190,11 +202,15 @@ class ImageTar(Dataset):
     def __len__(self) -> int:
         return len(self.index.offsets)
 
+    def name(self, i: int) -> str:
+        """Picture i's, for messages."""
+        return f"{self.index.names[i].decode(errors='replace')} in {self.path}"
+
     def __getitem__(self, i: int) -> tuple[Any, int]:
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.index.offsets[i])
             picture = io.BytesIO(file.read(self.index.sizes[i]))
-        image = _decode(picture, f"{self.index.names[i].decode(errors='replace')} in {self.path}")
+        image = _decode(picture, self.name(i))
         return self.transform(image), int(self.numbers[self.index.targets[i]])
 
     @staticmethod
@@ -345,7 +361,7 @@ class INaturalist(Dataset):
             categories = {category.get("id", number): category[level] for number, category in
                           enumerate(_read_json(os.path.join(root, "categories.json")))}
             self.classes = sorted(set(categories.values()))
-            files = {image["id"]: image["file_name"] for image in listing["images"]}
+            files = {image["id"]: os.fspath(image["file_name"]) for image in listing["images"]}
             index = {name: number for number, name in enumerate(self.classes)}
             self.samples = [(files[entry["image_id"]], index[categories[entry["category_id"]]])
                             for entry in listing["annotations"]]
@@ -357,8 +373,11 @@ class INaturalist(Dataset):
         return len(self.samples)
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
-        file_name, target = self.samples[i]
-        return self.transform(load_image(os.path.join(self.root, file_name))), target
+        return self.transform(load_image(self.name(i))), self.samples[i][1]
+
+    def name(self, i: int) -> str:
+        """Picture i's path."""
+        return os.path.join(self.root, self.samples[i][0])
 
 
 def _read_json(path: str) -> Any:

@@ -7,7 +7,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from runtime import Progress, UserError, all_reduce_sum, get_world_size, print_once, step_optimizer
+from runtime import Progress, Run, UserError, all_reduce_sum, get_world_size, print_once, step_optimizer
 
 
 def autocast(device: torch.device, amp_dtype: torch.dtype) -> torch.autocast:
@@ -20,7 +20,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: DataLoa
                     optimizer: torch.optim.Optimizer, device: torch.device, epoch: int,
                     loss_scaler: torch.amp.GradScaler, max_norm: float | None = None,
                     model_ema: ModelEmaV3 | None = None, mixup_fn: Callable | None = None,
-                    amp_dtype: torch.dtype = torch.float32) -> dict[str, float]:
+                    amp_dtype: torch.dtype = torch.float32, run: Run | None = None) -> dict[str, float]:
     """Train over the loader once.
 
     Args:
@@ -28,11 +28,12 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: DataLoa
         loss_scaler: scales the loss of float16; a disabled one leaves it alone.
         max_norm: bound on the norm of the gradient; None for no bound.
         mixup_fn: maps (pictures, class ids) to mixed pictures and soft targets.
+        run: says at which step to begin, saves, and may end training.
     Returns: means of loss and lr over all steps and processes.
     Raises: UserError on all processes when the loss of one is not finite, or the gradients never are.
     """
     model.train()
-    progress = Progress(f"epoch {epoch}", data_loader, data_loader.batch_size * get_world_size(),
+    progress = Progress(f"epoch {epoch}", data_loader, data_loader.batch_size * get_world_size(), run=run,
                         lr=optimizer.param_groups[0]["lr"])
     for images, targets in progress:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)

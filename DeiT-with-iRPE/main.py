@@ -8,10 +8,8 @@ import argparse
 import json
 import math
 import os
-import random
 import time
 
-import numpy as np
 import torch
 from timm.data import Mixup
 from timm.layers import to_2tuple
@@ -31,7 +29,7 @@ from datasets import build_collate, build_dataset
 from engine import evaluate, train_one_epoch
 from losses import DistillationLoss
 from rpe_models import create_model
-from runtime import UserError, get_rank, get_world_size, is_main_process, load_checkpoint, print_once
+from runtime import UserError, get_rank, get_world_size, is_main_process, load_checkpoint, print_once, seed_everything
 from samplers import RASampler, ShardSampler
 
 
@@ -120,7 +118,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--amp-dtype", default=None, choices=["float32", "bfloat16", "float16"],
         help="of mixed precision; by default float16 on CUDA and float32 (none) on CPU")
     add("--seed", default=0, type=int)
-    add("--resume", default="", help="checkpoint or URL to go on from, or to evaluate")
+    add("--resume", default="", help="checkpoint or URL to go on from, or to evaluate; auto takes the last one in "
+        "--output_dir, and starts anew if there is none")
+    add("--save-every", default=0, type=int, metavar="STEPS", help="save within an epoch too, after so many steps")
+    add("--step-timeout", default=60, type=int, metavar="SECONDS",
+        help="a process that waits so long in a training step for another, or for a picture, ends the run")
     add("--start_epoch", default=0, type=int, metavar="N", help="where --resume does not say")
     add("--eval", action="store_true", help="only evaluate")
     add("--dist-eval", action="store_true", default=True, help="share the evaluation out (the default)")
@@ -144,15 +146,20 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     runtime.prepare_output_dir(args.output_dir)
     seed_everything(args.seed)
     torch.backends.cudnn.benchmark = True
+    goes_on = bool(args.resume)
+    if args.resume == "auto":
+        args.resume = runtime.newest_checkpoint(args.output_dir)
     if args.eval:
         return evaluate_only(args, device)
     train_loader, nb_classes = build_train_loader(args, device)
     val_loader, _ = build_val_loader(args, device)
     state = build_state(args, build_model(args, nb_classes).to(device))
-    start_epoch = resume(args, state)
+    epoch, progress = resume(args, state)
     criterion = build_criterion(args, state.model, nb_classes, device)
-    runtime.init_distributed(args)
-    return train(args, device, state, start_epoch, criterion, train_loader, val_loader, nb_classes)
+    runtime.init_distributed(args, args.step_timeout)
+    log = runtime.RunLog(args.output_dir, epoch if goes_on else None)
+    with runtime.Run(args, log, state.save, epoch, progress, train_loader) as run:
+        return train(run, device, state, criterion, val_loader, nb_classes)
 
 
 # Checks
@@ -166,6 +173,7 @@ _RANGES = {
     "smoothing": (0, 0.999), "reprob": (0, 1), "recount": (1, None), "mixup": (0, None), "cutmix": (0, None),
     "mixup_prob": (0, 1), "mixup_switch_prob": (0, 1), "distillation_alpha": (0, 1), "distillation_tau": (1e-9, None),
     "seed": (0, None), "start_epoch": (0, None), "num_workers": (0, None), "world_size": (1, None),
+    "save_every": (0, None), "step_timeout": (1, None),
 }
 _NAMES = {"mixup_mode": ("batch", "pair", "elem"), "remode": ("pixel", "rand", "const"),
           "train_interpolation": ("bicubic", "bilinear", "random")}
@@ -225,7 +233,8 @@ def build_train_loader(args: argparse.Namespace, device: torch.device) -> tuple[
     if len(sampler) < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size} is more than the {len(sampler)} pictures that each of "
                         f"{get_world_size()} processes sees in an epoch: make it smaller")
-    loader = _loader(args, dataset, device, sampler=sampler, drop_last=True, collate_fn=build_collate(args))
+    loader = _loader(args, runtime.SeededDataset(dataset), device, sampler=runtime.SeededSampler(sampler, args.seed),
+                     drop_last=True, collate_fn=build_collate(args))
     return loader, nb_classes
 
 
@@ -238,6 +247,7 @@ def build_val_loader(args: argparse.Namespace, device: torch.device) -> tuple[Da
 
 def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **options) -> DataLoader:
     return DataLoader(dataset, args.batch_size, num_workers=args.num_workers,
+                      timeout=args.step_timeout if args.num_workers else 0,
                       pin_memory=args.pin_mem and device.type == "cuda", **options)
 
 
@@ -353,14 +363,6 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 
 # Runs
 
-def seed_everything(*numbers: int) -> None:
-    """Seed Python, NumPy and PyTorch from non-negative integers, such as (seed, rank, epoch)."""
-    python, numpy, pytorch = np.random.SeedSequence(numbers).generate_state(3)
-    random.seed(int(python))
-    np.random.seed(numpy)
-    torch.manual_seed(int(pytorch))
-
-
 def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Evaluate ``args.resume``, or the model as it was made; with ``args.output_dir`` also writes eval.json there."""
     loader, nb_classes = build_val_loader(args, device)
@@ -376,48 +378,43 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, f
     return stats
 
 
-def resume(args: argparse.Namespace, state: TrainingState) -> int:
-    """Bring the state to where ``args.resume`` stopped; returns the first epoch to train."""
+def resume(args: argparse.Namespace, state: TrainingState) -> tuple[int, dict | None]:
+    """Bring the state to where ``args.resume`` stopped; returns the epoch to train and what has been done of it."""
     old = os.path.join(args.output_dir, "checkpoint.pth")
     if args.output_dir and not args.resume and os.path.exists(old):
         print_once(f"note: {old} of an earlier run will be replaced after the first epoch; to go on from it, stop and "
                    f"say --resume {old}")
-    last_epoch = state.resume(args.resume, args) if args.resume else None
-    if last_epoch is not None:
-        return last_epoch + 1
-    if args.start_epoch and state.lr_scheduler:
+    place = state.resume(args.resume, args) if args.resume else None
+    if place is None and args.start_epoch and state.lr_scheduler:
         state.lr_scheduler.step(args.start_epoch - 1)
-    return args.start_epoch
+    return place or (args.start_epoch, None)
 
 
-def train(args: argparse.Namespace, device: torch.device, state: TrainingState, start_epoch: int,
-          criterion: nn.Module, train_loader: DataLoader, val_loader: DataLoader, nb_classes: int) -> dict[str, float]:
+def train(run: runtime.Run, device: torch.device, state: TrainingState, criterion: nn.Module, val_loader: DataLoader,
+          nb_classes: int) -> dict[str, float]:
     """Train up to ``args.epochs``; after each epoch evaluate, save and log. Returns the last evaluation."""
+    args, loader = run.args, run.loader
     model, mixup, dtype = state.model, build_mixup(args, nb_classes), amp_dtype(args, device)
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print_once(f"{args.model}: {n_parameters / 1e6:.2f} M parameters, {nb_classes} classes, "
-               f"{len(train_loader.dataset)} pictures, {len(train_loader)} steps of "
-               f"{args.batch_size} x {args.world_size} an epoch, from epoch {start_epoch} to {args.epochs}")
+               f"{len(loader.dataset.dataset)} pictures, {len(loader)} steps of "
+               f"{args.batch_size} x {args.world_size} an epoch, from epoch {run.epoch} to {args.epochs}")
     if args.distributed:
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    log = runtime.RunLog(args.output_dir, start_epoch)
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                        process_group=runtime.training_group)
     started, test = time.time(), {}
-    if start_epoch >= args.epochs:
-        print_once(f"epoch {start_epoch} is behind the last of --epochs {args.epochs}: nothing to train")
-    for epoch in range(start_epoch, args.epochs):
-        seed_everything(args.seed, get_rank(), epoch)  # a resumed run draws what one in one piece would draw
-        train_loader.sampler.set_epoch(epoch)
-        stats = train_one_epoch(model, criterion, train_loader, state.optimizer, device, epoch, state.loss_scaler,
-                                args.clip_grad, state.model_ema, mixup, dtype)
+    if run.epoch >= args.epochs:
+        print_once(f"epoch {run.epoch} is behind the last of --epochs {args.epochs}: nothing to train")
+    for epoch in run.epochs():
+        stats = train_one_epoch(model, criterion, loader, state.optimizer, device, epoch, state.loss_scaler,
+                                args.clip_grad, state.model_ema, mixup, dtype, run)
         test = evaluate(val_loader, state.model, device, dtype)
         if state.lr_scheduler:
             state.lr_scheduler.step(epoch, test["acc1"])
         state.max_accuracy = max(state.max_accuracy, test["acc1"])
-        if args.output_dir and is_main_process():
-            state.save(os.path.join(args.output_dir, "checkpoint.pth"), epoch, args)
-        log.write(epoch, {"train_lr": stats["lr"], "train_loss": stats["loss"],
-                          **{f"test_{name}": value for name, value in test.items()},
-                          "epoch": epoch, "n_parameters": n_parameters})
+        run.save(row={"train_lr": stats["lr"], "train_loss": stats["loss"],
+                      **{f"test_{name}": value for name, value in test.items()},
+                      "epoch": epoch, "n_parameters": n_parameters})
         print_once(f"Max accuracy: {state.max_accuracy:.2f}%")
     print_once(f"Training time {time.strftime('%H:%M:%S', time.gmtime(time.time() - started))}")
     return test

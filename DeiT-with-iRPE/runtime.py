@@ -1,22 +1,30 @@
 """What a training program needs around any model: readable errors, processes that meet, whole files, and logs."""
 import argparse
+import atexit
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
 import pathlib
+import random
 import re
+import shlex
+import signal
 import statistics
 import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class UserError(Exception):
@@ -27,6 +35,14 @@ class UserError(Exception):
         return " ".join(super().__str__().rpartition("UserError: ")[2].splitlines()).strip()
 
 
+class Interrupted(Exception):
+    """A signal asked the run to end, and all that it has done is saved; ``number`` is the signal's."""
+
+    def __init__(self, number: int, where: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} in {where}: --resume auto goes on from there")
+        self.number = number
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser, but a mistake is said in one line, without the usage of all flags."""
 
@@ -35,7 +51,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Call ``main(args)``; end the process with status 1 and one sentence on a ``UserError``, 130 on Ctrl-C.
+    """Call ``main(args)``; end the process with status 1 and one sentence on a ``UserError``, 130 on Ctrl-C, and
+    75, sysexits.h's "try again", when a signal has ended training.
 
     The first process of a machine speaks at once, and the launcher then stops the others; another one speaks, with its
     number, if it still runs some seconds later. So what all meet is said once, and what one meets alone by that one.
@@ -45,15 +62,18 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
         main(args)
     except KeyboardInterrupt:
         _end(130)
+    except Interrupted as stop:
+        print_once(stop)
+        _end(75)
     except UserError as error:
         _fail(1, str(error))
     except Exception as error:
+        if "DataLoader" in str(error):
+            _fail(1, f"a loading process ended or hangs in {_where}: {UserError(error)}")
         if not dist.is_initialized():
             raise
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        _fail(1, f"another process is lost: {UserError(error)}" if lost else traceback.format_exc())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        lost = isinstance(error, dist.DistError) or re.search("gloo|timeout|closed by peer", str(error))
+        _fail(1, f"{_missing()} is lost or hangs in {_where}: {UserError(error)}" if lost else traceback.format_exc())
 
 
 def _fail(status: int, words: str) -> NoReturn:
@@ -62,6 +82,18 @@ def _fail(status: int, words: str) -> NoReturn:
     me = f"process {get_rank()} of {get_world_size()}: " if get_world_size() > 1 else ""
     print(f"error: {me}{words}", file=sys.stderr, flush=True)
     _end(status)
+
+
+def _missing() -> str:
+    """Who has not noticed within two seconds that a process is lost; the store is where the processes met."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"alive {get_rank()}", "")
+        time.sleep(2)
+        silent = [str(rank) for rank in range(get_world_size()) if not store.check([f"alive {rank}"])]
+    except dist.DistError:
+        silent = ["0"]  # which keeps the store
+    return f"process {', '.join(silent)}" if silent else "another process"
 
 
 def _end(status: int) -> NoReturn:
@@ -95,16 +127,22 @@ def find_place(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def init_distributed(args: argparse.Namespace) -> torch.device:
+def init_distributed(args: argparse.Namespace, step_timeout: float = 60) -> torch.device:
     """Find this process's place, join the others, if there are any, at ``--dist_url``, and return the device.
 
-    NCCL connects GPUs, gloo CPUs. Raises ``UserError`` as ``find_place``, or if the others cannot be joined.
+    NCCL connects GPUs, gloo CPUs. A process that waits ``step_timeout`` seconds for another in ``training_group`` ends;
+    elsewhere, where the main one may evaluate or write for long, it waits an hour. Raises ``UserError`` as
+    ``find_place``, or if the others cannot be joined.
     """
+    global training_group
     device = find_place(args)
     if args.distributed and not dist.is_initialized():
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         try:
-            dist.init_process_group(backend, args.dist_url, rank=args.rank, world_size=args.world_size, device_id=bound)
+            dist.init_process_group(backend, args.dist_url, rank=args.rank, world_size=args.world_size, device_id=bound,
+                                    timeout=datetime.timedelta(hours=1))
+            training_group = dist.new_group(timeout=datetime.timedelta(seconds=step_timeout))
+            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # else its threads abort
         except (RuntimeError, ValueError, AssertionError) as error:
             raise UserError(f"the others cannot be joined at --dist_url {args.dist_url} ({error}): "
                             "without torchrun say tcp://HOST:PORT with the first machine's name") from error
@@ -134,10 +172,14 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+training_group: dist.ProcessGroup | None = None  # of training steps, in which the processes are never far apart
+_where = "its first steps"  # of a pass over a loader, for messages
+
+
+def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """Sum over the processes, in place; under NCCL the tensor has to be on the GPU."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=group)
     return tensor
 
 
@@ -145,6 +187,52 @@ def print_once(*values: Any) -> None:
     """``print`` from the main process only."""
     if is_main_process():
         print(*values, flush=True)
+
+
+# Random numbers and order: functions of where training is, so that it goes on anywhere as if it had never stopped
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python, NumPy and PyTorch from non-negative integers, such as (seed, epoch, step, process)."""
+    python, numpy, pytorch = np.random.SeedSequence(numbers).generate_state(3)
+    random.seed(int(python))
+    np.random.seed(numpy)
+    torch.manual_seed(int(pytorch))
+
+
+class SeededDataset(Dataset):
+    """``dataset`` whose samples are asked for by ``SeededSampler``'s keys and drawn with the random numbers of those,
+    whichever process loads them."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, ...]) -> Any:
+        index, *numbers = key
+        seed_everything(*numbers)
+        return self.dataset[index]
+
+
+class SeededSampler(Sampler[tuple[int, ...]]):
+    """Keys (index, seed, epoch, place) of a sampler's indices; the place is that in the order over all processes.
+
+    The sampler has to deal them out in turn, as torch's DistributedSampler does. ``len`` is that of a whole epoch.
+    """
+
+    def __init__(self, sampler: Sampler[int], seed: int) -> None:
+        self.sampler, self.seed = sampler, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, done: int = 0) -> None:
+        """Go to an epoch of which all processes together have had ``done`` samples."""
+        self.sampler.set_epoch(epoch)
+        self.epoch, self.first = epoch, done // get_world_size()
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        for place, index in itertools.islice(enumerate(self.sampler), self.first, None):
+            yield index, self.seed, self.epoch, place * get_world_size() + get_rank()
+
+    def __len__(self) -> int:
+        return len(self.sampler)
 
 
 # Files
@@ -169,8 +257,9 @@ def prepare_output_dir(path: str) -> None:
             tempfile.TemporaryFile(dir=path).close()
 
 
-def save_atomically(obj: Any, path: str | os.PathLike) -> None:
-    """``torch.save`` beside ``path`` and rename, so that ``path`` is at every moment either the old file or the new.
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write, which then is renamed to ``path``, so that this is at every moment either the old or the new.
 
     Raises ``UserError`` if the disk is full or cannot be written; the old file then stays as it was.
     """
@@ -178,12 +267,44 @@ def save_atomically(obj: Any, path: str | os.PathLike) -> None:
     try:
         with writing(path):
             with open(temporary, "wb") as file:
-                torch.save(obj, file)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_atomically(obj: Any, path: str | os.PathLike, keep_previous: bool = False) -> None:
+    """``torch.save`` to ``path``, as ``replacing`` does it; NAME.pth can be kept as NAME.previous.pth."""
+    path = pathlib.Path(path)
+    with replacing(path) as file:
+        torch.save(obj, file)
+        if keep_previous and path.exists():
+            previous = path.with_suffix(".previous.pth")
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(path, previous)
+            except OSError:  # a disk without hard links
+                os.replace(path, previous)
+
+
+def newest_checkpoint(output_dir: str) -> str:
+    """The checkpoint of ``output_dir`` that ``--resume auto`` takes: the one before if the last is damaged, which is
+    said, and "" if there is none. Raises ``UserError`` if all are damaged: a fresh start would replace them."""
+    if not output_dir:
+        raise UserError("--resume auto looks for checkpoints in --output_dir: say that too")
+    paths = (pathlib.Path(output_dir, name) for name in ("checkpoint.pth", "checkpoint.previous.pth"))
+    there = [path for path in paths if path.exists()]
+    for path in there:
+        try:
+            load_checkpoint(path)
+            return str(path)
+        except UserError as error:
+            print_once(f"note: {error}")
+    if there:
+        raise UserError(f"no checkpoint in {output_dir} is whole: delete them to start anew, or --resume another")
+    return ""
 
 
 # what kept command lines hold; only one flavour of paths can be made here, so both come back as pure ones, and their
@@ -204,6 +325,9 @@ def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
         load = torch.hub.load_state_dict_from_url
         place = f": fetch it elsewhere and put it into {torch.hub.get_dir()}/checkpoints"
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # PyTorch reads changed weights without a word
+                assert not archive.testzip()
         with torch.serialization.safe_globals(_ALLOWED):
             checkpoint = load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -217,6 +341,20 @@ def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
+
+
+def resume_point(checkpoint: Mapping[str, Any], path: str) -> tuple[int, dict[str, Any] | None]:
+    """The epoch that training goes on with, and the progress in it, None if it begins."""
+    epoch, progress = checkpoint["epoch"], checkpoint.get("progress")
+    if not isinstance(epoch, int) or epoch < 0:
+        raise UserError(f"checkpoint {path} is damaged: its epoch is {epoch!r}")
+    if progress is None:
+        return epoch + 1, None
+    try:
+        return epoch, {"images": int(progress["images"]),
+                       "values": {name: values.tolist() for name, values in progress["values"].items()}}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path} is damaged: its progress in epoch {epoch} is none") from error
 
 
 def model_weights(checkpoint: Mapping[str, Any], path: str, key: str = "model") -> dict[str, torch.Tensor]:
@@ -242,53 +380,170 @@ def _some(names: Iterable[Any]) -> str:
     return ", ".join(names[:3] + ["..."] * (len(names) > 3))
 
 
+# A run of training that may be ended at any moment
+
+class Run:
+    """Training from where it was: saves every ``save_every`` steps (0: none), before and after each evaluation, and
+    when one of ``SIGNALS`` came. Inside a ``with`` these end training by ``Interrupted`` after the running step; on
+    several GPUs after at most 20, since that is how often the processes meet without slowing each other down.
+
+    Args:
+        save: writes the state; takes a path, the epoch, ``args``, and the progress in the epoch, None after it.
+        epoch: the first one to train, of which ``progress`` has been made, None for none.
+        loader: of ``SeededSampler``'s samples.
+    """
+
+    def __init__(self, args: argparse.Namespace, log: "RunLog", save: Callable[..., None], epoch: int,
+                 progress: dict | None, loader: DataLoader) -> None:
+        self.args, self.log, self._save, self.loader, self.failure = args, log, save, loader, None
+        self.epoch, self.progress, self.images_per_step = epoch, progress, loader.batch_size * get_world_size()
+
+    def __enter__(self) -> "Run":
+        _caught.clear()
+        self._handlers = {number: signal.signal(number, lambda number, _: _caught.append(number)) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if kind is None and self.failure:
+            raise self.failure
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs to train, each with the loader's sampler where it has to go on."""
+        while self.epoch < self.args.epochs:
+            self.progress = self.progress or {"images": 0, "values": {}}
+            self.first_step = self.progress["images"] // self.images_per_step
+            self.loader.sampler.set_epoch(self.epoch, self.first_step * self.images_per_step)
+            yield self.epoch
+            self.epoch, self.progress = self.epoch + 1, None
+
+    def save(self, progress: "Progress | None" = None, row: Mapping[str, Any] | None = None) -> None:
+        """Write the state in the middle of the epoch, or after it with its ``row`` of the log. What fails is said and
+        tried again at the next save. All processes have to call this."""
+        state = progress.state() if progress else None
+        try:
+            if row:
+                self.log.write(self.epoch, row)
+            if self.args.output_dir and is_main_process():
+                self.log.flush()
+                self._save(pathlib.Path(self.args.output_dir, "checkpoint.pth"), self.epoch, self.args, state)
+            self.failure = None
+        except UserError as error:
+            print(f"note: {error}: training goes on and tries again at the next save", flush=True)
+            self.failure = error
+        if dist.is_initialized():
+            dist.barrier()  # the next step would not wait long for the main process to write
+
+    def after_step(self, progress: "Progress") -> None:
+        """Save if it is time or the epoch's last step, and end if a process got a signal."""
+        stop = max(_caught, default=0)
+        if get_world_size() > 1:
+            if progress.device.type == "cuda" and progress.done % 20:
+                stop = 0  # it takes all processes to stop
+            else:
+                highest = torch.tensor(stop, device=progress.device)
+                dist.all_reduce(highest, dist.ReduceOp.MAX, group=training_group)
+                stop = int(highest)
+        due = progress.done == len(self.loader) or self.args.save_every and progress.done % self.args.save_every == 0
+        if stop or due:
+            self.save(progress)
+        if stop and self.failure:
+            raise self.failure
+        if stop:
+            raise Interrupted(stop, _where)
+
+    def describe(self, step: int, values: Mapping[str, float]) -> str:
+        """Write nonfinite.json: a step, its values and the names of its pictures in all processes. Returns how to
+        replay it. All processes have to call this."""
+        if not self.args.output_dir:
+            return ""
+        self.loader.sampler.set_epoch(self.epoch, step * self.images_per_step)
+        keys = itertools.islice(self.loader.sampler, self.loader.batch_size)
+        name = getattr(self.loader.dataset.dataset, "name", str)
+        pictures = [[name(index) for index, *_ in keys]] * get_world_size()
+        if dist.is_initialized():
+            dist.all_gather_object(pictures, pictures[0])
+        path = pathlib.Path(self.args.output_dir, "nonfinite.json")
+        if is_main_process():
+            with replacing(path) as file:
+                file.write(json.dumps({"epoch": self.epoch, "step": step, **values, "pictures": pictures}).encode())
+        launcher = f"torchrun --nproc_per_node={get_world_size()}" if get_world_size() > 1 else "python"
+        return f"; its pictures are in {path}; to replay it: {launcher} {shlex.join(sys.argv)} --resume auto"
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the last is submitit's
+_caught: list[int] = []
+
+
 # Logs
 
 class Progress:
     """One pass over a loader: gives its batches, and every 20 steps and at the end prints a line of steps, time left,
     images/s, GPU memory, and of the values ``shown`` (or all) the mean of the last 20 steps and, in brackets, of all.
-    ``constants`` are values that are the same in all steps.
+    ``constants`` are values that are the same in all steps. In training ``run`` says from which step on; every step
+    has random numbers of its own.
     """
 
     def __init__(self, header: str, loader: Sized, images_per_step: float, shown: Iterable[str] = (),
-                 **constants: float) -> None:
+                 run: Run | None = None, **constants: float) -> None:
         self.header, self.loader, self.images_per_step, self.shown = header, loader, images_per_step, shown
+        self.run, self.done = run, run.first_step if run else 0
         self.values = {name: [value] for name, value in constants.items()}
+        if run:
+            self.values.update(run.progress["values"])
         self._unread: list[dict[str, torch.Tensor]] = []
 
     def __iter__(self) -> Iterator:
-        started = time.perf_counter()
-        for done, batch in enumerate(self.loader, 1):
+        global _where
+        started, first = time.perf_counter(), self.done
+        for batch in self.loader:
+            _where = f"{self.header}, step {self.done}"
+            if self.run:  # a sample's numbers end with 0, a process's with its own
+                seed_everything(self.run.args.seed, self.run.epoch, self.done, 1 + get_rank())
             yield batch
-            if done % 20 == 0 or done == len(self.loader):
-                self._read(done)
-                print_once(self._line(done, time.perf_counter() - started))
+            self.done += 1
+            if self.done % 20 == 0 or self.done == len(self.loader):
+                self._read()
+                print_once(self._line(first, time.perf_counter() - started))
+            if self.run:
+                self.run.after_step(self)
+            elif _caught:
+                raise Interrupted(_caught[0], _where)
 
     def add(self, **values: torch.Tensor) -> None:
         """Take one step's 0-d tensors. They are read, as means over the processes, only when the next line is due, so
         that the GPU does not wait for the CPU. If one is then not finite all processes raise the same ``UserError``.
         """
         self._unread.append({name: value.detach().float() for name, value in values.items()})
+        self.device = next(iter(values.values())).device
+
+    def state(self) -> dict[str, Any]:
+        """How many pictures of the epoch all processes have seen, and the values of the steps: to be saved."""
+        self._read()
+        return {"images": self.done * self.images_per_step,
+                "values": {name: torch.tensor(values, dtype=torch.float64) for name, values in self.values.items()}}
 
     def averages(self) -> dict[str, float]:
         """Mean of every value over all steps."""
         return {name: statistics.fmean(values) for name, values in self.values.items()}
 
-    def _read(self, done: int) -> None:
+    def _read(self) -> None:
         if not self._unread:
             return
         rows = torch.stack([torch.stack(list(step.values())) for step in self._unread])
-        rows = all_reduce_sum(rows) / get_world_size()
-        for step, row in enumerate(rows.tolist(), done - len(rows)):
+        rows = all_reduce_sum(rows, training_group) / get_world_size()
+        for step, row in enumerate(rows.tolist(), self.done - len(rows)):
             for name, value in zip(self._unread[0], row, strict=True):
                 if not math.isfinite(value):
+                    more = self.run.describe(step, {name: value, "lr": self.values["lr"][0]}) if self.run else ""
                     raise UserError(f"{name} is {value} at {self.header}, step {step}: training stops; a lower --lr or "
-                                    "gradient clipping may help, and the last checkpoint is still there")
+                                    f"gradient clipping may help, and the last checkpoint is still there{more}")
                 self.values.setdefault(name, []).append(value)
         self._unread.clear()
 
-    def _line(self, done: int, elapsed: float) -> str:
-        steps, rate = len(self.loader), done / elapsed
+    def _line(self, first: int, elapsed: float) -> str:
+        done, steps, rate = self.done, len(self.loader), (self.done - first) / elapsed
         left = datetime.timedelta(seconds=round((steps - done) / rate))
         line = f"{self.header} [{done}/{steps}]  eta {left}  {rate * self.images_per_step:.1f} img/s"
         means = self.averages()
@@ -304,33 +559,52 @@ def step_optimizer(loss_scaler: torch.amp.GradScaler, optimizer: torch.optim.Opt
 
     Raises ``UserError`` when it has come down without end: then the gradients are not finite at any scale.
     """
-    loss_scaler.step(optimizer)
-    loss_scaler.update()
+    # read before the step, which waits for the gradients anyway: read after it, it would wait for the optimizer too
     if loss_scaler.is_enabled() and loss_scaler.get_scale() < 2 ** -14:  # 2¹⁶ at the start: 31 halvings
         raise UserError("the gradients are not finite in float16 at any scale of the loss: training stops; bfloat16 "
                         "or float32, or a lower --lr, may help, and the last checkpoint is still there")
+    loss_scaler.step(optimizer)
+    loss_scaler.update()
 
 
 class RunLog:
     """``log.txt`` (one JSON object a line) and TensorBoard scalars under ``output_dir``; main process only.
 
-    Without an output directory it does nothing. ``first_epoch`` hides scalars that an interrupted run left beyond it.
+    Without an output directory it does nothing. ``first_epoch`` is that of a run that goes on: what an interrupted one
+    left of it or later epochs is dropped; None adds to what is there. A line cut by a crash is dropped too.
     """
 
-    def __init__(self, output_dir: str, first_epoch: int = 0) -> None:
-        self.path = None
+    def __init__(self, output_dir: str, first_epoch: int | None = None) -> None:
+        self.path, self.lines, self.scalars, self.board = None, [], [], None
         if output_dir and is_main_process():
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and evaluation has no use for it
-            self.path = pathlib.Path(output_dir, "log.txt")
-            self.board = SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=first_epoch or None)
+            self.path, self.first_epoch = pathlib.Path(output_dir, "log.txt"), first_epoch  # which TensorBoard hides
+            if self.path.exists():
+                self.lines = [*filter(self._keeps, self.path.read_bytes().splitlines(keepends=True))]
+
+    def _keeps(self, line: bytes) -> bool:
+        epoch = re.search(rb'"epoch": (\d+)', line)
+        return line.endswith(b"\n") and not (epoch and self.first_epoch is not None
+                                             and int(epoch[1]) >= self.first_epoch)
 
     def write(self, epoch: int, values: Mapping[str, Any]) -> None:
-        """Append one epoch's values; numbers go to TensorBoard too."""
+        """Append one epoch's values; numbers go to TensorBoard too. Raises ``UserError`` as ``flush``."""
         if self.path is None:
             return
-        with writing(self.path), open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(name, value, epoch)
-        self.board.flush()
+        self.lines.append(json.dumps(values).encode() + b"\n")
+        self.scalars += [(name, value, epoch) for name, value in values.items() if isinstance(value, (int, float))]
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is not written yet. Raises ``UserError`` if that fails; the next call tries all of it again."""
+        if not self.scalars:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and evaluation has no use for it
+        with replacing(self.path) as file:
+            file.writelines(self.lines)
+        folder = self.path.with_name("tensorboard")
+        with writing(folder):
+            board, self.board = self.board or SummaryWriter(str(folder), purge_step=self.first_epoch), None
+            for scalar in self.scalars:
+                board.add_scalar(*scalar)
+            board.flush()  # a writer that failed once is of no more use
+        self.board, self.first_epoch, self.scalars = board, None, []

@@ -3,7 +3,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from util.misc import collate_fn
-from util.runtime import UserError, get_rank, get_world_size
+from util.runtime import SeededDataset, SeededSampler, UserError, get_rank, get_world_size
 
 from .coco import CocoDetection
 from .coco_panoptic import CocoPanoptic
@@ -21,7 +21,8 @@ def build_dataset(split, args):
 def train_loader(dataset, args):
     """Shuffled batches, each process its own; what does not fill a batch is left out until the next epoch."""
     sampler = DistributedSampler(dataset, get_world_size(), get_rank(), seed=args.seed)
-    loader = DataLoader(dataset, args.batch_size, sampler=sampler, drop_last=True, **_common(args))
+    loader = DataLoader(SeededDataset(dataset), args.batch_size, sampler=SeededSampler(sampler, args.seed),
+                        drop_last=True, **_common(args))
     if not len(loader):
         raise UserError(f"{len(dataset)} pictures in {get_world_size()} processes do not fill one batch of "
                         f"--batch_size {args.batch_size}")
@@ -38,4 +39,5 @@ def eval_loader(dataset, args):
 
 def _common(args):
     return {"num_workers": args.num_workers, "collate_fn": collate_fn,
+            "timeout": args.step_timeout if args.num_workers else 0,
             "pin_memory": torch.device(args.device).type == "cuda"}

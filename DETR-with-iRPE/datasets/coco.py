@@ -71,6 +71,10 @@ class CocoSet(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
+    def name(self, index):
+        """File name of a picture."""
+        return self.images[index]["file_name"]
+
     def __getitem__(self, index):
         image = self.images[index]
         size = (image["height"], image["width"])

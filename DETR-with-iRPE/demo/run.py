@@ -1,7 +1,7 @@
 """Train a small DETR with iRPE on pictures of real digits, then a mask head on top of it; evaluate both before and
 after, and draw what they find.
 
-    python demo/run.py --output_dir DIR      (12 minutes on two cores)
+    python demo/run.py --output_dir DIR      (some 12 minutes on two cores)
 
 Training is main.py with ordinary flags, which are shown; digits.py writes the set to DIR/digits.
 """
@@ -91,7 +91,7 @@ def run(args):
 if __name__ == "__main__":
     parser = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--epochs", type=int, default=8, help="of the detector")
+    parser.add_argument("--epochs", type=int, default=7, help="of the detector")
     parser.add_argument("--mask_epochs", type=int, default=4, help="of the mask head")
     parser.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS")
     parser.add_argument("--train", type=int, default=4000, help="training pictures")

@@ -44,7 +44,7 @@ def start(root):
     def start(*flags):
         epochs, evaluations = [], []
 
-        def train_one_epoch(model, criterion, loader, optimizer, device, epoch, scaler, max_norm, amp_dtype):
+        def train_one_epoch(model, criterion, loader, optimizer, device, epoch, scaler, max_norm, amp_dtype, run):
             optimizer.step()
             epochs.append(SimpleNamespace(
                 model=model, criterion=criterion, loader=loader, optimizer=optimizer, device=device, epoch=epoch,
@@ -106,7 +106,7 @@ SEEN = {
     "seed": ([7], lambda run: run.loader.sampler.seed, 7),
     "num_workers": ([1], lambda run: run.loader.num_workers, 1),
     "start_epoch": ([2, "--epochs", 3], lambda run: run.epoch, 2),
-    "remove_difficult": ([], lambda run: len(run.loader.dataset[0][1]["labels"]), 0),
+    "remove_difficult": ([], lambda run: len(run.loader.dataset.dataset[0][1]["labels"]), 0),
 }
 
 
@@ -154,7 +154,7 @@ def test_flag_frozen_weights(start, root):
 
 
 def test_flag_coco_path(plain, root):
-    assert plain.loader.dataset.path.is_relative_to(root)
+    assert plain.loader.dataset.dataset.path.is_relative_to(root)
 
 
 def test_flag_dataset_file(start, root):
@@ -181,6 +181,7 @@ def test_flag_world_size(start):
 def test_flag_dist_url(monkeypatch):
     asked = []
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: asked.append([*args, *kwargs.values()]))
+    monkeypatch.setattr(dist, "new_group", lambda **kwargs: None)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     runtime.init_distributed(parse("--device", "cpu", "--dist_url", "tcp://somewhere:29500"))

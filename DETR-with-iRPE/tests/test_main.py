@@ -2,7 +2,9 @@
 import io
 import json
 import math
+import os
 import pickle
+import signal
 import urllib.error
 
 import numpy as np
@@ -47,7 +49,8 @@ def test_training_writes_checkpoints_log_and_precision(coco, trained):
         parts = [f"train_{name}{suffix}" for name in ("loss_ce", "loss_bbox", "loss_giou") for suffix in ("", "_0")]
         assert row["train_loss"] == pytest.approx(sum(row[part] for part in parts), rel=1e-4)
     files = {str(path.relative_to(trained)) for path in trained.rglob("*.pth")}
-    assert files == {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "eval/latest.pth", "eval/000.pth"}
+    assert files == {"checkpoint.pth", "checkpoint.previous.pth", "checkpoint0000.pth", "checkpoint0001.pth",
+                     "eval/latest.pth", "eval/000.pth"}
     assert (trained / "tensorboard").is_dir()
     checkpoint = runtime.load_checkpoint(str(trained / "checkpoint.pth"))
     assert checkpoint["epoch"] == 1 and checkpoint["args"].enc_rpe2d == "rpe-2.0-product-ctx-1-k"
@@ -125,8 +128,9 @@ def _epochs(args):
     """In a process: train for epochs that only note what they draw and the criterion's loss of a known picture."""
     noted = []
 
-    def note(model, criterion, *_):
+    def note(model, criterion, loader, *_):
         criterion.train()
+        next(iter(runtime.Progress("here", loader, 1, run=_[-1])))  # the first step's random numbers
         rank = runtime.get_rank()
         outputs = {"pred_logits": torch.zeros(1, 5, 6), "pred_boxes": torch.full((1, 5, 4), 0.5)}
         objects = {"labels": torch.zeros(1 + 2 * rank, dtype=torch.long), "boxes": torch.full((1 + 2 * rank, 4), 0.4)}
@@ -385,6 +389,40 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(coco, trained, tmp_path):
     torch.save({"model": pickle.Pickler}, path)
     with pytest.raises(UserError, match="refused"):
         main.main(parse(*small(coco, "--eval", "--resume", path)))
+
+
+@pytest.mark.parametrize(("key", "value"), [("optimizer", {"state": 3, "param_groups": []}), ("lr_scheduler", 7),
+                                            ("epoch", "1"), ("progress", {"images": None}), ("scaler", [1])])
+def test_states_of_another_type_are_refused(coco, trained, tmp_path, key, value):
+    checkpoint = runtime.load_checkpoint(trained / "checkpoint.pth")
+    torch.save({**checkpoint, key: value}, tmp_path / "c.pth")
+    scaled = ["--amp_dtype", "float16"] if key == "scaler" else []
+    with pytest.raises(UserError, match="c.pth"):
+        main.main(parse(*small(coco, "--epochs", 3, "--resume", tmp_path / "c.pth", *scaled)))
+
+
+def test_damage_to_the_last_checkpoint_costs_one_epoch_and_a_signal_nothing(coco, tmp_path, monkeypatch, capsys):
+    flags = small(coco, "--epochs", 2, "--lr_drop", 1, "--dropout", 0.1)
+    main.main(parse(*flags, "--output_dir", tmp_path / "straight"))
+    after_step = runtime.Run.after_step
+
+    def stop(self, progress):
+        if (self.epoch, progress.done) == (1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        after_step(self, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.Run, "after_step", stop)
+        with pytest.raises(runtime.Interrupted, match="SIGTERM in epoch 1, step 1"):
+            main.main(parse(*flags, "--output_dir", tmp_path, "--resume", "auto"))
+    assert runtime.load_checkpoint(tmp_path / "checkpoint.pth")["progress"]["images"] == 4
+    (tmp_path / "checkpoint.pth").write_bytes(b"")
+    main.main(parse(*flags, "--output_dir", tmp_path, "--resume", "auto", "--num_workers", 1))
+    assert "checkpoint.pth is truncated" in capsys.readouterr().out
+    ends = [runtime.load_checkpoint(folder / "checkpoint.pth")["model"] for folder in (tmp_path, tmp_path / "straight")]
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    logs = [(folder / "log.txt").read_text() for folder in (tmp_path, tmp_path / "straight")]
+    assert logs[0] == logs[1]
 
 
 def test_another_runs_optimizer_is_refused_with_the_flags_to_give(coco, trained):

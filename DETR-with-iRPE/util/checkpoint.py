@@ -1,10 +1,14 @@
 """What a checkpoint holds and how it comes back: resuming a run, or starting another one from its weights."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from util import runtime
 from util.runtime import UserError, key_differences, load_checkpoint, model_weights, print_once, save_atomically
+
+# what PyTorch raises for states that are none
+_MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass
@@ -14,14 +18,19 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     loss_scaler: torch.amp.GradScaler
+    categories: dict = field(default_factory=dict)  # id → name
 
-    def save(self, paths, epoch, args, categories):
-        """Write the state after `epoch` in the released checkpoints' format, with the names of the categories."""
+    def save(self, path, epoch, args, progress=None):
+        """Write the state after `epoch` in the released checkpoints' format, with the names of the categories; within
+        `epoch` there is also the `progress` in it. After some epochs it is kept under the epoch's number too."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "lr_scheduler": self.lr_scheduler.state_dict(), "epoch": epoch, "args": args,
-                 "scaler": self.loss_scaler.state_dict(), "categories": categories}
-        for path in paths:
-            save_atomically(state, path)
+                 "scaler": self.loss_scaler.state_dict(), "categories": self.categories}
+        if progress:
+            state["progress"] = progress
+        elif (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0:
+            save_atomically(state, path.with_name(f"checkpoint{epoch:04}.pth"))
+        save_atomically(state, path, keep_previous=True)
 
     def start_at(self, epoch):
         """Go to the learning rates of an epoch, for a start there without a checkpoint that holds them."""
@@ -30,7 +39,8 @@ class TrainingState:
         self.lr_scheduler.last_epoch = epoch
 
     def resume(self, path):
-        """Take over what the checkpoint holds; returns the last finished epoch, None if it holds weights only.
+        """Take over what the checkpoint holds; returns the epoch to train and the progress in it, None if it holds
+        weights only.
 
         Raises: UserError if it belongs to another model or optimizer.
         """
@@ -41,15 +51,18 @@ class TrainingState:
             return None
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, KeyError) as error:
+        except _MISFITS as error:
             raise UserError(
                 f"the optimizer in {path} trained other parameters ({error}): give that run's --frozen_weights, "
                 "--no_pretrained_backbone and --lr_backbone to go on with it, or --finetune to start from its weights"
             ) from error
-        self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
-        if checkpoint.get("scaler"):
-            self.loss_scaler.load_state_dict(checkpoint["scaler"])
-        return checkpoint["epoch"]
+        try:
+            self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+            if checkpoint.get("scaler"):
+                self.loss_scaler.load_state_dict(checkpoint["scaler"])
+        except _MISFITS as error:
+            raise UserError(f"checkpoint {path} is damaged: its lr_scheduler or scaler is none: {error!r}") from error
+        return runtime.resume_point(checkpoint, path)
 
 
 def load_weights(model, checkpoint, path, new_class_head=False):

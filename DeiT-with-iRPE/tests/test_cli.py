@@ -12,7 +12,8 @@ import main
 from conftest import TINY, parse
 
 PUBLISHED = json.loads((Path(__file__).parent / "golden" / "cli_deit.json").read_text())
-ADDED = {"--amp-dtype", "--no-dist-eval", "--hflip", "--min-crop", "--local-rank", "--local_rank"}
+ADDED = {"--amp-dtype", "--no-dist-eval", "--hflip", "--min-crop", "--local-rank", "--local_rank", "--save-every",
+         "--step-timeout"}
 
 
 def actions():

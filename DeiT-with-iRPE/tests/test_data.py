@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from timm.data import auto_augment
 from torch.utils.data import DataLoader
 
 from conftest import parse, write_pictures, write_tar
@@ -289,6 +290,16 @@ def test_repeated_augmentation_takes_the_published_share_of_the_tripled_list(pic
     first = list(other)
     other.set_epoch(1)
     assert list(other) != first
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m0"])
+def test_no_magnitude_of_an_augmentation_is_refused_by_pillow(policy):
+    transform = build_transform(True, parse("--aa", policy)).transforms
+    for operation in next(t for t in transform if hasattr(t, "ops")).ops:
+        operation.prob = 1.0
+        operation(Image.new("RGB", (8, 8), "red"))
+    assert auto_augment.NAME_TO_OP["PosterizeIncreasing"](Image.new("RGB", (8, 8), "red"), 0).getextrema() == (
+        (0, 0),) * 3
 
 
 def test_repeated_augmentation_of_a_small_set_takes_as_many_samples_as_pictures():

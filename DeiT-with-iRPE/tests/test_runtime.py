@@ -97,6 +97,14 @@ def test_damaged_checkpoint_is_read_or_refused_in_a_sentence_that_names_it(tmp_p
         assert "c.pth is truncated" in sentence or not zipped and "c.pth is refused" in sentence
 
 
+def test_a_single_bit_that_has_changed_in_the_weights_is_noticed(tmp_path):
+    path = saved(tmp_path, {"model": {"w": torch.arange(300.0)}})
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(300.0).numpy().tobytes()) + 700] ^= 1
+    path.write_bytes(content)
+    assert "c.pth is truncated, damaged" in fails_with(load_checkpoint, path)
+
+
 def test_what_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "page.pth").write_text("<html>404</html>")
     assert "page.pth is truncated, damaged or none of PyTorch's" in fails_with(load_checkpoint, tmp_path / "page.pth")
@@ -311,7 +319,7 @@ def test_mistake_of_one_process_ends_all_and_is_said_by_itself():
     assert {err for case in ("none", "interrupt") for _, _, err in results[case]} == {""}
     for case, said in (("alone", "a mistake of one\n"), ("bug", "Traceback (most recent call last):\n")):
         (_, _, first), (_, _, second) = results[case]
-        assert re.fullmatch("error: process 0 of 2: another process is lost: .*\n", first)
+        assert re.fullmatch("error: process 0 of 2: process 1 is lost or hangs in here, step 1: .*\n", first)
         assert second.startswith(f"error: process 1 of 2: {said}")
     assert second.endswith("RuntimeError: a bug\n\n")
 

@@ -120,7 +120,7 @@ def test_any_schedule_goes_on_after_a_checkpoint_as_without(sched, tmp_path):
     for first, last in ((0, 7), (7, 12)):
         state: TrainingState = main.build_state(args, model)
         args.resume = tmp_path / "checkpoint.pth" if first else ""
-        assert main.resume(args, state) == first
+        assert main.resume(args, state) == (first, None)
         for epoch in range(first, last):
             rates.append(state.optimizer.param_groups[0]["lr"])
             if state.lr_scheduler:

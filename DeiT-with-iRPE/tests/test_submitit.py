@@ -165,16 +165,21 @@ def test_preempted_job_of_two_processes_goes_on_by_itself(pictures, tmp_path):
                        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
     controller = int(re.search(r"job (\d+) \(local\)", (tmp_path / "said").read_text())[1])
     folder = tmp_path / f"out_{controller}"
+
+    def tasks():
+        return map(int, Path(f"/proc/{controller}/task/{controller}/children").read_text().split())
+
     try:
         wait_until(lambda: epochs(folder))
-        for task in Path(f"/proc/{controller}/task/{controller}/children").read_text().split():
-            os.kill(int(task), signal.SIGUSR2)
+        for task in tasks():
+            os.kill(task, signal.SIGUSR2)
         stdout = tmp_path / "outputs" / str(controller) / f"{controller}_0_log.out"
         wait_until(lambda: stdout.read_text().count("M parameters") == 2)
         before = len(epochs(folder))
         wait_until(lambda: len(epochs(folder)) > before)
     finally:
-        os.kill(controller, signal.SIGINT)
+        for process in (controller, *tasks()):
+            os.kill(process, signal.SIGKILL)
     done = epochs(folder)
     assert done == sorted(set(done))  # the first ones were not trained again
 
@@ -195,15 +200,17 @@ def test_requeued_job_goes_on_from_its_checkpoint_and_not_from_another_run_s(job
         tmp_path / "out" / "checkpoint.pth")
 
 
-def test_job_that_saved_nothing_begins_as_it_began(job, pictures, tmp_path):
+def test_job_that_saved_nothing_begins_as_it_began(job, pictures, tmp_path, capsys):
     job(1, *small(pictures, "--output_dir", tmp_path / "first"))
     first = tmp_path / "first" / "checkpoint.pth"
     flags = small(pictures, "--resume", first, "--epochs", 2)
     trainer = job(2, *flags)
     assert epochs(tmp_path / "2") == [1] and trainer.args == parse(*flags)
-    (tmp_path / "2" / "checkpoint.pth").unlink()
+    for name in ("checkpoint.pth", "checkpoint.previous.pth"):
+        (tmp_path / "2" / name).unlink()
+    capsys.readouterr()
     trainer.checkpoint().result()
-    assert epochs(tmp_path / "2") == [1, 1]
+    assert "from epoch 1 to 2" in capsys.readouterr().out and epochs(tmp_path / "2") == [1]
 
 
 def test_all_gpus_stay_visible_for_the_processes_to_choose_by_number(job, pictures, monkeypatch):

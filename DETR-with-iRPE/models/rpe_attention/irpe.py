@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         warnings.warn("the extension rpe_ops is not installed; iRPE computes the same without it, but slower. To build "
                       "it, in the iRPE repository: pip install ./rpe_ops --no-build-isolation", stacklevel=2)
-if HAS_RPE_OPS and not hasattr(rpe_ops, "attention_takes"):
+if HAS_RPE_OPS and not hasattr(rpe_ops, "ATTENTION"):
     raise ImportError("the installed rpe_ops is older than this irpe.py; build it anew, in the iRPE repository: "
                       "pip install ./rpe_ops --no-build-isolation --no-deps --force-reinstall")
 
@@ -238,6 +238,8 @@ class iRPE(nn.Module):
             raise ValueError(f"{length} tokens on a map of {height}×{width} leave {prefix} prefix tokens, but the "
                              f"encoding was built with skip={skip}; set skip={max(prefix, 0)}, or give the height and "
                              "width of the map")
+        if transposed and torch.compiler.is_compiling():  # which takes two constants of one function for the same
+            return self._constant_ids(height, width, torch.device(device), False).t()
         return self._constant_ids(height, width, torch.device(device), transposed)
 
     @torch.compiler.assume_constant_result
@@ -247,12 +249,14 @@ class iRPE(nn.Module):
                                   transposed)
 
     def terms(self, length, device, height=None, width=None):
-        """A list of (ids, table), as `rpe_ops.attention` takes the contextual term of this module."""
+        """A list of (ids, table), as `rpe_ops.attention` takes the term of this module."""
         ids = self.bucket_ids(length, device, height, width, transposed=self.on == "q")
         return [(ids, self._table * self._table.shape[-2] ** -0.5 if self.on == "q" else self._table)]
 
     @property
     def _table(self):
+        if self.config.mode == "bias":  # as if every token had these products
+            return self.lookup_table_bias[None, :, None]
         # without the head axis where the heads share it: then matmul folds the batch into rows
         weight = self.lookup_table_weight
         return weight[0] if len(weight) == 1 else weight
@@ -269,7 +273,7 @@ class iRPE(nn.Module):
         """
         ids = self.bucket_ids(x.shape[-2], x.device, height, width)
         if self.config.mode == "bias":
-            return _gather_buckets(self.lookup_table_bias[None, :, None].expand(-1, -1, len(ids), -1), ids)
+            return _gather_buckets(self._table.expand(-1, -1, len(ids), -1), ids)
         if self.on == "v":
             return torch.matmul(_sum_buckets(x, ids, self.num_buckets), self._table)
         return _gather_buckets(torch.matmul(x, self._table), ids)
@@ -328,18 +332,14 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
         blind = mask.amax(-1, keepdim=True) == -math.inf  # queries that may see nothing get zeros in the end
         mask = mask.masked_fill(blind, 0)
-    if HAS_RPE_OPS and all(map(_is_contextual, modules)) and rpe_ops.attention_takes(q, k, v, mask, modules):
+    ours = all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
+    # `terms` say what `forward` computes, unless it is somebody else's
+    if HAS_RPE_OPS and ours and not _is_exporting() and rpe_ops.attention_takes(q, k, v, mask, modules):
         terms = [rpe.terms(q.shape[2], q.device, height, width) if rpe else [] for rpe in (rpe_q, rpe_k, rpe_v)]
         out = rpe_ops.attention(q, k, v, *terms, mask, dropout_p)
     else:
         out = _composed_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p)
     return out if mask is None else out.masked_fill(blind, 0)
-
-
-def _is_contextual(rpe):
-    """Whether all of it is this file's, so that `terms` say what its `forward` computes."""
-    return all(type(part) is iRPE_Cross or (type(part) is iRPE and part.config.mode == "contextual")
-               for part in rpe.modules())
 
 
 def _composed_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p):

@@ -1,0 +1,252 @@
+"""Runs that are stopped at any moment and go on: nothing is lost, said twice or drawn anew."""
+import contextlib
+import errno
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+import main
+import runtime
+from conftest import finish, free_port, parse, small, start, start_processes, write_pictures
+from runtime import Interrupted, UserError, load_checkpoint
+from test_train import same
+
+FLAGS = ["--model", "test_vit", "--epochs", 2, "--batch-size", 4, "--drop", 0.1, "--lr", 0.05, "--warmup-epochs", 0]
+STEPS = 6  # of an epoch: 24 pictures
+
+
+def run(pictures, out, *flags):
+    return main.main(parse(*small(pictures, *FLAGS, "--output_dir", out, *flags)))
+
+
+def state(out):
+    return {key: value for key, value in load_checkpoint(out / "checkpoint.pth").items() if key != "args"}
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(pictures, tmp_path_factory):
+    """Output of a run that never stopped."""
+    out = tmp_path_factory.mktemp("straight")
+    run(pictures, out)
+    return out
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Sends this process a signal in that step, counted over the epochs, or in the evaluation of that epoch."""
+    def patch(number, step=None, evaluation=None):
+        after_step, evaluate, asked = runtime.Run.after_step, main.evaluate, []
+
+        def stepped(self, progress):
+            if self.epoch * STEPS + progress.done == step:
+                os.kill(os.getpid(), number)
+            after_step(self, progress)
+
+        def evaluated(*args):
+            asked.append(1)
+            if len(asked) == evaluation:
+                os.kill(os.getpid(), number)
+            return evaluate(*args)
+
+        monkeypatch.setattr(runtime.Run, "after_step", stepped)
+        monkeypatch.setattr(main, "evaluate", evaluated)
+        return monkeypatch
+    return patch
+
+
+@pytest.mark.parametrize(("number", "moment"), [
+    (signal.SIGTERM, {"step": 1}), (signal.SIGUSR1, {"step": 4}), (signal.SIGTERM, {"step": STEPS}),
+    (signal.SIGUSR2, {"step": 9}), (signal.SIGTERM, {"evaluation": 1}), (signal.SIGTERM, {"evaluation": 2})], ids=str)
+def test_signal_ends_training_after_the_step_and_it_goes_on_to_the_bit(pictures, straight, tmp_path, stop_at, number,
+                                                                       moment):
+    handler = signal.getsignal(number)
+    patch = stop_at(number, **moment)
+    with pytest.raises(Interrupted, match=number.name):
+        run(pictures, tmp_path, "--resume", "auto")
+    assert signal.getsignal(number) == handler
+    steps = moment.get("step") or STEPS * moment["evaluation"]
+    progress = load_checkpoint(tmp_path / "checkpoint.pth")["progress"]
+    assert progress["images"] == 4 * ((steps - 1) % STEPS + 1)
+    patch.undo()
+    run(pictures, tmp_path, "--resume", "auto", "--num_workers", 2)  # whoever loads a picture draws the same
+    assert same(state(tmp_path), state(straight)) and rows(tmp_path) == rows(straight)
+
+
+def test_pictures_that_were_seen_are_not_loaded_again(pictures, tmp_path, stop_at, monkeypatch):
+    stop_at(signal.SIGTERM, step=4)
+    with pytest.raises(Interrupted):
+        run(pictures, tmp_path, "--epochs", 1)
+    monkeypatch.undo()
+    seen, get = [], runtime.SeededDataset.__getitem__
+    monkeypatch.setattr(runtime.SeededDataset, "__getitem__", lambda self, key: seen.append(key[1:]) or get(self, key))
+    run(pictures, tmp_path, "--epochs", 1, "--resume", "auto")
+    assert seen == [(0, 0, place) for place in range(16, 24)]
+
+
+def test_state_within_an_epoch_is_saved_every_so_many_steps(pictures, tmp_path, monkeypatch):
+    saved, save = [], runtime.save_atomically
+    monkeypatch.setattr("checkpoint.save_atomically", lambda state, *args, **options: (
+        saved.append((state["epoch"], state.get("progress", {}).get("images"))), save(state, *args, **options)))
+    run(pictures, tmp_path, "--save-every", 4)
+    assert saved == [(epoch, images) for epoch in (0, 1) for images in (16, 24, None)]
+
+
+# What a run starts from
+
+def test_auto_starts_anew_without_a_checkpoint_and_goes_on_with_one(pictures, straight, tmp_path, capsys):
+    for epochs in (1, 2, 2):
+        run(pictures, tmp_path, "--resume", "auto", "--epochs", epochs, "--warmup-epochs", 0, "--sched", "step")
+    assert [row["epoch"] for row in rows(tmp_path)] == [0, 1] and "nothing to train" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--output_dir"):
+        run(pictures, "", "--resume", "auto")
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(pictures, straight, tmp_path, capsys):
+    run(pictures, tmp_path)
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(path.read_bytes()[:-100])
+    run(pictures, tmp_path, "--resume", "auto")
+    assert f"note: checkpoint {path} is truncated" in capsys.readouterr().out
+    assert same(state(tmp_path), state(straight)) and rows(tmp_path) == rows(straight)
+    for name in ("checkpoint.pth", "checkpoint.previous.pth"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+        run(pictures, tmp_path, "--resume", "auto")
+
+
+def test_log_goes_on_without_lines_of_later_epochs_and_without_a_cut_one(tmp_path):
+    lines = ['{"epoch": 0, "x": 1}\n', '{"epoch": 1, "x": 2}\n', '{"epoch": 1, "x": 3}\n', '{"epoch"']
+    (tmp_path / "log.txt").write_text("".join(lines))
+    runtime.RunLog(str(tmp_path), 1).write(1, {"epoch": 1, "x": 4})
+    assert rows(tmp_path) == [{"epoch": 0, "x": 1}, {"epoch": 1, "x": 4}]
+    (tmp_path / "log.txt").write_text("".join(lines))
+    runtime.RunLog(str(tmp_path)).write(0, {"epoch": 0, "x": 5})  # another run in the same folder
+    assert [row["x"] for row in rows(tmp_path)] == [1, 2, 3, 5]
+
+
+def test_tensorboard_hides_what_a_killed_run_left_of_later_epochs(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    log = runtime.RunLog(str(tmp_path))
+    for epoch in range(3):
+        log.write(epoch, {"epoch": epoch, "loss": 1.0})
+    log = runtime.RunLog(str(tmp_path), 1)
+    for epoch in (1, 2):
+        log.write(epoch, {"epoch": epoch, "loss": 2.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1.0), (1, 2.0), (2, 2.0)]
+
+
+# What can go wrong
+
+def full_disk(monkeypatch, fails):
+    """Replacing a file fails while `fails` gives True for its name."""
+    sync = os.fsync
+
+    def fsync(number):
+        if fails(os.readlink(f"/proc/self/fd/{number}")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pth", "log.txt"])
+def test_full_disk_costs_no_more_than_the_saves_that_fail(pictures, straight, tmp_path, monkeypatch, capsys, file):
+    failed = []
+    full_disk(monkeypatch, lambda name: file in name and len(failed) < 2 and not failed.append(name))
+    run(pictures, tmp_path)
+    said = capsys.readouterr().out
+    assert said.count(f"note: {tmp_path}/{file} cannot be written: No space left on device: training goes on") == 2
+    assert same(state(tmp_path), state(straight)) and rows(tmp_path) == rows(straight)
+
+
+def test_last_state_that_cannot_be_saved_is_a_failure_and_the_last_good_one_stays(pictures, tmp_path, monkeypatch):
+    saved = []
+    full_disk(monkeypatch, lambda name: "checkpoint.pth" in name and (saved.append(1) or len(saved) > 2))
+    with pytest.raises(UserError, match=r"checkpoint.pth cannot be written: No space left"):
+        run(pictures, tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 0
+
+
+def test_loss_that_is_not_finite_is_written_down_with_its_pictures_and_can_be_replayed(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "data" / "train")
+    write_pictures(tmp_path / "data" / "val", count=1)
+    monkeypatch.setattr(sys, "argv", ["main.py", "--lr", "a b"])
+    flags = ["--lr", 1e30, "--warmup-lr", 1e30, "--save-every", 1]
+    for attempt in ([], ["--resume", "auto"]):
+        with pytest.raises(UserError, match=r"loss is nan .*python main.py --lr 'a b' --resume auto$"):
+            run(tmp_path / "data", tmp_path, *flags, *attempt)
+        noted = json.loads((tmp_path / "nonfinite.json").read_text())
+        assert (noted["epoch"], noted["lr"], len(noted["pictures"])) == (0, pytest.approx(1e30 * 4 / 512), 1)
+        assert noted["step"] * 4 == load_checkpoint(tmp_path / "checkpoint.pth")["progress"]["images"]
+        sampler = runtime.SeededSampler(main.RASampler(range(24)), 0)
+        keys = list(sampler)[4 * noted["step"]:][:4]
+        dataset = main.build_dataset(True, parse(*small(tmp_path / "data")))[0]
+        assert noted["pictures"] == [[dataset.samples[index][0] for index, *_ in keys]]
+
+
+def processes(pictures, out, *flags, world_size=2):
+    return start_processes(world_size, "main.py", *small(pictures, *FLAGS, "--output_dir", out, *flags))
+
+
+def wait_for_line(process, words):
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def test_signal_to_one_of_two_processes_ends_both_after_the_same_step(pictures, tmp_path):
+    pair = processes(pictures, tmp_path, "--epochs", 1000)
+    wait_for_line(pair[0], "Max accuracy")
+    pair[1].send_signal(signal.SIGTERM)
+    results = [finish(process) for process in pair]
+    assert [result[0] for result in results] == [75, 75] and results[1][2] == results[0][2] == ""
+    assert "stopped by SIGTERM in epoch" in results[0][1] and "--resume auto goes on" in results[0][1]
+
+
+def test_hanging_process_ends_all_and_is_named_with_the_step(pictures, tmp_path):
+    pair = processes(pictures, tmp_path, "--epochs", 1000, "--step-timeout", 4)
+    wait_for_line(pair[0], "Max accuracy")
+    pair[1].send_signal(signal.SIGSTOP)
+    try:
+        status, _, said = finish(pair[0])
+    finally:
+        pair[1].kill()
+        finish(pair[1])
+    assert status == 1 and said.startswith("error: process 0 of 2: process 1 is lost or hangs in epoch "), said
+
+
+def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(pictures, tmp_path):
+    process = start("main.py", *small(pictures, *FLAGS, "--epochs", 1000, "--num_workers", 1))
+    wait_for_line(process, "Max accuracy")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # every pass over the data has its own
+            for worker in children.read_text().split():
+                os.kill(int(worker), signal.SIGKILL)
+    status, _, said = finish(process)
+    assert status == 1 and said.startswith("error: a loading process ended or hangs in ") and said.count("\n") == 1
+
+
+def test_two_launchers_that_meet_train_as_one(pictures, tmp_path):
+    """As on two machines."""
+    port = free_port()
+    pair = [start("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={node}",
+                  f"--master_port={port}", "--master_addr=localhost", "main.py",
+                  *small(pictures, *FLAGS, "--output_dir", tmp_path / "two")) for node in range(2)]
+    results = [finish(process) for process in pair]
+    assert [result[0] for result in results] == [0, 0], results
+    assert results[0][1].count("* Acc@1") == 2 and "* Acc@1" not in results[1][1]
+    for process in processes(pictures, tmp_path / "one"):
+        assert finish(process)[0] == 0
+    assert same(state(tmp_path / "two"), state(tmp_path / "one"))

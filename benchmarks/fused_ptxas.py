@@ -1,0 +1,104 @@
+"""Registers, spills and shared memory of the fused attention's kernels: `python benchmarks/fused_ptxas.py`.
+
+Triton compiles what a call would launch, for GPUs that need not be here, and its assembler says what the code takes.
+"""
+import argparse
+import concurrent.futures
+import itertools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from rpe_ops import fused
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {80: "A100", 90: "H100"}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+PLACES = {"k": (0, 1, 0), "qkv": (1, 1, 1)}  # tables on queries, keys and values; a second one is a loop's next round
+CHANNELS = (32, 64, 128)  # 48 is padded to 64, 96 to 128
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8",
+         torch.int64: "*i64"}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+def launches(dtype, channels, places, masked, dropout_p):
+    """{kernel's name: (kernel, its arguments)} of a forward and backward pass, which are not run."""
+    found = {}
+
+    def record(kernel, programs, **arguments):
+        name = "forward" if "BY_KEY" not in arguments else "keys" if arguments["BY_KEY"] else "queries"
+        found[name] = kernel, arguments
+
+    launch, fused._launch = fused._launch, record
+    try:
+        # as DeiT-S has it: q, k and v lie in one tensor, 197 tokens, 50 buckets
+        q, k, v = torch.zeros(2, 197, 3, 6, channels, dtype=dtype, requires_grad=True).permute(2, 0, 3, 1, 4)
+        ids = torch.zeros(197, 197, dtype=torch.int32)
+        terms = [[(ids, torch.zeros(*shape, dtype=dtype))] * count
+                 for count, shape in zip(places, ((channels, 50), (channels, 50), (50, channels)), strict=True)]
+        mask = torch.zeros(2, 1, 1, 197, dtype=dtype) if masked else None
+        fused.attention(q, k, v, *terms, mask, dropout_p).sum().backward()
+    finally:
+        fused._launch = launch
+    return found
+
+
+def compiled(kernel, arguments, arch):
+    """What Triton makes of a launch, specialised as it does when it launches."""
+    signature, constants, aligned = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if name.isupper() or (isinstance(value, int) and value == 1 and not name.endswith("terms")):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        tensor = isinstance(value, torch.Tensor)
+        signature[name] = TYPES[value.dtype] if tensor else "fp32" if isinstance(value, float) else "i32"
+        if (tensor and value.data_ptr() % 16 == 0) or (isinstance(value, int) and value % 16 == 0):
+            aligned[position,] = [["tt.divisibility", 16]]
+    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32),
+                          options={name: arguments[name] for name in OPTIONS})
+
+
+def resources(program, arch):
+    """(registers of a thread, bytes spilled, bytes of shared memory of a program)"""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(program.asm["ptx"])
+        said = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", f"-arch=sm_{arch}{'a' if arch >= 90 else ''}",
+                               str(ptx), "-o", str(ptx.with_suffix(".cubin"))], capture_output=True, text=True,
+                              check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    return registers, sum(map(int, re.findall(r"(\d+) bytes spill", said))), program.metadata.shared
+
+
+def measure(case):
+    """Lines of the table for one (arch, type, channels, places, whether masked and with dropout)."""
+    arch, dtype, channels, places, rest = case
+    lines = []
+    for name, (kernel, arguments) in launches(DTYPES[dtype], channels, PLACES[places], rest, 0.1 * rest).items():
+        registers, spilled, shared = resources(compiled(kernel, arguments, arch), arch)
+        lines.append(f"sm_{arch} {dtype:9}{channels:4}  {places:4} {'mask, dropout' if rest else '':14}{name:8}"
+                     f"{arguments['BLOCK']:5} x {arguments['STEP']:2}{registers:10}{spilled:8}{shared:8}")
+    return lines
+
+
+def main(args):
+    print(f"Triton {triton.__version__}; 8 warps a program, tiles of own x other tokens; spilled and shared are bytes\n"
+          f"arch  type  channels  on{'':20}kernel    tile registers spilled  shared")
+    cases = list(itertools.product(args.arch, args.dtype, args.channels, PLACES, (False, True)))
+    with concurrent.futures.ProcessPoolExecutor(args.processes) as pool:
+        for lines in pool.map(measure, cases):
+            print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--channels", type=int, nargs="+", default=list(CHANNELS))
+    parser.add_argument("--processes", type=int, default=2)
+    main(parser.parse_args())
