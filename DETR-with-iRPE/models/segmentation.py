@@ -73,7 +73,9 @@ class MaskHead(nn.Module):
         # lay1 on the map with the attention behind it; the map's part once a picture and not once a query
         of_map, of_attention = self.lay1.weight.split([projected.shape[1], attention.shape[2]], dim=1)
         shared = F.conv2d(projected, of_map, self.lay1.bias, padding=1)
-        x = _add_to_queries(F.conv2d(attention.flatten(0, 1), of_attention, padding=1), shared)
+        x = F.conv2d(attention.flatten(0, 1), of_attention, padding=1)
+        # what tells queries apart is small beside what they share: a sum in bfloat16 would lose it
+        x = _add_to_queries(x.to(torch.promote_types(x.dtype, torch.float32)), shared)
         x = self._finish(1, x)
         x = self._finish(2, self.lay2(x))
         for number, fine in enumerate(fine_maps, 1):

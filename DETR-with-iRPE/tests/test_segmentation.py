@@ -280,6 +280,19 @@ def test_the_head_sees_for_each_query_the_map_with_its_attention_behind_it():
             torch.testing.assert_close(found[b, q], head.out_lay(x)[0, 0])
 
 
+def test_mixed_precision_keeps_what_tells_queries_apart_under_what_they_share():
+    torch.manual_seed(0)
+    head, seen = MaskHead(16, 2, (6, 5, 4)), []
+    head.gn1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][1] - inputs[0][0]))
+    projected, attention = 100 * torch.randn(1, 16, 4, 5), torch.rand(1, 2, 2, 4, 5)
+    fine = [torch.randn(1, channels, 4, 5) for channels in (6, 5, 4)]
+    head(projected, attention, fine)
+    with torch.autocast("cpu", torch.bfloat16):
+        head(projected, attention, fine)
+    exact, mixed = seen
+    assert (mixed - exact).norm() < 0.02 * exact.norm()
+
+
 def test_the_head_starts_xavier_uniform_in_attention_and_kaiming_uniform_in_convolutions_without_biases():
     torch.manual_seed(0)
     attention, head = AttentionMaps(128, 8), MaskHead(128, 8, (64, 32, 16))
