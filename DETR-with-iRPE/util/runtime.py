@@ -323,7 +323,7 @@ def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
     path, load, place = str(path_or_url), torch.load, ""
     if "://" in path:
         load = torch.hub.load_state_dict_from_url
-        place = f": fetch it elsewhere and put it into {torch.hub.get_dir()}/checkpoints"
+        place = f": fetch it elsewhere and put it at {torch.hub.get_dir()}/checkpoints/{path.rpartition('/')[2]}"
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # PyTorch reads changed weights without a word

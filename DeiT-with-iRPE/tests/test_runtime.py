@@ -182,7 +182,7 @@ def test_offline_the_address_and_the_place_for_the_file_are_said(tmp_path, monke
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     sentence = fails_with(load_checkpoint, "https://host/models/w.pth")
-    assert "https://host/models/w.pth" in sentence and f"put it into {tmp_path}/hub/checkpoints" in sentence
+    assert "https://host/models/w.pth" in sentence and f"put it at {tmp_path}/hub/checkpoints/w.pth" in sentence
 
 
 # Errors
