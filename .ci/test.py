@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = [part for part in (ROOT / "DeiT-with-iRPE", ROOT / "DETR-with-iRPE", ROOT, ROOT / "rpe_ops")
+PARTS = [part for part in (ROOT / "DeiT-with-iRPE", ROOT, ROOT / "DETR-with-iRPE", ROOT / "rpe_ops")  # longest first
          if list(part.glob("tests/test_*.py"))]
 
 
