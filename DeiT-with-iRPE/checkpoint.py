@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -194,7 +195,7 @@ def _heads_of_other_classes(model: nn.Module, expected: Mapping[str, torch.Tenso
 
 def _map_side(weights: Mapping[str, torch.Tensor], model: nn.Module) -> int | None:
     """Patches along a side of the square map that the positions (1, L, C) belong to; None if there is none."""
-    has_positions = isinstance(model, VisionTransformer) and model.pos_embed is not None
+    has_positions = isinstance(model, (VisionTransformer, Eva)) and model.pos_embed is not None
     if not has_positions or "pos_embed" not in weights or weights["pos_embed"].ndim != 3:
         return None
     patches = weights["pos_embed"].shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
