@@ -242,7 +242,7 @@ def main(args):
         stats, measured = evaluate(model, criterion, postprocessors, val_loader, ground_truth, device,
                                    getattr(torch, args.amp_dtype), args.output_dir)
         save_precision(measured, args.output_dir, ["eval.pth"])
-        if args.output_dir and runtime.is_main_process():
+        if args.output_dir and runtime.get_rank() == 0:
             path = Path(args.output_dir, "eval.json")
             with runtime.writing(path):
                 path.write_text(json.dumps(stats))

@@ -29,7 +29,7 @@ from datasets import build_collate, build_dataset
 from engine import evaluate, train_one_epoch
 from losses import DistillationLoss
 from rpe_models import create_model
-from runtime import UserError, get_rank, get_world_size, is_main_process, load_checkpoint, print_once, seed_everything
+from runtime import UserError, get_rank, get_world_size, load_checkpoint, print_once, seed_everything
 from samplers import RASampler, ShardSampler
 
 
@@ -371,7 +371,7 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, f
         load_weights(model, load_checkpoint(args.resume), args.resume)
     runtime.init_distributed(args)
     stats = evaluate(loader, model, device, amp_dtype(args, device))
-    if args.output_dir and is_main_process():
+    if args.output_dir and get_rank() == 0:
         path = os.path.join(args.output_dir, "eval.json")
         with runtime.writing(path), open(path, "w") as file:
             json.dump(stats, file)
