@@ -224,7 +224,7 @@ def main(args):
     runtime.prepare_output_dir(args.output_dir)
     goes_on = bool(args.resume) and not args.finetune
     if args.resume == "auto":
-        args.resume = runtime.newest_checkpoint(args.output_dir)
+        args.resume = runtime.newest_checkpoint(args.output_dir, needed=args.eval)
     torch.manual_seed(args.seed)
     train_set, val_set = build_datasets(args)
     model, criterion, postprocessors = build_model(args)

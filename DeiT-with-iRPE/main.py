@@ -148,7 +148,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     torch.backends.cudnn.benchmark = True
     goes_on = bool(args.resume)
     if args.resume == "auto":
-        args.resume = runtime.newest_checkpoint(args.output_dir)
+        args.resume = runtime.newest_checkpoint(args.output_dir, needed=args.eval)
     if args.eval:
         return evaluate_only(args, device)
     train_loader, nb_classes = build_train_loader(args, device)
@@ -246,7 +246,7 @@ def build_val_loader(args: argparse.Namespace, device: torch.device) -> tuple[Da
 
 
 def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **options) -> DataLoader:
-    return DataLoader(dataset, args.batch_size, num_workers=args.num_workers,
+    return DataLoader(dataset, args.batch_size, num_workers=args.num_workers, worker_init_fn=runtime.own_group,
                       timeout=args.step_timeout if args.num_workers else 0,
                       pin_memory=args.pin_mem and device.type == "cuda", **options)
 

@@ -15,6 +15,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zipfile
@@ -39,7 +40,7 @@ class Interrupted(Exception):
     """A signal asked the run to end, and all that it has done is saved; ``number`` is the signal's."""
 
     def __init__(self, number: int, where: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} in {where}: --resume auto goes on from there")
+        super().__init__(f"stopped by {signal.Signals(number).name} in {where}: --resume auto goes on where it saved")
         self.number = number
 
 
@@ -67,35 +68,47 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
         _end(75)
     except UserError as error:
         _end(1, error)
+    except torch.OutOfMemoryError as error:
+        _end(1, f"the GPU's memory is full in {_where}: a smaller batch or mixed precision may fit: {UserError(error)}")
     except Exception as error:
         if "DataLoader" in str(error):
             _end(1, f"a loading process ended or hangs in {_where}: {UserError(error)}")
         if not dist.is_initialized():
             raise
-        lost = isinstance(error, dist.DistError) or re.search("gloo|timeout|closed by peer", str(error))
-        _end(1, f"{_missing()} is lost or hangs in {_where}: {UserError(error)}" if lost else traceback.format_exc())
+        lost = f"{_missing()} is lost or hangs in {_where}: {UserError(error)}" if _tells_of_loss(error) else None
+        _end(1, lost or traceback.format_exc())
 
 
 def _end(status: int, error: object = "") -> NoReturn:
-    if error:
-        time.sleep(10 if _local_rank() else 0)
-        me = f"process {get_rank()} of {get_world_size()}: " if get_world_size() > 1 else ""
-        print(f"error: {me}{error}", file=sys.stderr, flush=True)
-    if get_world_size() > 1:
+    with contextlib.suppress(OSError):  # nobody may be listening any more
+        if error:
+            time.sleep(10 if _local_rank() else 0)
+            me = f"process {get_rank()} of {get_world_size()}: " if get_world_size() > 1 else ""
+            print(f"error: {me}{error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+    if get_world_size() > 1:
         os._exit(status)  # an orderly exit would wait for collectives whose partners are gone
     sys.exit(status)
 
 
+def _tells_of_loss(error: BaseException | None) -> bool:
+    return isinstance(error, dist.DistError) or bool(re.search("gloo|timeout|closed by peer", str(error)))
+
+
 def _missing() -> str:
     """Who has not noticed within two seconds that a process is lost; the store is where the processes met."""
-    try:
+    silent = ["0"]  # which keeps the store: if that does not answer it is gone or hangs
+
+    def ask() -> None:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"alive {get_rank()}", "")
-        time.sleep(2)
-        silent = [str(rank) for rank in range(get_world_size()) if not store.check([f"alive {rank}"])]
-    except dist.DistError:
-        silent = ["0"]  # which keeps the store
+        with contextlib.suppress(dist.DistError):
+            store.set(f"alive {get_rank()}", "")
+            time.sleep(2)
+            silent[:] = [str(rank) for rank in range(get_world_size()) if not store.check([f"alive {rank}"])]
+
+    thread = threading.Thread(target=ask, daemon=True)  # the store's own time-outs do not hold for all of this
+    thread.start()
+    thread.join(10)
     return f"process {', '.join(silent)}" if silent else "another process"
 
 
@@ -174,10 +187,25 @@ def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
     return tensor
 
 
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, on each of them."""
+    values = [value] * get_world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def print_once(*values: Any) -> None:
-    """``print`` from the main process only."""
+    """``print`` from the main process only; a full disk or a closed pipe behind it ends nothing."""
     if get_rank() == 0:
-        print(*values, flush=True)
+        with contextlib.suppress(OSError):
+            print(*values, flush=True)
+
+
+def own_group(_: int) -> None:
+    """A DataLoader's ``worker_init_fn``: what torchrun or SLURM signals to the group of a training process spares the
+    loading ones, without which that could not finish its step."""
+    os.setpgid(0, 0)
 
 
 # Random numbers and order: functions of where training is, so that it goes on anywhere as if it had never stopped
@@ -249,49 +277,55 @@ def prepare_output_dir(path: str) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write, which then is renamed to ``path``, so that this is at every moment either the old or the new.
+def replacing(path: str | os.PathLike, keep_previous: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, which then is renamed to ``path``, so that this is at every moment either the old or the new;
+    the old NAME.pth can be kept as NAME.previous.pth.
 
-    Raises ``UserError`` if the disk is full or cannot be written; the old file then stays as it was.
+    Raises ``UserError`` if the disk is full or cannot be written; the old files then stay as they were.
     """
-    temporary = pathlib.Path(f"{path}.tmp")
-    try:
-        with writing(path), open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+    path, temporary = pathlib.Path(path), pathlib.Path(f"{path}.tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if keep_previous and path.exists():
+                previous = path.with_suffix(".previous.pth")
+                previous.unlink(missing_ok=True)
+                try:
+                    os.link(path, previous)
+                except OSError:  # a disk without hard links
+                    os.replace(path, previous)
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_atomically(obj: Any, path: str | os.PathLike, keep_previous: bool = False) -> None:
-    """``torch.save`` to ``path``, as ``replacing`` does it; NAME.pth can be kept as NAME.previous.pth."""
-    path = pathlib.Path(path)
-    with replacing(path) as file:
+    """``torch.save`` to ``path``, as ``replacing`` does it."""
+    with replacing(path, keep_previous) as file:
         torch.save(obj, file)
-        if keep_previous and path.exists():
-            previous = path.with_suffix(".previous.pth")
-            previous.unlink(missing_ok=True)
-            try:
-                os.link(path, previous)
-            except OSError:  # a disk without hard links
-                os.replace(path, previous)
 
 
-def newest_checkpoint(output_dir: str) -> str:
-    """The checkpoint of ``output_dir`` that ``--resume auto`` takes: the one before if the last is damaged, which is
-    said, and "" if there is none. Raises ``UserError`` if all are damaged: a fresh start would replace them."""
+def newest_checkpoint(output_dir: str, needed: bool = False) -> str:
+    """The checkpoint of ``output_dir`` that ``--resume auto`` takes, "" if there is none. If the last is damaged that
+    is said, and it makes room for the one before. Raises ``UserError`` if all are damaged, since a fresh start would
+    replace them, or if there is none and one is ``needed``."""
     if not output_dir:
         raise UserError("--resume auto looks for checkpoints in --output_dir: say that too")
-    paths = [pathlib.Path(output_dir, name) for name in ("checkpoint.pth", "checkpoint.previous.pth")]
-    for path in filter(pathlib.Path.exists, paths):
+    damaged = []
+    for path in (pathlib.Path(output_dir, name) for name in ("checkpoint.pth", "checkpoint.previous.pth")):
         try:
-            load_checkpoint(path)
-            return str(path)
+            if path.exists() and load_checkpoint(path):
+                if damaged and get_rank() == 0:  # else it would be kept in place of the good one at the next save
+                    with writing(path):
+                        os.replace(damaged[0], path.with_name("checkpoint.damaged.pth"))
+                return str(path)
         except UserError as error:
             print_once(f"note: {error}")
-    if any(path.exists() for path in paths):
+            damaged.append(path)
+    if damaged or needed:
         raise UserError(f"no checkpoint in {output_dir} is whole: delete them to start anew, or --resume another")
     return ""
 
@@ -330,18 +364,16 @@ def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
     return checkpoint
 
 
-def resume_point(checkpoint: Mapping[str, Any], path: str) -> tuple[int, dict[str, Any] | None]:
-    """The epoch that training goes on with, and the progress in it, None if it begins."""
+def resume_point(checkpoint: Mapping[str, Any]) -> tuple[int, dict[str, Any] | None]:
+    """The epoch that training goes on with, and the progress in it, None if it begins. Raises errors of several kinds
+    where these are damaged."""
     epoch, progress = checkpoint["epoch"], checkpoint.get("progress")
-    try:
-        if not isinstance(epoch, int) or epoch < 0:
-            raise ValueError("no epoch is before 0")
-        if progress is None:
-            return epoch + 1, None
-        return epoch, {"images": int(progress["images"]),
-                       "values": {name: values.tolist() for name, values in progress["values"].items()}}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path} is damaged: its epoch is {epoch!r} and its progress none") from error
+    images = 0 if progress is None else progress["images"]
+    if not (isinstance(epoch, int) and isinstance(images, int) and min(epoch, images) >= 0):
+        raise ValueError(f"its epoch is {epoch!r} and has {images!r} pictures")
+    if progress is None:
+        return epoch + 1, None
+    return epoch, {"images": images, "values": {name: [*steps.tolist()] for name, steps in progress["values"].items()}}
 
 
 def model_weights(checkpoint: Mapping[str, Any], path: str, key: str = "model") -> dict[str, torch.Tensor]:
@@ -383,11 +415,22 @@ class Run(contextlib.ExitStack):
     def __init__(self, args: argparse.Namespace, log: "RunLog", save: Callable[..., None], epoch: int,
                  progress: dict | None, loader: DataLoader) -> None:
         super().__init__()
+        places = gather((epoch, progress and progress["images"]))
+        if len(set(places)) > 1:
+            raise UserError(f"the processes would go on from different places (epoch, pictures), {places}: they must "
+                            "all see the same files in --output_dir, or in --resume")
         self.args, self.log, self._save, self.loader, self.failure = args, log, save, loader, None
         self.epoch, self.progress, self.images_per_step = epoch, progress, loader.batch_size * get_world_size()
         _caught.clear()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # the last is submitit's
             self.callback(signal.signal, number, signal.signal(number, lambda number, _: _caught.append(number)))
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if self.failure and kind in (None, Interrupted):
+            raise self.failure
+        if _caught and _tells_of_loss(error):  # another one heard the signal first, in the evaluation
+            raise Interrupted(_caught[0], _where) from error
 
     def epochs(self) -> Iterator[int]:
         """The epochs to train, each with the loader's sampler where it has to go on."""
@@ -397,8 +440,6 @@ class Run(contextlib.ExitStack):
             self.loader.sampler.set_epoch(self.epoch, self.first_step * self.images_per_step)
             yield self.epoch
             self.epoch, self.progress = self.epoch + 1, None
-        if self.failure:
-            raise self.failure
 
     def save(self, progress: dict[str, Any] | None = None, row: Mapping[str, Any] | None = None) -> None:
         """Write the state in the middle of the epoch, or after it with its ``row`` of the log. What fails is said and
@@ -416,21 +457,21 @@ class Run(contextlib.ExitStack):
 
     def after_step(self, progress: "Progress") -> None:
         """Save if it is time or the epoch's last step, and end if a process got a signal."""
+        due = progress.done == len(self.loader) or self.args.save_every and progress.done % self.args.save_every == 0
         stop = max(_caught, default=0)
         if get_world_size() > 1:
-            if progress.device.type == "cuda" and progress.done % 20:
+            if progress.device.type == "cuda" and progress.done % 20 and not due:
                 stop = 0  # it takes all processes to stop
             else:
                 highest = torch.tensor(stop, device=progress.device)
                 dist.all_reduce(highest, dist.ReduceOp.MAX, group=training_group)
                 stop = int(highest)
-        due = progress.done == len(self.loader) or self.args.save_every and progress.done % self.args.save_every == 0
         if stop or due:
             progress.read()
             values = {name: torch.tensor(steps, dtype=torch.float64) for name, steps in progress.values.items()}
             self.save({"images": progress.done * self.images_per_step, "values": values})
         if stop:
-            raise self.failure or Interrupted(stop, _where)
+            raise Interrupted(stop, _where)
 
     def describe(self, step: int, values: Mapping[str, float]) -> str:
         """Write nonfinite.json: a step, its values and the names of its pictures in all processes. Returns how to
@@ -440,9 +481,7 @@ class Run(contextlib.ExitStack):
         self.loader.sampler.set_epoch(self.epoch, step * self.images_per_step)
         keys = itertools.islice(self.loader.sampler, self.loader.batch_size)
         name = getattr(self.loader.dataset.dataset, "name", str)
-        pictures = [[name(index) for index, *_ in keys]] * get_world_size()
-        if dist.is_initialized():
-            dist.all_gather_object(pictures, pictures[0])
+        pictures = gather([name(index) for index, *_ in keys])
         path = pathlib.Path(self.args.output_dir, "nonfinite.json")
         if get_rank() == 0:
             with replacing(path) as file:
@@ -511,7 +550,7 @@ class Progress:
                 if not math.isfinite(value):
                     more = self.run.describe(step, {name: value, "lr": self.values["lr"][0]}) if self.run else ""
                     raise UserError(f"{name} is {value} at {self.header}, step {step}: training stops; a lower --lr or "
-                                    f"gradient clipping may help, and the last checkpoint is still there{more}")
+                                    f"gradient clipping may help, and what was saved is still there{more}")
                 self.values.setdefault(name, []).append(value)
         self._unread.clear()
 
@@ -535,7 +574,7 @@ def step_optimizer(loss_scaler: torch.amp.GradScaler, optimizer: torch.optim.Opt
     # read before the step, which waits for the gradients anyway: read after it, it would wait for the optimizer too
     if loss_scaler.get_scale() < 2 ** -14:  # 2¹⁶ at the start: 31 halvings; 1 if disabled
         raise UserError("the gradients are not finite in float16 at any scale of the loss: training stops; bfloat16 "
-                        "or float32, or a lower --lr, may help, and the last checkpoint is still there")
+                        "or float32, or a lower --lr, may help, and what was saved is still there")
     loss_scaler.step(optimizer)
     loss_scaler.update()
 
