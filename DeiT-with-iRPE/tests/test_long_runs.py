@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -264,11 +265,16 @@ def altered(change):
 
 def test_signal_to_the_whole_group_spares_the_loading_processes(pictures, tmp_path):
     """As torchrun and SLURM send it."""
-    process = start(*altered("os.setsid()"), *small(pictures, *FLAGS, "--epochs", 1000, "--num_workers", 2))
-    wait_for_line(process, "Max accuracy")
-    os.killpg(process.pid, signal.SIGTERM)
-    status, out, err = finish(process)
-    assert status == 75 and "stopped by SIGTERM" in out and err == "", (out, err)
+    signalled = ("os.setsid()\n"
+                 "add = runtime.Progress.add\n"
+                 "def signalled(self, **values):\n"
+                 "    if self.done == 2:\n"  # when all loading processes have started
+                 "        os.system('kill -TERM 0')\n"  # not by itself: a parent's signal ends them in order
+                 "        time.sleep(1)\n"  # until the end of one would be known
+                 "    add(self, **values)\n"
+                 "runtime.Progress.add = signalled\n")
+    status, out, err = finish(start(*altered(signalled), *small(pictures, *FLAGS, "--num_workers", 2)))
+    assert status == 75 and "stopped by SIGTERM in epoch 0, step 2" in out and err == "", (out, err)
 
 
 def test_processes_that_would_go_on_from_different_places_do_not_train(pictures, straight, tmp_path):
@@ -297,11 +303,12 @@ def test_signal_to_all_in_the_evaluation_ends_all_alike_though_some_have_finishe
     slow = ("steps = runtime.Progress.__iter__\n"
             "def slow(self):\n"
             "    for batch in steps(self):\n"
-            "        time.sleep(3 if self.header == 'Test' and runtime.get_rank() == 1 else 0)\n"
+            "        time.sleep(1.5 if self.header == 'Test' and runtime.get_rank() == 1 else 0)\n"
             "        yield batch\n"
             "runtime.Progress.__iter__ = slow\n")
     pair = start_processes(2, *altered(slow), *small(pictures, *FLAGS, "--output_dir", tmp_path))
     wait_for_line(pair[0], "Test [3/3]")
+    time.sleep(0.5)  # until it waits for the other one
     for process in pair:
         process.send_signal(signal.SIGTERM)
     results = [finish(process) for process in pair]
