@@ -59,7 +59,3 @@ class HungarianMatcher(nn.Module):
         cost = self.cost_bbox * torch.cdist(flat, wanted, p=1) - self.cost_class * probability[:, labels]
         cost -= self.cost_giou * generalized_box_iou(box_cxcywh_to_xyxy(flat), box_cxcywh_to_xyxy(wanted))
         return cost.view(*boxes.shape[:3], len(labels))
-
-
-def build_matcher(args):
-    return HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)

@@ -58,13 +58,3 @@ class PositionEmbeddingLearned(nn.Module):
         columns = self.col_embed.weight[None, :width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
         return torch.cat([columns, rows], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)
-
-
-def build_position_encoding(args):
-    """The encoding of `args.position_embedding`: sine (or v2), learned (or v3)."""
-    num_pos_feats = args.hidden_dim // 2
-    if args.position_embedding in ("sine", "v2"):
-        return PositionEmbeddingSine(num_pos_feats, normalize=True)
-    if args.position_embedding in ("learned", "v3"):
-        return PositionEmbeddingLearned(num_pos_feats)
-    raise ValueError(f"position_embedding is {args.position_embedding!r}; it must be sine (v2) or learned (v3)")
