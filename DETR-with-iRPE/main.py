@@ -160,9 +160,9 @@ def save_precision(measured, output_dir, names):
     axes = {"iou_thresholds": measured.params.iouThrs, "recall_thresholds": measured.params.recThrs,
             "category_ids": measured.params.catIds, "max_detections": measured.params.maxDets}
     arrays.update({name: torch.as_tensor(values) for name, values in axes.items()})
-    for name in names:
-        path = Path(output_dir, name)
-        path.parent.mkdir(exist_ok=True)
+    for path in (Path(output_dir, name) for name in names):
+        with runtime.writing(path.parent):
+            path.parent.mkdir(exist_ok=True)
         runtime.save_atomically(arrays, path)
 
 
@@ -191,7 +191,10 @@ def train(run, state, criterion, postprocessors, val_loader, ground_truth, devic
             stats, measured = evaluate(state.model, criterion, postprocessors, val_loader, ground_truth, device,
                                        amp_dtype, args.output_dir)
             names = ["eval/latest.pth"] + [f"eval/{epoch:03}.pth"] * (epoch % 50 == 0)
-            save_precision(measured, args.output_dir, names)
+            try:
+                save_precision(measured, args.output_dir, names)
+            except UserError as error:
+                print_once(f"note: {error}: training goes on")
             values.update({f"test_{name}": value for name, value in stats.items()})
         run.save(row={**values, "epoch": epoch, "n_parameters": n_parameters})
 

@@ -14,15 +14,12 @@ class PositionEmbeddingSine(nn.Module):
         num_pos_feats: channels of each axis; the result has twice as many, rows first.
         temperature: ratio of the longest to the shortest wavelength.
         normalize: measure positions as a share of the picture, times `scale`.
-        scale: of normalised positions, 2π if not given.
+        scale: of normalised positions.
     """
 
-    def __init__(self, num_pos_feats=64, temperature=10000, normalize=False, scale=None):
+    def __init__(self, num_pos_feats=64, temperature=10000, normalize=False, scale=2 * math.pi):
         super().__init__()
-        if scale is not None and not normalize:
-            raise ValueError(f"scale={scale} has a meaning only with normalize=True")
-        self.num_pos_feats, self.temperature, self.normalize = num_pos_feats, temperature, normalize
-        self.scale = 2 * math.pi if scale is None else scale
+        self.num_pos_feats, self.temperature, self.normalize, self.scale = num_pos_feats, temperature, normalize, scale
 
     def forward(self, tensor_list):
         """NestedTensor with mask (B, H, W) → positions (B, 2·num_pos_feats, H, W), float32."""
