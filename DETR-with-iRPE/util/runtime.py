@@ -588,7 +588,7 @@ class RunLog:
 
     def __init__(self, output_dir: str, first_epoch: int | None = None) -> None:
         self.path = pathlib.Path(output_dir, "log.txt") if output_dir and get_rank() == 0 else None
-        self.first_epoch, self.lines, self.scalars, self.board = first_epoch, [], [], None
+        self.lines, self.scalars, self.board = [], [], None
         old = self.path.read_bytes() if self.path and self.path.exists() else b""
         for line in old.splitlines(keepends=True):
             epoch = re.search(rb'"epoch": (\d+)', line)
@@ -608,9 +608,9 @@ class RunLog:
             file.writelines(self.lines)
         folder = self.path.with_name("tensorboard")
         with writing(folder):
-            # its purge_step hides later epochs of an interrupted run; a writer that failed once is of no more use
-            board, self.board = self.board or SummaryWriter(str(folder), purge_step=self.first_epoch), None
+            # what an earlier writer left from here on is hidden; one that failed once is of no more use
+            board, self.board = self.board or SummaryWriter(str(folder), purge_step=self.scalars[0][2]), None
             for scalar in self.scalars:
                 board.add_scalar(*scalar)
             board.flush()
-        self.board, self.first_epoch, self.scalars = board, None, []
+        self.board, self.scalars = board, []
