@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -194,12 +195,17 @@ def _heads_of_other_classes(model: nn.Module, expected: Mapping[str, torch.Tenso
             and value.shape[1:] == weights[key].shape[1:]]
 
 
+def _prefix_positions(model: nn.Module) -> int:
+    # an Eva of timm 1.0.15 has positions for every prefix token, and no word for it
+    return 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+
+
 def _map_side(weights: Mapping[str, torch.Tensor], model: nn.Module) -> int | None:
     """Patches along a side of the square map that the positions (1, L, C) belong to; None if there is none."""
-    has_positions = isinstance(model, VisionTransformer) and model.pos_embed is not None
+    has_positions = isinstance(model, (VisionTransformer, Eva)) and model.pos_embed is not None
     if not has_positions or "pos_embed" not in weights or weights["pos_embed"].ndim != 3:
         return None
-    patches = weights["pos_embed"].shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
+    patches = weights["pos_embed"].shape[1] - _prefix_positions(model)
     side = math.isqrt(max(0, patches))
     return side if side * side == patches else None
 
@@ -211,5 +217,4 @@ def _fit_positions(weights: dict[str, torch.Tensor], model: nn.Module) -> None:
         height, width = model.patch_embed.grid_size
         print_once(f"positions interpolated from {side}×{side} to {height}×{width}")
         weights["pos_embed"] = resample_abs_pos_embed(
-            weights["pos_embed"], (height, width),
-            num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens)
+            weights["pos_embed"], (height, width), num_prefix_tokens=_prefix_positions(model))

@@ -40,10 +40,10 @@ class KeyValues(ParseKwargs):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str],
                  option_string: str | None = None) -> None:
-        for value in values:
-            if "=" not in value:
-                raise argparse.ArgumentError(self, f"{value!r} is not key=value, such as depth=6")
-        super().__call__(parser, namespace, values, option_string)
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (SyntaxError, ValueError) as error:
+            raise argparse.ArgumentError(self, f"{' '.join(values)} is not key=value ..., such as depth=6") from error
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -136,7 +136,13 @@ def create_model(name, pretrained=False, rpe_config=None, **kwargs):
         near = near_names(name)
         raise ValueError(f"model {name!r} is unknown; " + (f"did you mean {', '.join(near)}?" if near
                                                            else f"names with iRPE are {GRAMMAR}"))
-    return equip_irpe(timm.create_model(name, pretrained, **kwargs), rpe_config)
+    try:
+        model = timm.create_model(name, pretrained, **kwargs)
+    except TypeError:  # an argument that this kind of model lacks; that it cannot have iRPE says more, if so
+        if rpe_config:
+            equip_irpe(timm.create_model(name), rpe_config)
+        raise
+    return equip_irpe(model, rpe_config)
 
 
 def _cfg(resolution, url=""):

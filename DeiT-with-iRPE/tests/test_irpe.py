@@ -98,12 +98,16 @@ def test_module_output_and_gradients_equal_the_golden_ones(case):
         assert x.grad.double().norm().item() == pytest.approx(case["grad_x_norm"], rel=1e-5)
 
 
-def brute_force_attention(q, k, v, modules, height, width, skip):
-    """Float64 loops over the formulas of the paper, with ids computed pair by pair from the positions."""
+def brute_force_attention(q, k, v, modules, height, width, skip, rotated=None):
+    """Float64 loops over the formulas of the paper, with ids computed pair by pair from the positions.
+
+    `rotated`: the queries and keys that make the content's logits, if they are not those of the terms.
+    """
     q, k, v = q.double(), k.double(), v.double()
     B, H, L, D = q.shape
+    content_q, content_k = rotated or (q, k)
+    logits = content_q.double() @ content_k.double().transpose(-2, -1) * D ** -0.5
     q, k_scaled = q * D ** -0.5, k * D ** -0.5
-    logits = q @ k.transpose(-2, -1)
     terms = []  # (place, module, ids)
     for place, module in zip("qkv", modules, strict=True):
         parts = [] if module is None else [module] if isinstance(module, iRPE) else [module.rp_rows, module.rp_cols]

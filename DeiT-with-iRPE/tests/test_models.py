@@ -18,7 +18,7 @@ import models
 import rpe_models
 from fill import fill_state_dict, image
 from irpe import get_rpe_config
-from rpe_vision_transformer import RPEAttention, VisionTransformer, equip_irpe
+from rpe_vision_transformer import RPEAttention, RPEAttentionRope, RPEEvaAttention, VisionTransformer, equip_irpe
 from runtime import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -231,22 +231,28 @@ OTHERS = {
     "deit_tiny_distilled_patch16_224": {},
     "vit_base_patch16_clip_224": dict(dynamic_img_size=True),
 }
+EVAS = {name: kwargs for name, kwargs in {
+    "eva02_tiny_patch14_224": dict(dynamic_img_size=True),  # rotary positions along the axes
+    "vit_small_patch16_dinov3": dict(img_size=(64, 96)),  # in another layout, with register tokens
+    "vit_small_patch16_rope_mixed_224": {},  # learned ones, for each layer and head
+}.items() if timm.is_model(name)}  # timm 1.0.15 lacks the last two
+OTHERS |= EVAS
 
 
 def brute_force_logits(model, x, height, width):
     """The equipped model's logits with each attention computed by loops over pairs, in place of irpe.py."""
     from test_irpe import brute_force_attention
 
-    def attend(attn, x):
-        B, L, _ = x.shape
-        q, k, v = attn.qkv(x).reshape(B, L, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    def attend(attn, x, rope):
+        q, k, v = attn.project(x)
+        rotated = (attn.rotate(q, rope), attn.rotate(k, rope)) if rope is not None else None
         out = brute_force_attention(q, k, v, (attn.rpe_q, attn.rpe_k, attn.rpe_v), height, width,
-                                    model.num_prefix_tokens)
-        return attn.proj(out.float().transpose(1, 2).reshape(B, L, -1))
+                                    model.num_prefix_tokens, rotated)
+        return attn.proj(out.float().transpose(1, 2).flatten(2))
 
     model = copy.deepcopy(model)
     for block in model.blocks:
-        block.attn.forward = lambda x, attn=block.attn, **_: attend(attn, x)
+        block.attn.forward = lambda x, attn=block.attn, rope=None, **_: attend(attn, x, rope)
     return model(x)
 
 
@@ -316,11 +322,82 @@ def test_gradient_checkpointing_keeps_maps_of_several_sizes_apart():
         model(image(5, (1, 3, 32, 64)))
 
 
+def rotary(name, rpe_on="qkv", **kwargs):
+    """A small equipped model of the Eva class with random weights, its first attention and the rotary embedding."""
+    model = timm.create_model(name, **dict(img_size=64, patch_size=16, depth=2, embed_dim=96, num_heads=4) | kwargs)
+    equip_irpe(model, get_rpe_config(rpe_on=rpe_on, shared_head=False))
+    model.load_state_dict(fill_state_dict(model.state_dict()))
+    rope = model.rope.get_embed((4, 4))
+    return model.eval(), model.blocks[0].attn, rope[0] if rope.ndim == 4 else rope  # one for each layer, or for all
+
+
+@pytest.mark.parametrize("name", EVAS)
+@torch.no_grad()
+def test_terms_beside_rotary_positions_are_functions_of_the_offset_and_the_content_alone(name, monkeypatch):
+    model, attn, rope = rotary(name, "qk")
+    met = []
+    monkeypatch.setattr("rpe_vision_transformer.rpe_attention",
+                        lambda q, k, v, rpe_q, rpe_k, *args: met.extend((q @ k.mT, args[3])) or v)
+    prefix = model.num_prefix_tokens
+    attn(image(1, (1, 1, 96)).expand(1, prefix + 16, 96), rope=rope)  # the same content everywhere
+    products, terms = (logits[0, :, prefix:, prefix:] for logits in met)
+    by_offset = {}
+    for i, j in np.ndindex(16, 16):
+        by_offset.setdefault((i // 4 - j // 4, i % 4 - j % 4), []).append(terms[:, i, j])
+    for same in by_offset.values():
+        torch.testing.assert_close(torch.stack(same), same[0].expand(len(same), -1), rtol=0, atol=1e-5)
+    assert torch.stack([same[0] for same in by_offset.values()]).std(0).min() > 0.1
+    assert products.std() > 0.01  # they are rotated
+
+
+@pytest.mark.parametrize("name", EVAS)
+@torch.no_grad()
+def test_masks_hide_keys_from_rotary_attention_with_terms(name):
+    model, attn, rope = rotary(name)
+    length = model.num_prefix_tokens + 16
+    x = image(2, (1, length, 96))
+    other = torch.cat([x[:, :9], image(3, (1, length - 9, 96))], 1)
+    seen = torch.arange(length).expand(length, -1) < 9
+    added = torch.zeros(length, length).masked_fill(~seen, -torch.inf)
+    for mask in (dict(attn_mask=seen), dict(attn_mask=added), dict(is_causal=True)):
+        torch.testing.assert_close(attn(x, rope=rope, **mask)[:, :9], attn(other, rope=rope, **mask)[:, :9])
+    torch.testing.assert_close(attn(x, rope=rope, attn_mask=seen), attn(x, rope=rope, attn_mask=added))
+    assert (attn(x, rope=rope) - attn(other, rope=rope))[:, :9].abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("equipped", "kwargs"), [
+    (RPEAttention, dict(qkv_bias=True, qk_norm=True, scale_norm=True)), (RPEAttention, dict(gated=True)),
+    (RPEEvaAttention, dict(qkv_fused=True)), (RPEEvaAttention, dict(qkv_fused=False)),
+    (RPEEvaAttention, dict(qk_norm=True, gated=True)), (RPEAttentionRope, dict(qkv_fused=True, rotate_half=True)),
+    (RPEAttentionRope, dict(qkv_fused=False, num_kv_heads=2))], ids=str)
+@torch.no_grad()
+def test_attention_of_every_layout_computes_with_zero_tables_what_timms_does(equipped, kwargs):
+    kwargs = dict(dim=32, num_heads=4, norm_layer=torch.nn.LayerNorm, **kwargs)
+    try:
+        plain = equipped.__bases__[1](**kwargs).double()
+    except TypeError as error:
+        pytest.skip(f"timm {timm.__version__}: {error}")
+    attention = equipped(**kwargs, rpe_config=get_rpe_config(skip=1, rpe_on="qkv")).double()
+    plain.load_state_dict(fill_state_dict(plain.state_dict()))
+    assert all("lookup_table" in key for key in attention.load_state_dict(plain.state_dict(), strict=False)[0])
+    x = image(1, (2, 10, 32)).double()
+    places = {} if equipped is RPEAttention else dict(rope=image(2, (9, 16)).double())
+    torch.testing.assert_close(attention(x, **places), plain(x, **places))
+
+
+@pytest.mark.parametrize("name", EVAS)
+def test_every_table_beside_rotary_positions_learns(name):
+    model, _, _ = rotary(name, global_pool="avg")
+    model(image(4, (2, 3, 64, 64))).square().mean().backward()
+    gradients = [p.grad for key, p in model.named_parameters() if "lookup_table" in key]
+    assert len(gradients) == 6 and all(gradient.any() for gradient in gradients)
+
+
 def test_equip_refuses_what_it_cannot_equip():
     config = get_rpe_config()
     with pytest.raises(TypeError, match="ResNet"):
         equip_irpe(timm.create_model("resnet18"), config)
-    with pytest.raises(TypeError, match="knows timm's Attention only"):
+    with pytest.raises(TypeError, match="knows timm's Attention, "):
         block_fn = timm.models.vision_transformer.ParallelScalingBlock
         equip_irpe(timm.create_model("vit_tiny_patch16_224", block_fn=block_fn), config)
     with pytest.raises(ValueError, match="patch_drop_rate=0"):

@@ -1,0 +1,126 @@
+"""iRPE from the command line, --rpe and --model-kwargs, in small versions of timm's ViTs."""
+import pytest
+import timm
+import torch
+
+import main
+from conftest import parse
+from runtime import UserError, load_checkpoint
+
+RPE = "rpe-1.9-product-ctx-1-qkv"
+SMALL = ("patch_size=8", "embed_dim=48", "depth=2", "num_heads=2")
+VITS = {"vit_small_patch14_reg4_dinov2": (), "deit3_small_patch16_224": (), "vit_base_patch16_clip_224": (),
+        "vit_base_patch16_siglip_224": ("global_pool=avg",), "flexivit_small": (),
+        "eva02_tiny_patch14_224": (), "vit_medium_patch16_rope_reg1_gap_256": (), "vit_small_patch16_dinov3": ()}
+EVA = "eva02_tiny_patch14_224"
+
+
+def flags(data_path, model, *more):
+    return ["--device", "cpu", "--data-set", "FOLDER", "--data-path", data_path, "--model", model, "--input-size", 32,
+            "--batch-size", 8, "--num_workers", 0, "--epochs", 1, "--warmup-lr", 1e-2, "--no-model-ema", *more]
+
+
+def run(*arguments):
+    return main.main(parse(*flags(*arguments)))
+
+
+def refused(*arguments):
+    """The one sentence with which the run ends."""
+    with pytest.raises(UserError) as caught:
+        run(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def tables(path):
+    return {key: value for key, value in load_checkpoint(path)["model"].items() if "lookup_table" in key}
+
+
+@pytest.fixture(scope="module")
+def equipped(pictures, tmp_path_factory):
+    """checkpoint.pth of an Eva with iRPE, trained for an epoch, and its last evaluation."""
+    path = tmp_path_factory.mktemp("equipped")
+    stats = run(pictures, EVA, "--rpe", RPE, "--model-kwargs", *SMALL, "--output_dir", path)
+    return path / "checkpoint.pth", stats
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_plain_weights_are_finetuned_with_irpe_and_evaluated_again(pictures, tmp_path, name):
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    kwargs = ("--model-kwargs", *SMALL, *VITS[name])
+    plain = run(pictures, name, *kwargs, "--output_dir", tmp_path / "plain")
+    start = (*kwargs, "--rpe", RPE, "--finetune", tmp_path / "plain" / "checkpoint.pth")
+    assert run(pictures, name, *start, "--eval") == pytest.approx(plain, abs=1e-5)  # tables of zeros change nothing
+
+    trained = run(pictures, name, *start, "--output_dir", tmp_path / "rpe")
+    learned = tables(tmp_path / "rpe" / "checkpoint.pth")
+    assert len(learned) == 6 and all(learned[f"blocks.0.attn.rpe_{on}.lookup_table_weight"].any() for on in "qkv")
+    assert run(pictures, name, "--eval", "--resume", tmp_path / "rpe" / "checkpoint.pth") == trained != plain
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", EVA])
+def test_plain_weights_of_another_map_and_other_classes_start_a_model_with_irpe(tmp_path, capsys, name):
+    options = dict(patch_size=8, embed_dim=48, depth=2, num_heads=2)
+    torch.save({"model": timm.create_model(name, img_size=64, num_classes=9, **options).state_dict()},
+               tmp_path / "plain.pth")
+    args = parse(*flags("", name, "--rpe", RPE, "--model-kwargs", *SMALL, "--finetune", tmp_path / "plain.pth"))
+    model = main.build_model(args, nb_classes=3)
+    assert model.patch_embed.grid_size == (4, 4) and model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    printed = capsys.readouterr().out
+    assert "positions interpolated from 8×8 to 4×4" in printed and "lacks 6 tables" in printed
+    assert "new head.bias, head.weight" in printed or "new head.weight, head.bias" in printed
+
+
+def test_a_run_goes_on_with_what_its_checkpoint_says(pictures, equipped, tmp_path):
+    path, stats = equipped
+    on = (pictures, EVA, "--epochs", 2, "--output_dir", tmp_path)
+    (tmp_path / "checkpoint.pth").write_bytes(path.read_bytes())
+    after = run(*on, "--resume", "auto")
+    args = load_checkpoint(tmp_path / "checkpoint.pth")["args"]
+    assert args.rpe == RPE and args.model_kwargs["embed_dim"] == 48 and after != stats
+    said = run(*on, "--rpe", RPE, "--model-kwargs", *SMALL, "--resume", path)
+    assert said == after
+
+
+def test_what_is_said_against_the_checkpoint_is_refused(pictures, equipped):
+    resume = ("--eval", "--resume", equipped[0])
+    assert f"was trained with --rpe {RPE}, not with rpe-1.9-product-ctx-1-k: leave it out" in refused(
+        pictures, EVA, *resume, "--rpe", "rpe-1.9-product-ctx-1-k")
+    sentence = refused(pictures, EVA, *resume, "--model-kwargs", "depth=3")
+    assert "was trained with --model-kwargs {" in sentence and "not with {'depth': 3}: leave it out" in sentence
+    assert "belongs to another model" in refused(pictures, "vit_tiny_patch16_224", *resume)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("rpe-1.9-product-ctx-1", "it has 5 parts"), ("1.9-product-ctx-1-k", "and not 6, the first being rpe"),
+    ("rpe-x-product-ctx-1-k", "ratio is 'x'"), ("rpe-0-product-ctx-1-k", "ratio is 0"),
+    ("rpe-1.9-rows-ctx-1-k", "method is 'rows'"), ("rpe-1.9-product-con-1-k", "mode is 'con'"),
+    ("rpe-1.9-product-ctx-2-k", "shared_head is '2'"), ("rpe-1.9-product-ctx-1-kq", "rpe_on is 'kq'"),
+    ("rpe-1.9-product-bias-1-v", "a bias on values does not exist")])
+def test_an_encoding_outside_the_grammar_is_refused(tmp_path, text, said):
+    sentence = refused(tmp_path, EVA, "--rpe", text)
+    assert sentence.startswith(f"--rpe {text}: ") and said in sentence and "rpe-{ratio}-{euc|quant" in sentence
+
+
+@pytest.mark.parametrize(("name", "kwargs", "said"), [
+    ("deit_tiny_patch16_224_ctx_product_50_shared_k", (), "the name says an encoding already"),
+    ("resnet18", (), "ResNet is neither a VisionTransformer nor an Eva of timm"),
+    ("swin_tiny_patch4_window7_224", (), "SwinTransformer is neither a VisionTransformer nor an Eva of timm"),
+    ("vit_tiny_patch16_224", ("patch_drop_rate=0.5",), "build it with patch_drop_rate=0"),
+    (EVA, ("patch_drop_rate=0.5",), "build it with patch_drop_rate=0"),
+    (EVA, ("patch_size=8", "dept=3"), "unexpected keyword argument 'dept'"),
+    ("vit_tiny_patch16_224", ("embed_dim=50", "num_heads=7"),
+     "--model vit_tiny_patch16_224 embed_dim=50 num_heads=7 cannot be built for 32 pixels: "),
+    (EVA, ("depth=two",), "cannot be built"), (EVA, ("patch_size=0",), "cannot be built"),
+    (EVA, ("norm_layer=none",), "cannot be built"),
+    (EVA, ("img_size=64",), "--model-kwargs img_size=64 is for --input-size to say"),
+    (EVA, ("patch_size=7",), "--input-size 32 is no multiple of the 7 pixels")])
+def test_a_model_that_cannot_be_equipped_or_built_says_why(pictures, name, kwargs, said):
+    assert said in refused(pictures, name, "--rpe", RPE, "--model-kwargs", *kwargs)
+
+
+def test_what_is_not_key_and_value_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse("--model-kwargs", "depth=3", "num_heads")
+    assert "argument --model-kwargs: depth=3 num_heads is not key=value" in capsys.readouterr().err
