@@ -190,6 +190,8 @@ def check_args(args: argparse.Namespace) -> None:
         if getattr(args, name) not in allowed:
             raise UserError(f"{_flag(name)} {getattr(args, name)!r} is unknown: it must be one of {', '.join(allowed)}")
     _check_lists(args)
+    if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "fused"):
+        raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or fused, or not be set")
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights: leave one out")
     if not args.eval and _mixes(args) and args.batch_size % 2:
