@@ -78,6 +78,19 @@ class TrainingState:
         return runtime.resume_point(checkpoint, path)
 
 
+def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], path: str) -> None:
+    """Set ``args.rpe`` and ``args.model_kwargs`` as the checkpoint was trained with, if it says so.
+
+    Raises ``UserError`` if they are said and differ.
+    """
+    for name, flag in (("rpe", "--rpe"), ("model_kwargs", "--model-kwargs")):
+        before, now = getattr(checkpoint.get("args"), name, None), getattr(args, name)
+        if before is not None and now and now != before:
+            raise UserError(f"{path} was trained with {flag} {before or 'left out'}, not with {now}: leave it out, "
+                            "or use --finetune for a new run from its weights")
+        setattr(args, name, now or before or type(now)())
+
+
 # What the libraries raise for states that are not theirs.
 _MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 # Entries of an optimizer's groups that say how it computes, not what; they came and went with PyTorch's versions.
@@ -181,7 +194,8 @@ def _heads_of_other_classes(model: nn.Module, expected: Mapping[str, torch.Tenso
 
 def _map_side(weights: Mapping[str, torch.Tensor], model: nn.Module) -> int | None:
     """Patches along a side of the square map that the positions (1, L, C) belong to; None if there is none."""
-    if not isinstance(model, VisionTransformer) or "pos_embed" not in weights or weights["pos_embed"].ndim != 3:
+    has_positions = isinstance(model, VisionTransformer) and model.pos_embed is not None
+    if not has_positions or "pos_embed" not in weights or weights["pos_embed"].ndim != 3:
         return None
     patches = weights["pos_embed"].shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
     side = math.isqrt(max(0, patches))

@@ -38,8 +38,8 @@ if HAS_RPE_OPS and not hasattr(rpe_ops, "ATTENTION"):
     raise ImportError("the installed rpe_ops is older than this irpe.py; build it anew, in the iRPE repository: "
                       "pip install ./rpe_ops --no-build-isolation --no-deps --force-reinstall")
 
-__all__ = ["METHOD", "RPEConfig", "build_rpe", "get_bucket_ids_2d", "get_rpe_config", "iRPE", "iRPE_Cross",
-           "piecewise_index", "rpe_attention"]
+__all__ = ["METHOD", "RPEConfig", "RPE_GRAMMAR", "build_rpe", "get_bucket_ids_2d", "get_rpe_config", "iRPE",
+           "iRPE_Cross", "parse_rpe", "piecewise_index", "rpe_attention"]
 
 
 # --- From positions to buckets ---------------------------------------------------------------------------------------
@@ -109,10 +109,11 @@ def get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype=tor
 
 
 @functools.lru_cache(maxsize=32)  # 8 MB each on DETR's largest maps
-def _cached_bucket_ids(methods, height, width, skip, piecewise, device, dtype, transposed):
+def _cached_bucket_ids(methods, height, width, config, device, dtype, transposed):
     def compute():
         # always on the CPU: another device's logarithm may move a tie to the next bucket
-        ids = torch.stack([get_bucket_ids_2d(method, height, width, skip, *piecewise, dtype)[0] for method in methods])
+        ids = torch.stack([get_bucket_ids_2d(method, height, width, config.skip, *config.piecewise, dtype)[0]
+                           for method in methods])
         return (ids.mT.contiguous() if transposed else ids).to(device)
 
     # a thread of its own has no inference mode, fake tensors or default device of the caller: what is cached here
@@ -125,6 +126,7 @@ def _cached_bucket_ids(methods, height, width, skip, piecewise, device, dtype, t
 
 _MODES = {"bias": "bias", "ctx": "contextual", "contextual": "contextual"}
 _RPE_ON = ("q", "k", "v", "qk", "kv", "qv", "qkv")
+RPE_GRAMMAR = "rpe-{ratio}-{euc|quant|cross|product}-{bias|ctx}-{shared_head: 0|1}-{q|k|v|qk|kv|qv|qkv}"
 
 
 def _choice(name, value, allowed):
@@ -150,7 +152,7 @@ class RPEConfig:
 
 
 def get_rpe_config(ratio=1.9, method="product", mode="ctx", shared_head=True, skip=0, rpe_on="k"):
-    """Describe an encoding.
+    """An `RPEConfig`, which describes an encoding.
 
     Args:
         ratio: scales the piecewise function: α = ratio, β = 2·ratio, γ = 8·ratio.
@@ -159,7 +161,6 @@ def get_rpe_config(ratio=1.9, method="product", mode="ctx", shared_head=True, sk
         shared_head: one table for all heads, or one a head.
         skip: prefix tokens before the map: 0 in DETR, 1 with a class token, 2 in a distilled DeiT.
         rpe_on: where it acts: q, k, v, qk, kv, qv or qkv; v only in contextual mode.
-    Returns: RPEConfig.
     Raises: ValueError that names the allowed values.
     """
     if not (isinstance(ratio, numbers.Real) and 0 < ratio < math.inf):
@@ -173,6 +174,16 @@ def get_rpe_config(ratio=1.9, method="product", mode="ctx", shared_head=True, sk
         raise ValueError(f"mode 'bias' with rpe_on {rpe_on!r}: a bias on values does not exist; use mode 'ctx', or "
                          "rpe_on q, k or qk")
     return RPEConfig(float(ratio), method, mode, shared_head, int(skip), _choice("rpe_on", rpe_on, _RPE_ON))
+
+
+def parse_rpe(text):
+    """The `RPEConfig`, with skip=0, of a text as `RPE_GRAMMAR` has it; ValueError that says which part is wrong."""
+    name, *parts = text.split("-")
+    if name != "rpe" or len(parts) != 5:
+        raise ValueError(f"it has {len(parts) + 1} parts, the first being {name}, and not 6, the first being rpe")
+    ratio, method, mode, shared_head, rpe_on = parts
+    ratio = float(ratio) if ratio.replace(".", "", 1).isdecimal() else ratio  # which get_rpe_config refuses
+    return get_rpe_config(ratio, method, mode, _choice("shared_head", shared_head, ("0", "1")) == "1", rpe_on=rpe_on)
 
 
 # --- Modules ---------------------------------------------------------------------------------------------------------
@@ -240,16 +251,14 @@ class iRPE(nn.Module):
                              "width of the map")
         flip = transposed and torch.compiler.is_compiling()  # which takes two constants of one function for the same
         ids = self._constant_ids(height, width, torch.device(device), transposed and not flip)
-        ids = ids[-1 if self.method is METHOD.CROSS_COLS else 0]
+        ids = ids[-1 if self.method is METHOD.CROSS_COLS else 0]  # both axes of a cross are in one, for that reason too
         return ids.t() if flip else ids
 
     @torch.compiler.assume_constant_result
     def _constant_ids(self, height, width, device, transposed):
-        """Ids (1, L, L), or of rows and columns (2, L, L) in a cross, whose tables then share one constant."""
         methods = (METHOD.CROSS_ROWS, METHOD.CROSS_COLS) if self.config.method is METHOD.CROSS else (self.method,)
         dtype = torch.int32 if _use_rpe_ops(device) else torch.int64  # PyTorch's own gather takes no int32
-        return _cached_bucket_ids(methods, height, width, self.config.skip, self.config.piecewise, device, dtype,
-                                  transposed)
+        return _cached_bucket_ids(methods, height, width, self.config, device, dtype, transposed)
 
     def terms(self, length, device, height=None, width=None):
         """A list of (ids, table), as `rpe_ops.attention` takes the term of this module."""
@@ -286,7 +295,7 @@ class iRPE(nn.Module):
 
 
 class iRPE_Cross(nn.Module):
-    """The cross method: a table for rows and one for columns, whose terms are added."""
+    """The cross method: a table for rows and one for columns, whose terms are added. Its methods are as `iRPE`'s."""
 
     def __init__(self, head_dim, num_heads, config, on="k"):
         super().__init__()
@@ -294,11 +303,9 @@ class iRPE_Cross(nn.Module):
         self.rp_cols = iRPE(head_dim, num_heads, config, on, METHOD.CROSS_COLS)
 
     def terms(self, *args):
-        """As `iRPE.terms`, of both tables."""
         return self.rp_rows.terms(*args) + self.rp_cols.terms(*args)
 
     def forward(self, x, height=None, width=None):
-        """As `iRPE.forward`."""
         return self.rp_rows(x, height, width) + self.rp_cols(x, height, width)
 
 
@@ -341,23 +348,16 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
         terms = [rpe.terms(q.shape[2], q.device, height, width) if rpe else [] for rpe in (rpe_q, rpe_k, rpe_v)]
         out = rpe_ops.attention(q, k, v, *terms, mask, dropout_p)
     else:
-        out = _composed_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p)
+        terms = [rpe_k and rpe_k(q, height, width),
+                 rpe_q and rpe_q(k * q.shape[-1] ** -0.5, height, width).transpose(-2, -1), mask]
+        terms = [term for term in terms if term is not None]
+        # without a term on values PyTorch's attention does the rest, and takes what is added to the logits as its mask
+        if rpe_v is None:
+            out = F.scaled_dot_product_attention(q, k, v, functools.reduce(torch.add, terms), dropout_p, scale=1.0)
+            # its strides depend on whether gradients are asked for, which may change after the trace
+            out = out.clone(memory_format=torch.contiguous_format) if _is_exporting() else out
+        else:
+            logits = functools.reduce(torch.add, terms, torch.matmul(q, k.transpose(-2, -1)))
+            attn = F.dropout(logits.softmax(-1), dropout_p)
+            out = torch.matmul(attn, v) + rpe_v(attn, height, width)
     return out if mask is None else out.masked_fill(blind, 0)
-
-
-def _composed_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p):
-    """The formula of `rpe_attention`, with q scaled, operator by operator."""
-    terms = []
-    if rpe_k is not None:
-        terms.append(rpe_k(q, height, width))
-    if rpe_q is not None:
-        terms.append(rpe_q(k * q.shape[-1] ** -0.5, height, width).transpose(-2, -1))
-    terms += [] if mask is None else [mask]
-    # without a term on values PyTorch's attention does the rest, and takes what is added to the logits as its mask
-    if rpe_v is None:
-        out = F.scaled_dot_product_attention(q, k, v, functools.reduce(torch.add, terms), dropout_p, scale=1.0)
-        # its strides depend on whether gradients are asked for, which may change after the trace
-        return out.clone(memory_format=torch.contiguous_format) if _is_exporting() else out
-    logits = functools.reduce(torch.add, terms, torch.matmul(q, k.transpose(-2, -1)))
-    attn = F.dropout(logits.softmax(-1), dropout_p)
-    return torch.matmul(attn, v) + rpe_v(attn, height, width)

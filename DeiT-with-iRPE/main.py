@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from typing import Any
 
 import torch
 from timm.data import Mixup
@@ -18,19 +19,31 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, ParseKwargs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import runtime
-from checkpoint import TrainingState, finetune_from, load_weights
+from checkpoint import TrainingState, finetune_from, load_weights, take_model_flags
 from datasets import build_collate, build_dataset
 from engine import evaluate, train_one_epoch
+from irpe import RPE_GRAMMAR, parse_rpe
 from losses import DistillationLoss
 from rpe_models import create_model
 from runtime import UserError, get_rank, get_world_size, is_main_process, load_checkpoint, print_once, seed_everything
 from samplers import RASampler, ShardSampler
+
+
+class KeyValues(ParseKwargs):
+    """timm's action for key=value ..., with one sentence for what is not."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str],
+                 option_string: str | None = None) -> None:
+        for value in values:
+            if "=" not in value:
+                raise argparse.ArgumentError(self, f"{value!r} is not key=value, such as depth=6")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -44,6 +57,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     # Model
     add("--model", default="deit_base_patch16_224", type=str, metavar="NAME",
         help="deit_{size}_patch16_{res}_{bias|ctx}_{method}_{buckets}_{shared|unshared}_{q|k|v|qk|...}, or timm's name")
+    add("--rpe", default="", metavar="rpe-{ratio}-{method}-{mode}-{shared_head}-{on}",
+        help="iRPE in a ViT whose name has none, as rpe-1.9-product-ctx-1-k; with --resume the checkpoint's")
+    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
+        help="arguments of timm's model, as patch_size=4 depth=6; with --resume the checkpoint's")
     add("--pretrained", action="store_true", help="start from the released weights")
     add("--input-size", default=224, type=int, help="side of the pictures, and of the model's map, in pixels")
     add("--drop", type=float, default=0.0, metavar="P", help="dropout after positions, attention and both MLP layers")
@@ -149,6 +166,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     goes_on = bool(args.resume)
     if args.resume == "auto":
         args.resume = runtime.newest_checkpoint(args.output_dir)
+    if args.resume:
+        take_model_flags(args, load_checkpoint(args.resume), args.resume)
     if args.eval:
         return evaluate_only(args, device)
     train_loader, nb_classes = build_train_loader(args, device)
@@ -192,6 +211,7 @@ def check_args(args: argparse.Namespace) -> None:
     _check_lists(args)
     if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "fused"):
         raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or fused, or not be set")
+    model_arguments(args)
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights: leave one out")
     if not args.eval and _mixes(args) and args.batch_size % 2:
@@ -255,19 +275,43 @@ def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **
 
 # Model, loss, optimizer
 
+# arguments of a model that flags of their own say
+_SAID_BY = {"img_size": "--input-size", "pos_drop_rate": "--drop", "proj_drop_rate": "--drop",
+            "drop_path_rate": "--drop-path", "num_classes": "--data-set", "pretrained": "--pretrained",
+            "rpe_config": "--rpe", "checkpoint_path": "--finetune"}
+# what timm raises for arguments that are not a model's
+_UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say to ``create_model`` besides the name, ``pretrained`` and the classes.
+
+    Raises ``UserError`` for an encoding outside the grammar, or an argument that is another flag's to say.
+    """
+    if said := args.model_kwargs.keys() & _SAID_BY.keys():
+        name = min(said)
+        raise UserError(f"--model-kwargs {name}={args.model_kwargs[name]} is for {_SAID_BY[name]} to say: use that")
+    try:
+        rpe_config = parse_rpe(args.rpe) if args.rpe else None
+    except ValueError as error:
+        raise UserError(f"--rpe {args.rpe}: {error}; it must be {RPE_GRAMMAR}, as rpe-1.9-product-ctx-1-k") from error
+    return {"rpe_config": rpe_config, "img_size": args.input_size, "pos_drop_rate": args.drop,
+            "proj_drop_rate": args.drop, "drop_path_rate": args.drop_path, **args.model_kwargs}
+
+
 def build_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
     """The named model for ``args.input_size`` pixels, started as the flags say."""
     try:
         model = create_model(args.model, args.pretrained and not args.resume, num_classes=nb_classes,
-                             img_size=args.input_size, pos_drop_rate=args.drop, proj_drop_rate=args.drop,
-                             drop_path_rate=args.drop_path)
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise UserError(f"--model {args.model} cannot be built for {args.input_size} pixels: "
+                             **model_arguments(args))
+    except _UNBUILDABLE as error:
+        kwargs = "".join(f" {name}={value}" for name, value in args.model_kwargs.items())
+        raise UserError(f"--model {args.model}{kwargs} cannot be built for {args.input_size} pixels: "
                         f"{str(error) or repr(error)}") from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is None:
         raise UserError(f"--model {args.model} has no patches of one size, as a ViT has, and cannot be trained here")
-    patch = to_2tuple(patch)[0]
+    patch = math.lcm(*to_2tuple(patch))
     if args.input_size % patch:
         raise UserError(f"--input-size {args.input_size} is no multiple of the {patch} pixels of a patch: "
                         f"use {max(1, args.input_size // patch) * patch}")

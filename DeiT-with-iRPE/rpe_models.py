@@ -15,6 +15,7 @@ from timm.models import generate_default_cfgs, register_model
 
 import models
 from irpe import RPEConfig, get_bucket_ids_2d, get_rpe_config
+from rpe_vision_transformer import equip_irpe
 from runtime import UserError
 
 RELEASES = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/"
@@ -117,21 +118,25 @@ def near_names(name):
     return difflib.get_close_matches(name, timm.list_models(), 4)
 
 
-def create_model(name, pretrained=False, **kwargs):
+def create_model(name, pretrained=False, rpe_config=None, **kwargs):
     """A model by its name: any valid iRPE name, a DeiT baseline, or any other model of timm; kwargs are timm's.
 
-    Raises: ValueError for an unknown name, with the known ones that are near; UserError when `pretrained` weights
-        cannot be had.
+    `rpe_config`, from `irpe.get_rpe_config`, is the encoding of a model whose name has none.
+
+    Raises: ValueError for an unknown name, with the known ones that are near, or for two encodings; what `equip_irpe`
+        raises; UserError when `pretrained` weights cannot be had.
     """
     if name in models.__all__:
-        return getattr(models, name)(pretrained, **kwargs)
+        return getattr(models, name)(pretrained, rpe_config, **kwargs)
     if _NAME.fullmatch(name):
+        if rpe_config:
+            raise ValueError("the name says an encoding already; leave that out, or the other")
         return build_named(name, pretrained, **kwargs)
     if not timm.is_model(name):
         near = near_names(name)
         raise ValueError(f"model {name!r} is unknown; " + (f"did you mean {', '.join(near)}?" if near
                                                            else f"names with iRPE are {GRAMMAR}"))
-    return timm.create_model(name, pretrained, **kwargs)
+    return equip_irpe(timm.create_model(name, pretrained, **kwargs), rpe_config)
 
 
 def _cfg(resolution, url=""):

@@ -6,7 +6,7 @@ from util.runtime import UserError
 from .backbone import build_backbone
 from .detr import DETR, PostProcess, SetCriterion
 from .matcher import build_matcher
-from .rpe_attention.irpe import get_rpe_config
+from .rpe_attention.irpe import RPE_GRAMMAR, parse_rpe
 from .segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm
 from .transformer import build_transformer
 
@@ -14,9 +14,6 @@ NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}  # of the released models
 COCO_THINGS = {category: category <= 90 for category in range(1, 201)}
 # what the arguments stored in released checkpoints lack
 _NEW_FLAGS = {"num_classes": None, "last_stride": 2, "no_pretrained_backbone": False, "is_thing_map": None}
-
-RPE_GRAMMAR = "rpe-{ratio}-{euc|quant|cross|product}-{bias|ctx}-{shared_head: 0|1}-{q|k|v|qk|kv|qv|qkv}, " \
-              "as rpe-2.0-product-ctx-1-k"
 
 
 def parse_enc_rpe2d(text):
@@ -27,22 +24,9 @@ def parse_enc_rpe2d(text):
     if not text:
         return None
     try:
-        return _encoding(text.split("-"))
+        return parse_rpe(text)
     except ValueError as error:
-        raise UserError(f"--enc_rpe2d {text}: {error}; it must be {RPE_GRAMMAR}") from error
-
-
-def _encoding(parts):
-    if len(parts) != 6 or parts[0] != "rpe":
-        raise ValueError(f"it has {len(parts)} parts, the first being {parts[0]}, and not 6, the first being rpe")
-    _, ratio, method, mode, shared_head, rpe_on = parts
-    if shared_head not in ("0", "1"):
-        raise ValueError(f"shared_head is {shared_head!r}, not 0 or 1")
-    try:
-        ratio = float(ratio)
-    except ValueError:
-        raise ValueError(f"ratio is {ratio!r}, not a number") from None
-    return get_rpe_config(ratio, method, mode, shared_head == "1", skip=0, rpe_on=rpe_on)
+        raise UserError(f"--enc_rpe2d {text}: {error}; it must be {RPE_GRAMMAR}, as rpe-2.0-product-ctx-1-k") from error
 
 
 def build_model(args):
