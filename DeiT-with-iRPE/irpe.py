@@ -251,7 +251,7 @@ class iRPE(nn.Module):
                              "width of the map")
         flip = transposed and torch.compiler.is_compiling()  # which takes two constants of one function for the same
         ids = self._constant_ids(height, width, torch.device(device), transposed and not flip)
-        ids = ids[-1 if self.method is METHOD.CROSS_COLS else 0]  # both axes of a cross are in one, for that reason too
+        ids = ids[-1 if self.method is METHOD.CROSS_COLS else 0]  # so both axes of a cross are in one
         return ids.t() if flip else ids
 
     @torch.compiler.assume_constant_result
