@@ -109,11 +109,10 @@ def get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype=tor
 
 
 @functools.lru_cache(maxsize=32)  # 8 MB each on DETR's largest maps
-def _cached_bucket_ids(methods, height, width, config, device, dtype, transposed):
+def _kept_ids(methods, height, width, skip, piecewise, device, dtype, transposed):
     def compute():
         # always on the CPU: another device's logarithm may move a tie to the next bucket
-        ids = torch.stack([get_bucket_ids_2d(method, height, width, config.skip, *config.piecewise, dtype)[0]
-                           for method in methods])
+        ids = torch.stack([get_bucket_ids_2d(x, height, width, skip, *piecewise, dtype)[0] for x in methods])
         return (ids.mT.contiguous() if transposed else ids).to(device)
 
     # a thread of its own has no inference mode, fake tensors or default device of the caller: what is cached here
@@ -258,7 +257,7 @@ class iRPE(nn.Module):
     def _constant_ids(self, height, width, device, transposed):
         methods = (METHOD.CROSS_ROWS, METHOD.CROSS_COLS) if self.config.method is METHOD.CROSS else (self.method,)
         dtype = torch.int32 if _use_rpe_ops(device) else torch.int64  # PyTorch's own gather takes no int32
-        return _cached_bucket_ids(methods, height, width, self.config, device, dtype, transposed)
+        return _kept_ids(methods, height, width, self.config.skip, self.config.piecewise, device, dtype, transposed)
 
     def terms(self, length, device, height=None, width=None):
         """A list of (ids, table), as `rpe_ops.attention` takes the term of this module."""
