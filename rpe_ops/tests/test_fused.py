@@ -141,14 +141,16 @@ def test_it_says_which_calls_it_takes(chosen):
 
 
 def test_the_choice_is_read_from_the_environment():
-    def say(**choice):
+    def say(before="pass", **choice):
         environment = {name: value for name, value in os.environ.items() if name != "IRPE_ATTENTION"} | choice
-        code = ("import rpe_ops, sys, torch; print(rpe_ops.ATTENTION, 'triton' in sys.modules); "
+        code = (f"{before}; import rpe_ops, sys, torch; print(rpe_ops.ATTENTION, 'triton' in sys.modules); "
                 "rpe_ops.attention_takes(*torch.zeros(3, 1, 1, 2, 4))")
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
     assert say().stdout == "composed False\n"
     assert say(IRPE_ATTENTION="fused").stdout == "fused True\n"
+    without_triton = say("import importlib.util; importlib.util.find_spec = lambda name: None", IRPE_ATTENTION="fused")
+    assert without_triton.stdout == "fused False\n" and without_triton.returncode == 0  # as PyTorch for CPUs is
     assert "IRPE_ATTENTION is 'flash'; it must be composed or fused" in say(IRPE_ATTENTION="flash").stderr
 
 
