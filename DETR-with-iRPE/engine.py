@@ -12,12 +12,6 @@ from util.runtime import Progress, UserError, get_world_size, print_once, step_o
 SHOWN = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm", "lr")
 
 
-def autocast(device, amp_dtype):
-    """Mixed precision in `amp_dtype`; float32 switches it off."""
-    enabled = amp_dtype != torch.float32
-    return torch.autocast(device.type, dtype=amp_dtype if enabled else None, enabled=enabled)
-
-
 def named_losses(criterion, losses):
     """The total, weighted losses under their names, and the bare ones with `_unscaled` (class_error as it is)."""
     weighted = {name: losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses}
@@ -42,7 +36,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
                         lr=optimizer.param_groups[0]["lr"], lr_backbone=optimizer.param_groups[-1]["lr"])
     for samples, targets in progress:
         samples, targets = to_device(samples, targets, device)
-        with autocast(device, amp_dtype):
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             outputs = model(samples)
         losses = named_losses(criterion, criterion(outputs, targets))
         optimizer.zero_grad()
@@ -80,7 +74,7 @@ def evaluate(model, criterion, postprocessors, data_loader, ground_truth, device
         evaluators["panoptic"] = PanopticEvaluator(data_loader.dataset, output_dir)
     for samples, targets in Progress("Test", data_loader, len(data_loader.dataset) / max(len(data_loader), 1)):
         samples, targets = to_device(samples, targets, device)
-        with autocast(device, amp_dtype):
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             outputs = model(samples)
         losses = named_losses(criterion, criterion(outputs, targets))
         values = dict(zip(losses, torch.stack([value.float() for value in losses.values()]).tolist(), strict=True))

@@ -21,85 +21,80 @@ from util.runtime import UserError, print_once
 
 def get_args_parser():
     parser = argparse.ArgumentParser("DETR with iRPE", add_help=False)
-    group = parser.add_argument_group("training")
-    group.add_argument("--lr", default=1e-4, type=float)
-    group.add_argument("--lr_backbone", default=1e-5, type=float, help="0 keeps the backbone as it is")
-    group.add_argument("--batch_size", default=2, type=int, help="pictures a step, of each process")
-    group.add_argument("--weight_decay", default=1e-4, type=float)
-    group.add_argument("--epochs", default=300, type=int)
-    group.add_argument("--lr_drop", default=200, type=int, help="the rates fall to a tenth after every so many epochs")
-    group.add_argument("--clip_max_norm", default=0.1, type=float, help="bound on the gradient's norm, 0 for none")
-    group.add_argument("--amp_dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                       help="mixed precision in this type; float32 switches it off")
-    group.add_argument("--no_augmentation", action="store_true", help="train on the pictures as evaluation sees them")
-    group.add_argument("--eval_every", default=1, type=int, metavar="EPOCHS",
-                       help="evaluate after every so many epochs, and after the last")
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", default=1e-4, type=float)
+    add("--lr_backbone", default=1e-5, type=float, help="0 keeps the backbone as it is")
+    add("--batch_size", default=2, type=int, help="pictures a step, of each process")
+    add("--weight_decay", default=1e-4, type=float)
+    add("--epochs", default=300, type=int)
+    add("--lr_drop", default=200, type=int, help="the rates fall to a tenth after every so many epochs")
+    add("--clip_max_norm", default=0.1, type=float, help="bound on the gradient's norm, 0 for none")
+    add("--amp_dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+        help="mixed precision in this type; float32 switches it off")
+    add("--no_augmentation", action="store_true", help="train on the pictures as evaluation sees them")
+    add("--eval_every", default=1, type=int, metavar="EPOCHS",
+        help="evaluate after every so many epochs, and after the last")
 
-    group = parser.add_argument_group("model")
-    group.add_argument("--backbone", default="resnet50", help="resnet18, resnet34, resnet50 or resnet101")
-    group.add_argument("--no_pretrained_backbone", action="store_true",
-                       help="start the backbone from random weights and train all of it, batch norm included")
-    group.add_argument("--dilation", action="store_true", help="DC5: dilate the last stage instead of its stride")
-    group.add_argument("--last_stride", default=2, type=int, choices=(1, 2),
-                       help="stride of the backbone's last stage; 1 gives a finer map (16 pixels a token, not 32)")
-    group.add_argument("--position_embedding", default="sine", choices=("sine", "learned"))
-    group.add_argument("--enc_layers", default=6, type=int)
-    group.add_argument("--dec_layers", default=6, type=int)
-    group.add_argument("--dim_feedforward", default=2048, type=int)
-    group.add_argument("--hidden_dim", default=256, type=int)
-    group.add_argument("--dropout", default=0.1, type=float)
-    group.add_argument("--nheads", default=8, type=int)
-    group.add_argument("--num_queries", default=100, type=int, help="the most objects found in a picture")
-    group.add_argument("--pre_norm", action="store_true")
-    group.add_argument("--enc_rpe2d", default="", help="relative positions in the encoder, as rpe-2.0-product-ctx-1-k")
-    group.add_argument("--num_classes", type=int,
-                       help="highest category id + 1; read from the annotations if not given, and at least 250 for "
-                            "coco_panoptic")
-    group.add_argument("--masks", action="store_true", help="draw a mask for every object")
-    group.add_argument("--frozen_weights", type=str, metavar="FILE",
-                       help="with --masks: the detector under them, which stays as it is")
+    add = parser.add_argument_group("model").add_argument
+    add("--backbone", default="resnet50", help="resnet18, resnet34, resnet50 or resnet101")
+    add("--no_pretrained_backbone", action="store_true",
+        help="start the backbone from random weights and train all of it, batch norm included")
+    add("--dilation", action="store_true", help="DC5: dilate the last stage instead of its stride")
+    add("--last_stride", default=2, type=int, choices=(1, 2),
+        help="stride of the backbone's last stage; 1 gives a finer map (16 pixels a token, not 32)")
+    add("--position_embedding", default="sine", choices=("sine", "learned"))
+    add("--enc_layers", default=6, type=int)
+    add("--dec_layers", default=6, type=int)
+    add("--dim_feedforward", default=2048, type=int)
+    add("--hidden_dim", default=256, type=int)
+    add("--dropout", default=0.1, type=float)
+    add("--nheads", default=8, type=int)
+    add("--num_queries", default=100, type=int, help="the most objects found in a picture")
+    add("--pre_norm", action="store_true")
+    add("--enc_rpe2d", default="", help="relative positions in the encoder, as rpe-2.0-product-ctx-1-k")
+    add("--num_classes", type=int,
+        help="highest category id + 1; read from the annotations if not given, and at least 250 for coco_panoptic")
+    add("--masks", action="store_true", help="draw a mask for every object")
+    add("--frozen_weights", type=str, metavar="FILE",
+        help="with --masks: the detector under them, which stays as it is")
 
-    group = parser.add_argument_group("loss")
-    group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false",
-                       help="no losses for the earlier decoder layers")
-    group.add_argument("--set_cost_class", default=1, type=float)
-    group.add_argument("--set_cost_bbox", default=5, type=float)
-    group.add_argument("--set_cost_giou", default=2, type=float)
-    group.add_argument("--bbox_loss_coef", default=5, type=float)
-    group.add_argument("--giou_loss_coef", default=2, type=float)
-    group.add_argument("--mask_loss_coef", default=1, type=float)
-    group.add_argument("--dice_loss_coef", default=1, type=float)
-    group.add_argument("--eos_coef", default=0.1, type=float, help="weight of no-object in the classification")
+    add = parser.add_argument_group("loss").add_argument
+    add("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses for the earlier decoder layers")
+    add("--set_cost_class", default=1, type=float)
+    add("--set_cost_bbox", default=5, type=float)
+    add("--set_cost_giou", default=2, type=float)
+    add("--bbox_loss_coef", default=5, type=float)
+    add("--giou_loss_coef", default=2, type=float)
+    add("--mask_loss_coef", default=1, type=float)
+    add("--dice_loss_coef", default=1, type=float)
+    add("--eos_coef", default=0.1, type=float, help="weight of no-object in the classification")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset_file", default="coco", help="coco, or coco_panoptic for things and stuff")
-    group.add_argument("--coco_path", type=str, help="the folder with annotations/, train2017 and val2017")
-    group.add_argument("--coco_panoptic_path", type=str,
-                       help="the folder with annotations/, panoptic_train2017 and panoptic_val2017")
-    group.add_argument("--remove_difficult", action="store_true", help="train without objects marked difficult")
-    group.add_argument("--short_side", default=800, type=int,
-                       help="of the pictures in evaluation; the sizes of training scale with it")
-    group.add_argument("--num_workers", default=4, type=int)
-    group.add_argument("--eval_batch_size", type=int,
-                       help="pictures a batch in evaluation, --batch_size if not given; 1 pads none of them")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_file", default="coco", help="coco, or coco_panoptic for things and stuff")
+    add("--coco_path", type=str, help="the folder with annotations/, train2017 and val2017")
+    add("--coco_panoptic_path", type=str, help="the folder with annotations/, panoptic_train2017 and panoptic_val2017")
+    add("--remove_difficult", action="store_true", help="train without objects marked difficult")
+    add("--short_side", default=800, type=int,
+        help="of the pictures in evaluation; the sizes of training scale with it")
+    add("--num_workers", default=4, type=int)
+    add("--eval_batch_size", type=int,
+        help="pictures a batch in evaluation, --batch_size if not given; 1 pads none of them")
 
-    group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="", help="where checkpoints and logs go; nothing is written without it")
-    group.add_argument("--device", default="cuda")
-    group.add_argument("--seed", default=42, type=int)
-    group.add_argument("--resume", default="", help="checkpoint (file or URL) to go on from, or to evaluate; auto "
-                       "takes the last one in --output_dir, and starts anew if there is none")
-    group.add_argument("--save_every", default=0, type=int, metavar="STEPS",
-                       help="save within an epoch too, after so many steps")
-    group.add_argument("--step_timeout", default=60, type=int, metavar="SECONDS",
-                       help="a process that waits so long in a training step for another, or for a picture, ends the "
-                            "run")
-    group.add_argument("--finetune", action="store_true",
-                       help="start a new run from the weights of --resume, with a new class head if it needs one")
-    group.add_argument("--start_epoch", default=0, type=int)
-    group.add_argument("--eval", action="store_true")
-    group.add_argument("--world_size", default=1, type=int)
-    group.add_argument("--dist_url", default="env://")
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="", help="where checkpoints and logs go; nothing is written without it")
+    add("--device", default="cuda")
+    add("--seed", default=42, type=int)
+    add("--resume", default="", help="checkpoint (file or URL) to go on from, or to evaluate; auto "
+        "takes the last one in --output_dir, and starts anew if there is none")
+    add("--save_every", default=0, type=int, metavar="STEPS", help="save within an epoch too, after so many steps")
+    add("--step_timeout", default=60, type=int, metavar="SECONDS",
+        help="a process that waits so long in a training step for another, or for a picture, ends the run")
+    add("--finetune", action="store_true",
+        help="start a new run from the weights of --resume, with a new class head if it needs one")
+    add("--start_epoch", default=0, type=int)
+    add("--eval", action="store_true")
+    add("--world_size", default=1, type=int)
+    add("--dist_url", default="env://")
     return parser
 
 
@@ -168,9 +163,9 @@ def save_precision(measured, output_dir, names):
     axes = {"iou_thresholds": measured.params.iouThrs, "recall_thresholds": measured.params.recThrs,
             "category_ids": measured.params.catIds, "max_detections": measured.params.maxDets}
     arrays.update({name: torch.as_tensor(values) for name, values in axes.items()})
-    for name in names:
-        path = Path(output_dir, name)
-        path.parent.mkdir(exist_ok=True)
+    for path in (Path(output_dir, name) for name in names):
+        with runtime.writing(path.parent):
+            path.parent.mkdir(exist_ok=True)
         runtime.save_atomically(arrays, path)
 
 
@@ -199,7 +194,10 @@ def train(run, state, criterion, postprocessors, val_loader, ground_truth, devic
             stats, measured = evaluate(state.model, criterion, postprocessors, val_loader, ground_truth, device,
                                        amp_dtype, args.output_dir)
             names = ["eval/latest.pth"] + [f"eval/{epoch:03}.pth"] * (epoch % 50 == 0)
-            save_precision(measured, args.output_dir, names)
+            try:
+                save_precision(measured, args.output_dir, names)
+            except UserError as error:
+                print_once(f"note: {error}: training goes on")
             values.update({f"test_{name}": value for name, value in stats.items()})
         run.save(row={**values, "epoch": epoch, "n_parameters": n_parameters})
 
@@ -227,7 +225,7 @@ def main(args):
     runtime.prepare_output_dir(args.output_dir)
     goes_on = bool(args.resume) and not args.finetune
     if args.resume == "auto":
-        args.resume = runtime.newest_checkpoint(args.output_dir)
+        args.resume = runtime.newest_checkpoint(args.output_dir, needed=args.eval)
     torch.manual_seed(args.seed)
     train_set, val_set = build_datasets(args)
     model, criterion, postprocessors = build_model(args)
@@ -245,7 +243,7 @@ def main(args):
         stats, measured = evaluate(model, criterion, postprocessors, val_loader, ground_truth, device,
                                    getattr(torch, args.amp_dtype), args.output_dir)
         save_precision(measured, args.output_dir, ["eval.pth"])
-        if args.output_dir and runtime.is_main_process():
+        if args.output_dir and runtime.get_rank() == 0:
             path = Path(args.output_dir, "eval.json")
             with runtime.writing(path):
                 path.write_text(json.dumps(stats))

@@ -32,6 +32,8 @@ class TrainingState:
              progress: dict[str, Any] | None = None) -> None:
         """Write the state after ``epoch`` in the format of the released checkpoints, and the best top-1 so far. Within
         ``epoch`` there is also the ``progress`` in it."""
+        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+            raise UserError("the weights are not finite and are not saved")
         save_atomically({
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -72,10 +74,10 @@ class TrainingState:
             if checkpoint.get("scaler"):
                 self.loss_scaler.load_state_dict(checkpoint["scaler"])
             self.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
+            return runtime.resume_point(checkpoint)
         except _MISFITS as error:
             raise UserError(f"the schedule in {path} is not --sched {args.sched}, or the file is damaged: "
-                            f"{error!r}") from error
-        return runtime.resume_point(checkpoint, path)
+                            f"{error}") from error
 
 
 def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], path: str) -> None:

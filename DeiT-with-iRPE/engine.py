@@ -10,12 +10,6 @@ from torch.utils.data import DataLoader
 from runtime import Progress, Run, UserError, all_reduce_sum, get_world_size, print_once, step_optimizer
 
 
-def autocast(device: torch.device, amp_dtype: torch.dtype) -> torch.autocast:
-    """Mixed precision in ``amp_dtype``; float32 switches it off."""
-    enabled = amp_dtype != torch.float32
-    return torch.autocast(device.type, dtype=amp_dtype if enabled else None, enabled=enabled)
-
-
 def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: DataLoader,
                     optimizer: torch.optim.Optimizer, device: torch.device, epoch: int,
                     loss_scaler: torch.amp.GradScaler, max_norm: float | None = None,
@@ -39,7 +33,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: DataLoa
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
-        with autocast(device, amp_dtype):
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             loss = criterion(images, _to_float(model(images)), targets)
         optimizer.zero_grad()
         loss_scaler.scale(loss).backward()
@@ -68,7 +62,7 @@ def evaluate(data_loader: DataLoader, model: nn.Module, device: torch.device,
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for images, targets in Progress("Test", data_loader, data_loader.batch_size * shards):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        with autocast(device, amp_dtype):
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             logits = model(images)
         sums += _batch_sums(logits.double(), targets)
     if shards > 1:

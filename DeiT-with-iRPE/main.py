@@ -31,7 +31,7 @@ from engine import evaluate, train_one_epoch
 from irpe import RPE_GRAMMAR, parse_rpe
 from losses import DistillationLoss
 from rpe_models import create_model
-from runtime import UserError, get_rank, get_world_size, is_main_process, load_checkpoint, print_once, seed_everything
+from runtime import UserError, get_rank, get_world_size, load_checkpoint, print_once, seed_everything
 from samplers import RASampler, ShardSampler
 
 
@@ -165,7 +165,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     torch.backends.cudnn.benchmark = True
     goes_on = bool(args.resume)
     if args.resume == "auto":
-        args.resume = runtime.newest_checkpoint(args.output_dir)
+        args.resume = runtime.newest_checkpoint(args.output_dir, needed=args.eval)
     if args.resume:
         take_model_flags(args, load_checkpoint(args.resume), args.resume)
     if args.eval:
@@ -268,7 +268,7 @@ def build_val_loader(args: argparse.Namespace, device: torch.device) -> tuple[Da
 
 
 def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **options) -> DataLoader:
-    return DataLoader(dataset, args.batch_size, num_workers=args.num_workers,
+    return DataLoader(dataset, args.batch_size, num_workers=args.num_workers, worker_init_fn=runtime.own_group,
                       timeout=args.step_timeout if args.num_workers else 0,
                       pin_memory=args.pin_mem and device.type == "cuda", **options)
 
@@ -417,7 +417,7 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, f
         load_weights(model, load_checkpoint(args.resume), args.resume)
     runtime.init_distributed(args)
     stats = evaluate(loader, model, device, amp_dtype(args, device))
-    if args.output_dir and is_main_process():
+    if args.output_dir and get_rank() == 0:
         path = os.path.join(args.output_dir, "eval.json")
         with runtime.writing(path), open(path, "w") as file:
             json.dump(stats, file)

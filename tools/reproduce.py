@@ -175,6 +175,10 @@ def count(model, size):
     return {"params": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2}
 
 
+def now():
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
 def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -194,11 +198,16 @@ def dependencies(row, args, path):
     """All that changes a result; the number of processes does not."""
     codebase = CODEBASES[row["codebase"]]
     code = "".join(map(sha256, sorted(codebase.folder.rglob("*.py"))))
-    installed = {library.name: library.version for library in importlib.metadata.distributions()}
     return {"sha256": sha256(path), "data": fingerprint(data_files(codebase, args)), "device": args.device,
             "flags": getattr(args, f"{row['codebase']}_args"), "code": hashlib.sha256(code.encode()).hexdigest(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         **{name: installed[name] for name in LIBRARIES if name in installed}}}
+            "versions": versions()}
+
+
+def versions():
+    """{"python", "torch", and the installed ones of LIBRARIES}: version"""
+    installed = {library.name: library.version for library in importlib.metadata.distributions()}
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            **{name: installed[name] for name in LIBRARIES if name in installed}}
 
 
 def command_of(row, args, path):
@@ -284,7 +293,7 @@ def measure(row, args, device, old, locked):
     except (UserError, OSError) as error:
         return {**old, "status": "error", "why": str(error)}
     return {**judge(row, measured), **counts, "command": said, "device": device, "processes": args.nproc,
-            "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "depends": depends}
+            "date": now(), "depends": depends}
 
 
 # Reports
@@ -400,7 +409,11 @@ def exit_status(statuses):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    return guarded(run, parse_args(argv), "interrupted; the same command goes on after the last row that was measured")
+
+
+def guarded(run, args, stopped):
+    """run(args)'s exit status, or that of a mistake or a signal, which are said in a sentence, a signal's `stopped`."""
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(number, signal.default_int_handler)
@@ -412,7 +425,7 @@ def main(argv=None):
     except BrokenPipeError:
         pass  # nobody reads what could be said
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last row that was measured", file=sys.stderr)
+        print(stopped, file=sys.stderr)
     return INTERRUPTED
 
 

@@ -3,7 +3,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from util.misc import collate_fn
-from util.runtime import SeededDataset, SeededSampler, UserError, get_rank, get_world_size
+from util.runtime import SeededDataset, SeededSampler, UserError, get_rank, get_world_size, own_group
 
 from .coco import CocoDetection
 from .coco_panoptic import CocoPanoptic
@@ -38,6 +38,6 @@ def eval_loader(dataset, args):
 
 
 def _common(args):
-    return {"num_workers": args.num_workers, "collate_fn": collate_fn,
+    return {"num_workers": args.num_workers, "collate_fn": collate_fn, "worker_init_fn": own_group,
             "timeout": args.step_timeout if args.num_workers else 0,
             "pin_memory": torch.device(args.device).type == "cuda"}

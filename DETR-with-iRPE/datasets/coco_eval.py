@@ -8,7 +8,7 @@ from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from util.runtime import get_world_size, is_main_process
+from util.runtime import get_rank, get_world_size
 
 
 class CocoEvaluator:
@@ -67,6 +67,6 @@ def gather_on_main(value):
     """List of every process's value on the main process, None on the others."""
     if not dist.is_initialized():
         return [value]
-    gathered = [None] * get_world_size() if is_main_process() else None
+    gathered = [None] * get_world_size() if get_rank() == 0 else None
     dist.gather_object(value, gathered)
     return gathered

@@ -5,10 +5,10 @@ from util.runtime import UserError
 
 from .backbone import build_backbone
 from .detr import DETR, PostProcess, SetCriterion
-from .matcher import build_matcher
+from .matcher import HungarianMatcher
 from .rpe_attention.irpe import RPE_GRAMMAR, parse_rpe
 from .segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm
-from .transformer import build_transformer
+from .transformer import Transformer
 
 NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}  # of the released models
 COCO_THINGS = {category: category <= 90 for category in range(1, 201)}
@@ -39,8 +39,11 @@ def build_model(args):
     rpe_config = parse_enc_rpe2d(args.enc_rpe2d)
     if args.hidden_dim % args.nheads or args.hidden_dim % 4:
         raise UserError(f"--hidden_dim {args.hidden_dim} must be a multiple of --nheads {args.nheads} and of 4")
-    model = DETR(build_backbone(args), build_transformer(args, rpe_config), num_classes, args.num_queries,
-                 aux_loss=args.aux_loss)
+    backbone = build_backbone(args)
+    transformer = Transformer(args.hidden_dim, args.nheads, args.enc_layers, args.dec_layers, args.dim_feedforward,
+                              args.dropout, args.pre_norm, rpe_config)
+    model = DETR(backbone, transformer, num_classes, args.num_queries, args.aux_loss)
+    matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
     weights = {"loss_ce": 1, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
     if args.aux_loss:
         weights.update({f"{name}_{i}": weight for i in range(args.dec_layers - 1) for name, weight in weights.items()})
@@ -52,4 +55,4 @@ def build_model(args):
         postprocessors["segm"] = PostProcessSegm()
         if args.dataset_file == "coco_panoptic":
             postprocessors["panoptic"] = PostProcessPanoptic(args.is_thing_map or COCO_THINGS)
-    return model, SetCriterion(num_classes, build_matcher(args), weights, args.eos_coef, losses), postprocessors
+    return model, SetCriterion(num_classes, matcher, weights, args.eos_coef, losses), postprocessors

@@ -8,7 +8,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from util.misc import NestedTensor
 from util.runtime import UserError, load_checkpoint
 
-from .position_encoding import build_position_encoding
+from .position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
@@ -101,4 +101,6 @@ def build_backbone(args):
     backbone = Backbone(args.backbone, args.lr_backbone > 0, args.masks, args.dilation, args.last_stride,
                         pretrained=not (args.no_pretrained_backbone or args.resume or fixed),
                         frozen_norm=bool(fixed or not args.no_pretrained_backbone))
-    return Joiner(backbone, build_position_encoding(args))
+    learned = args.position_embedding in ("learned", "v3")  # else sine, or v2
+    half = args.hidden_dim // 2
+    return Joiner(backbone, PositionEmbeddingLearned(half) if learned else PositionEmbeddingSine(half, normalize=True))

@@ -15,8 +15,6 @@ class HungarianMatcher(nn.Module):
 
     def __init__(self, cost_class=1.0, cost_bbox=1.0, cost_giou=1.0):
         super().__init__()
-        if not (cost_class or cost_bbox or cost_giou):
-            raise ValueError("all costs are 0: at least one has to be above")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
 
     def forward(self, outputs, targets):
@@ -59,7 +57,3 @@ class HungarianMatcher(nn.Module):
         cost = self.cost_bbox * torch.cdist(flat, wanted, p=1) - self.cost_class * probability[:, labels]
         cost -= self.cost_giou * generalized_box_iou(box_cxcywh_to_xyxy(flat), box_cxcywh_to_xyxy(wanted))
         return cost.view(*boxes.shape[:3], len(labels))
-
-
-def build_matcher(args):
-    return HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)

@@ -14,15 +14,12 @@ class PositionEmbeddingSine(nn.Module):
         num_pos_feats: channels of each axis; the result has twice as many, rows first.
         temperature: ratio of the longest to the shortest wavelength.
         normalize: measure positions as a share of the picture, times `scale`.
-        scale: of normalised positions, 2π if not given.
+        scale: of normalised positions.
     """
 
-    def __init__(self, num_pos_feats=64, temperature=10000, normalize=False, scale=None):
+    def __init__(self, num_pos_feats=64, temperature=10000, normalize=False, scale=2 * math.pi):
         super().__init__()
-        if scale is not None and not normalize:
-            raise ValueError(f"scale={scale} has a meaning only with normalize=True")
-        self.num_pos_feats, self.temperature, self.normalize = num_pos_feats, temperature, normalize
-        self.scale = 2 * math.pi if scale is None else scale
+        self.num_pos_feats, self.temperature, self.normalize, self.scale = num_pos_feats, temperature, normalize, scale
 
     def forward(self, tensor_list):
         """NestedTensor with mask (B, H, W) → positions (B, 2·num_pos_feats, H, W), float32."""
@@ -58,13 +55,3 @@ class PositionEmbeddingLearned(nn.Module):
         columns = self.col_embed.weight[None, :width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
         return torch.cat([columns, rows], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)
-
-
-def build_position_encoding(args):
-    """The encoding of `args.position_embedding`: sine (or v2), learned (or v3)."""
-    num_pos_feats = args.hidden_dim // 2
-    if args.position_embedding in ("sine", "v2"):
-        return PositionEmbeddingSine(num_pos_feats, normalize=True)
-    if args.position_embedding in ("learned", "v3"):
-        return PositionEmbeddingLearned(num_pos_feats)
-    raise ValueError(f"position_embedding is {args.position_embedding!r}; it must be sine (v2) or learned (v3)")

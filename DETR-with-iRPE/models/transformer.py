@@ -110,8 +110,3 @@ class Transformer(nn.Module):
         queries = query_embed.to(tokens.dtype).expand(src.shape[0], -1, -1)
         outputs = self.decoder(queries, memory, pos, padding)
         return outputs, memory.transpose(1, 2).unflatten(2, (height, width))
-
-
-def build_transformer(args, rpe_config):
-    return Transformer(args.hidden_dim, args.nheads, args.enc_layers, args.dec_layers, args.dim_feedforward,
-                       args.dropout, args.pre_norm, rpe_config)

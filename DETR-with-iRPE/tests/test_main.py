@@ -1,4 +1,5 @@
 """The program from its command line: flags, training, resuming, pictures, and what a user gets wrong."""
+import errno
 import io
 import json
 import math
@@ -16,10 +17,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torchvision.models import ResNet18_Weights, resnet18
 
+import engine
 import hubconf
 import main
 import visualize
 from conftest import PROJECT, finish, launcher, load_annotations, parse, small, start, write_set
+from datasets import eval_loader, train_loader
 from fill import fill_state_dict
 from models import build_model
 from models.backbone import Backbone
@@ -429,6 +432,39 @@ def test_damage_to_the_last_checkpoint_costs_one_epoch_and_a_signal_nothing(coco
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
     logs = [(folder / "log.txt").read_text() for folder in (tmp_path, tmp_path / "straight")]
     assert logs[0] == logs[1]
+
+
+def test_loading_processes_are_spared_what_is_signalled_to_the_group(coco):
+    args = parse(*small(coco, "--num_workers", 1))
+    for loader in (train_loader(main.build_datasets(args)[0], args), eval_loader(main.build_datasets(args)[1], args)):
+        batches = iter(loader)
+        next(batches)
+        assert os.getpgid(batches._workers[0].pid) != os.getpgid(0)
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_a_full_disk_ends_nothing(coco, tmp_path, monkeypatch, capsys):
+    sync, step = os.fsync, engine.step_optimizer
+
+    def full(number):
+        if "latest" in os.readlink(f"/proc/self/fd/{number}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    flags = small(coco, "--epochs", 1, "--output_dir", tmp_path)
+    main.main(parse(*flags))
+    assert "note: " in (said := capsys.readouterr().out) and "latest.pth cannot be written: No space left" in said
+
+    def spoiled(scaler, optimizer):
+        optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
+        step(scaler, optimizer)
+
+    monkeypatch.setattr(engine, "step_optimizer", spoiled)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(UserError, match="nan"):
+        main.main(parse(*flags, "--epochs", 2, "--resume", "auto", "--save_every", 1))
+    assert "note: the weights are not finite" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
 def test_another_runs_optimizer_is_refused_with_the_flags_to_give(coco, trained):

@@ -23,6 +23,8 @@ class TrainingState:
     def save(self, path, epoch, args, progress=None):
         """Write the state after `epoch` in the released checkpoints' format, with the names of the categories; within
         `epoch` there is also the `progress` in it. After some epochs it is kept under the epoch's number too."""
+        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
+            raise UserError("the weights are not finite and are not saved")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "lr_scheduler": self.lr_scheduler.state_dict(), "epoch": epoch, "args": args,
                  "scaler": self.loss_scaler.state_dict(), "categories": self.categories}
@@ -60,9 +62,9 @@ class TrainingState:
             self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
             if checkpoint.get("scaler"):
                 self.loss_scaler.load_state_dict(checkpoint["scaler"])
+            return runtime.resume_point(checkpoint)
         except _MISFITS as error:
-            raise UserError(f"checkpoint {path} is damaged: its lr_scheduler or scaler is none: {error!r}") from error
-        return runtime.resume_point(checkpoint, path)
+            raise UserError(f"checkpoint {path} is damaged: {error!r}") from error
 
 
 def load_weights(model, checkpoint, path, new_class_head=False):

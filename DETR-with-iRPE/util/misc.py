@@ -19,9 +19,6 @@ class NestedTensor:
         """(tensors, mask)"""
         return self.tensors, self.mask
 
-    def __repr__(self):
-        return f"NestedTensor(tensors={tuple(self.tensors.shape)}, mask={tuple(self.mask.shape)})"
-
 
 def nested_tensor_from_tensor_list(tensor_list):
     """Pad pictures with zeros on the right and at the bottom to the largest height and width.

@@ -15,6 +15,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zipfile
@@ -39,7 +40,7 @@ class Interrupted(Exception):
     """A signal asked the run to end, and all that it has done is saved; ``number`` is the signal's."""
 
     def __init__(self, number: int, where: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} in {where}: --resume auto goes on from there")
+        super().__init__(f"stopped by {signal.Signals(number).name} in {where}: --resume auto goes on where it saved")
         self.number = number
 
 
@@ -47,16 +48,16 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser, but a mistake is said in one line, without the usage of all flags."""
 
     def error(self, message: str) -> NoReturn:
-        _fail(2, f"{message}; --help lists all flags")
+        _end(2, f"{message}; --help lists all flags")
 
 
 def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
     """Call ``main(args)``; end the process with status 1 and one sentence on a ``UserError``, 130 on Ctrl-C, and
     75, sysexits.h's "try again", when a signal has ended training.
 
-    The first process of a machine speaks at once, and the launcher then stops the others; another one speaks, with its
-    number, if it still runs some seconds later. So what all meet is said once, and what one meets alone by that one.
-    Other exceptions keep their traceback, unless they only say that another process has failed.
+    The first process of a machine speaks at once, and the launcher then stops the others; another one speaks if it
+    still runs some seconds later. So what all meet is said once, and what one meets alone by that one. Other exceptions
+    keep their traceback, unless they only say that another process has failed.
     """
     try:
         main(args)
@@ -66,41 +67,49 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
         print_once(stop)
         _end(75)
     except UserError as error:
-        _fail(1, str(error))
+        _end(1, error)
+    except torch.OutOfMemoryError as error:
+        _end(1, f"the GPU's memory is full in {_where}: a smaller batch or mixed precision may fit: {UserError(error)}")
     except Exception as error:
         if "DataLoader" in str(error):
-            _fail(1, f"a loading process ended or hangs in {_where}: {UserError(error)}")
+            _end(1, f"a loading process ended or hangs in {_where}: {UserError(error)}")
         if not dist.is_initialized():
             raise
-        lost = isinstance(error, dist.DistError) or re.search("gloo|timeout|closed by peer", str(error))
-        _fail(1, f"{_missing()} is lost or hangs in {_where}: {UserError(error)}" if lost else traceback.format_exc())
+        lost = f"{_missing()} is lost or hangs in {_where}: {UserError(error)}" if _tells_of_loss(error) else None
+        _end(1, lost or traceback.format_exc())
 
 
-def _fail(status: int, words: str) -> NoReturn:
-    if _local_rank():
-        time.sleep(10)
-    me = f"process {get_rank()} of {get_world_size()}: " if get_world_size() > 1 else ""
-    print(f"error: {me}{words}", file=sys.stderr, flush=True)
-    _end(status)
+def _end(status: int, error: object = "") -> NoReturn:
+    with contextlib.suppress(OSError):  # nobody may be listening any more
+        if error:
+            time.sleep(10 if _local_rank() else 0)
+            me = f"process {get_rank()} of {get_world_size()}: " if get_world_size() > 1 else ""
+            print(f"error: {me}{error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    if get_world_size() > 1:
+        os._exit(status)  # an orderly exit would wait for collectives whose partners are gone
+    sys.exit(status)
+
+
+def _tells_of_loss(error: BaseException | None) -> bool:
+    return isinstance(error, dist.DistError) or bool(re.search("gloo|timeout|closed by peer", str(error)))
 
 
 def _missing() -> str:
     """Who has not noticed within two seconds that a process is lost; the store is where the processes met."""
-    try:
+    silent = ["0"]  # which keeps the store: if that does not answer it is gone or hangs
+
+    def ask() -> None:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"alive {get_rank()}", "")
-        time.sleep(2)
-        silent = [str(rank) for rank in range(get_world_size()) if not store.check([f"alive {rank}"])]
-    except dist.DistError:
-        silent = ["0"]  # which keeps the store
+        with contextlib.suppress(dist.DistError):
+            store.set(f"alive {get_rank()}", "")
+            time.sleep(2)
+            silent[:] = [str(rank) for rank in range(get_world_size()) if not store.check([f"alive {rank}"])]
+
+    thread = threading.Thread(target=ask, daemon=True)  # the store's own time-outs do not hold for all of this
+    thread.start()
+    thread.join(10)
     return f"process {', '.join(silent)}" if silent else "another process"
-
-
-def _end(status: int) -> NoReturn:
-    if get_world_size() > 1:
-        sys.stdout.flush()
-        os._exit(status)  # an orderly exit would wait for collectives whose partners are gone
-    sys.exit(status)
 
 
 # Processes
@@ -158,18 +167,13 @@ def _local_rank() -> int:
 
 
 def get_rank() -> int:
-    """Number of this process, 0 if it is alone."""
+    """Number of this process; 0 is the main one, which writes the files and the log."""
     return dist.get_rank() if dist.is_initialized() else _launched("RANK", "SLURM_PROCID", 0)
 
 
 def get_world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else _launched("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
-
-
-def is_main_process() -> bool:
-    """Whether this process writes the files and the log."""
-    return get_rank() == 0
 
 
 training_group: dist.ProcessGroup | None = None  # of training steps, in which the processes are never far apart
@@ -183,10 +187,25 @@ def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
     return tensor
 
 
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, on each of them."""
+    values = [value] * get_world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def print_once(*values: Any) -> None:
-    """``print`` from the main process only."""
-    if is_main_process():
-        print(*values, flush=True)
+    """``print`` from the main process only; a full disk or a closed pipe behind it ends nothing."""
+    if get_rank() == 0:
+        with contextlib.suppress(OSError):
+            print(*values, flush=True)
+
+
+def own_group(_: int) -> None:
+    """A DataLoader's ``worker_init_fn``: what torchrun or SLURM signals to the group of a training process spares the
+    loading ones, without which that could not finish its step."""
+    os.setpgid(0, 0)
 
 
 # Random numbers and order: functions of where training is, so that it goes on anywhere as if it had never stopped
@@ -251,58 +270,62 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 def prepare_output_dir(path: str) -> None:
     """Create the folder (main process) and make sure now, not after the first epoch, that it can be written."""
-    if path and is_main_process():
+    if path and get_rank() == 0:
         with writing(f"output directory {path}"):
             os.makedirs(path, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write, which then is renamed to ``path``, so that this is at every moment either the old or the new.
+def replacing(path: str | os.PathLike, keep_previous: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, which then is renamed to ``path``, so that this is at every moment either the old or the new;
+    the old NAME.pth can be kept as NAME.previous.pth.
 
-    Raises ``UserError`` if the disk is full or cannot be written; the old file then stays as it was.
+    Raises ``UserError`` if the disk is full or cannot be written; the old files then stay as they were.
     """
-    temporary = pathlib.Path(f"{path}.tmp")
-    try:
-        with writing(path):
+    path, temporary = pathlib.Path(path), pathlib.Path(f"{path}.tmp")
+    with writing(path):
+        try:
             with open(temporary, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            if keep_previous and path.exists():
+                previous = path.with_suffix(".previous.pth")
+                previous.unlink(missing_ok=True)
+                try:
+                    os.link(path, previous)
+                except OSError:  # a disk without hard links
+                    os.replace(path, previous)
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_atomically(obj: Any, path: str | os.PathLike, keep_previous: bool = False) -> None:
-    """``torch.save`` to ``path``, as ``replacing`` does it; NAME.pth can be kept as NAME.previous.pth."""
-    path = pathlib.Path(path)
-    with replacing(path) as file:
+    """``torch.save`` to ``path``, as ``replacing`` does it."""
+    with replacing(path, keep_previous) as file:
         torch.save(obj, file)
-        if keep_previous and path.exists():
-            previous = path.with_suffix(".previous.pth")
-            previous.unlink(missing_ok=True)
-            try:
-                os.link(path, previous)
-            except OSError:  # a disk without hard links
-                os.replace(path, previous)
 
 
-def newest_checkpoint(output_dir: str) -> str:
-    """The checkpoint of ``output_dir`` that ``--resume auto`` takes: the one before if the last is damaged, which is
-    said, and "" if there is none. Raises ``UserError`` if all are damaged: a fresh start would replace them."""
+def newest_checkpoint(output_dir: str, needed: bool = False) -> str:
+    """The checkpoint of ``output_dir`` that ``--resume auto`` takes, "" if there is none. If the last is damaged that
+    is said, and it makes room for the one before. Raises ``UserError`` if all are damaged, since a fresh start would
+    replace them, or if there is none and one is ``needed``."""
     if not output_dir:
         raise UserError("--resume auto looks for checkpoints in --output_dir: say that too")
-    paths = (pathlib.Path(output_dir, name) for name in ("checkpoint.pth", "checkpoint.previous.pth"))
-    there = [path for path in paths if path.exists()]
-    for path in there:
+    damaged = []
+    for path in (pathlib.Path(output_dir, name) for name in ("checkpoint.pth", "checkpoint.previous.pth")):
         try:
-            load_checkpoint(path)
-            return str(path)
+            if path.exists() and load_checkpoint(path):
+                if damaged and get_rank() == 0:  # else it would be kept in place of the good one at the next save
+                    with writing(path):
+                        os.replace(damaged[0], path.with_name("checkpoint.damaged.pth"))
+                return str(path)
         except UserError as error:
             print_once(f"note: {error}")
-    if there:
+            damaged.append(path)
+    if damaged or needed:
         raise UserError(f"no checkpoint in {output_dir} is whole: delete them to start anew, or --resume another")
     return ""
 
@@ -320,42 +343,37 @@ def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
     Beyond tensors, on the CPU, and plain containers only ``argparse.Namespace`` and paths are let in. Raises
     ``UserError`` for a file that is missing, truncated, no checkpoint, or asks for anything else (named).
     """
-    path, load, place = str(path_or_url), torch.load, ""
+    path, load, cure = str(path_or_url), torch.load, "fetch or copy it again"
     if "://" in path:
         load = torch.hub.load_state_dict_from_url
-        place = f": fetch it elsewhere and put it at {torch.hub.get_dir()}/checkpoints/{path.rpartition('/')[2]}"
+        cure = f"fetch it elsewhere and put it at {torch.hub.get_dir()}/checkpoints/{path.rpartition('/')[2]}"
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # PyTorch reads changed weights without a word
-                if archive.testzip():
-                    raise zipfile.BadZipFile
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # PyTorch reads changed weights without a word
+            raise zipfile.BadZipFile
         with torch.serialization.safe_globals(_ALLOWED):
             checkpoint = load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}{place}") from error
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}: {cure}") from error
     except Exception as error:  # changed bytes have raised ten kinds
         if name := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"checkpoint {path} is refused: it needs {name[1]} to be read, which could run foreign "
                             "code") from error
-        raise UserError(f"checkpoint {path} is truncated, damaged or none of PyTorch's"
-                        f"{place or ': fetch or copy it again'}") from error
+        raise UserError(f"checkpoint {path} is truncated, damaged or none of PyTorch's: {cure}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
 
 
-def resume_point(checkpoint: Mapping[str, Any], path: str) -> tuple[int, dict[str, Any] | None]:
-    """The epoch that training goes on with, and the progress in it, None if it begins."""
+def resume_point(checkpoint: Mapping[str, Any]) -> tuple[int, dict[str, Any] | None]:
+    """The epoch that training goes on with, and the progress in it, None if it begins. Raises errors of several kinds
+    where these are damaged."""
     epoch, progress = checkpoint["epoch"], checkpoint.get("progress")
-    if not isinstance(epoch, int) or epoch < 0:
-        raise UserError(f"checkpoint {path} is damaged: its epoch is {epoch!r}")
+    images = 0 if progress is None else progress["images"]
+    if not (isinstance(epoch, int) and isinstance(images, int) and min(epoch, images) >= 0):
+        raise ValueError(f"its epoch is {epoch!r} and has {images!r} pictures")
     if progress is None:
         return epoch + 1, None
-    try:
-        return epoch, {"images": int(progress["images"]),
-                       "values": {name: values.tolist() for name, values in progress["values"].items()}}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path} is damaged: its progress in epoch {epoch} is none") from error
+    return epoch, {"images": images, "values": {name: [*steps.tolist()] for name, steps in progress["values"].items()}}
 
 
 def model_weights(checkpoint: Mapping[str, Any], path: str, key: str = "model") -> dict[str, torch.Tensor]:
@@ -383,10 +401,10 @@ def _some(names: Iterable[Any]) -> str:
 
 # A run of training that may be ended at any moment
 
-class Run:
+class Run(contextlib.ExitStack):
     """Training from where it was: saves every ``save_every`` steps (0: none), before and after each evaluation, and
-    when one of ``SIGNALS`` came. Inside a ``with`` these end training by ``Interrupted`` after the running step; on
-    several GPUs after at most 20, since that is how often the processes meet without slowing each other down.
+    when a signal came. Inside a ``with`` signals end training by ``Interrupted`` after the running step; on several
+    GPUs after at most 20, since that is how often the processes meet without slowing each other down.
 
     Args:
         save: writes the state; takes a path, the epoch, ``args``, and the progress in the epoch, None after it.
@@ -396,19 +414,23 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, log: "RunLog", save: Callable[..., None], epoch: int,
                  progress: dict | None, loader: DataLoader) -> None:
+        super().__init__()
+        places = gather((epoch, progress and progress["images"]))
+        if len(set(places)) > 1:
+            raise UserError(f"the processes would go on from different places (epoch, pictures), {places}: they must "
+                            "all see the same files in --output_dir, or in --resume")
         self.args, self.log, self._save, self.loader, self.failure = args, log, save, loader, None
         self.epoch, self.progress, self.images_per_step = epoch, progress, loader.batch_size * get_world_size()
-
-    def __enter__(self) -> "Run":
         _caught.clear()
-        self._handlers = {number: signal.signal(number, lambda number, _: _caught.append(number)) for number in SIGNALS}
-        return self
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # the last is submitit's
+            self.callback(signal.signal, number, signal.signal(number, lambda number, _: _caught.append(number)))
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if kind is None and self.failure:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if self.failure and kind in (None, Interrupted):
             raise self.failure
+        if _caught and _tells_of_loss(error):  # another one heard the signal first, in the evaluation
+            raise Interrupted(_caught[0], _where) from error
 
     def epochs(self) -> Iterator[int]:
         """The epochs to train, each with the loader's sampler where it has to go on."""
@@ -419,38 +441,35 @@ class Run:
             yield self.epoch
             self.epoch, self.progress = self.epoch + 1, None
 
-    def save(self, progress: "Progress | None" = None, row: Mapping[str, Any] | None = None) -> None:
+    def save(self, progress: dict[str, Any] | None = None, row: Mapping[str, Any] | None = None) -> None:
         """Write the state in the middle of the epoch, or after it with its ``row`` of the log. What fails is said and
         tried again at the next save. All processes have to call this."""
-        state = progress.state() if progress else None
         try:
-            if row:
-                self.log.write(self.epoch, row)
-            if self.args.output_dir and is_main_process():
-                self.log.flush()
-                self._save(pathlib.Path(self.args.output_dir, "checkpoint.pth"), self.epoch, self.args, state)
+            self.log.write(self.epoch, row)
+            if self.args.output_dir and get_rank() == 0:
+                self._save(pathlib.Path(self.args.output_dir, "checkpoint.pth"), self.epoch, self.args, progress)
             self.failure = None
         except UserError as error:
-            print(f"note: {error}: training goes on and tries again at the next save", flush=True)
+            print_once(f"note: {error}: training goes on and tries again at the next save")
             self.failure = error
         if dist.is_initialized():
             dist.barrier()  # the next step would not wait long for the main process to write
 
     def after_step(self, progress: "Progress") -> None:
         """Save if it is time or the epoch's last step, and end if a process got a signal."""
+        due = progress.done == len(self.loader) or self.args.save_every and progress.done % self.args.save_every == 0
         stop = max(_caught, default=0)
         if get_world_size() > 1:
-            if progress.device.type == "cuda" and progress.done % 20:
+            if progress.device.type == "cuda" and progress.done % 20 and not due:
                 stop = 0  # it takes all processes to stop
             else:
                 highest = torch.tensor(stop, device=progress.device)
                 dist.all_reduce(highest, dist.ReduceOp.MAX, group=training_group)
                 stop = int(highest)
-        due = progress.done == len(self.loader) or self.args.save_every and progress.done % self.args.save_every == 0
         if stop or due:
-            self.save(progress)
-        if stop and self.failure:
-            raise self.failure
+            progress.read()
+            values = {name: torch.tensor(steps, dtype=torch.float64) for name, steps in progress.values.items()}
+            self.save({"images": progress.done * self.images_per_step, "values": values})
         if stop:
             raise Interrupted(stop, _where)
 
@@ -462,19 +481,16 @@ class Run:
         self.loader.sampler.set_epoch(self.epoch, step * self.images_per_step)
         keys = itertools.islice(self.loader.sampler, self.loader.batch_size)
         name = getattr(self.loader.dataset.dataset, "name", str)
-        pictures = [[name(index) for index, *_ in keys]] * get_world_size()
-        if dist.is_initialized():
-            dist.all_gather_object(pictures, pictures[0])
+        pictures = gather([name(index) for index, *_ in keys])
         path = pathlib.Path(self.args.output_dir, "nonfinite.json")
-        if is_main_process():
+        if get_rank() == 0:
             with replacing(path) as file:
                 file.write(json.dumps({"epoch": self.epoch, "step": step, **values, "pictures": pictures}).encode())
         launcher = f"torchrun --nproc_per_node={get_world_size()}" if get_world_size() > 1 else "python"
         return f"; its pictures are in {path}; to replay it: {launcher} {shlex.join(sys.argv)} --resume auto"
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the last is submitit's
-_caught: list[int] = []
+_caught: list[int] = []  # signals that ask to end
 
 
 # Logs
@@ -505,7 +521,7 @@ class Progress:
             yield batch
             self.done += 1
             if self.done % 20 == 0 or self.done == len(self.loader):
-                self._read()
+                self.read()
                 print_once(self._line(first, time.perf_counter() - started))
             if self.run:
                 self.run.after_step(self)
@@ -519,17 +535,12 @@ class Progress:
         self._unread.append({name: value.detach().float() for name, value in values.items()})
         self.device = next(iter(values.values())).device
 
-    def state(self) -> dict[str, Any]:
-        """How many pictures of the epoch all processes have seen, and the values of the steps: to be saved."""
-        self._read()
-        return {"images": self.done * self.images_per_step,
-                "values": {name: torch.tensor(values, dtype=torch.float64) for name, values in self.values.items()}}
-
     def averages(self) -> dict[str, float]:
         """Mean of every value over all steps."""
         return {name: statistics.fmean(values) for name, values in self.values.items()}
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Take the steps since the last time into ``values``."""
         if not self._unread:
             return
         rows = torch.stack([torch.stack(list(step.values())) for step in self._unread])
@@ -539,7 +550,7 @@ class Progress:
                 if not math.isfinite(value):
                     more = self.run.describe(step, {name: value, "lr": self.values["lr"][0]}) if self.run else ""
                     raise UserError(f"{name} is {value} at {self.header}, step {step}: training stops; a lower --lr or "
-                                    f"gradient clipping may help, and the last checkpoint is still there{more}")
+                                    f"gradient clipping may help, and what was saved is still there{more}")
                 self.values.setdefault(name, []).append(value)
         self._unread.clear()
 
@@ -561,9 +572,9 @@ def step_optimizer(loss_scaler: torch.amp.GradScaler, optimizer: torch.optim.Opt
     Raises ``UserError`` when it has come down without end: then the gradients are not finite at any scale.
     """
     # read before the step, which waits for the gradients anyway: read after it, it would wait for the optimizer too
-    if loss_scaler.is_enabled() and loss_scaler.get_scale() < 2 ** -14:  # 2¹⁶ at the start: 31 halvings
+    if loss_scaler.get_scale() < 2 ** -14:  # 2¹⁶ at the start: 31 halvings; 1 if disabled
         raise UserError("the gradients are not finite in float16 at any scale of the loss: training stops; bfloat16 "
-                        "or float32, or a lower --lr, may help, and the last checkpoint is still there")
+                        "or float32, or a lower --lr, may help, and what was saved is still there")
     loss_scaler.step(optimizer)
     loss_scaler.update()
 
@@ -576,27 +587,20 @@ class RunLog:
     """
 
     def __init__(self, output_dir: str, first_epoch: int | None = None) -> None:
-        self.path, self.lines, self.scalars, self.board = None, [], [], None
-        if output_dir and is_main_process():
-            self.path, self.first_epoch = pathlib.Path(output_dir, "log.txt"), first_epoch  # which TensorBoard hides
-            if self.path.exists():
-                self.lines = [*filter(self._keeps, self.path.read_bytes().splitlines(keepends=True))]
+        self.path = pathlib.Path(output_dir, "log.txt") if output_dir and get_rank() == 0 else None
+        self.lines, self.scalars, self.board = [], [], None
+        old = self.path.read_bytes() if self.path and self.path.exists() else b""
+        for line in old.splitlines(keepends=True):
+            epoch = re.search(rb'"epoch": (\d+)', line)
+            dropped = epoch and first_epoch is not None and int(epoch[1]) >= first_epoch
+            self.lines += [line] * (line.endswith(b"\n") and not dropped)
 
-    def _keeps(self, line: bytes) -> bool:
-        epoch = re.search(rb'"epoch": (\d+)', line)
-        return line.endswith(b"\n") and not (epoch and self.first_epoch is not None
-                                             and int(epoch[1]) >= self.first_epoch)
-
-    def write(self, epoch: int, values: Mapping[str, Any]) -> None:
-        """Append one epoch's values; numbers go to TensorBoard too. Raises ``UserError`` as ``flush``."""
-        if self.path is None:
-            return
-        self.lines.append(json.dumps(values).encode() + b"\n")
-        self.scalars += [(name, value, epoch) for name, value in values.items() if isinstance(value, (int, float))]
-        self.flush()
-
-    def flush(self) -> None:
-        """Write what is not written yet. Raises ``UserError`` if that fails; the next call tries all of it again."""
+    def write(self, epoch: int, values: Mapping[str, Any] | None = None) -> None:
+        """Append an epoch's values, if there are any, and write what is not written yet; numbers go to TensorBoard too.
+        Raises ``UserError`` if that fails; the next call tries all of it again."""
+        if values and self.path:
+            self.lines.append(json.dumps(values).encode() + b"\n")
+            self.scalars += [(name, value, epoch) for name, value in values.items() if isinstance(value, (int, float))]
         if not self.scalars:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and evaluation has no use for it
@@ -604,8 +608,9 @@ class RunLog:
             file.writelines(self.lines)
         folder = self.path.with_name("tensorboard")
         with writing(folder):
-            board, self.board = self.board or SummaryWriter(str(folder), purge_step=self.first_epoch), None
+            # what an earlier writer left from here on is hidden; one that failed once is of no more use
+            board, self.board = self.board or SummaryWriter(str(folder), purge_step=self.scalars[0][2]), None
             for scalar in self.scalars:
                 board.add_scalar(*scalar)
-            board.flush()  # a writer that failed once is of no more use
-        self.board, self.first_epoch, self.scalars = board, None, []
+            board.flush()
+        self.board, self.scalars = board, []

@@ -3,12 +3,15 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import engine
 import main
 import runtime
 from conftest import finish, free_port, parse, small, start, start_processes, write_pictures
@@ -250,3 +253,138 @@ def test_two_launchers_that_meet_train_as_one(pictures, tmp_path):
     for process in processes(pictures, tmp_path / "one"):
         assert finish(process)[0] == 0
     assert same(state(tmp_path / "two"), state(tmp_path / "one"))
+
+
+# What other processes, signals and disks do to a run
+
+def altered(change):
+    """main.py's program with a change before it runs."""
+    return ("-c", f"import os, sys, time, main, runtime\n{change}\nruntime.run(main.main, runtime.ArgumentParser("
+            "parents=[main.get_args_parser()]).parse_args())")
+
+
+def test_signal_to_the_whole_group_spares_the_loading_processes(pictures, tmp_path):
+    """As torchrun and SLURM send it."""
+    signalled = ("os.setsid()\n"
+                 "add = runtime.Progress.add\n"
+                 "def signalled(self, **values):\n"
+                 "    if self.done == 2:\n"  # when all loading processes have started
+                 "        os.system('kill -TERM 0')\n"  # not by itself: a parent's signal ends them in order
+                 "        time.sleep(1)\n"  # until the end of one would be known
+                 "    add(self, **values)\n"
+                 "runtime.Progress.add = signalled\n")
+    status, out, err = finish(start(*altered(signalled), *small(pictures, *FLAGS, "--num_workers", 2)))
+    assert status == 75 and "stopped by SIGTERM in epoch 0, step 2" in out and err == "", (out, err)
+
+
+def test_processes_that_would_go_on_from_different_places_do_not_train(pictures, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "0")
+    pair = start_processes(2, *altered("sys.argv[-1] += str(runtime.get_rank())"),
+                           *small(pictures, *FLAGS, "--epochs", 3, "--resume", "auto", "--output_dir", f"{tmp_path}/"))
+    results = [finish(process) for process in pair]
+    assert [status for status, _, _ in results] == [1, 1]
+    assert "go on from different places (epoch, pictures), [(2, None), (0, None)]" in results[0][2], results
+    assert not (tmp_path / "1" / "checkpoint.pth").exists() and same(state(tmp_path / "0"), state(straight))
+
+
+def test_main_process_that_hangs_with_the_store_in_it_is_named(pictures, tmp_path):
+    pair = processes(pictures, tmp_path, "--epochs", 1000, "--step-timeout", 4)
+    wait_for_line(pair[0], "Max accuracy")
+    pair[0].send_signal(signal.SIGSTOP)
+    try:
+        status, _, said = finish(pair[1])
+    finally:
+        pair[0].kill()
+        finish(pair[0])
+    assert status == 1 and "error: process 1 of 2: process 0 is lost or hangs in epoch " in said, said
+
+
+def test_signal_to_all_in_the_evaluation_ends_all_alike_though_some_have_finished_theirs(pictures, tmp_path):
+    slow = ("steps = runtime.Progress.__iter__\n"
+            "def slow(self):\n"
+            "    for batch in steps(self):\n"
+            "        time.sleep(1.5 if self.header == 'Test' and runtime.get_rank() == 1 else 0)\n"
+            "        yield batch\n"
+            "runtime.Progress.__iter__ = slow\n")
+    pair = start_processes(2, *altered(slow), *small(pictures, *FLAGS, "--output_dir", tmp_path))
+    wait_for_line(pair[0], "Test [3/3]")
+    time.sleep(0.5)  # until it waits for the other one
+    for process in pair:
+        process.send_signal(signal.SIGTERM)
+    results = [finish(process) for process in pair]
+    assert [result[0] for result in results] == [75, 75] and "stopped by SIGTERM in Test" in results[0][1], results
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["progress"]["images"] == 24
+
+
+def test_failed_write_after_a_damaged_checkpoint_leaves_the_good_one(pictures, straight, tmp_path, monkeypatch):
+    run(pictures, tmp_path)
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(path.read_bytes()[:-100])
+    with monkeypatch.context() as patch:
+        full_disk(patch, lambda name: "checkpoint.pth" in name)
+        with pytest.raises(UserError, match="checkpoint.pth cannot be written"):
+            run(pictures, tmp_path, "--resume", "auto", "--epochs", 3)
+    run(pictures, tmp_path, "--resume", "auto")
+    assert same(state(tmp_path), state(straight))
+
+
+def test_failed_write_leaves_two_checkpoints(tmp_path, monkeypatch):
+    for epoch in range(2):
+        runtime.save_atomically({"epoch": epoch}, tmp_path / "c.pth", keep_previous=True)
+    full_disk(monkeypatch, lambda name: True)
+    with pytest.raises(UserError, match="No space left"):
+        runtime.save_atomically({"epoch": 2}, tmp_path / "c.pth", keep_previous=True)
+    assert [load_checkpoint(tmp_path / name)["epoch"] for name in ("c.pth", "c.previous.pth")] == [1, 0]
+
+
+def test_output_directory_that_goes_away_ends_nothing_before_the_last_save(pictures, tmp_path, monkeypatch, capsys):
+    evaluate, out = main.evaluate, tmp_path / "out"
+
+    def evaluated(*args):
+        shutil.rmtree(out, ignore_errors=True)
+        out.touch()
+        return evaluate(*args)
+
+    monkeypatch.setattr(main, "evaluate", evaluated)
+    with pytest.raises(UserError, match="out/.* cannot be written: Not a directory"):
+        run(pictures, out)
+    said = capsys.readouterr().out
+    assert said.count("note: ") == 3 and said.count("Max accuracy") == 2
+
+
+def test_signal_is_no_success_where_the_save_before_it_failed(pictures, tmp_path, monkeypatch, stop_at):
+    stop_at(signal.SIGTERM, evaluation=1)
+    full_disk(monkeypatch, lambda name: "checkpoint.pth" in name)
+    with pytest.raises(UserError, match="checkpoint.pth cannot be written"):
+        run(pictures, tmp_path)
+
+
+def test_output_that_nobody_can_take_does_not_end_training(pictures, straight, tmp_path):
+    full = altered("sys.stdout = open('/dev/full', 'w')")
+    _, _, said = finish(start(*full, *small(pictures, *FLAGS, "--output_dir", tmp_path)))
+    assert same(state(tmp_path), state(straight)), said
+
+
+def test_weights_that_are_not_finite_never_replace_good_ones(pictures, straight, tmp_path, monkeypatch, capsys):
+    for bad, flags, words in ((4, ["--save-every", 2], "loss is nan at epoch 0, step 4: .* --resume auto$"),
+                              (STEPS, [], "the loss of the evaluation is nan")):
+        steps, step, out = [], engine.step_optimizer, tmp_path / str(bad)
+
+        def spoiled(scaler, optimizer, bad=bad, steps=steps, step=step):
+            steps.append(1)
+            if len(steps) == bad:
+                optimizer.param_groups[0]["params"][0].grad.fill_(float("nan"))
+            step(scaler, optimizer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "step_optimizer", spoiled)
+            with pytest.raises(UserError, match=words):
+                run(pictures, out, *flags)
+        assert "note: the weights are not finite" in capsys.readouterr().out
+        run(pictures, out, "--resume", "auto", *flags)
+        assert same(state(out), state(straight))
+
+
+def test_evaluation_of_a_checkpoint_that_is_not_there_is_refused(pictures, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+        run(pictures, tmp_path, "--eval", "--resume", "auto")

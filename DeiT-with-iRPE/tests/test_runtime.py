@@ -213,6 +213,17 @@ def test_run_says_one_line_and_ends_with_a_status(capsys, error, status, said):
     assert caught.value.code == status and capsys.readouterr().err == said
 
 
+def test_full_memory_of_a_gpu_is_said_in_one_line_with_the_step(capsys, monkeypatch):
+    def main(args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(runtime, "_where", "epoch 3, step 7")
+    with pytest.raises(SystemExit):
+        runtime.run(main, argparse.Namespace())
+    said = capsys.readouterr().err
+    assert said.startswith("error: the GPU's memory is full in epoch 3, step 7: ") and said.count("\n") == 1
+
+
 def test_run_does_not_hide_other_errors():
     def main(args):
         raise RuntimeError("a bug")

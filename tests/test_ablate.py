@@ -1,0 +1,213 @@
+"""ablate.py: runs that are stopped, fail, go on and are counted, and the intervals of what they found."""
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import ablate
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import ttest_1samp, ttest_rel
+
+from conftest import ROOT
+
+STUDY = {"recipe": "--epochs 1", "seeds": [0, 1], "baseline": "plain",
+         "variants": {"plain": "", "other": "--lr 0.1", "third": "--lr 0.2"},
+         "comparisons": {"others are better": ["other third", "plain"], "third is better": ["t*", "*n"]}}
+# stands in for main.py: top-1 is the seed's and the learning rate's, and training takes as long as the file `slow` is
+# there, or until SIGTERM
+MAIN = """
+import argparse, json, pathlib, signal, sys, time
+parser = argparse.ArgumentParser()
+parser.add_argument("--output_dir", type=pathlib.Path)
+parser.add_argument("--seed", type=int)
+parser.add_argument("--lr", type=float, default=0)
+parser.add_argument("--data-path", type=pathlib.Path)
+parser.add_argument("--eval", action="store_true")
+args, _ = parser.parse_known_args()
+signal.signal(signal.SIGTERM, lambda *_: ((args.output_dir / "saved").touch(), sys.exit(75)))
+if (args.data_path / f"broken{args.seed}").exists() and args.lr == 0.2:
+    sys.exit("error: the loss is nan")
+while (args.data_path / "slow").exists() and args.seed and not args.eval:
+    time.sleep(0.05)
+(args.data_path / "log").open("a").write(f"{args.seed} {args.lr} {args.eval}\\n")
+if args.eval:
+    (args.output_dir / "eval.json").write_text(json.dumps({"acc1": 80 + args.seed + 10 * args.lr, "loss": 1.0}))
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a stand-in for main.py, a study and data."""
+    for folder in ("deit", "data"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "deit" / "main.py").write_text(MAIN)
+    (tmp_path / "study.json").write_text(json.dumps(STUDY))
+    return tmp_path
+
+
+def start(place, *flags):
+    """The study in a process of its own."""
+    code = ("import pathlib, sys; sys.path.insert(0, 'tools'); import ablate; ablate.DEIT = pathlib.Path(sys.argv[1]); "
+            "sys.exit(ablate.main(sys.argv[2:]))")
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, (place / "deit", *given(place), *flags))], cwd=ROOT,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture
+def run(place, capsys, monkeypatch):
+    """A function of flags that gives (exit status, standard output, standard error) of the study in this process."""
+    monkeypatch.setattr(ablate, "DEIT", place / "deit")
+
+    def run(*flags):
+        capsys.readouterr()
+        status = ablate.main([*map(str, (*given(place), *flags))])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def given(place):
+    return ("--study", place / "study.json", "--data-path", place / "data", "--device", "cpu", "--output_dir",
+            place / "out")
+
+
+def results(place):
+    return json.loads((place / "out" / "results.json").read_text())
+
+
+def done(place):
+    """What the stand-in has done: (seed, learning rate, whether it evaluated)"""
+    return [tuple(line.split()) for line in (place / "data" / "log").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_study_tells_its_runs_to_save_and_goes_on_with_those_that_are_not_finished(place, run, number):
+    (place / "data" / "slow").touch()
+    process = start(place, "--jobs", "2")
+    for line in process.stdout:
+        if line.startswith("[3/6]"):
+            break
+    for _ in range(100):  # both runs of seed 1 have begun
+        if len(list((place / "out").glob("*-seed1/output.txt"))) == 2:
+            break
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "interrupted; the same command goes on where it was stopped\n"
+    assert len(list((place / "out").glob("*-seed1/saved"))) == 2
+    assert [len(entry["top1"]["values"]) for entry in results(place)["variants"].values()] == [1, 1, 1]
+    before = done(place)
+    (place / "data" / "slow").unlink()
+    status, out, err = run("--jobs", "2")
+    assert status == 0, err
+    assert len(done(place)) == 12 and {seed for seed, *_ in done(place)[len(before):]} == {"1"}
+    assert "seed 0" not in out and all("failed" not in record for record in results(place)["runs"])
+    assert [entry["top1"]["values"] for entry in results(place)["variants"].values()] == [[80, 81], [81, 82], [82, 83]]
+
+
+def test_seeds_are_done_one_after_another_so_that_a_part_is_balanced(place, run):
+    assert run()[0] == 0
+    assert [(seed, rate) for seed, rate, evaluated in done(place) if evaluated == "True"] == [
+        (seed, rate) for seed in "01" for rate in ("0", "0.1", "0.2")]
+
+
+def test_a_failed_run_is_reported_not_counted_and_tried_again(place, run):
+    (place / "data" / "broken1").touch()
+    status, out, _ = run()
+    assert status == 3 and "third-seed1 failed: the loss is nan" in out
+    assert "not counted: third-seed1 failed: the loss is nan" in (place / "out" / "results.md").read_text()
+    found = results(place)
+    assert [entry["top1"]["values"] for entry in found["variants"].values()] == [[80, 81], [81, 82], [82]]
+    assert found["comparisons"]["others are better"]["values"] == [1.5]  # seed 1 lacks a variant
+    (place / "data" / "broken1").unlink()
+    status, out, _ = run()
+    assert status == 0 and out.count("$ cd") == 2 and "failed" not in (place / "out" / "results.md").read_text()
+    with Image.open(place / "out" / "results.png") as picture:
+        assert min(picture.size) > 200
+
+
+@pytest.mark.parametrize("n", [2, 5, 9])
+def test_intervals_are_those_of_scipys_t_tests(n):
+    random = np.random.default_rng(n)
+    top1 = {name: dict(enumerate(random.normal(80, 1, n))) for name in "abc"}
+    columns = {name: [*values.values()] for name, values in top1.items()}
+    for values, truth in (
+            (ablate.summary(columns["a"]), ttest_1samp(columns["a"], 0)),
+            (ablate.difference(top1, ["b"], ["a"]), ttest_rel(columns["b"], columns["a"])),
+            (ablate.difference(top1, ["b", "c"], ["a"]),
+             ttest_rel(np.mean([columns["b"], columns["c"]], 0), columns["a"]))):
+        low, high = truth.confidence_interval(0.95)
+        assert values["mean"] - values["half"] == pytest.approx(low, abs=1e-9)
+        assert values["mean"] + values["half"] == pytest.approx(high, abs=1e-9)
+        assert (ablate.cells(values)[1] == "not told apart") == (truth.pvalue >= 0.05)
+
+
+def test_differences_take_the_seeds_that_all_have():
+    top1 = {"a": {0: 80.0, 1: 70.0, 2: 75.0}, "b": {1: 71.0, 2: 77.0, 3: 90.0}}
+    assert ablate.difference(top1, ["b"], ["a"])["values"] == [1.0, 2.0]
+    assert ablate.cells(ablate.difference(top1, ["b"], ["a"]))[0] == "+1.50 ± 6.35"
+    assert ablate.cells(ablate.difference({"a": {0: 80.0}, "b": {1: 71.0}}, ["b"], ["a"])) == ("-", "-")
+    assert ablate.cells(ablate.difference({"a": {0: 80.0}, "b": {0: 71.0}}, ["b"], ["a"])) == ("-9.00", "-")
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"seeds": []}, "must have a seed"),
+    ({"baseline": "none"}, "a baseline that is one of its variants"),
+    ({"variants": {"plain": "", "a b": ""}, "comparisons": {}}, "has a variant 'a b'"),
+    ({"comparisons": {"x": ["plain", "y*"]}}, "a comparison of 'y*', which matches no variant"),
+    ({"recipe": 5}, "cannot be read in the form of ablate_fashion.json"),
+    ({"recipe": "'"}, "No closing quotation"),
+])
+def test_a_study_that_cannot_be_used_is_refused_in_a_sentence(change, said, place, run):
+    (place / "study.json").write_text(json.dumps({**STUDY, **change}))
+    status, _, err = run()
+    assert status == 2 and said in err and err.count("\n") == 1 and not (place / "out").exists()
+
+
+def test_runs_of_other_flags_are_not_mixed(place, run):
+    assert run()[0] == 0
+    status, _, err = run("--", "--epochs", "2")
+    assert status == 2 and "plain-seed0/run.json is of a run by other commands: choose another --output_dir" in err
+
+
+def test_the_shipped_study_has_the_variants_of_the_paper():
+    study = ablate.read_study(ROOT / "tools" / "ablate_fashion.json")
+    assert len(study["variants"]) == 21 and len(study["seeds"]) >= 5
+
+
+def test_a_run_by_its_printed_commands_gives_the_same_top1_again(tmp_path):
+    random = np.random.RandomState(0)
+    for split in ("train", "val"):
+        for label in range(2):
+            folder = tmp_path / "data" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(16):
+                pixels = random.randint(0, 60, (8, 8)) + 60 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    recipe = ("--model vit_tiny_patch16_224 --input-size 8 --model-kwargs patch_size=4 embed_dim=8 depth=1 num_heads=1 "
+              "--epochs 1 --batch-size 8 --num_workers 0")
+    (tmp_path / "study.json").write_text(json.dumps({
+        "recipe": recipe, "seeds": [0], "baseline": "none", "comparisons": {},
+        "variants": {"none": "", "iRPE": "--rpe rpe-1.9-product-ctx-1-k"}}))
+    flags = ["--study", tmp_path / "study.json", "--data-path", tmp_path / "data", "--device", "cpu", "--jobs", "2"]
+    finished = subprocess.run([sys.executable, "tools/ablate.py", *flags, "--output_dir", tmp_path / "out"], cwd=ROOT,
+                              capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    printed = [line for line in finished.stdout.splitlines() if line.startswith("$ ") and "iRPE-seed0" in line]
+    assert len(printed) == 2
+    (tmp_path / "out").rename(tmp_path / "before")
+    for line in printed:
+        place, command = re.fullmatch(r"\$ cd (\S+) && (.*)", line).groups()
+        threads, _, *rest = shlex.split(command)
+        subprocess.run([sys.executable, *rest], cwd=ROOT / place, check=True, capture_output=True,
+                       env={**os.environ, "OMP_NUM_THREADS": threads.partition("=")[2]})
+    first, again = (json.loads((tmp_path / folder / "iRPE-seed0" / "eval.json").read_text())
+                    for folder in ("before", "out"))
+    assert again == first
