@@ -109,11 +109,11 @@ def get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype=tor
 
 
 @functools.lru_cache(maxsize=32)  # 8 MB each on DETR's largest maps
-def _kept_ids(method, height, width, skip, piecewise, device, dtype, transposed):
+def _kept_ids(methods, height, width, skip, piecewise, device, dtype, transposed):
     def compute():
         # always on the CPU: another device's logarithm may move a tie to the next bucket
-        ids, _ = get_bucket_ids_2d(method, height, width, skip, *piecewise, dtype)
-        return (ids.t().contiguous() if transposed else ids).to(device)
+        ids = torch.stack([get_bucket_ids_2d(x, height, width, skip, *piecewise, dtype)[0] for x in methods])
+        return (ids.mT.contiguous() if transposed else ids).to(device)
 
     # a thread of its own has no inference mode, fake tensors or default device of the caller: what is cached here
     # must be good for every later caller
@@ -248,14 +248,16 @@ class iRPE(nn.Module):
             raise ValueError(f"{length} tokens on a map of {height}×{width} leave {prefix} prefix tokens, but the "
                              f"encoding was built with skip={skip}; set skip={max(prefix, 0)}, or give the height and "
                              "width of the map")
-        if transposed and torch.compiler.is_compiling():  # which takes two constants of one function for the same
-            return self._constant_ids(height, width, torch.device(device), False).t()
-        return self._constant_ids(height, width, torch.device(device), transposed)
+        flip = transposed and torch.compiler.is_compiling()  # which takes two constants of one function for the same
+        ids = self._constant_ids(height, width, torch.device(device), transposed and not flip)
+        ids = ids[-1 if self.method is METHOD.CROSS_COLS else 0]  # so both axes of a cross are in one
+        return ids.t() if flip else ids
 
     @torch.compiler.assume_constant_result
     def _constant_ids(self, height, width, device, transposed):
+        methods = (METHOD.CROSS_ROWS, METHOD.CROSS_COLS) if self.config.method is METHOD.CROSS else (self.method,)
         dtype = torch.int32 if _use_rpe_ops(device) else torch.int64  # PyTorch's own gather takes no int32
-        return _kept_ids(self.method, height, width, self.config.skip, self.config.piecewise, device, dtype, transposed)
+        return _kept_ids(methods, height, width, self.config.skip, self.config.piecewise, device, dtype, transposed)
 
     def terms(self, length, device, height=None, width=None):
         """A list of (ids, table), as `rpe_ops.attention` takes the term of this module."""

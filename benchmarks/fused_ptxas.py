@@ -25,7 +25,7 @@ TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
-def launches(dtype, channels, places, masked, dropout_p):
+def launches(dtype, channels, places, masked, dropout_p, length=197):
     """{kernel's name: (kernel, its arguments)} of a forward and backward pass, which are not run."""
     found = {}
 
@@ -35,31 +35,36 @@ def launches(dtype, channels, places, masked, dropout_p):
 
     launch, fused._launch = fused._launch, record
     try:
-        # as DeiT-S has it: q, k and v lie in one tensor, 197 tokens, 50 buckets
-        q, k, v = torch.zeros(2, 197, 3, 6, channels, dtype=dtype, requires_grad=True).permute(2, 0, 3, 1, 4)
-        ids = torch.zeros(197, 197, dtype=torch.int32)
+        # as DeiT-S has it: q, k and v lie in one tensor, 50 buckets
+        q, k, v = torch.zeros(2, length, 3, 6, channels, dtype=dtype, requires_grad=True).permute(2, 0, 3, 1, 4)
+        ids = torch.zeros(length, length, dtype=torch.int32)
         terms = [[(ids, torch.zeros(*shape, dtype=dtype))] * count
                  for count, shape in zip(places, ((channels, 50), (channels, 50), (50, channels)), strict=True)]
-        mask = torch.zeros(2, 1, 1, 197, dtype=dtype) if masked else None
+        mask = torch.zeros(2, 1, 1, length, dtype=dtype) if masked else None
         fused.attention(q, k, v, *terms, mask, dropout_p).sum().backward()
     finally:
         fused._launch = launch
     return found
 
 
-def compiled(kernel, arguments, arch):
-    """What Triton makes of a launch, specialised as it does when it launches."""
+def specialised(kernel, arguments):
+    """(types, constants, alignments) of the arguments, which make a kernel another one, as Triton has them."""
     signature, constants, aligned = {}, {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        if name.isupper() or (isinstance(value, int) and value == 1 and not name.endswith("terms")):
+    for parameter in kernel.params:
+        name, value = parameter.name, arguments[parameter.name]
+        tensor, special = isinstance(value, torch.Tensor), isinstance(value, int) and not parameter.do_not_specialize
+        if name.isupper() or (special and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
-        tensor = isinstance(value, torch.Tensor)
         signature[name] = TYPES[value.dtype] if tensor else "fp32" if isinstance(value, float) else "i32"
-        if (tensor and value.data_ptr() % 16 == 0) or (isinstance(value, int) and value % 16 == 0):
-            aligned[position,] = [["tt.divisibility", 16]]
-    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32),
+        if (tensor and value.data_ptr() % 16 == 0) or (special and value % 16 == 0):
+            aligned[parameter.num,] = [["tt.divisibility", 16]]
+    return signature, constants, aligned
+
+
+def compiled(kernel, arguments, arch):
+    """What Triton makes of a launch."""
+    return triton.compile(ASTSource(kernel, *specialised(kernel, arguments)), target=GPUTarget("cuda", arch, 32),
                           options={name: arguments[name] for name in OPTIONS})
 
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
+from util import runtime
 from util.box_ops import box_cxcywh_to_xyxy
 from util.misc import NestedTensor, nested_tensor_from_tensor_list
-from util.runtime import all_reduce_sum, get_world_size
 
 from .segmentation import dice_loss, enlarge
 
@@ -155,9 +155,9 @@ class SetCriterion(nn.Module):
                 for name, loss in (("loss_mask", focal), ("loss_dice", dice_loss(found, wanted)))}
 
     def _num_boxes(self, targets, device):
-        count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)
+        count = torch.full((), float(sum(len(t["labels"]) for t in targets)), device=device)  # torch.tensor would wait
         if self.training and dist.is_initialized():
-            count = all_reduce_sum(count) / get_world_size()
+            count = runtime.all_reduce_sum(count, runtime.training_group) / runtime.get_world_size()
         return count.clamp(min=1)
 
 

@@ -21,8 +21,8 @@ NAMES = list(META)
 
 
 # (layer, picture, query, object) that the golden assignments have where others cost 4e-8 more, less than what the
-# number of threads changes
-TIES = {"rpe-2.0-product-ctx-1-qkv": [(3, 1, 4, 5), (-1, 1, 4, 6)]}
+# number of threads changes, or 2e-6 of 12, less than what another order of the attention's sums does
+TIES = {"rpe-2.0-product-ctx-1-qkv": [(3, 1, 4, 5), (-1, 1, 4, 6)], "rpe-2.0-product-ctx-1-k": [(0, 1, 22, 5)]}
 
 
 class Matcher(HungarianMatcher):

@@ -19,6 +19,7 @@ from models.matcher import HungarianMatcher
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from models.rpe_attention import RPEMultiheadAttention
 from models.rpe_attention.irpe import get_rpe_config
+from util import runtime
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
 from util.checkpoint import load_weights
 from util.misc import NestedTensor, nested_tensor_from_tensor_list
@@ -359,3 +360,13 @@ def test_matcher_and_criterion_copy_from_the_device_once(monkeypatch):
     logits, boxes = predictions(2, 6, 10)
     criterion_of()(outputs_of(logits, boxes), objects(3, 4, 2))
     assert [name for name in copies if name != "numpy"] == ["cpu"]  # numpy: of the copy, on the CPU
+
+
+def test_boxes_are_counted_among_the_processes_of_a_training_step_which_do_not_wait_long(monkeypatch):
+    groups, training_group = [], object()
+    monkeypatch.setattr(runtime, "training_group", training_group)
+    monkeypatch.setattr(runtime, "all_reduce_sum", lambda count, group=None: groups.append(group) or count)
+    monkeypatch.setattr(runtime, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    criterion_of().train()(outputs_of(*predictions(2, 2, 4)), objects(3, 2, 1))
+    assert groups and set(groups) == {training_group}

@@ -217,6 +217,12 @@ def test_the_program_says_one_line_and_ends_with_an_error(pictures):
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "--data-set: invalid choice" in err
 
 
+def test_unknown_way_of_attention_in_the_environment(pictures):
+    status, _, err = finish(start("main.py", *small(pictures), IRPE_ATTENTION="flash"))
+    assert status == 1 and "Traceback" not in err
+    assert err.splitlines()[-1] == "error: IRPE_ATTENTION is 'flash'; it must be composed or fused, or not be set"
+
+
 def test_broken_picture_is_said_by_the_process_that_meets_it(broken):
     results = [finish(process) for process in start_processes(
         2, "main.py", *small(broken, "--batch-size", 4, "--num_workers", 1, "--no-repeated-aug"))]

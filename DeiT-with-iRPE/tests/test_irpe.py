@@ -332,9 +332,11 @@ def test_ids_first_made_in_inference_mode_serve_training():
 
 
 @pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("method", ["product", "cross"])
 @pytest.mark.parametrize("rpe_on", ["k", "qkv"])
-def test_torch_compile_takes_the_whole_graph(rpe_on):
-    modules = [module and fill(module) for module in build_rpe(get_rpe_config(skip=1, rpe_on=rpe_on), 8, 2)]
+def test_torch_compile_takes_the_whole_graph(method, rpe_on):
+    config = get_rpe_config(method=method, skip=1, rpe_on=rpe_on)
+    modules = [module and fill(module) for module in build_rpe(config, 8, 2)]
     q, k, v = image(4, (3, 2, 2, 10, 8))
     compiled = torch.compile(lambda q, k, v: rpe_attention(q, k, v, *modules), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v), rpe_attention(q, k, v, *modules))

@@ -3,6 +3,7 @@
 No tensor of batch × heads × tokens × tokens is made, forward or backward: a block has whole rows of logits, and the
 backward pass makes it again, as in FlashAttention (Dao et al., NeurIPS 2022).
 """
+import importlib.util
 import itertools
 import math
 import os
@@ -13,10 +14,10 @@ from .rpe_index import rpe_bucket_sum, rpe_bucket_sum_add_, rpe_index, rpe_index
 
 ON_CUDA = "composed"  # until a GPU has measured the fused kernels to be right and faster
 ATTENTION = os.environ.get("IRPE_ATTENTION", ON_CUDA)
-if ATTENTION == "fused":
+if ATTENTION == "fused" and importlib.util.find_spec("triton"):  # a PyTorch for CPUs lacks it, and has no use for it
     from . import fused
-elif ATTENTION != "composed":
-    raise ValueError(f"IRPE_ATTENTION is {ATTENTION!r}; it must be composed or fused, or not be set")
+else:
+    fused = None
 
 _BLOCK = 2 ** 20  # logits at work at a time: 4 MB of float32, few enough to stay in a processor's cache
 
@@ -42,7 +43,7 @@ def attention(q, k, v, on_q=(), on_k=(), on_v=(), mask=None, dropout_p=0.0):
         order do make tensors of (B, H, L, L).
     Raises: ValueError for a call that it does not take, IndexError for an id out of range.
     """
-    if ATTENTION == "fused" and fused.takes(q, k, v):
+    if _is_for_fused(q, k, v):
         return fused.attention(q, k, v, on_q, on_k, on_v, mask, dropout_p)
     if not attention_takes(q, k, v, mask):
         raise ValueError(f"rpe_ops.attention got q, k, v of {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and "
@@ -61,7 +62,11 @@ def attention_takes(q, k, v, mask=None, modules=()):
     It has to be outside torch.func and tracing, with a mask that asks for no gradient. On a CPU it has to be eager,
     outside autocast, contextual, in float32 or float64 of one shape. `modules` are those whose `forward` will not run
     then: they must have no hooks, nor a `forward` of their own.
+
+    Raises: ValueError if IRPE_ATTENTION in the environment is something else than composed or fused.
     """
+    if ATTENTION not in ("composed", "fused"):
+        raise ValueError(f"IRPE_ATTENTION is {ATTENTION!r}; it must be composed or fused, or not be set")
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     if mask is not None and mask.requires_grad:
@@ -69,13 +74,17 @@ def attention_takes(q, k, v, mask=None, modules=()):
     parts = [part for module in modules for part in module.modules()]
     if torch.nn.modules.module._has_any_global_hook() or any(map(_is_hooked, parts)):
         return False
-    if ATTENTION == "fused" and fused.takes(q, k, v):
+    if _is_for_fused(q, k, v):
         return True
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return (q.shape == k.shape and q.shape[:3] == v.shape[:3] and q.dtype in (torch.float32, torch.float64)
             and all(x.device.type == "cpu" and x.dtype == q.dtype for x in (q, k, v))
             and not any(hasattr(part, "lookup_table_bias") for part in parts))
+
+
+def _is_for_fused(q, k, v):
+    return ATTENTION == "fused" and fused is not None and fused.takes(q, k, v)
 
 
 def _is_hooked(module):

@@ -55,6 +55,10 @@ def _products(x, terms):
 # A program has a block of tokens of its own, `own`, and goes through the others, `other`: its queries through all keys,
 # or its keys through all queries. A tile is (own, other). Places beyond the end get the values of the last token.
 
+# one kernel for maps of all sizes: to compile another takes longer than a training step may
+_VARYING = ["own_terms", "other_terms", "first", "length", "mask_b", "mask_h"]
+
+
 @triton.jit
 def _load(x, token, stride, channels, BLOCK_D: tl.constexpr):
     """(tokens, channels) of a plane."""
@@ -100,7 +104,7 @@ def _kept(seed, place, dropout_p, scale):
     return tl.where(tl.rand(tl.load(seed), place) >= dropout_p, scale, 0.0)
 
 
-@triton.jit(do_not_specialize=["own_terms", "other_terms"])
+@triton.jit(do_not_specialize=_VARYING)
 def _forward_kernel(own, other, other_v, own_products, own_ids, own_buckets, own_terms, other_products, other_ids,
                     other_buckets, other_terms, mask, seed, out, log_sums, memory,
                     own_b, own_h, own_l, other_b, other_h, other_l, other_v_b, other_v_h, other_v_l, mask_b, mask_h,
@@ -161,7 +165,7 @@ def _forward_kernel(own, other, other_v, own_products, own_ids, own_buckets, own
                      mask=(place < length)[:, None] & inside)
 
 
-@triton.jit(do_not_specialize=["own_terms", "other_terms", "v_terms"])
+@triton.jit(do_not_specialize=[*_VARYING, "v_terms"])
 def _backward_kernel(own, other, own_v, other_v, own_products, own_ids, own_buckets, own_terms, other_products,
                      other_ids, other_buckets, other_terms, v_products, v_ids, v_buckets, v_terms, mask, seed,
                      log_sums, deltas, own_grad, own_v_grad, memory,

@@ -141,22 +141,40 @@ def test_it_says_which_calls_it_takes(chosen):
 
 
 def test_the_choice_is_read_from_the_environment():
-    def say(**choice):
+    def say(before="pass", **choice):
         environment = {name: value for name, value in os.environ.items() if name != "IRPE_ATTENTION"} | choice
-        code = "import rpe_ops, sys; print(rpe_ops.ATTENTION, 'triton' in sys.modules)"
+        code = (f"{before}; import rpe_ops, sys, torch; print(rpe_ops.ATTENTION, 'triton' in sys.modules); "
+                "rpe_ops.attention_takes(*torch.zeros(3, 1, 1, 2, 4))")
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
     assert say().stdout == "composed False\n"
     assert say(IRPE_ATTENTION="fused").stdout == "fused True\n"
+    without_triton = say("import importlib.util; importlib.util.find_spec = lambda name: None", IRPE_ATTENTION="fused")
+    assert without_triton.stdout == "fused False\n" and without_triton.returncode == 0  # as PyTorch for CPUs is
     assert "IRPE_ATTENTION is 'flash'; it must be composed or fused" in say(IRPE_ATTENTION="flash").stderr
+
+
+def in_benchmarks(code):
+    """What Python prints there, not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, env=environment, check=True,
+                          capture_output=True, text=True).stdout
+
+
+def test_maps_of_all_sizes_share_their_kernels():
+    made = in_benchmarks("""
+import torch, fused_ptxas
+for length in (16, 37, 64, 200):
+    launches = fused_ptxas.launches(torch.float16, 64, (1, 1, 1), True, 0.1, length)
+    print({name: fused_ptxas.specialised(*launch) for name, launch in launches.items()})
+""").splitlines()
+    assert len(made) == 4 and len(set(made)) == 1
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_it_compiles_without_spilled_registers(arch):
     code = f"import fused_ptxas; print(*fused_ptxas.measure(({arch}, 'float16', 64, 'qkv', True)), sep='\\n')"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    out = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, env=environment, check=True,
-                         capture_output=True, text=True).stdout
+    out = in_benchmarks(code)
     rows = [line.split() for line in out.splitlines()]
     assert len(rows) == 3 and all(int(row[-3]) <= 255 and int(row[-2]) == 0 for row in rows), out
 
