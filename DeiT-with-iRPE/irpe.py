@@ -38,9 +38,6 @@ if HAS_RPE_OPS and not hasattr(rpe_ops, "ATTENTION"):
     raise ImportError("the installed rpe_ops is older than this irpe.py; build it anew, in the iRPE repository: "
                       "pip install ./rpe_ops --no-build-isolation --no-deps --force-reinstall")
 
-__all__ = ["METHOD", "RPEConfig", "RPE_GRAMMAR", "build_rpe", "get_bucket_ids_2d", "get_rpe_config", "iRPE",
-           "iRPE_Cross", "parse_rpe", "piecewise_index", "rpe_attention"]
-
 
 # --- From positions to buckets ---------------------------------------------------------------------------------------
 
