@@ -197,8 +197,10 @@ def test_the_error_of_an_evaluation_is_told_from_the_launchers_report(said, expe
 @pytest.mark.parametrize(("statuses", "expected"), [
     (["pass", "pass"], 0), (["pass", "fail", "missing"], 1), (["pass", "missing"], 3), (["no data", "pass"], 3),
     (["error", "pass"], 3), (["error", "fail"], 1)])
-def test_exit_status_tells_passed_failed_and_incomplete_apart(statuses, expected):
-    assert reproduce.exit_status(statuses) == expected
+def test_exit_status_tells_passed_failed_and_incomplete_apart(statuses, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, "read_table", lambda _: [{"name": status, "file": status} for status in statuses])
+    monkeypatch.setattr(reproduce, "verify", lambda row, _: (row["name"], ""))
+    assert reproduce.main(["--checkpoints", str(tmp_path), "--verify"]) == expected
 
 
 def test_a_tar_is_read_where_imagenet_is_not_unpacked_and_flags_are_handed_on(tmp_path):

@@ -32,9 +32,6 @@ from scipy.stats import t
 import runtime
 from runtime import UserError
 
-sys.path.append(str(drawing.ROOT / "benchmarks"))
-from machine import machine
-
 DEIT = drawing.ROOT / "DeiT-with-iRPE"
 
 
@@ -149,7 +146,7 @@ class Run:
                                      or f"status {self.process.returncode}")
         elif not self.waiting:
             stats = json.loads((self.folder / "eval.json").read_text(encoding="utf-8"))
-            self.record.update(top1=stats["acc1"], loss=stats["loss"], date=reproduce.now())
+            self.record.update(top1=stats["acc1"], loss=stats["loss"], date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         self.end()
         return "failed" in self.record or not self.waiting
 
@@ -279,7 +276,7 @@ def run(args):
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be at least 1")
     study = read_study(args.study)
-    about = {"device": reproduce.device_name(args.device), "processor": machine("cpu"), **reproduce.versions()}
+    about = {"device": reproduce.device_name(args.device), **reproduce.versions()}
     with reproduce.lock(args.output_dir) as locked:
         runs = [Run(study, variant, seed, args) for seed in study["seeds"] for variant in study["variants"]]
 

@@ -13,12 +13,10 @@ Exit status: 0 all rows passed; 1 one was measured beyond its bound, or with --v
 command line is wrong; 3 no such row, but some could not be measured; 130 stopped by a signal or a closed pipe.
 """
 import argparse
-import datetime
 import fcntl
 import fnmatch
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -27,17 +25,21 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import drawing
 import torch
+from drawing import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "DeiT-with-iRPE"))  # for runtime.py, which DETR has the same copy of
-import runtime  # noqa: E402
-from runtime import UserError  # noqa: E402
+import runtime
+from runtime import UserError
+
+sys.path.append(str(ROOT / "benchmarks"))
+from machine import machine
 
 PASS, FAIL, USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 LIBRARIES = ("torchvision", "timm", "scipy", "pycocotools", "rpe_ops")  # that a result depends on, beside torch
@@ -118,8 +120,6 @@ def check(args):
     for codebase in CODEBASES.values():
         if getattr(args, codebase.data):
             data_files(codebase, args)
-    if not importlib.util.find_spec("matplotlib"):
-        raise UserError("results.png needs matplotlib: python -m pip install matplotlib")
 
 
 def data_files(codebase, args):
@@ -134,14 +134,10 @@ def data_files(codebase, args):
 
 
 def device_name(device):
-    """The name that people know the device by. Raises: UserError if it is not there."""
-    if device == "cpu":
-        return platform.processor() or platform.machine()
-    ask = "import torch; print(torch.cuda.get_device_name())"  # in a process that ends, as it takes up the GPU's memory
-    asked = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
-    if asked.returncode:
+    """The names of the processor and of a GPU. Raises: UserError if there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU and PyTorch finds none: say --device cpu")
-    return asked.stdout.strip()
+    return machine(device)
 
 
 def lock(out):
@@ -173,10 +169,6 @@ def count(model, size):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, *size, device="meta"))
     return {"params": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2}
-
-
-def now():
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def sha256(path):
@@ -293,7 +285,7 @@ def measure(row, args, device, old, locked):
     except (UserError, OSError) as error:
         return {**old, "status": "error", "why": str(error)}
     return {**judge(row, measured), **counts, "command": said, "device": device, "processes": args.nproc,
-            "date": now(), "depends": depends}
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "depends": depends}
 
 
 # Reports
@@ -301,9 +293,8 @@ def measure(row, args, device, old, locked):
 def write_reports(out, rows, entries):
     """results.json, results.md and results.png of all rows of the table, measured now or earlier."""
     with runtime.writing(f"a report in --output_dir {out}"):
-        temporary = out / "results.json.tmp"
-        temporary.write_text(json.dumps({"rows": entries}, indent=1), encoding="utf-8")
-        os.replace(temporary, out / "results.json")
+        with runtime.replacing(out / "results.json") as file:
+            file.write(json.dumps({"rows": entries}, indent=1).encode())
         (out / "results.md").write_text(markdown(rows, entries), encoding="utf-8")
         draw(rows, entries, out / "results.png")
 
@@ -338,16 +329,15 @@ def cells(row, entry):
 
 def draw(rows, entries, path):
     """How far every row is from the paper's number, in parts of what it may differ by."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 2 + 0.4 * len(rows)), layout="constrained")
+    figure = drawing.new_figure(11, 2 + 0.4 * len(rows))
     axes = figure.subplots()
     axes.axvspan(-1, 1, color="#999999", alpha=0.25, lw=0)
     for row in rows:
         entry = {"difference": float("nan"), "status": "not run", **entries.get(row["name"], {})}
         axes.plot(entry["difference"] / CODEBASES[row["codebase"]].tolerance, f"{row['name']}: {entry['status']}", "o",
-                  color="#0072B2" if entry["status"] == "pass" else "#D55E00")
+                  color=drawing.COLORS[entry["status"] != "pass"])
     axes.set(xlabel="measured minus the paper's number, in parts of what it may differ by", ylim=(len(rows), -1))
-    figure.savefig(path, dpi=120)
+    drawing.save(figure, path)
 
 
 def reproduce(args, table_rows, rows, locked):
@@ -393,19 +383,16 @@ def run(args):
     table_rows = read_table(args.table)
     rows = select(table_rows, args.only)
     check(args)
-    if not args.verify:
+    if args.verify:
+        statuses = set()
+        for row in rows:
+            status, why = verify(row, args.checkpoints / row["file"])
+            print(f"{row['name']}: {status}: {why}", flush=True)
+            statuses.add(status)
+    else:
         with lock(args.output_dir) as locked:
-            return exit_status(reproduce(args, table_rows, rows, locked))
-    statuses = []
-    for row in rows:
-        status, why = verify(row, args.checkpoints / row["file"])
-        print(f"{row['name']}: {status}: {why}", flush=True)
-        statuses.append(status)
-    return exit_status(statuses)
-
-
-def exit_status(statuses):
-    return FAIL if "fail" in statuses else INCOMPLETE if set(statuses) - {"pass"} else PASS
+            statuses = reproduce(args, table_rows, rows, locked)
+    return FAIL if "fail" in statuses else INCOMPLETE if statuses - {"pass"} else PASS
 
 
 def main(argv=None):
