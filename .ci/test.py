@@ -3,6 +3,7 @@ a time, as most tests use one core.
 
 The last line sums them up: `N passed, N failed, N skipped`.
 """
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,8 @@ def run_part(folder):
 
 
 def main():
+    for number in (signal.SIGINT, signal.SIGHUP):  # which nohup and & make all programs deaf to that the tests signal
+        signal.signal(number, signal.default_int_handler)
     lint = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT).returncode
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(run_part, PARTS))

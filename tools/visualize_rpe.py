@@ -160,7 +160,7 @@ def draw_offset_maps(maps, title, unit, signed):
     rows, columns = panels.shape[:2]
     cell = min(2.5, max(0.9, 11 / columns))
     figure = new_figure(max(5.5, cell * columns + 1.8), max(2.6, cell * tall / wide * rows + 1.0))
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.03, hspace=0.03)
+    figure.set_layout_engine("compressed")  # which leaves room for labels beside panels of a fixed shape
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     grid[0, 0].set(xticks=[-(wide // 2), 0, wide // 2], yticks=[-(tall // 2), 0, tall // 2])
     # a few offsets far above the rest would leave the others pale: half a percent may lie beyond the scale's end
