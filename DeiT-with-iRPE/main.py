@@ -278,7 +278,7 @@ def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **
 # arguments of a model that flags of their own say
 _SAID_BY = {"img_size": "--input-size", "pos_drop_rate": "--drop", "proj_drop_rate": "--drop",
             "drop_path_rate": "--drop-path", "num_classes": "--data-set", "pretrained": "--pretrained",
-            "rpe_config": "--rpe", "checkpoint_path": "--finetune"}
+            "rpe_config": "--rpe", "checkpoint_path": "--finetune", "in_chans": "the pictures, which are RGB,"}
 # what timm raises for arguments that are not a model's
 _UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -290,7 +290,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """
     if said := args.model_kwargs.keys() & _SAID_BY.keys():
         name = min(said)
-        raise UserError(f"--model-kwargs {name}={args.model_kwargs[name]} is for {_SAID_BY[name]} to say: use that")
+        raise UserError(f"--model-kwargs {name}={args.model_kwargs[name]} is for {_SAID_BY[name]} to say: leave it out")
     try:
         rpe_config = parse_rpe(args.rpe) if args.rpe else None
     except ValueError as error:

@@ -4,6 +4,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from timm.models import eva as timm_eva
 from timm.models import vision_transformer as timm_vit
@@ -83,7 +84,8 @@ class _Terms:
         if self.qkv is None:
             heads = [project(x) for project in (self.q_proj, self.k_proj, self.v_proj)]
         elif getattr(self, "q_bias", None) is not None:  # EvaAttention, whose keys have no bias to learn
-            heads = (self.qkv(x) + torch.cat((self.q_bias, self.k_bias, self.v_bias))).chunk(3, -1)
+            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))  # added in F.linear, which autocast knows
+            heads = F.linear(x, self.qkv.weight, bias).chunk(3, -1)
         else:
             heads = self.qkv(x).chunk(3, -1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in heads)
@@ -151,7 +153,7 @@ def equip_irpe(model, rpe_config):
         if isinstance(attn, _Terms):
             raise ValueError("the model already has iRPE; build a plain one and equip that")
         if type(attn) not in _EQUIPPED:
-            raise TypeError(f"a block's attention is {type(attn).__name__}; equip_irpe knows timm's "
+            raise TypeError(f"a block's attention is {attn and type(attn).__name__}; equip_irpe knows timm's "
                             f"{', '.join(sorted(kind.__name__ for kind in _EQUIPPED))} only")
     if getattr(model.patch_drop, "prob", 0):
         raise ValueError("the model drops patches, and iRPE needs the whole map; build it with patch_drop_rate=0")

@@ -19,8 +19,8 @@ from conftest import ROOT
 STUDY = {"recipe": "--epochs 1", "seeds": [0, 1], "baseline": "plain",
          "variants": {"plain": "", "other": "--lr 0.1", "third": "--lr 0.2"},
          "comparisons": {"others are better": ["other third", "plain"], "third is better": ["t*", "*n"]}}
-# stands in for main.py: top-1 is the seed's and the learning rate's, and training takes as long as the file `slow` is
-# there, or until SIGTERM
+# stands in for main.py: top-1 is the seed's and the learning rate's, training takes as long as the file `slow` is
+# there, or until SIGTERM, and the evaluation needs what training wrote
 MAIN = """
 import argparse, json, pathlib, signal, sys, time
 parser = argparse.ArgumentParser()
@@ -29,13 +29,18 @@ parser.add_argument("--seed", type=int)
 parser.add_argument("--lr", type=float, default=0)
 parser.add_argument("--data-path", type=pathlib.Path)
 parser.add_argument("--eval", action="store_true")
+parser.add_argument("--resume")
 args, _ = parser.parse_known_args()
+checkpoint, data = args.output_dir / "checkpoint.pth", args.data_path.parent / "data"
+if (args.data_path.name, args.resume) != (("test", str(checkpoint)) if args.eval else ("data", "auto")):
+    sys.exit(f"error: {sys.argv}")
+checkpoint.open("r" if args.eval else "w").close()
 signal.signal(signal.SIGTERM, lambda *_: ((args.output_dir / "saved").touch(), sys.exit(75)))
-if (args.data_path / f"broken{args.seed}").exists() and args.lr == 0.2:
+if (data / f"broken{args.seed}").exists() and args.lr == 0.2:
     sys.exit("error: the loss is nan")
-while (args.data_path / "slow").exists() and args.seed and not args.eval:
+while (data / "slow").exists() and args.seed and not args.eval:
     time.sleep(0.05)
-(args.data_path / "log").open("a").write(f"{args.seed} {args.lr} {args.eval}\\n")
+(data / "log").open("a").write(f"{args.seed} {args.lr} {args.eval}\\n")
 if args.eval:
     (args.output_dir / "eval.json").write_text(json.dumps({"acc1": 80 + args.seed + 10 * args.lr, "loss": 1.0}))
 """
@@ -44,7 +49,7 @@ if args.eval:
 @pytest.fixture
 def place(tmp_path):
     """A folder with a stand-in for main.py, a study and data."""
-    for folder in ("deit", "data"):
+    for folder in ("deit", "data", "test"):
         (tmp_path / folder).mkdir()
     (tmp_path / "deit" / "main.py").write_text(MAIN)
     (tmp_path / "study.json").write_text(json.dumps(STUDY))
@@ -52,11 +57,11 @@ def place(tmp_path):
 
 
 def start(place, *flags):
-    """The study in a process of its own."""
+    """The study in a process and a process group of its own, as a shell starts it."""
     code = ("import pathlib, sys; sys.path.insert(0, 'tools'); import ablate; ablate.DEIT = pathlib.Path(sys.argv[1]); "
             "sys.exit(ablate.main(sys.argv[2:]))")
     return subprocess.Popen([sys.executable, "-c", code, *map(str, (place / "deit", *given(place), *flags))], cwd=ROOT,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
 @pytest.fixture
@@ -73,8 +78,8 @@ def run(place, capsys, monkeypatch):
 
 
 def given(place):
-    return ("--study", place / "study.json", "--data-path", place / "data", "--device", "cpu", "--output_dir",
-            place / "out")
+    return ("--study", place / "study.json", "--data-path", place / "data", "--test-path", place / "test", "--device",
+            "cpu", "--output_dir", place / "out")
 
 
 def results(place):
@@ -86,22 +91,29 @@ def done(place):
     return [tuple(line.split()) for line in (place / "data" / "log").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_study_tells_its_runs_to_save_and_goes_on_with_those_that_are_not_finished(place, run, number):
+def start_slow(place):
+    """A study whose two runs of seed 1 wait."""
     (place / "data" / "slow").touch()
     process = start(place, "--jobs", "2")
     for line in process.stdout:
         if line.startswith("[3/6]"):
             break
-    for _ in range(100):  # both runs of seed 1 have begun
-        if len(list((place / "out").glob("*-seed1/output.txt"))) == 2:
+    for _ in range(100):
+        if len(list((place / "out").glob("*-seed1/checkpoint.pth"))) == 2:
             break
         time.sleep(0.1)
     time.sleep(1)
-    process.send_signal(number)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_study_tells_its_runs_to_save_and_goes_on_with_those_that_are_not_finished(place, run, number):
+    process = start_slow(place)
+    os.killpg(process.pid, number)  # as a terminal does
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == "interrupted; the same command goes on where it was stopped\n"
     assert len(list((place / "out").glob("*-seed1/saved"))) == 2
+    seconds = {path: json.loads(path.read_text())["seconds"] for path in (place / "out").glob("*-seed1/run.json")}
     assert [len(entry["top1"]["values"]) for entry in results(place)["variants"].values()] == [1, 1, 1]
     before = done(place)
     (place / "data" / "slow").unlink()
@@ -109,7 +121,30 @@ def test_a_stopped_study_tells_its_runs_to_save_and_goes_on_with_those_that_are_
     assert status == 0, err
     assert len(done(place)) == 12 and {seed for seed, *_ in done(place)[len(before):]} == {"1"}
     assert "seed 0" not in out and all("failed" not in record for record in results(place)["runs"])
+    assert f"OMP_NUM_THREADS={max(1, len(os.sched_getaffinity(0)) // 2)} python" in out
+    assert len(seconds) == 2 and all(json.loads(path.read_text())["seconds"] > seconds[path] > 0 for path in seconds)
     assert [entry["top1"]["values"] for entry in results(place)["variants"].values()] == [[80, 81], [81, 82], [82, 83]]
+
+
+def test_runs_that_a_killed_study_left_behind_keep_its_folder(place, run):
+    process = start_slow(place)
+    process.kill()
+    process.communicate()
+    status, _, err = run()
+    assert status == 2 and "an evaluation that it left behind, is using --output_dir" in err
+    (place / "data" / "slow").unlink()
+    for _ in range(100):
+        if len(done(place)) == 8:
+            break
+        time.sleep(0.1)
+    assert len(done(place)) == 8
+
+
+def test_a_run_whose_record_cannot_be_written_is_not_started(place, run):
+    (place / "out" / "plain-seed0" / "run.json.tmp").mkdir(parents=True)
+    status, _, err = run()
+    assert status == 2 and "run.json cannot be written" in err
+    assert not (place / "out" / "plain-seed0" / "output.txt").exists()
 
 
 def test_seeds_are_done_one_after_another_so_that_a_part_is_balanced(place, run):
@@ -126,6 +161,7 @@ def test_a_failed_run_is_reported_not_counted_and_tried_again(place, run):
     found = results(place)
     assert [entry["top1"]["values"] for entry in found["variants"].values()] == [[80, 81], [81, 82], [82]]
     assert found["comparisons"]["others are better"]["values"] == [1.5]  # seed 1 lacks a variant
+    assert found["variants"]["other"]["difference"]["values"] == [1, 1]
     (place / "data" / "broken1").unlink()
     status, out, _ = run()
     assert status == 0 and out.count("$ cd") == 2 and "failed" not in (place / "out" / "results.md").read_text()
@@ -159,10 +195,12 @@ def test_differences_take_the_seeds_that_all_have():
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"seeds": []}, "must have a seed"),
+    ({"seeds": [0, 1, 1]}, "must have a seed, each once"),
     ({"baseline": "none"}, "a baseline that is one of its variants"),
     ({"variants": {"plain": "", "a b": ""}, "comparisons": {}}, "has a variant 'a b'"),
     ({"comparisons": {"x": ["plain", "y*"]}}, "a comparison of 'y*', which matches no variant"),
     ({"recipe": 5}, "cannot be read in the form of ablate_fashion.json"),
+    ({"variants": {"plain": None}, "comparisons": {}}, "cannot be read in the form of ablate_fashion.json"),
     ({"recipe": "'"}, "No closing quotation"),
 ])
 def test_a_study_that_cannot_be_used_is_refused_in_a_sentence(change, said, place, run):
@@ -171,10 +209,14 @@ def test_a_study_that_cannot_be_used_is_refused_in_a_sentence(change, said, plac
     assert status == 2 and said in err and err.count("\n") == 1 and not (place / "out").exists()
 
 
-def test_runs_of_other_flags_are_not_mixed(place, run):
-    assert run()[0] == 0
-    status, _, err = run("--", "--epochs", "2")
+def test_runs_of_other_flags_or_versions_are_not_mixed(place, run, monkeypatch):
+    status, out, _ = run("--", "--lr", "0.3")
+    assert status == 0 and "--lr 0.3 --lr 0.1 --seed" in out  # what makes a variant is the last word
+    status, _, err = run()
     assert status == 2 and "plain-seed0/run.json is of a run by other commands: choose another --output_dir" in err
+    monkeypatch.setattr(ablate.reproduce, "versions", lambda: {"torch": "1.0"})
+    status, _, err = run("--", "--lr", "0.3")
+    assert status == 2 and "plain-seed0/run.json is of a run by other versions: choose another --output_dir" in err
 
 
 def test_the_shipped_study_has_the_variants_of_the_paper():

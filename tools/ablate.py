@@ -56,15 +56,15 @@ def read_study(path):
     """The study as a dict, the sides of its comparisons as lists of names. Raises: UserError if it cannot be used."""
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
-        names, seeds = [*study["variants"]], [*map(int, study["seeds"])]
-        _ = [shlex.split(flags) for flags in (study["recipe"], *study["variants"].values())]
+        names, seeds = [*study["variants"]], study["seeds"]
+        _ = [shlex.split("" + flags) for flags in (study["recipe"], *study["variants"].values())]
         study["comparisons"] = {words: (match(left, names), match(right, names))
                                 for words, (left, right) in study["comparisons"].items()}
-        known = study["baseline"] in names and bool(seeds)
+        fit = study["baseline"] in names and seeds and len({*map(int, seeds)}) == len(seeds)
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"--study {path} cannot be read in the form of ablate_fashion.json: {error!r}") from error
-    if not known:
-        raise UserError(f"--study {path} must have a seed, and a baseline that is one of its variants")
+    if not fit:
+        raise UserError(f"--study {path} must have a seed, each once, and a baseline that is one of its variants")
     if unfit := [name for name in names if not re.fullmatch(r"[\w.-]+", name)]:
         raise UserError(f"--study {path} has a variant {unfit[0]!r}: names are letters, digits, '.', '_' and '-'")
     return study
@@ -83,20 +83,23 @@ def match(patterns, names):
 class Run:
     """One variant with one seed: two commands in a row. `record` is what its run.json holds."""
 
-    def __init__(self, study, variant, seed, args):
+    process = None  # the running one
+
+    def __init__(self, study, variant, seed, args, versions):
         def relative(path):  # to where main.py runs, so that a command names no place that only this machine has
             return os.path.relpath(path, DEIT)
 
         self.name = f"{variant}-seed{seed}"
         self.folder = args.output_dir / self.name
         flags = ["--data-set", args.data_set, "--device", args.device, *shlex.split(study["recipe"]),
-                 *shlex.split(study["variants"][variant]), *args.more, "--seed", str(seed),
+                 *args.more, *shlex.split(study["variants"][variant]), "--seed", str(seed),
                  "--output_dir", relative(self.folder)]
         train = ["--data-path", relative(args.data_path), "--resume", "auto"]
         test = ["--data-path", relative(args.test_path), "--eval", "--resume", relative(self.folder / "checkpoint.pth")]
         self.commands = [shlex.join(["python", "main.py", *flags, *last]) for last in (train, test)]
         self.waiting = [*self.commands]
-        self.record = {"variant": variant, "seed": seed, "commands": self.commands, "seconds": 0}
+        self.record = {"variant": variant, "seed": seed, "commands": self.commands, "versions": versions,
+                       "seconds": 0}
         self.take_up(self.folder / "run.json")
 
     def take_up(self, path):
@@ -104,29 +107,30 @@ class Run:
         if not path.exists():
             return
         try:
-            self.record = json.loads(path.read_text(encoding="utf-8"))
-            commands = self.record["commands"]
+            found = json.loads(path.read_text(encoding="utf-8"))
+            changed = [key for key in ("commands", "versions") if found[key] != self.record[key]]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} of an earlier run cannot be read ({error!r}): move its folder away") from error
-        if commands != self.commands:
-            raise UserError(f"{path} is of a run by other commands: choose another --output_dir, or move its folder "
-                            "away")
+        if changed:
+            raise UserError(f"{path} is of a run by other {' and '.join(changed)}: choose another --output_dir, or "
+                            "move its folder away")
+        self.record = found
 
     def start(self, threads, locked):
         """Start the next command; what it says is in output.txt."""
         command = self.waiting.pop(0)
         print(f"$ cd {DEIT.name} && OMP_NUM_THREADS={threads} {command}", flush=True)
+        self.record["threads"] = threads
         with runtime.writing(self.folder):
             self.folder.mkdir(exist_ok=True)
+            self.write()  # before the process: what fails here must not leave one behind
             output = open(self.folder / "output.txt", "wb")
-        self.record["threads"] = threads
         self.started = time.monotonic()
         with output:  # Ctrl-C must not reach the process, which saves on SIGTERM only: it gets a session of its own
             self.process = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], cwd=DEIT, stdout=output,
                                             stderr=subprocess.STDOUT, start_new_session=True,
                                             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
                                             pass_fds=[locked.fileno()])
-        self.write()
 
     def write(self):
         with runtime.replacing(self.folder / "run.json") as file:
@@ -164,8 +168,8 @@ def work(runs, jobs, locked, report):
     try:
         while left:
             while waiting and len(running) < jobs:
-                waiting[0].start(threads, locked)
                 running.append(waiting.pop(0))
+                running[-1].start(threads, locked)
             for run in [run for run in running if run.process.poll() is not None]:
                 if run.judge():
                     running.remove(run)
@@ -178,6 +182,7 @@ def work(runs, jobs, locked, report):
     finally:
         for number in reproduce.STOPPING if running else ():
             signal.signal(number, signal.SIG_IGN)
+        running = [run for run in running if run.process]
         for run in running:
             run.process.terminate()
         for run in running:
@@ -278,7 +283,7 @@ def run(args):
     study = read_study(args.study)
     about = {"device": reproduce.device_name(args.device), **reproduce.versions()}
     with reproduce.lock(args.output_dir) as locked:
-        runs = [Run(study, variant, seed, args) for seed in study["seeds"] for variant in study["variants"]]
+        runs = [Run(study, variant, seed, args, about) for seed in study["seeds"] for variant in study["variants"]]
 
         def report():
             write_reports(args.output_dir, study, runs, about)

@@ -23,10 +23,11 @@ CLASSES = [name.replace("/", "-or-").replace(" ", "-") for name in FashionMNIST.
 SIDE, EDGE, TRAIN, VAL, SEED = 28, 2, 1300, 200, 0  # pixels, twice; pictures of a class, twice; which they are
 
 
-def read(source, name, header):
-    """Bytes of a file after its header, as uint8. Raises: UserError if it cannot be read."""
+def read(source, name, header, *shape):
+    """Bytes of a file after its header, as uint8 (N, *shape). Raises: UserError if it cannot be read."""
     try:
-        return np.frombuffer(gzip.decompress((source / name).read_bytes()), np.uint8, offset=header)
+        values = np.frombuffer(gzip.decompress((source / name).read_bytes()), np.uint8, offset=header)
+        return values.reshape(-1, *shape)
     except (OSError, EOFError, ValueError) as error:
         raise runtime.UserError(f"{source / name} cannot be read ({error}): put the data set's four .gz files, of "
                                 "Debian's package dataset-fashion-mnist, into --source") from error
@@ -42,7 +43,7 @@ def write(pictures, numbers, folder):
 def main(args):
     random = np.random.default_rng(SEED)
     for prefix, parts in (("train", {"tune/val": VAL, "tune/train": TRAIN}), ("t10k", {"test/val": 1000})):
-        pictures = read(args.source, f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, SIDE, SIDE)
+        pictures = read(args.source, f"{prefix}-images-idx3-ubyte.gz", 16, SIDE, SIDE)
         pictures = np.pad(pictures, ((0, 0), (EDGE, EDGE), (EDGE, EDGE)))
         labels = read(args.source, f"{prefix}-labels-idx1-ubyte.gz", 8)
         for label, name in enumerate(CLASSES):

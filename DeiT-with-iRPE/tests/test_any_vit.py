@@ -92,6 +92,30 @@ def test_what_is_said_against_the_checkpoint_is_refused(pictures, equipped):
     assert "belongs to another model" in refused(pictures, "vit_tiny_patch16_224", *resume)
 
 
+def test_a_checkpoint_that_says_no_model_flags_is_damaged(pictures, equipped, tmp_path):
+    checkpoint = load_checkpoint(equipped[0])
+    checkpoint["args"].model_kwargs = ["depth=2"]
+    torch.save(checkpoint, tmp_path / "list.pth")
+    assert "list.pth is damaged: its --model-kwargs is ['depth=2']" in refused(
+        pictures, EVA, "--eval", "--resume", tmp_path / "list.pth")
+
+
+def test_another_size_of_pictures_than_in_training_is_noted(pictures, tmp_path, capsys):
+    kwargs = ("--rpe", RPE, "--model-kwargs", *SMALL, "pos_embed=none")
+    run(pictures, "vit_tiny_patch16_224", *kwargs, "--output_dir", tmp_path)
+    resume = ("--eval", "--resume", tmp_path / "checkpoint.pth")
+    assert "note:" not in capsys.readouterr().out
+    run(pictures, "vit_tiny_patch16_224", *resume, "--input-size", 48)
+    assert "trained with --input-size 32, and this is with 48" in capsys.readouterr().out
+
+
+def test_queries_keys_and_values_keep_autocasts_type():
+    model = main.build_model(parse(*flags("", EVA, "--rpe", RPE, "--model-kwargs", *SMALL)), nb_classes=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = model.blocks[0].attn.project(torch.randn(2, 17, 48))
+    assert {part.dtype for part in parts} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(("text", "said"), [
     ("rpe-1.9-product-ctx-1", "it has 5 parts"), ("1.9-product-ctx-1-k", "and not 6, the first being rpe"),
     ("rpe-x-product-ctx-1-k", "ratio is 'x'"), ("rpe-0-product-ctx-1-k", "ratio is 0"),
@@ -115,6 +139,8 @@ def test_an_encoding_outside_the_grammar_is_refused(tmp_path, text, said):
     (EVA, ("depth=two",), "cannot be built"), (EVA, ("patch_size=0",), "cannot be built"),
     (EVA, ("norm_layer=none",), "cannot be built"),
     (EVA, ("img_size=64",), "--model-kwargs img_size=64 is for --input-size to say"),
+    (EVA, ("in_chans=1",), "--model-kwargs in_chans=1 is for the pictures, which are RGB, to say"),
+    ("vit_small_patch16_18x2_224", (), "a block's attention is None; equip_irpe knows timm's "),
     (EVA, ("patch_size=7",), "--input-size 32 is no multiple of the 7 pixels")])
 def test_a_model_that_cannot_be_equipped_or_built_says_why(pictures, name, kwargs, said):
     assert said in refused(pictures, name, "--rpe", RPE, "--model-kwargs", *kwargs)
