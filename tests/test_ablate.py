@@ -126,12 +126,12 @@ def test_a_stopped_study_tells_its_runs_to_save_and_goes_on_with_those_that_are_
     assert [entry["top1"]["values"] for entry in results(place)["variants"].values()] == [[80, 81], [81, 82], [82, 83]]
 
 
-def test_runs_that_a_killed_study_left_behind_keep_its_folder(place, run):
+def test_runs_that_a_killed_study_left_behind_keep_its_folder(place):
     process = start_slow(place)
     process.kill()
     process.communicate()
-    status, _, err = run()
-    assert status == 2 and "an evaluation that it left behind, is using --output_dir" in err
+    with pytest.raises(ablate.UserError, match="an evaluation that it left behind, is using --output_dir"):
+        ablate.reproduce.lock(place / "out")
     (place / "data" / "slow").unlink()
     for _ in range(100):
         if len(done(place)) == 8:
