@@ -84,19 +84,19 @@ class TrainingState:
 def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], path: str) -> None:
     """Set ``args.rpe`` and ``args.model_kwargs`` as the checkpoint was trained with, if it says so.
 
-    Raises ``UserError`` if they are said and differ. Another size of pictures, which some models take, is noted.
+    Raises ``UserError`` if they are said and differ. Another size of pictures is noted where no positions tell of it.
     """
     size = getattr(checkpoint.get("args"), "input_size", args.input_size)
-    if size != args.input_size:
+    if size != args.input_size and "pos_embed" not in model_weights(checkpoint, path):
         print_once(f"note: {path} was trained with --input-size {size}, and this is with {args.input_size}")
-    for name, flag in (("rpe", "--rpe"), ("model_kwargs", "--model-kwargs")):
+    for name, flag, kind in (("rpe", "--rpe", str), ("model_kwargs", "--model-kwargs", dict)):
         before, now = getattr(checkpoint.get("args"), name, None), getattr(args, name)
-        if not isinstance(before, (type(now), type(None))):
+        if not isinstance(before, (kind, type(None))):
             raise UserError(f"checkpoint {path} is damaged: its {flag} is {before!r}")
         if before is not None and now and now != before:
             raise UserError(f"{path} was trained with {flag} {before or 'left out'}, not with {now}: leave it out, "
                             "or use --finetune for a new run from its weights")
-        setattr(args, name, now or before or type(now)())
+        setattr(args, name, now or before or kind())
 
 
 # What the libraries raise for states that are not theirs.

@@ -180,9 +180,9 @@ def work(runs, jobs, locked, report):
                     run.start(threads, locked)
             time.sleep(0.1)
     finally:
+        running = [run for run in running if run.process]
         for number in reproduce.STOPPING if running else ():
             signal.signal(number, signal.SIG_IGN)
-        running = [run for run in running if run.process]
         for run in running:
             run.process.terminate()
         for run in running:

@@ -10,6 +10,7 @@ with Debian's package dataset-fashion-mnist, or from the data set's own page.
 import argparse
 import gzip
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def read(source, name, header, *shape):
     try:
         values = np.frombuffer(gzip.decompress((source / name).read_bytes()), np.uint8, offset=header)
         return values.reshape(-1, *shape)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise runtime.UserError(f"{source / name} cannot be read ({error}): put the data set's four .gz files, of "
                                 "Debian's package dataset-fashion-mnist, into --source") from error
 

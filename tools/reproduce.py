@@ -76,7 +76,8 @@ def parse_args(argv=None):
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows; *, ? and [] match as in a shell")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, one a GPU")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs", "reproduce"), metavar="OUT")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs", "reproduce"), metavar="OUT",
+                        help="outputs/reproduce if not given")
     parser.add_argument("--verify", action="store_true", help="only check the files")
     parser.add_argument("--deit_args", type=shlex.split, default=[], metavar="FLAGS",
                         help="more for DeiT's main.py, as one word: --deit_args='--batch-size 256'")
