@@ -34,8 +34,7 @@ def run_part(folder):
 
 
 def main():
-    for number in (signal.SIGINT, signal.SIGHUP):  # which nohup and & make all programs deaf to that the tests signal
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # & makes programs deaf to it, which tests send to some
     lint = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT).returncode
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(run_part, PARTS))

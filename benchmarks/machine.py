@@ -3,8 +3,6 @@ import os
 import platform
 from pathlib import Path
 
-import torch
-
 
 def machine(device):
     """The processor's (and, with `device` "cuda", the GPU's) name."""
@@ -12,4 +10,7 @@ def machine(device):
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-    return f"{torch.cuda.get_device_name()} ({name})" if device == "cuda" else name
+    if device == "cpu":
+        return name
+    import torch  # which takes seconds
+    return f"{torch.cuda.get_device_name()} ({name})"

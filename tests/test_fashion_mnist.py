@@ -44,7 +44,14 @@ def test_the_parts_share_no_picture_and_each_is_in_the_folder_of_its_class(sourc
             assert picture.shape == (32, 32) and not picture[:2].any() and picture[2:30, 2:30].min() >= 100
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(bytes(16 + 28 * 28 + 5))])
+def test_pictures_without_labels_are_refused(source):
+    (source / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8 + 19)))
+    with pytest.raises(UserError, match="has 20 pictures and 19 labels in the files t10k"):
+        run(source)
+
+
+@pytest.mark.parametrize("content", [
+    b"no gzip", gzip.compress(bytes(16 + 28 * 28 + 5)), gzip.compress(bytes(16))[:10] + bytes([7] * 20)])
 def test_a_file_that_cannot_be_read_is_named(source, content):
     (source / "train-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(UserError, match="train-images-idx3-ubyte.gz cannot be read .* put the data set's four .gz"):

@@ -273,6 +273,7 @@ def flags_of(root):
 def drive(root):
     """A run in a process of its own, which writes to the file `err`."""
     def body():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # to which nohup has made the tests deaf
         with open(root / "err", "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
             sys.exit(reproduce.main(["--device", "cpu", *map(str, flags_of(root))]))
 

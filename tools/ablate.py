@@ -5,8 +5,9 @@
 
 Each run is two command lines of DeiT's main.py, which are printed and work alone: training on --data-path, and one
 evaluation on --test-path (--data-path if it is left out). Flags after -- go to both. The study is a JSON file in the
-form of ablate_fashion.json. After every run OUT/results.json, results.md and results.png are written. The same
-command goes on where it was stopped; a run that was cut off goes on by --resume auto, to the same digits.
+form of ablate_fashion.json. After every run results.json, results.md and results.png are written to OUT, or to
+outputs/ablate. The same command goes on where it was stopped; a run that was cut off goes on by --resume auto, on a
+CPU to the same digits.
 
 Exit status: 0 all runs are counted; 2 the command line or the study is wrong; 3 some runs failed; 130 stopped by a
 signal or a closed pipe.
@@ -118,7 +119,7 @@ class Run:
 
     def start(self, threads, locked):
         """Start the next command; what it says is in output.txt."""
-        command = self.waiting.pop(0)
+        command, self.process = self.waiting.pop(0), None
         print(f"$ cd {DEIT.name} && OMP_NUM_THREADS={threads} {command}", flush=True)
         self.record["threads"] = threads
         with runtime.writing(self.folder):
@@ -219,7 +220,8 @@ def summarize(study, runs):
 
 def write_reports(out, study, runs, about):
     """results.json, results.md and results.png of the runs that are counted."""
-    found = {"study": study, **about, **summarize(study, runs), "runs": [run.record for run in runs]}
+    found = {"study": study, **about, **summarize(study, runs), "runs": [
+        {key: value for key, value in run.record.items() if key != "versions"} for run in runs]}
     with runtime.replacing(out / "results.json") as file:
         file.write(json.dumps(found, indent=1).encode())
     with runtime.writing(out / "results.md"):
@@ -281,9 +283,10 @@ def run(args):
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be at least 1")
     study = read_study(args.study)
-    about = {"device": reproduce.device_name(args.device), **reproduce.versions()}
+    versions = reproduce.versions()
+    about = {"device": reproduce.device_name(args.device), **versions}
     with reproduce.lock(args.output_dir) as locked:
-        runs = [Run(study, variant, seed, args, about) for seed in study["seeds"] for variant in study["variants"]]
+        runs = [Run(study, variant, seed, args, versions) for seed in study["seeds"] for variant in study["variants"]]
 
         def report():
             write_reports(args.output_dir, study, runs, about)

@@ -7,7 +7,6 @@ import itertools
 
 import torch
 from drawing import COLORS, ROOT, new_figure, runtime, save
-from matplotlib import colormaps
 
 from irpe import get_bucket_ids_2d, get_rpe_config, piecewise_index
 
@@ -29,6 +28,7 @@ def buckets(method, ratio, position):
 
 def colors(ids):
     """(14, 14, 3): one colour for each bucket, from dark to bright in their order."""
+    from matplotlib import colormaps  # after new_figure, which says so where it is not installed
     values, ranks = ids.unique(return_inverse=True)
     return torch.from_numpy(colormaps["viridis"](ranks.numpy() / (len(values) - 1))[..., :3]).float()
 

@@ -8,18 +8,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "DeiT-with-iRPE"))
 import runtime
 
-try:
-    from matplotlib.figure import Figure
-except ModuleNotFoundError:
-    sys.exit("error: pictures are drawn with matplotlib, which is not installed: pip install matplotlib")
-
 ROOT = Path(__file__).resolve().parent.parent
 # Okabe and Ito's, which colour-blind readers tell apart, without black and yellow, which white paper swallows
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 
 def new_figure(width, height):
-    """An empty figure of so many inches, which arranges what is put on it."""
+    """An empty figure of so many inches, which arranges what is put on it. Raises: UserError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise runtime.UserError("pictures are drawn with matplotlib, which is not installed: pip install "
+                                "matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

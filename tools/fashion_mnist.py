@@ -47,6 +47,9 @@ def main(args):
         pictures = read(args.source, f"{prefix}-images-idx3-ubyte.gz", 16, SIDE, SIDE)
         pictures = np.pad(pictures, ((0, 0), (EDGE, EDGE), (EDGE, EDGE)))
         labels = read(args.source, f"{prefix}-labels-idx1-ubyte.gz", 8)
+        if len(labels) != len(pictures):
+            raise runtime.UserError(f"--source {args.source} has {len(pictures)} pictures and {len(labels)} labels in "
+                                    f"the files {prefix}-*.gz: fetch them again")
         for label, name in enumerate(CLASSES):
             numbers = random.permutation(np.flatnonzero(labels == label))
             for part, count in parts.items():

@@ -5,8 +5,9 @@
 
 --imagenet holds val/ or val.tar, --coco holds annotations/instances_val2017.json and val2017/ or val2017.zip,
 --checkpoints holds the files under their released names. Nothing is downloaded. Each checkpoint is evaluated by its
-codebase's own main.py. OUT/results.json, results.md and results.png are written after every row; a row is measured
-again only if its file, data, flags, code or libraries changed, so that the same command goes on where it was stopped.
+codebase's own main.py. After every row results.json, results.md and results.png are written to OUT, or to
+outputs/reproduce; a row is measured again only if its file, data, flags, code or libraries changed, so that the same
+command goes on where it was stopped.
 --verify needs no data: it loads every file, compares keys and shapes with the model, and counts parameters and MACs.
 
 Exit status: 0 all rows passed; 1 one was measured beyond its bound, or with --verify does not fit its model; 2 the
@@ -29,20 +30,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import drawing
 import torch
-from drawing import ROOT
+from drawing import COLORS, ROOT, new_figure, save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import runtime
 from runtime import UserError
 
-sys.path.append(str(ROOT / "benchmarks"))
-from machine import machine
-
 PASS, FAIL, USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
-LIBRARIES = ("torchvision", "timm", "scipy", "pycocotools", "rpe_ops")  # that a result depends on, beside torch
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -76,8 +72,7 @@ def parse_args(argv=None):
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows; *, ? and [] match as in a shell")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, one a GPU")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs", "reproduce"), metavar="OUT",
-                        help="outputs/reproduce if not given")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs", "reproduce"), metavar="OUT")
     parser.add_argument("--verify", action="store_true", help="only check the files")
     parser.add_argument("--deit_args", type=shlex.split, default=[], metavar="FLAGS",
                         help="more for DeiT's main.py, as one word: --deit_args='--batch-size 256'")
@@ -121,6 +116,7 @@ def check(args):
     for codebase in CODEBASES.values():
         if getattr(args, codebase.data):
             data_files(codebase, args)
+    new_figure(1, 1)  # that it cannot be drawn is known before hours of work
 
 
 def data_files(codebase, args):
@@ -135,10 +131,12 @@ def data_files(codebase, args):
 
 
 def device_name(device):
-    """The names of the processor and of a GPU. Raises: UserError if there is none."""
-    if device == "cuda" and not torch.cuda.is_available():
+    """Processor and GPU, asked by a process that ends, and so frees the GPU. Raises: UserError if there is none."""
+    asked = subprocess.run([sys.executable, "-c", f"import machine; print(machine.machine({device!r}))"],
+                           cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    if asked.returncode:
         raise UserError("--device cuda needs a GPU and PyTorch finds none: say --device cpu")
-    return machine(device)
+    return asked.stdout.strip()
 
 
 def lock(out):
@@ -197,10 +195,11 @@ def dependencies(row, args, path):
 
 
 def versions():
-    """{"python", "torch", and the installed ones of LIBRARIES}: version"""
+    """Versions of what a result depends on, as far as it is installed."""
     installed = {library.name: library.version for library in importlib.metadata.distributions()}
     return {"python": platform.python_version(), "torch": torch.__version__,
-            **{name: installed[name] for name in LIBRARIES if name in installed}}
+            **{name: installed[name] for name in ("torchvision", "timm", "scipy", "pycocotools", "rpe_ops")
+               if name in installed}}
 
 
 def command_of(row, args, path):
@@ -330,15 +329,15 @@ def cells(row, entry):
 
 def draw(rows, entries, path):
     """How far every row is from the paper's number, in parts of what it may differ by."""
-    figure = drawing.new_figure(11, 2 + 0.4 * len(rows))
+    figure = new_figure(11, 2 + 0.4 * len(rows))
     axes = figure.subplots()
     axes.axvspan(-1, 1, color="#999999", alpha=0.25, lw=0)
     for row in rows:
         entry = {"difference": float("nan"), "status": "not run", **entries.get(row["name"], {})}
         axes.plot(entry["difference"] / CODEBASES[row["codebase"]].tolerance, f"{row['name']}: {entry['status']}", "o",
-                  color=drawing.COLORS[entry["status"] != "pass"])
+                  color=COLORS[entry["status"] != "pass"])
     axes.set(xlabel="measured minus the paper's number, in parts of what it may differ by", ylim=(len(rows), -1))
-    drawing.save(figure, path)
+    save(figure, path)
 
 
 def reproduce(args, table_rows, rows, locked):

@@ -4,6 +4,7 @@ import timm
 import torch
 
 import main
+from checkpoint import take_model_flags
 from conftest import parse
 from runtime import UserError, load_checkpoint
 
@@ -98,6 +99,8 @@ def test_a_checkpoint_that_says_no_model_flags_is_damaged(pictures, equipped, tm
     torch.save(checkpoint, tmp_path / "list.pth")
     assert "list.pth is damaged: its --model-kwargs is ['depth=2']" in refused(
         pictures, EVA, "--eval", "--resume", tmp_path / "list.pth")
+    with pytest.raises(UserError, match="is damaged"):  # as visualize_rpe.py, whose defaults are the checkpoint's
+        take_model_flags(checkpoint["args"], checkpoint, "list.pth")
 
 
 def test_another_size_of_pictures_than_in_training_is_noted(pictures, tmp_path, capsys):

@@ -76,6 +76,21 @@ def _store(x, tile, plane, place, heads, length, channels, BLOCK_D: tl.constexpr
 
 
 @triton.jit
+def _own(first, length, BLOCK: tl.constexpr):
+    """A program's plane, and places and tokens of its block."""
+    blocks = tl.cdiv(length, BLOCK)
+    place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    return first + tl.program_id(0) // blocks, place, tl.minimum(place, length - 1)
+
+
+@triton.jit
+def _other(start, place, length, padded, STEP: tl.constexpr):
+    """Places and tokens of the others that a tile begins with `start`, and its pairs."""
+    other_place = start + tl.arange(0, STEP)
+    return other_place, tl.minimum(other_place, length - 1), place[:, None] * padded + other_place[None, :]
+
+
+@triton.jit
 def _looked_up(x, products, owner, ids, pair, pairs, buckets, terms):
     """x[pair] + Σ over terms of products[owner, term, ids[term, pair]], the owner being one side of the pair."""
     # a loop, though it has one or two rounds: the terms' registers are not to be alive together
@@ -112,24 +127,19 @@ def _forward_kernel(own, other, other_v, own_products, own_ids, own_buckets, own
                     MASKED: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
                     STEP: tl.constexpr, BLOCK_D: tl.constexpr):
     """Output of a block of queries, and the logarithms of their softmax's sums; with KEEP their weights, in memory."""
-    blocks = tl.cdiv(length, BLOCK)
-    plane = first + tl.program_id(0) // blocks
+    plane, place, token = _own(first, length, BLOCK)
     b, h, plane_64 = (plane // heads).to(tl.int64), plane % heads, plane.to(tl.int64)
     other += b * other_b + h * other_h
     other_v += b * other_v_b + h * other_v_h
     mask += b * mask_b + h * mask_h
     own_products += plane_64 * length * own_terms * own_buckets
     other_products += plane_64 * length * other_terms * other_buckets
-    place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    token = tl.minimum(place, length - 1)
     own_tile = _load(own + b * own_b + h * own_h, token, own_l, channels, BLOCK_D)
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     mean = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for start in range(0, length, STEP):
-        other_place = start + tl.arange(0, STEP)
-        other_token = tl.minimum(other_place, length - 1)
-        pair = place[:, None] * padded + other_place[None, :]
+        other_place, other_token, pair = _other(start, place, length, padded, STEP)
         logits = _logits(own_tile, _load(other, other_token, other_l, channels, BLOCK_D), token, other_token, pair,
                          pairs, (other_place < length)[None, :], own_products, own_ids, own_buckets, own_terms,
                          other_products, other_ids, other_buckets, other_terms, mask, mask_own, mask_other, MASKED)
@@ -151,9 +161,7 @@ def _forward_kernel(own, other, other_v, own_products, own_ids, own_buckets, own
     if KEEP:
         memory += (plane_64 - first) * length * length
         for start in range(0, length, STEP):
-            other_place = start + tl.arange(0, STEP)
-            other_token = tl.minimum(other_place, length - 1)
-            pair = place[:, None] * padded + other_place[None, :]
+            other_place, other_token, pair = _other(start, place, length, padded, STEP)
             inside = (other_place < length)[None, :]
             logits = _logits(own_tile, _load(other, other_token, other_l, channels, BLOCK_D), token, other_token, pair,
                              pairs, inside, own_products, own_ids, own_buckets, own_terms, other_products, other_ids,
@@ -163,6 +171,48 @@ def _forward_kernel(own, other, other_v, own_products, own_ids, own_buckets, own
                 p *= _kept(seed, plane_64 * pairs + pair, dropout_p, scale)
             tl.store(memory + place[:, None] * length + other_place[None, :], p.to(memory.dtype.element_ty),
                      mask=(place < length)[:, None] & inside)
+
+
+@triton.jit
+def _weights(own_tile, own_v_tile, other_tile, other_v, other_v_l, channels, log_sum, token, other_token, query, pair,
+             pairs, inside, own_products, own_ids, own_buckets, own_terms, other_products, other_ids, other_buckets,
+             other_terms, v_products, v_ids, v_buckets, v_terms, mask, mask_own, mask_other, MASKED: tl.constexpr,
+             BLOCK_D: tl.constexpr):
+    """A tile of the softmax's weights, of their gradients as far as dropout leaves them, and the others' values."""
+    logits = _logits(own_tile, other_tile, token, other_token, pair, pairs, inside, own_products, own_ids, own_buckets,
+                     own_terms, other_products, other_ids, other_buckets, other_terms, mask, mask_own, mask_other,
+                     MASKED)
+    p = tl.exp(logits - log_sum)
+    other_v_tile = _load(other_v, other_token, other_v_l, channels, BLOCK_D)  # no earlier: it takes registers
+    grad_p = tl.dot(own_v_tile, tl.trans(other_v_tile), input_precision="tf32x3")
+    return p, _looked_up(grad_p, v_products, query, v_ids, pair, pairs, v_buckets, v_terms), other_v_tile
+
+
+@triton.jit
+def _delta(own_tile, own_v_tile, other, other_l, other_v, other_v_l, channels, place, token, log_sum, pairs,
+           own_products, own_ids, own_buckets, own_terms, other_products, other_ids, other_buckets, other_terms,
+           v_products, v_ids, v_buckets, v_terms, mask, mask_own, mask_other, padded, length, seed, plane_64, dropout_p,
+           scale, MASKED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+           BLOCK_D: tl.constexpr):
+    """Σ over keys of p·(gradient of p) for a block of queries.
+
+    The product of the output and its gradient is the same, but rounded otherwise than the gradients of p it is to be
+    subtracted from: where values have much in common that would cost the difference its digits.
+    """
+    delta = tl.zeros((BLOCK,), tl.float32)
+    weight = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, length, STEP):
+        other_place, other_token, pair = _other(start, place, length, padded, STEP)
+        p, grad_p, _ = _weights(
+            own_tile, own_v_tile, _load(other, other_token, other_l, channels, BLOCK_D), other_v, other_v_l, channels,
+            log_sum, token, other_token, token[:, None], pair, pairs, (other_place < length)[None, :], own_products,
+            own_ids, own_buckets, own_terms, other_products, other_ids, other_buckets, other_terms, v_products, v_ids,
+            v_buckets, v_terms, mask, mask_own, mask_other, MASKED, BLOCK_D)
+        if DROPOUT:
+            grad_p *= _kept(seed, plane_64 * pairs + pair, dropout_p, scale)
+        delta += tl.sum(p * grad_p, 1)
+        weight += tl.sum(p, 1)
+    return delta / tl.where(weight == 0.0, 1.0, weight)  # of p as it is here, whose sum is 1 but for rounding
 
 
 @triton.jit(do_not_specialize=[*_VARYING, "v_terms"])
@@ -178,8 +228,7 @@ def _backward_kernel(own, other, own_v, other_v, own_products, own_ids, own_buck
     Queries have for values the gradients of their output, and `v_products` are the gradients of the sums per bucket.
     Queries leave their `deltas`, Σ over keys of p·(gradient of p), to the keys.
     """
-    blocks = tl.cdiv(length, BLOCK)
-    plane = first + tl.program_id(0) // blocks
+    plane, place, token = _own(first, length, BLOCK)
     b, h, plane_64 = (plane // heads).to(tl.int64), plane % heads, plane.to(tl.int64)
     other += b * other_b + h * other_h
     other_v += b * other_v_b + h * other_v_h
@@ -190,52 +239,29 @@ def _backward_kernel(own, other, own_v, other_v, own_products, own_ids, own_buck
     log_sums += plane_64 * length
     deltas += plane_64 * length
     memory += (plane_64 - first) * length * length
-    place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    token = tl.minimum(place, length - 1)
     own_tile = _load(own + b * own_b + h * own_h, token, own_l, channels, BLOCK_D)
     own_v_tile = _load(own_v + b * own_v_b + h * own_v_h, token, own_v_l, channels, BLOCK_D)
     if not BY_KEY:
-        # the product of the output and its gradient is the same, but rounded otherwise than the gradients of p it is to
-        # be subtracted from: where values have much in common that would cost the difference its digits
         query, log_sum = token[:, None], tl.load(log_sums + token)[:, None]
-        delta = tl.zeros((BLOCK,), tl.float32)
-        weight = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, length, STEP):
-            other_place = start + tl.arange(0, STEP)
-            other_token = tl.minimum(other_place, length - 1)
-            pair = place[:, None] * padded + other_place[None, :]
-            logits = _logits(own_tile, _load(other, other_token, other_l, channels, BLOCK_D), token, other_token, pair,
-                             pairs, (other_place < length)[None, :], own_products, own_ids, own_buckets, own_terms,
-                             other_products, other_ids, other_buckets, other_terms, mask, mask_own, mask_other, MASKED)
-            p = tl.exp(logits - log_sum)
-            other_v_tile = _load(other_v, other_token, other_v_l, channels, BLOCK_D)
-            grad_p = tl.dot(own_v_tile, tl.trans(other_v_tile), input_precision="tf32x3")
-            grad_p = _looked_up(grad_p, v_products, query, v_ids, pair, pairs, v_buckets, v_terms)
-            if DROPOUT:
-                grad_p *= _kept(seed, plane_64 * pairs + pair, dropout_p, scale)
-            delta += tl.sum(p * grad_p, 1)
-            weight += tl.sum(p, 1)
-        delta /= tl.where(weight == 0.0, 1.0, weight)  # of p as it is here, whose sum is 1 but for rounding
+        delta = _delta(own_tile, own_v_tile, other, other_l, other_v, other_v_l, channels, place, token, log_sum, pairs,
+                       own_products, own_ids, own_buckets, own_terms, other_products, other_ids, other_buckets,
+                       other_terms, v_products, v_ids, v_buckets, v_terms, mask, mask_own, mask_other, padded, length,
+                       seed, plane_64, dropout_p, scale, MASKED, DROPOUT, BLOCK, STEP, BLOCK_D)
         tl.store(deltas + place, delta, mask=place < length)
         delta = delta[:, None]
     total = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     total_v = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for start in range(0, length, STEP):
-        other_place = start + tl.arange(0, STEP)
-        other_token = tl.minimum(other_place, length - 1)
-        pair = place[:, None] * padded + other_place[None, :]
+        other_place, other_token, pair = _other(start, place, length, padded, STEP)
         inside = (other_place < length)[None, :]
         other_tile = _load(other, other_token, other_l, channels, BLOCK_D)
-        logits = _logits(own_tile, other_tile, token, other_token, pair, pairs, inside, own_products, own_ids,
-                         own_buckets, own_terms, other_products, other_ids, other_buckets, other_terms, mask, mask_own,
-                         mask_other, MASKED)
         if BY_KEY:
             query = other_token[None, :]
             delta, log_sum = tl.load(deltas + query), tl.load(log_sums + query)
-        p = tl.exp(logits - log_sum)
-        other_v_tile = _load(other_v, other_token, other_v_l, channels, BLOCK_D)
-        grad_p = tl.dot(own_v_tile, tl.trans(other_v_tile), input_precision="tf32x3")
-        grad_p = _looked_up(grad_p, v_products, query, v_ids, pair, pairs, v_buckets, v_terms)
+        p, grad_p, other_v_tile = _weights(
+            own_tile, own_v_tile, other_tile, other_v, other_v_l, channels, log_sum, token, other_token, query, pair,
+            pairs, inside, own_products, own_ids, own_buckets, own_terms, other_products, other_ids, other_buckets,
+            other_terms, v_products, v_ids, v_buckets, v_terms, mask, mask_own, mask_other, MASKED, BLOCK_D)
         if DROPOUT:
             draw = other_place[None, :] * padded + place[:, None] if BY_KEY else pair
             kept = _kept(seed, plane_64 * pairs + draw, dropout_p, scale)
