@@ -166,7 +166,8 @@ def save_precision(measured, output_dir, names):
     for path in (Path(output_dir, name) for name in names):
         with runtime.writing(path.parent):
             path.parent.mkdir(exist_ok=True)
-        runtime.save_atomically(arrays, path)
+        with runtime.replacing(path) as file:
+            torch.save(arrays, file)
 
 
 def share_buffers(model):

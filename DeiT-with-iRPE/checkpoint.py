@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import runtime
-from runtime import UserError, key_differences, load_checkpoint, model_weights, print_once, save_atomically
+from runtime import UserError, key_differences, load_checkpoint, model_weights, print_once, replacing
 
 
 @dataclass
@@ -35,17 +35,12 @@ class TrainingState:
         ``epoch`` there is also the ``progress`` in it."""
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
             raise UserError("the weights are not finite and are not saved")
-        save_atomically({
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": _scheduler_state(self.lr_scheduler),
-            "epoch": epoch,
-            "model_ema": self.model_ema.module.state_dict() if self.model_ema else None,
-            "scaler": self.loss_scaler.state_dict(),
-            "args": args,
-            "max_accuracy": self.max_accuracy,
-            **({"progress": progress} if progress else {}),
-        }, path, keep_previous=True)
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "lr_scheduler": _scheduler_state(self.lr_scheduler), "epoch": epoch,
+                 "model_ema": self.model_ema.module.state_dict() if self.model_ema else None,
+                 "scaler": self.loss_scaler.state_dict(), "args": args, "max_accuracy": self.max_accuracy}
+        with replacing(path, keep_previous=True) as file:
+            torch.save(state | ({"progress": progress} if progress else {}), file)
 
     def resume(self, path: str, args: argparse.Namespace) -> tuple[int, dict | None] | None:
         """Take over what the checkpoint holds; returns the epoch to train and the progress in it, None if it holds

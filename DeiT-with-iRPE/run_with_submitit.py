@@ -68,7 +68,7 @@ def go_on(args: argparse.Namespace) -> None:
         main.main(args)
     except runtime.Interrupted as stop:
         # SLURM itself requeues what it ended by SIGTERM for another job's sake, and what a user has cancelled stays so
-        if stop.number != signal.SIGTERM and callable(requeue):
+        if stop.args[0] != signal.SIGTERM and callable(requeue):
             requeue(signal.SIGUSR2, None)
             time.sleep(10)  # the end of another process might end the main one before it has requeued the job
         raise

@@ -5,10 +5,7 @@ import torch
 from torch import nn
 
 from util import runtime
-from util.runtime import UserError, key_differences, load_checkpoint, model_weights, print_once, save_atomically
-
-# what PyTorch raises for states that are none
-_MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+from util.runtime import UserError, key_differences, load_checkpoint, model_weights, print_once, replacing
 
 
 @dataclass
@@ -31,8 +28,10 @@ class TrainingState:
         if progress:
             state["progress"] = progress
         elif (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0:
-            save_atomically(state, path.with_name(f"checkpoint{epoch:04}.pth"))
-        save_atomically(state, path, keep_previous=True)
+            with replacing(path.with_name(f"checkpoint{epoch:04}.pth")) as file:
+                torch.save(state, file)
+        with replacing(path, keep_previous=True) as file:
+            torch.save(state, file)
 
     def start_at(self, epoch):
         """Go to the learning rates of an epoch, for a start there without a checkpoint that holds them."""
@@ -53,18 +52,15 @@ class TrainingState:
             return None
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except _MISFITS as error:
-            raise UserError(
-                f"the optimizer in {path} trained other parameters ({error}): give that run's --frozen_weights, "
-                "--no_pretrained_backbone and --lr_backbone to go on with it, or --finetune to start from its weights"
-            ) from error
-        try:
             self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
             if checkpoint.get("scaler"):
                 self.loss_scaler.load_state_dict(checkpoint["scaler"])
             return runtime.resume_point(checkpoint)
-        except _MISFITS as error:
-            raise UserError(f"checkpoint {path} is damaged: {error!r}") from error
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"checkpoint {path} is damaged, or trained other parameters ({error!r}): give that run's "
+                "--frozen_weights, --no_pretrained_backbone and --lr_backbone to go on with it, or --finetune to start "
+                "from its weights") from error
 
 
 def load_weights(model, checkpoint, path, new_class_head=False):

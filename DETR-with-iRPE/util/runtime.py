@@ -37,11 +37,10 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to end, and all that it has done is saved; ``number`` is the signal's."""
+    """A signal, whose number is the argument, asked the run to end, and all that it has done is saved."""
 
-    def __init__(self, number: int, where: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} in {where}: --resume auto goes on where it saved")
-        self.number = number
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.args[0]).name} in {_where}: --resume auto goes on where it saved"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -82,7 +81,7 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
 def _end(status: int, error: object = "") -> NoReturn:
     with contextlib.suppress(OSError):  # nobody may be listening any more
         if error:
-            time.sleep(10 if _local_rank() else 0)
+            time.sleep(10 if _launched("LOCAL_RANK", "SLURM_LOCALID", 0) else 0)
             me = f"process {get_rank()} of {get_world_size()}: " if get_world_size() > 1 else ""
             print(f"error: {me}{error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -126,7 +125,8 @@ def find_place(args: argparse.Namespace) -> torch.device:
     try:
         device = torch.device(args.device)
         if device.type == "cuda":
-            device = torch.device("cuda", _local_rank() if args.distributed else device.index or 0)
+            number = _launched("LOCAL_RANK", "SLURM_LOCALID", 0) if args.distributed else device.index or 0
+            device = torch.device("cuda", number)
             torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -162,10 +162,6 @@ def _launched(torchrun: str, slurm: str, alone: int) -> int:
     return int(os.environ.get(torchrun) or os.environ.get(slurm) or alone)
 
 
-def _local_rank() -> int:
-    return _launched("LOCAL_RANK", "SLURM_LOCALID", 0)
-
-
 def get_rank() -> int:
     """Number of this process; 0 is the main one, which writes the files and the log."""
     return dist.get_rank() if dist.is_initialized() else _launched("RANK", "SLURM_PROCID", 0)
@@ -178,6 +174,7 @@ def get_world_size() -> int:
 
 training_group: dist.ProcessGroup | None = None  # of training steps, in which the processes are never far apart
 _where = "its first steps"  # of a pass over a loader, for messages
+_caught: list[int] = []  # signals that ask to end
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -187,11 +184,11 @@ def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None)
     return tensor
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """The values of all processes, on each of them."""
     values = [value] * get_world_size()
     if dist.is_initialized():
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
     return values
 
 
@@ -203,8 +200,7 @@ def print_once(*values: Any) -> None:
 
 
 def own_group(_: int) -> None:
-    """A DataLoader's ``worker_init_fn``: what torchrun or SLURM signals to the group of a training process spares the
-    loading ones, without which that could not finish its step."""
+    """A DataLoader's ``worker_init_fn``: signals to a training process's group spare those it needs to end a step."""
     os.setpgid(0, 0)
 
 
@@ -278,8 +274,8 @@ def prepare_output_dir(path: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, keep_previous: bool = False) -> Iterator[BinaryIO]:
-    """A file to write, which then is renamed to ``path``, so that this is at every moment either the old or the new;
-    the old NAME.pth can be kept as NAME.previous.pth.
+    """A file to write, which then is renamed to ``path``, so that this is never in part the new; the old NAME.pth can
+    be kept as NAME.previous.pth.
 
     Raises ``UserError`` if the disk is full or cannot be written; the old files then stay as they were.
     """
@@ -291,21 +287,10 @@ def replacing(path: str | os.PathLike, keep_previous: bool = False) -> Iterator[
                 file.flush()
                 os.fsync(file.fileno())
             if keep_previous and path.exists():
-                previous = path.with_suffix(".previous.pth")
-                previous.unlink(missing_ok=True)
-                try:
-                    os.link(path, previous)
-                except OSError:  # a disk without hard links
-                    os.replace(path, previous)
+                os.replace(path, path.with_suffix(".previous.pth"))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def save_atomically(obj: Any, path: str | os.PathLike, keep_previous: bool = False) -> None:
-    """``torch.save`` to ``path``, as ``replacing`` does it."""
-    with replacing(path, keep_previous) as file:
-        torch.save(obj, file)
 
 
 def newest_checkpoint(output_dir: str, needed: bool = False) -> str:
@@ -373,7 +358,7 @@ def resume_point(checkpoint: Mapping[str, Any]) -> tuple[int, dict[str, Any] | N
         raise ValueError(f"its epoch is {epoch!r} and has {images!r} pictures")
     if progress is None:
         return epoch + 1, None
-    return epoch, {"images": images, "values": {name: [*steps.tolist()] for name, steps in progress["values"].items()}}
+    return epoch, {"images": images, "values": {name: [*map(float, v)] for name, v in progress["values"].items()}}
 
 
 def model_weights(checkpoint: Mapping[str, Any], path: str, key: str = "model") -> dict[str, torch.Tensor]:
@@ -430,7 +415,7 @@ class Run(contextlib.ExitStack):
         if self.failure and kind in (None, Interrupted):
             raise self.failure
         if _caught and _tells_of_loss(error):  # another one heard the signal first, in the evaluation
-            raise Interrupted(_caught[0], _where) from error
+            raise Interrupted(_caught[0]) from error
 
     def epochs(self) -> Iterator[int]:
         """The epochs to train, each with the loader's sampler where it has to go on."""
@@ -452,26 +437,20 @@ class Run(contextlib.ExitStack):
         except UserError as error:
             print_once(f"note: {error}: training goes on and tries again at the next save")
             self.failure = error
-        if dist.is_initialized():
-            dist.barrier()  # the next step would not wait long for the main process to write
+        gather("saved")  # the next step would not wait long for the main process to write
 
     def after_step(self, progress: "Progress") -> None:
         """Save if it is time or the epoch's last step, and end if a process got a signal."""
         due = progress.done == len(self.loader) or self.args.save_every and progress.done % self.args.save_every == 0
         stop = max(_caught, default=0)
-        if get_world_size() > 1:
-            if progress.device.type == "cuda" and progress.done % 20 and not due:
-                stop = 0  # it takes all processes to stop
-            else:
-                highest = torch.tensor(stop, device=progress.device)
-                dist.all_reduce(highest, dist.ReduceOp.MAX, group=training_group)
-                stop = int(highest)
+        if dist.is_initialized():  # it takes all processes to stop
+            meet = due or progress.done % 20 == 0 or dist.get_backend() == "gloo"
+            stop = max(gather(stop, training_group)) if meet else 0
         if stop or due:
             progress.read()
-            values = {name: torch.tensor(steps, dtype=torch.float64) for name, steps in progress.values.items()}
-            self.save({"images": progress.done * self.images_per_step, "values": values})
+            self.save({"images": progress.done * self.images_per_step, "values": progress.values})
         if stop:
-            raise Interrupted(stop, _where)
+            raise Interrupted(stop)
 
     def describe(self, step: int, values: Mapping[str, float]) -> str:
         """Write nonfinite.json: a step, its values and the names of its pictures in all processes. Returns how to
@@ -490,16 +469,12 @@ class Run(contextlib.ExitStack):
         return f"; its pictures are in {path}; to replay it: {launcher} {shlex.join(sys.argv)} --resume auto"
 
 
-_caught: list[int] = []  # signals that ask to end
-
-
 # Logs
 
 class Progress:
     """One pass over a loader: gives its batches, and every 20 steps and at the end prints a line of steps, time left,
     images/s, GPU memory, and of the values ``shown`` (or all) the mean of the last 20 steps and, in brackets, of all.
-    ``constants`` are values that are the same in all steps. In training ``run`` says from which step on; every step
-    has random numbers of its own.
+    ``constants`` are the same in all steps. In training ``run`` says where to begin; each step has its random numbers.
     """
 
     def __init__(self, header: str, loader: Sized, images_per_step: float, shown: Iterable[str] = (),
@@ -526,14 +501,12 @@ class Progress:
             if self.run:
                 self.run.after_step(self)
             elif _caught:
-                raise Interrupted(_caught[0], _where)
+                raise Interrupted(_caught[0])
 
     def add(self, **values: torch.Tensor) -> None:
-        """Take one step's 0-d tensors. They are read, as means over the processes, only when the next line is due, so
-        that the GPU does not wait for the CPU. If one is then not finite all processes raise the same ``UserError``.
-        """
+        """Take one step's 0-d tensors; they are read when the next line is due, since the GPU would wait for that, as
+        means over the processes. If one is then not finite all processes raise the same ``UserError``."""
         self._unread.append({name: value.detach().float() for name, value in values.items()})
-        self.device = next(iter(values.values())).device
 
     def averages(self) -> dict[str, float]:
         """Mean of every value over all steps."""

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import engine
 import main
@@ -95,9 +96,9 @@ def test_pictures_that_were_seen_are_not_loaded_again(pictures, tmp_path, stop_a
 
 
 def test_state_within_an_epoch_is_saved_every_so_many_steps(pictures, tmp_path, monkeypatch):
-    saved, save = [], runtime.save_atomically
-    monkeypatch.setattr("checkpoint.save_atomically", lambda state, *args, **options: (
-        saved.append((state["epoch"], state.get("progress", {}).get("images"))), save(state, *args, **options)))
+    saved, save = [], torch.save
+    monkeypatch.setattr("torch.save", lambda state, file: (
+        saved.append((state["epoch"], state.get("progress", {}).get("images"))), save(state, file)))
     run(pictures, tmp_path, "--save-every", 4)
     assert saved == [(epoch, images) for epoch in (0, 1) for images in (16, 24, None)]
 
@@ -329,11 +330,15 @@ def test_failed_write_after_a_damaged_checkpoint_leaves_the_good_one(pictures, s
 
 
 def test_failed_write_leaves_two_checkpoints(tmp_path, monkeypatch):
-    for epoch in range(2):
-        runtime.save_atomically({"epoch": epoch}, tmp_path / "c.pth", keep_previous=True)
+    def save(epoch):
+        with runtime.replacing(tmp_path / "c.pth", keep_previous=True) as file:
+            torch.save({"epoch": epoch}, file)
+
+    save(0)
+    save(1)
     full_disk(monkeypatch, lambda name: True)
     with pytest.raises(UserError, match="No space left"):
-        runtime.save_atomically({"epoch": 2}, tmp_path / "c.pth", keep_previous=True)
+        save(2)
     assert [load_checkpoint(tmp_path / name)["epoch"] for name in ("c.pth", "c.previous.pth")] == [1, 0]
 
 

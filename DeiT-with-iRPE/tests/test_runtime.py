@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import main
 import runtime
 from conftest import PROJECT, finish, launcher, start, start_processes
-from runtime import UserError, load_checkpoint, save_atomically
+from runtime import UserError, load_checkpoint
 
 
 def fails_with(function, *args):
@@ -130,25 +130,30 @@ def test_differences_between_state_dicts_are_counted_and_shown():
 
 # Files are whole
 
+def save(state, path):
+    with runtime.replacing(path) as file:
+        torch.save(state, file)
+
+
 class Interrupting:
     def __reduce__(self):
         raise KeyboardInterrupt
 
 
 def test_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path):
-    save_atomically({"epoch": 1}, tmp_path / "c.pth")
+    save({"epoch": 1}, tmp_path / "c.pth")
     with pytest.raises(KeyboardInterrupt):
-        save_atomically({"w": torch.zeros(1000), "x": Interrupting()}, tmp_path / "c.pth")
+        save({"w": torch.zeros(1000), "x": Interrupting()}, tmp_path / "c.pth")
     assert load_checkpoint(tmp_path / "c.pth") == {"epoch": 1} and os.listdir(tmp_path) == ["c.pth"]
 
 
 def test_full_disk_is_said_and_leaves_the_old_file(tmp_path):
-    save_atomically({"epoch": 1}, tmp_path / "c.pth")
+    save({"epoch": 1}, tmp_path / "c.pth")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20000, hard))
     try:
-        sentence = fails_with(save_atomically, {"w": torch.zeros(100000)}, tmp_path / "c.pth")
+        sentence = fails_with(save, {"w": torch.zeros(100000)}, tmp_path / "c.pth")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, ignored)
@@ -266,8 +271,12 @@ def test_place_among_the_processes_is_read_from_any_launcher(alone, environment,
         alone.setenv(name, value)
     args = settings(**values)
     assert runtime.find_place(args) == torch.device("cpu")
-    assert (args.rank, args.world_size, runtime._local_rank()) == place
-    assert (runtime.get_rank(), runtime.get_world_size()) == place[:2] and args.distributed == (place[1] > 1)
+    assert (args.rank, args.world_size) == (runtime.get_rank(), runtime.get_world_size()) == place[:2]
+    assert args.distributed == (place[1] > 1)
+    chosen = []
+    alone.setattr(torch.cuda, "set_device", chosen.append)
+    alone.setattr(torch, "empty", lambda *_, **__: None)
+    assert [runtime.find_place(settings(device="cuda", **values))] == chosen == [torch.device("cuda", place[2])]
 
 
 @pytest.mark.parametrize(("environment", "values", "words"), [
