@@ -12,18 +12,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = [part for part in (ROOT / "DeiT-with-iRPE", ROOT, ROOT / "DETR-with-iRPE", ROOT / "rpe_ops")  # longest first
-         if list(part.glob("tests/test_*.py"))]
+# the longest first, and last what takes a minute or less, so that none waits long for another
+PARTS = [*((ROOT / folder, "tests") for folder in ("DeiT-with-iRPE", ".", "DETR-with-iRPE")),
+         *((ROOT / "rpe_ops", f"tests/{path.name}") for path in sorted(ROOT.glob("rpe_ops/tests/test_*.py")))]
 
 
-def run_part(folder):
-    """(passed, failed, skipped) of the tests in `folder`/tests, run from there; a crash counts as one failure."""
+def run_part(folder, tests):
+    """(passed, failed, skipped) of these tests, run from their folder; a crash counts as one failure."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.xml")
         run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "--durations=5", f"--junit-xml={report}",
-                              "-p", "no:cacheprovider", "tests"], cwd=folder, text=True, stdout=subprocess.PIPE,
+                              "-p", "no:cacheprovider", tests], cwd=folder, text=True, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT)
-        print(f"\n=== {folder.relative_to(ROOT.parent)}\n{run.stdout}", flush=True)
+        print(f"\n=== {folder.relative_to(ROOT.parent)}/{tests}\n{run.stdout}", flush=True)
         suites = ElementTree.parse(report).getroot().iter("testsuite") if report.exists() else ()
         counts = [{key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")} for suite in suites]
     total, skipped = (sum(count[key] for count in counts) for key in ("tests", "skipped"))
@@ -37,7 +38,7 @@ def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # & makes programs deaf to it, which tests send to some
     lint = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT).returncode
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(run_part, PARTS))
+        results = list(pool.map(run_part, *zip(*PARTS, strict=True)))
     passed, failed, skipped = (sum(column) for column in zip(*results, strict=True))
     failed += lint != 0
     print(f"\n{passed} passed, {failed} failed, {skipped} skipped")

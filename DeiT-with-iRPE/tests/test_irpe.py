@@ -343,8 +343,7 @@ def test_torch_compile_takes_the_whole_graph(method, rpe_on):
 
 
 @pytest.mark.usefixtures("operators")
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("oblong", [False, True])
+@pytest.mark.parametrize(("dynamic", "oblong"), [(None, True), (True, True), (True, False)])
 def test_torch_compile_follows_the_map_size(dynamic, oblong):
     modules = [fill(module) for module in build_rpe(get_rpe_config(skip=1, rpe_on="qkv"), 8, 2)]
 
