@@ -41,10 +41,7 @@ class TrainingState:
 
     def resume(self, path):
         """Take over what the checkpoint holds; returns the epoch to train and the progress in it, None if it holds
-        weights only.
-
-        Raises: UserError if it belongs to another model or optimizer.
-        """
+        weights only. Raises UserError if it is damaged, or belongs to another model or optimizer."""
         checkpoint = load_checkpoint(path)
         load_weights(self.model, checkpoint, path)
         if not {"optimizer", "lr_scheduler", "epoch"} <= checkpoint.keys():

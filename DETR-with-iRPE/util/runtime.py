@@ -215,8 +215,7 @@ def seed_everything(*numbers: int) -> None:
 
 
 class SeededDataset(Dataset):
-    """``dataset`` whose samples are asked for by ``SeededSampler``'s keys and drawn with the random numbers of those,
-    whichever process loads them."""
+    """``dataset`` asked by ``SeededSampler``'s keys, which seed the random numbers, whichever process loads it."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -274,8 +273,8 @@ def prepare_output_dir(path: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, keep_previous: bool = False) -> Iterator[BinaryIO]:
-    """A file to write, which then is renamed to ``path``, so that this is never in part the new; the old NAME.pth can
-    be kept as NAME.previous.pth.
+    """A file to write, which then is renamed to ``path``, so that this is at every moment either the old or the new;
+    the old NAME.pth can be kept as NAME.previous.pth.
 
     Raises ``UserError`` if the disk is full or cannot be written; the old files then stay as they were.
     """
@@ -287,7 +286,12 @@ def replacing(path: str | os.PathLike, keep_previous: bool = False) -> Iterator[
                 file.flush()
                 os.fsync(file.fileno())
             if keep_previous and path.exists():
-                os.replace(path, path.with_suffix(".previous.pth"))
+                previous = path.with_suffix(".previous.pth")
+                previous.unlink(missing_ok=True)
+                try:
+                    os.link(path, previous)
+                except OSError:  # a disk without hard links
+                    os.replace(path, previous)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -358,7 +362,7 @@ def resume_point(checkpoint: Mapping[str, Any]) -> tuple[int, dict[str, Any] | N
         raise ValueError(f"its epoch is {epoch!r} and has {images!r} pictures")
     if progress is None:
         return epoch + 1, None
-    return epoch, {"images": images, "values": {name: [*map(float, v)] for name, v in progress["values"].items()}}
+    return epoch, {"images": images, "values": {name: steps.tolist() for name, steps in progress["values"].items()}}
 
 
 def model_weights(checkpoint: Mapping[str, Any], path: str, key: str = "model") -> dict[str, torch.Tensor]:
@@ -448,7 +452,8 @@ class Run(contextlib.ExitStack):
             stop = max(gather(stop, training_group)) if meet else 0
         if stop or due:
             progress.read()
-            self.save({"images": progress.done * self.images_per_step, "values": progress.values})
+            values = {name: torch.tensor(steps, dtype=torch.float64) for name, steps in progress.values.items()}
+            self.save({"images": progress.done * self.images_per_step, "values": values})
         if stop:
             raise Interrupted(stop)
 
@@ -481,9 +486,7 @@ class Progress:
                  run: Run | None = None, **constants: float) -> None:
         self.header, self.loader, self.images_per_step, self.shown = header, loader, images_per_step, shown
         self.run, self.done = run, run.first_step if run else 0
-        self.values = {name: [value] for name, value in constants.items()}
-        if run:
-            self.values.update(run.progress["values"])
+        self.values = {name: [value] for name, value in constants.items()} | (run.progress["values"] if run else {})
         self._unread: list[dict[str, torch.Tensor]] = []
 
     def __iter__(self) -> Iterator:
@@ -561,7 +564,7 @@ class RunLog:
 
     def __init__(self, output_dir: str, first_epoch: int | None = None) -> None:
         self.path = pathlib.Path(output_dir, "log.txt") if output_dir and get_rank() == 0 else None
-        self.lines, self.scalars, self.board = [], [], None
+        self.lines, self.scalars = [], []
         old = self.path.read_bytes() if self.path and self.path.exists() else b""
         for line in old.splitlines(keepends=True):
             epoch = re.search(rb'"epoch": (\d+)', line)
@@ -580,10 +583,8 @@ class RunLog:
         with replacing(self.path) as file:
             file.writelines(self.lines)
         folder = self.path.with_name("tensorboard")
-        with writing(folder):
-            # what an earlier writer left from here on is hidden; one that failed once is of no more use
-            board, self.board = self.board or SummaryWriter(str(folder), purge_step=self.scalars[0][2]), None
+        # what earlier writers left from here on is hidden
+        with writing(folder), SummaryWriter(str(folder), purge_step=self.scalars[0][2]) as board:
             for scalar in self.scalars:
                 board.add_scalar(*scalar)
-            board.flush()
-        self.board, self.scalars = board, []
+        self.scalars = []

@@ -120,6 +120,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(pictures, strai
     run(pictures, tmp_path, "--resume", "auto")
     assert f"note: checkpoint {path} is truncated" in capsys.readouterr().out
     assert same(state(tmp_path), state(straight)) and rows(tmp_path) == rows(straight)
+    path.unlink()  # as at one moment of a save on a disk without hard links
+    assert runtime.newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint.previous.pth")
     for name in ("checkpoint.pth", "checkpoint.previous.pth"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint in .* is whole"):
@@ -144,6 +146,9 @@ def test_tensorboard_hides_what_a_killed_run_left_of_later_epochs(tmp_path):
     log = runtime.RunLog(str(tmp_path), 1)
     for epoch in (1, 2):
         log.write(epoch, {"epoch": epoch, "loss": 2.0})
+    written = (tmp_path / "log.txt").stat()
+    log.write(2)  # in the middle of an epoch there is nothing new
+    assert (tmp_path / "log.txt").stat() == written
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1.0), (1, 2.0), (2, 2.0)]
@@ -209,13 +214,32 @@ def wait_for_line(process, words):
     raise AssertionError(process.stderr.read())
 
 
-def test_signal_to_one_of_two_processes_ends_both_after_the_same_step(pictures, tmp_path):
-    pair = processes(pictures, tmp_path, "--epochs", 1000)
-    wait_for_line(pair[0], "Max accuracy")
-    pair[1].send_signal(signal.SIGTERM)
-    results = [finish(process) for process in pair]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_signal_to_one_of_two_processes_ends_both_after_its_step(pictures, tmp_path, rank):
+    signalled = ("after_step = runtime.Run.after_step\n"
+                 "def signalled(self, progress):\n"
+                 f"    if progress.done == 2 and runtime.get_rank() == {rank}:\n"
+                 f"        os.kill(os.getpid(), {signal.SIGTERM:d})\n"
+                 "    after_step(self, progress)\n"
+                 "runtime.Run.after_step = signalled\n")
+    flags = small(pictures, *FLAGS, "--batch-size", 2, "--output_dir", tmp_path)
+    results = [finish(process) for process in start_processes(2, *altered(signalled), *flags)]
     assert [result[0] for result in results] == [75, 75] and results[1][2] == results[0][2] == ""
-    assert "stopped by SIGTERM in epoch" in results[0][1] and "--resume auto goes on" in results[0][1]
+    assert "stopped by SIGTERM in epoch 0, step 1: --resume auto goes on" in results[0][1]
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["progress"]["images"] == 8
+
+
+def test_main_process_may_write_for_longer_than_a_step_may_take(pictures, tmp_path):
+    slow = ("import checkpoint\n"
+            "save, saves = checkpoint.TrainingState.save, []\n"
+            "def slow(*args):\n"
+            "    saves.append(1)\n"
+            "    time.sleep(6 if len(saves) == 1 else 0)\n"
+            "    save(*args)\n"
+            "checkpoint.TrainingState.save = slow\n")
+    flags = small(pictures, *FLAGS, "--epochs", 1, "--save-every", 2, "--step-timeout", 4, "--output_dir", tmp_path)
+    results = [finish(process) for process in start_processes(2, *altered(slow), *flags)]
+    assert [result[0] for result in results] == [0, 0], results
 
 
 def test_hanging_process_ends_all_and_is_named_with_the_step(pictures, tmp_path):
@@ -329,17 +353,30 @@ def test_failed_write_after_a_damaged_checkpoint_leaves_the_good_one(pictures, s
     assert same(state(tmp_path), state(straight))
 
 
-def test_failed_write_leaves_two_checkpoints(tmp_path, monkeypatch):
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no_links"])
+def test_two_checkpoints_are_whole_at_every_moment_also_after_a_failed_write(tmp_path, monkeypatch, links):
     def save(epoch):
         with runtime.replacing(tmp_path / "c.pth", keep_previous=True) as file:
             torch.save({"epoch": epoch}, file)
 
+    def link(path, previous):
+        raise OSError(errno.ENOTSUP, "no hard links")
+
+    def replace(source, target, replace=os.replace):
+        assert source.suffix == ".tmp" or not links, "for a moment there is no checkpoint"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "link", os.link if links else link)
+    monkeypatch.setattr(os, "replace", replace)
     save(0)
     save(1)
+    with open(tmp_path / "c.pth", "rb") as reader:
+        save(2)
+        assert torch.load(reader) == {"epoch": 1}
     full_disk(monkeypatch, lambda name: True)
     with pytest.raises(UserError, match="No space left"):
-        save(2)
-    assert [load_checkpoint(tmp_path / name)["epoch"] for name in ("c.pth", "c.previous.pth")] == [1, 0]
+        save(3)
+    assert [load_checkpoint(tmp_path / name)["epoch"] for name in ("c.pth", "c.previous.pth")] == [2, 1]
 
 
 def test_output_directory_that_goes_away_ends_nothing_before_the_last_save(pictures, tmp_path, monkeypatch, capsys):
