@@ -242,16 +242,21 @@ def test_main_process_may_write_for_longer_than_a_step_may_take(pictures, tmp_pa
     assert [result[0] for result in results] == [0, 0], results
 
 
-def test_hanging_process_ends_all_and_is_named_with_the_step(pictures, tmp_path):
-    pair = processes(pictures, tmp_path, "--epochs", 1000, "--step-timeout", 4)
-    wait_for_line(pair[0], "Max accuracy")
-    pair[1].send_signal(signal.SIGSTOP)
+def test_hanging_process_ends_the_other_and_is_named_with_the_step(pictures, tmp_path):
+    """Also the main process, in which the store is."""
+    pairs = [processes(pictures, tmp_path / str(rank), "--epochs", 1000, "--step-timeout", 4) for rank in range(2)]
+    for rank, pair in enumerate(pairs):
+        wait_for_line(pair[0], "Max accuracy")
+        pair[rank].send_signal(signal.SIGSTOP)
     try:
-        status, _, said = finish(pair[0])
+        results = [finish(pair[1 - rank]) for rank, pair in enumerate(pairs)]
     finally:
-        pair[1].kill()
-        finish(pair[1])
-    assert status == 1 and said.startswith("error: process 0 of 2: process 1 is lost or hangs in epoch "), said
+        for rank, pair in enumerate(pairs):
+            pair[rank].kill()
+            finish(pair[rank])
+    for rank, (status, _, said) in enumerate(results):
+        assert status == 1
+        assert f"error: process {1 - rank} of 2: process {rank} is lost or hangs in epoch " in said, said
 
 
 def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(pictures, tmp_path):
@@ -310,18 +315,6 @@ def test_processes_that_would_go_on_from_different_places_do_not_train(pictures,
     assert [status for status, _, _ in results] == [1, 1]
     assert "go on from different places (epoch, pictures), [(2, None), (0, None)]" in results[0][2], results
     assert not (tmp_path / "1" / "checkpoint.pth").exists() and same(state(tmp_path / "0"), state(straight))
-
-
-def test_main_process_that_hangs_with_the_store_in_it_is_named(pictures, tmp_path):
-    pair = processes(pictures, tmp_path, "--epochs", 1000, "--step-timeout", 4)
-    wait_for_line(pair[0], "Max accuracy")
-    pair[0].send_signal(signal.SIGSTOP)
-    try:
-        status, _, said = finish(pair[1])
-    finally:
-        pair[0].kill()
-        finish(pair[0])
-    assert status == 1 and "error: process 1 of 2: process 0 is lost or hangs in epoch " in said, said
 
 
 def test_signal_to_all_in_the_evaluation_ends_all_alike_though_some_have_finished_theirs(pictures, tmp_path):
