@@ -136,6 +136,7 @@ def test_detr_exported_runs_without_rpe_ops_at_another_batch_size(detr, tmp_path
 
 
 @needs_onnx
+@pytest.mark.parametrize("detr", [True], ids=["masks"], indirect=True)  # which finds boxes too
 def test_detr_in_onnxruntime_at_other_batch_sizes(detr, tmp_path):
     model, program, names = detr
     batches = [torch.randn(size, 3, 96, 160) for size in (1, 3)]
