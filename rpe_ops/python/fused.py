@@ -76,6 +76,13 @@ def _store(x, tile, plane, place, heads, length, channels, BLOCK_D: tl.constexpr
 
 
 @triton.jit
+def _keep(memory, tile, place, other_place, length, inside):
+    """Write a tile of a plane to a contiguous (L, L)."""
+    tl.store(memory + place[:, None] * length + other_place[None, :], tile.to(memory.dtype.element_ty),
+             mask=(place < length)[:, None] & inside)
+
+
+@triton.jit
 def _own(first, length, BLOCK: tl.constexpr):
     """A program's plane, and places and tokens of its block."""
     blocks = tl.cdiv(length, BLOCK)
@@ -169,8 +176,7 @@ def _forward_kernel(own, other, other_v, own_products, own_ids, own_buckets, own
             p = tl.exp(logits - log_sum[:, None])
             if DROPOUT:
                 p *= _kept(seed, plane_64 * pairs + pair, dropout_p, scale)
-            tl.store(memory + place[:, None] * length + other_place[None, :], p.to(memory.dtype.element_ty),
-                     mask=(place < length)[:, None] & inside)
+            _keep(memory, p, place, other_place, length, inside)
 
 
 @triton.jit
@@ -192,9 +198,9 @@ def _weights(own_tile, own_v_tile, other_tile, other_v, other_v_l, channels, log
 def _delta(own_tile, own_v_tile, other, other_l, other_v, other_v_l, channels, place, token, log_sum, pairs,
            own_products, own_ids, own_buckets, own_terms, other_products, other_ids, other_buckets, other_terms,
            v_products, v_ids, v_buckets, v_terms, mask, mask_own, mask_other, padded, length, seed, plane_64, dropout_p,
-           scale, MASKED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+           scale, deltas, MASKED: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
            BLOCK_D: tl.constexpr):
-    """Σ over keys of p·(gradient of p) for a block of queries.
+    """Σ over keys of p·(gradient of p) for a block of queries (own, 1), also written to `deltas`.
 
     The product of the output and its gradient is the same, but rounded otherwise than the gradients of p it is to be
     subtracted from: where values have much in common that would cost the difference its digits.
@@ -212,7 +218,9 @@ def _delta(own_tile, own_v_tile, other, other_l, other_v, other_v_l, channels, p
             grad_p *= _kept(seed, plane_64 * pairs + pair, dropout_p, scale)
         delta += tl.sum(p * grad_p, 1)
         weight += tl.sum(p, 1)
-    return delta / tl.where(weight == 0.0, 1.0, weight)  # of p as it is here, whose sum is 1 but for rounding
+    delta /= tl.where(weight == 0.0, 1.0, weight)  # of p as it is here, whose sum is 1 but for rounding
+    tl.store(deltas + place, delta, mask=place < length)
+    return delta[:, None]
 
 
 @triton.jit(do_not_specialize=[*_VARYING, "v_terms"])
@@ -246,9 +254,7 @@ def _backward_kernel(own, other, own_v, other_v, own_products, own_ids, own_buck
         delta = _delta(own_tile, own_v_tile, other, other_l, other_v, other_v_l, channels, place, token, log_sum, pairs,
                        own_products, own_ids, own_buckets, own_terms, other_products, other_ids, other_buckets,
                        other_terms, v_products, v_ids, v_buckets, v_terms, mask, mask_own, mask_other, padded, length,
-                       seed, plane_64, dropout_p, scale, MASKED, DROPOUT, BLOCK, STEP, BLOCK_D)
-        tl.store(deltas + place, delta, mask=place < length)
-        delta = delta[:, None]
+                       seed, plane_64, dropout_p, scale, deltas, MASKED, DROPOUT, BLOCK, STEP, BLOCK_D)
     total = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     total_v = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for start in range(0, length, STEP):
@@ -268,8 +274,7 @@ def _backward_kernel(own, other, own_v, other_v, own_products, own_ids, own_buck
             grad_p *= kept
         grad_logits = (p * (grad_p - delta)).to(other_tile.dtype)
         if KEEP:
-            tl.store(memory + place[:, None] * length + other_place[None, :], grad_logits,
-                     mask=(place < length)[:, None] & inside)
+            _keep(memory, grad_logits, place, other_place, length, inside)
         total = tl.dot(grad_logits, other_tile, total, input_precision="tf32x3")
         if BY_KEY:
             if DROPOUT:
