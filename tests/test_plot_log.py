@@ -150,7 +150,7 @@ def test_without_matplotlib_a_sentence_says_what_to_install(monkeypatch):
         drawing.new_figure(1, 1)
 
 
-@pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the released logs are not here")
+@pytest.mark.skipif(not OFFICIAL.is_dir(), reason="needs the released logs in ../shared")
 def test_the_released_logs_are_read_whole(capsys):
     logs = sorted(OFFICIAL.glob("*.txt"))
     lines = verdicts(capsys, *logs)

@@ -38,7 +38,7 @@ def tiny(*flags):
 def test_the_copy_of_a_file_of_deit_is_the_same(here, there):
     original = PROJECT.parent / "DeiT-with-iRPE" / there
     if not original.is_file():
-        pytest.skip("DETR-with-iRPE stands alone here")
+        pytest.skip("needs DeiT-with-iRPE beside this folder")
     assert filecmp.cmp(PROJECT / here, original, shallow=False)
 
 

@@ -69,7 +69,7 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
         _end(1, error)
     except torch.OutOfMemoryError as error:
         _end(1, f"the GPU's memory is full in {_where}: a smaller batch or mixed precision may fit: {UserError(error)}")
-    except Exception as error:
+    except Exception as error:  # raised again, or said whole: the end of one of several processes would not say it
         if "DataLoader" in str(error):
             _end(1, f"a loading process ended or hangs in {_where}: {UserError(error)}")
         if not dist.is_initialized():

@@ -48,7 +48,7 @@ def equipped(pictures, tmp_path_factory):
 @pytest.mark.parametrize("name", VITS)
 def test_plain_weights_are_finetuned_with_irpe_and_evaluated_again(pictures, tmp_path, name):
     if not timm.is_model(name):
-        pytest.skip(f"timm {timm.__version__} has no {name}")
+        pytest.skip(f"needs a timm with {name}, which {timm.__version__} has not")
     kwargs = ("--model-kwargs", *SMALL, *VITS[name])
     plain = run(pictures, name, *kwargs, "--output_dir", tmp_path / "plain")
     start = (*kwargs, "--rpe", RPE, "--finetune", tmp_path / "plain" / "checkpoint.pth")

@@ -376,7 +376,7 @@ def test_attention_of_every_layout_computes_with_zero_tables_what_timms_does(equ
     try:
         plain = equipped.__bases__[1](**kwargs).double()
     except TypeError as error:
-        pytest.skip(f"timm {timm.__version__}: {error}")
+        pytest.skip(f"needs a timm whose attention takes these arguments, not {timm.__version__}: {error}")
     attention = equipped(**kwargs, rpe_config=get_rpe_config(skip=1, rpe_on="qkv")).double()
     plain.load_state_dict(fill_state_dict(plain.state_dict()))
     assert all("lookup_table" in key for key in attention.load_state_dict(plain.state_dict(), strict=False)[0])

@@ -290,7 +290,7 @@ def test_launch_that_cannot_work_is_explained(alone, environment, values, words)
     assert words in fails_with(runtime.init_distributed, settings(**values))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens on a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_without_a_gpu_suggests_the_cpu():
     assert "--device cuda cannot be used" in (said := fails_with(runtime.find_place, settings(device="cuda")))
     assert said.endswith("--device cpu")

@@ -23,7 +23,7 @@ def timm_has_plateau():
     return True
 
 
-needs_plateau = pytest.mark.skipif(not timm_has_plateau(), reason="this timm's plateau does not fit this PyTorch")
+needs_plateau = pytest.mark.skipif(not timm_has_plateau(), reason="needs a timm whose plateau fits this PyTorch")
 
 
 def learning_rates(args, first=0, metrics=None):

@@ -87,7 +87,7 @@ def job(tmp_path, monkeypatch):
 def test_both_codebases_share_the_same_bytes():
     other = PROJECT.parent / "DETR-with-iRPE" / "run_with_submitit.py"
     if not other.is_file():
-        pytest.skip("DETR's folder is not beside this one")
+        pytest.skip("needs DETR-with-iRPE beside this folder")
     assert (PROJECT / "run_with_submitit.py").read_bytes() == other.read_bytes()
 
 

@@ -58,7 +58,7 @@ def test_a_library_that_does_not_load_says_so_and_how_to_rebuild(tmp_path):
     assert "rebuild it with: pip" in last_line
 
 
-@pytest.mark.skipif(rpe_ops.has_cuda, reason="this build has CUDA kernels")
+@pytest.mark.skipif(rpe_ops.has_cuda, reason="needs a build without CUDA kernels")
 def test_a_build_without_cuda_says_so_and_how_to_get_one():
     call_on_cuda = torch.ops.rpe_ops.rpe_index.default._op_dk
     with pytest.raises(NotImplementedError, match="rpe_index: rpe_ops was built without CUDA kernels; rebuild it"):
@@ -73,7 +73,7 @@ def run(*command, **env):
 def test_cuda_sources_compile_for_sm_80_and_sm_90(tmp_path):
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
     if nvcc is None:
-        pytest.skip("there is no nvcc on PATH or in CUDA_HOME")
+        pytest.skip("needs nvcc on PATH or in CUDA_HOME")
     if torch.version.cuda is None:  # PyTorch's own CUDA headers are missing: only the kernels can be compiled
         archs = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90)]
         include = Path(torch.__file__).with_name("include")
@@ -90,7 +90,7 @@ def test_cuda_sources_compile_for_sm_80_and_sm_90(tmp_path):
 def test_cuda_kernels_are_right_when_emulated_on_the_cpu(sanitizer, tmp_path):
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if compiler is None:
-        pytest.skip("there is no C++ compiler")
+        pytest.skip("needs a C++ compiler")
     program = tmp_path / "emulated_gpu"
     run(compiler, "-std=c++20", "-O1", "-g", f"-fsanitize={sanitizer}", "-pthread", "-Icsrc", "tests/emulated_gpu.cpp",
         "-o", str(program))

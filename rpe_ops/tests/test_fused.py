@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if importlib.util.find_spec("triton") is None:
-    pytest.skip("PyTorch for CPUs has no Triton", allow_module_level=True)
+    pytest.skip("needs Triton, which PyTorch for CPUs has not", allow_module_level=True)
 from fused_cases import DEVICE, Case, definition, excess
 from rpe_ops import attention_takes, blockwise, fused
 

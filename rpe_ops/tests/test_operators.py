@@ -264,7 +264,7 @@ def test_more_than_two_to_the_31_elements(device):
 @pytest.mark.parametrize("bad", [7, -1, 2**31 - 1, 2**33])
 def test_ids_out_of_range_are_named_on_the_cpu(bad, ids):
     if bad > torch.iinfo(ids).max:
-        pytest.skip("int32 cannot hold this id")
+        pytest.skip("needs int64 ids: int32 cannot hold this one")
     x, p, index = make((2, 3, 5, 9, 7), torch.float32, ids=ids)
     index[4, 8] = bad
     message = rf"id {bad} at index\[4, 8\] is not one of the 7 buckets"
