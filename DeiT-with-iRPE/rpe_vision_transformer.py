@@ -25,7 +25,9 @@ class MapSizes:
     """
 
     def __init__(self, model=None):
-        self.by_tokens = {}
+        # torch.compile takes these for constants: if the first call entered the map, the second would compile anew
+        grid_size = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        self.by_tokens = {math.prod(grid_size): tuple(grid_size)} if grid_size else {}
         self.model = (model,)
 
     def __call__(self, patch_embed, inputs, output):
