@@ -30,7 +30,8 @@ def graphs(monkeypatch):
 
 def detector(*flags):
     torch.manual_seed(0)
-    return build_model(parse(*small("", "--num_classes", 5, "--dropout", 0, "--enc_layers", 2, "--num_queries", 11, *flags)))[0].train()
+    flags = small("", "--num_classes", 5, "--dropout", 0, "--enc_layers", 2, "--num_queries", 11, *flags)
+    return build_model(parse(*flags))[0].train()
 
 
 def pictures(height, width):
