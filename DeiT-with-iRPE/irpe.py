@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         warnings.warn("the extension rpe_ops is not installed; iRPE computes the same without it, but slower. To build "
                       "it, in the iRPE repository: pip install ./rpe_ops --no-build-isolation", stacklevel=2)
-if HAS_RPE_OPS and not hasattr(rpe_ops, "ATTENTION"):
+if HAS_RPE_OPS and not hasattr(rpe_ops, "rows_take"):
     raise ImportError("the installed rpe_ops is older than this irpe.py; build it anew, in the iRPE repository: "
                       "pip install ./rpe_ops --no-build-isolation --no-deps --force-reinstall")
 
@@ -96,13 +96,30 @@ def get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype=tor
     Raises: ValueError for a method without a mapping of its own.
     """
     method = METHOD(_choice("method", method, [m.value for m in _MAPPINGS]))
-    dr, dc = (torch.arange(1 - n, n, device=device) for n in (height, width))
-    table = _MAPPINGS[method][0](dr[:, None], dc, lambda x: piecewise_index(x, alpha, beta, gamma, dtype) + int(beta),
-                                 2 * int(beta) + 1).expand(2 * height - 1, 2 * width - 1)
+    table = _offset_ids(method, height, width, alpha, beta, gamma, dtype, device)
     # ids[(r, c), (r', c')] = table[r - r' + height - 1, c - c' + width - 1]: a window of the table for every query
     ids = table.unfold(0, height, 1).unfold(1, width, 1).flip(2, 3).reshape(height * width, height * width)
     num_buckets = _count_buckets(method, skip, beta)
     return F.pad(ids, (skip, 0, skip, 0), value=num_buckets - 1), num_buckets
+
+
+def _offset_ids(method, height, width, alpha, beta, gamma, dtype, device):
+    """Bucket of every offset, (2·height - 1, 2·width - 1), from 1 - height and 1 - width on."""
+    dr, dc = (torch.arange(1 - n, n, device=device) for n in (height, width))
+    return _MAPPINGS[method][0](dr[:, None], dc, lambda x: piecewise_index(x, alpha, beta, gamma, dtype) + int(beta),
+                                2 * int(beta) + 1).expand(2 * height - 1, 2 * width - 1)
+
+
+def _parts(method):
+    """The methods of the tables of a method."""
+    return (METHOD.CROSS_ROWS, METHOD.CROSS_COLS) if method is METHOD.CROSS else (method,)
+
+
+def _in_a_thread(compute):
+    """`compute()`, in a thread that has no inference mode, fake tensors or default device of the caller: what is cached
+    must be good for every later caller."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(compute).result()
 
 
 @functools.lru_cache(maxsize=32)  # 8 MB each on DETR's largest maps
@@ -112,10 +129,18 @@ def _kept_ids(methods, height, width, skip, piecewise, device, dtype, transposed
         ids = torch.stack([get_bucket_ids_2d(x, height, width, skip, *piecewise, dtype)[0] for x in methods])
         return (ids.mT.contiguous() if transposed else ids).to(device)
 
-    # a thread of its own has no inference mode, fake tensors or default device of the caller: what is cached here
-    # must be good for every later caller
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(compute).result()
+    return _in_a_thread(compute)
+
+
+@functools.lru_cache(maxsize=256)
+def _row_map(method, height, width, skip, piecewise, device):
+    """What `rpe_ops.rows.attention` has to know of a map and a method, product or cross."""
+    def compute():
+        ids = torch.stack([_offset_ids(x, height, width, *piecewise, torch.long, "cpu") for x in _parts(method)])
+        row_map = rpe_ops.blockwise.rows.describe(ids, skip, _count_buckets(_parts(method)[0], skip, piecewise[1]))
+        return row_map._replace(layout=row_map.layout.to(device))
+
+    return _in_a_thread(compute)
 
 
 # --- Configuration ---------------------------------------------------------------------------------------------------
@@ -207,6 +232,19 @@ def _sum_buckets(attn, ids, num_buckets):
     return total.scatter_add(-1, ids.expand_as(attn), attn.to(total.dtype)).to(attn.dtype)
 
 
+def _checked_map(length, height, width, skip):
+    """Height and width of the map of `length` tokens; ValueError if that is not height·width + skip."""
+    length = operator.index(length)  # torch.compile is to take sizes for constants
+    if height is None or width is None:
+        height = width = math.isqrt(length)
+    height, width = operator.index(height), operator.index(width)
+    if (prefix := length - height * width) != skip:
+        raise ValueError(f"{length} tokens on a map of {height}×{width} leave {prefix} prefix tokens, but the "
+                         f"encoding was built with skip={skip}; set skip={max(prefix, 0)}, or give the height and "
+                         "width of the map")
+    return height, width
+
+
 class iRPE(nn.Module):
     """One term of the encoding with one table: on queries, keys or values.
 
@@ -237,14 +275,7 @@ class iRPE(nn.Module):
 
         Raises: ValueError if `length` is not height·width + skip.
         """
-        length = operator.index(length)  # torch.compile is to take sizes for constants
-        if height is None or width is None:
-            height = width = math.isqrt(length)
-        height, width, skip = operator.index(height), operator.index(width), self.config.skip
-        if (prefix := length - height * width) != skip:
-            raise ValueError(f"{length} tokens on a map of {height}×{width} leave {prefix} prefix tokens, but the "
-                             f"encoding was built with skip={skip}; set skip={max(prefix, 0)}, or give the height and "
-                             "width of the map")
+        height, width = _checked_map(length, height, width, self.config.skip)
         flip = transposed and torch.compiler.is_compiling()  # which takes two constants of one function for the same
         ids = self._constant_ids(height, width, torch.device(device), transposed and not flip)
         ids = ids[-1 if self.method is METHOD.CROSS_COLS else 0]  # so both axes of a cross are in one
@@ -252,7 +283,7 @@ class iRPE(nn.Module):
 
     @torch.compiler.assume_constant_result
     def _constant_ids(self, height, width, device, transposed):
-        methods = (METHOD.CROSS_ROWS, METHOD.CROSS_COLS) if self.config.method is METHOD.CROSS else (self.method,)
+        methods = _parts(self.config.method)
         dtype = torch.int32 if _use_rpe_ops(device) else torch.int64  # PyTorch's own gather takes no int32
         return _kept_ids(methods, height, width, self.config.skip, self.config.piecewise, device, dtype, transposed)
 
@@ -260,6 +291,11 @@ class iRPE(nn.Module):
         """A list of (ids, table), as `rpe_ops.attention` takes the term of this module."""
         ids = self.bucket_ids(length, device, height, width, transposed=self.on == "q")
         return [(ids, self._table * self._table.shape[-2] ** -0.5 if self.on == "q" else self._table)]
+
+    @property
+    def tables(self):
+        """Its parameters, one, or two of a cross."""
+        return [self.lookup_table_bias if self.config.mode == "bias" else self.lookup_table_weight]
 
     @property
     def _table(self):
@@ -295,11 +331,16 @@ class iRPE_Cross(nn.Module):
 
     def __init__(self, head_dim, num_heads, config, on="k"):
         super().__init__()
+        self.config = config
         self.rp_rows = iRPE(head_dim, num_heads, config, on, METHOD.CROSS_ROWS)
         self.rp_cols = iRPE(head_dim, num_heads, config, on, METHOD.CROSS_COLS)
 
     def terms(self, *args):
         return self.rp_rows.terms(*args) + self.rp_cols.terms(*args)
+
+    @property
+    def tables(self):
+        return self.rp_rows.tables + self.rp_cols.tables
 
     def forward(self, x, height=None, width=None):
         return self.rp_rows(x, height, width) + self.rp_cols(x, height, width)
@@ -317,6 +358,36 @@ def build_rpe(rpe_config, head_dim, num_heads):
 
 # --- Attention -------------------------------------------------------------------------------------------------------
 
+_MOST_CLASSES = 15  # of rows of the map: with more, products by rows are as large as logits
+
+
+def _goes_by_rows(q, k, v, modules, mask):
+    """Whether `rpe_ops.rows` is for this call. Buckets of euclid and quantization mix rows and columns."""
+    configs = [module.config for module in modules]
+    kinds = {(x.ratio, x.method, x.mode, x.shared_head, x.skip) for x in configs}
+    fits = (len(kinds) == 1 and configs[0].method in (METHOD.PRODUCT, METHOD.CROSS)
+            and 2 * int(configs[0].piecewise[1]) + 1 <= _MOST_CLASSES)
+    tables = [table for module in modules for table in module.tables]
+    # asked in any case: it refuses an unknown IRPE_ATTENTION
+    return rpe_ops.rows_take(q, k, v, tables, configs[0].skip, mask, modules) and fits
+
+
+def _row_map_of(config, length, device, height, width):
+    size = _checked_map(length, height, width, config.skip)
+    key = config.method, *size, config.skip, config.piecewise, torch.device(device)
+    return rpe_ops.blockwise.rows.RowMap(_constant_layout(*key), _constant_sizes(*key))
+
+
+@torch.compiler.assume_constant_result
+def _constant_layout(*key):
+    return _row_map(*key).layout
+
+
+@torch.compiler.assume_constant_result
+def _constant_sizes(*key):
+    return _row_map(*key).sizes
+
+
 def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, width=None, attn_mask=None, dropout_p=0.0):
     """softmax(scale·q·kᵀ + terms on keys and queries + mask)·v + term on values, with scale = D^-1/2.
 
@@ -332,15 +403,21 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
     modules = [module for module in (rpe_q, rpe_k, rpe_v) if module is not None]
     if not modules:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
+    # what rpe_ops computes is what `forward` computes, unless that is somebody else's
+    ours = all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
+    ours = ours and HAS_RPE_OPS and not _is_exporting()
+    if ours and _goes_by_rows(q, k, v, modules, attn_mask):
+        row_map = _row_map_of(modules[0].config, q.shape[2], q.device, height, width)
+        tables = [rpe.tables if rpe else [] for rpe in (rpe_q, rpe_k, rpe_v)]
+        return rpe_ops.blockwise.rows.attention(q, k, v, *tables, row_map, modules[0].config.mode == "bias", attn_mask,
+                                                dropout_p)
     q, mask, blind = q * q.shape[-1] ** -0.5, attn_mask, None
     if mask is not None:
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
         blind = mask.amax(-1, keepdim=True) == -math.inf  # queries that may see nothing get zeros in the end
         mask = mask.masked_fill(blind, 0)
-    ours = all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
-    # `terms` say what `forward` computes, unless it is somebody else's
-    if HAS_RPE_OPS and ours and not _is_exporting() and rpe_ops.attention_takes(q, k, v, mask, modules):
+    if ours and rpe_ops.attention_takes(q, k, v, mask, modules):
         terms = [rpe.terms(q.shape[2], q.device, height, width) if rpe else [] for rpe in (rpe_q, rpe_k, rpe_v)]
         out = rpe_ops.attention(q, k, v, *terms, mask, dropout_p)
     else:
