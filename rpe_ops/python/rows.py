@@ -38,10 +38,10 @@ KERNELS = ("forward", "queries", "queries, sums", "keys", "keys, sums", "product
 # are tokens, and `other` is how much of M is done at a time.
 TILES = {(kernel, width, channels): tile for channels in (64, 128) for width in ("half", "float32")
          for kernel, tile in {
-             "forward": Tile(64, 64, 4, 1),
+             "forward": Tile(64, 32, 4, 1),
              "queries": Tile(64, 32, 4, 1),
              "queries, sums": Tile(64, 16, 4, 1),
-             "keys": Tile(64, 32, 4, 1),
+             "keys": Tile(64, 16, 4, 1),
              "keys, sums": Tile(64, 16, 4, 1),
              "product": Tile(64, 64, 4, 1),
              "adjoint": Tile(64, 64, 4, 1),
@@ -139,7 +139,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tables_q: list[Tensor], tables_k:
 
 # one kernel for maps of all sizes: to compile another takes longer than a training step may
 _VARYING = ["length", "rows", "columns", "prefix", "row_step", "column_step", "chunks", "mask_b", "mask_h", "mask_own",
-            "mask_other", "splits", "steps", "planes", "count", "ids"]
+            "mask_other", "splits", "steps", "planes", "count", "ids", "first"]
 
 
 # what a mask depends on; 0 if there is none
@@ -348,7 +348,7 @@ def _forward_kernel(own, other, other_v, own_products, other_products, sums, mas
 
 @triton.jit(do_not_specialize=_VARYING)
 def _backward_kernel(own, other, own_v, other_v, own_products, other_products, v_products, sums, mask, seed, layout, out,
-                     log_sums, deltas, own_grad, own_v_grad,
+                     log_sums, deltas, grads,
                      own_b, own_h, own_l, other_b, other_h, other_l, own_v_b, own_v_h, own_v_l, other_v_b, other_v_h,
                      other_v_l, products_b, products_h, mask_b, mask_h, mask_own, mask_other, heads, length, rows,
                      columns, prefix, row_step, column_step, chunks, padded, size, scale, dropout_p,
@@ -356,6 +356,8 @@ def _backward_kernel(own, other, own_v, other_v, own_products, other_products, v
                      BIAS: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, CHANNELS: tl.constexpr,
                      BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr):
     """Gradients of a block of queries or, BY_KEY, of keys and values, and of the products of the own side, by runs.
+
+    `grads` are those of keys, queries and values, each as `_like` makes it, in the order of the tables that they meet.
 
     Queries have for values the gradients of their output, and `v_products` are those of them with the table on values.
     Queries leave their `deltas`, Σ over keys of p·(gradient of p), to the keys.
@@ -384,7 +386,10 @@ def _backward_kernel(own, other, own_v, other_v, own_products, other_products, v
         delta = tl.sum(out_tile.to(tl.float32) * own_v_tile.to(tl.float32), 1)
         tl.store(deltas + token, delta, mask=mine)
         delta = delta[:, None]
+    planes = (tl.num_programs(0) // blocks).to(tl.int64)
     if ON_OWN:
+        if ON_OTHER and not BY_KEY:  # gradients of products of keys with the table on queries come first
+            sums += planes * length * size
         sums += plane_64 * length * size
         _clear(sums, layout, at_sums, row, mine, rows, prefix, padded, size)
         run = tl.zeros((OWN, 16), tl.float32)
@@ -427,9 +432,13 @@ def _backward_kernel(own, other, own_v, other_v, own_products, other_products, v
         total = tl.dot(grad.to(other_tile.dtype), other_tile, total, input_precision="tf32x3")
         if ON_OWN:
             run = _add_to_run(sums, run, grad, layout, at_sums, row, mine, start, rows, prefix, chunks, padded)
-    _store(own_grad + tokens_first, total * scale, token, heads * CHANNELS, mine, CHANNELS, BLOCK_D)
+    grads += tokens_first
+    tensor = planes * length * CHANNELS
     if BY_KEY:
-        _store(own_v_grad + tokens_first, total_v, token, heads * CHANNELS, mine, CHANNELS, BLOCK_D)
+        _store(grads, total * scale, token, heads * CHANNELS, mine, CHANNELS, BLOCK_D)
+        _store(grads + 2 * tensor, total_v, token, heads * CHANNELS, mine, CHANNELS, BLOCK_D)
+    else:
+        _store(grads + tensor, total * scale, token, heads * CHANNELS, mine, CHANNELS, BLOCK_D)
 
 
 # --- Kernels: tables ---------------------------------------------------------------------------------------------------
@@ -510,14 +519,15 @@ def _product_kernel(x_0, x_1, x_2, expanded, products, b_0, h_0, l_0, b_1, h_1, 
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _adjoint_kernel(x_0, x_1, expanded, products, planes, heads, groups, length, rows, columns, prefix, row_step,
+def _adjoint_kernel(x, first, expanded, products, planes, heads, groups, length, rows, columns, prefix, row_step,
                     column_step, size, count, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr,
                     OTHER: tl.constexpr):
-    """x += products·expandedᵀ for a block of the tokens of a column; x lies as (B, L, H, D)."""
+    """x[first + place] += products·expandedᵀ for a block of the tokens of a column; x lies as (…, B, L, H, D)."""
     place, column, group = tl.program_id(1), tl.program_id(0) % count, tl.program_id(0) // count % groups
     b, h, token, at, inside = _tokens_of_column(tl.program_id(0) // count // groups, column, group, planes, heads,
                                                 groups, length, rows, columns, prefix, row_step, column_step, size, OWN)
-    x, x_at = _chosen(place, x_0, x_1, x_1), ((b * length + token) * heads + h) * CHANNELS
+    x_at = ((b * length + token) * heads + h) * CHANNELS
+    x += (first + place).to(tl.int64) * planes * groups * length * CHANNELS
     expanded += (((place * groups + group) * (columns + 1) + column) * CHANNELS).to(tl.int64) * size
     products += place.to(tl.int64) * planes * groups * length * size
     channel = tl.arange(0, BLOCK_D)[:, None]
@@ -636,11 +646,11 @@ class _Call:
                              **_three("x", tokens), **_strides_of_three(tokens))
         return products
 
-    def add_adjoint(self, tokens, products, expanded):
-        """Add products·expandedᵀ to one or two tensors of tokens, as `_like` makes them."""
-        if tokens:
-            self._by_columns(_adjoint_kernel, "adjoint", len(tokens), expanded=expanded, products=products,
-                             **_three("x", tokens))
+    def add_adjoint(self, tokens, first, places, products, expanded):
+        """Add products·expandedᵀ to tensors of tokens, (…, B, L, H, D), from the `first` on."""
+        if places:
+            self._by_columns(_adjoint_kernel, "adjoint", places, expanded=expanded, products=products, x=tokens,
+                             first=first)
 
     def _by_columns(self, kernel, name, places, **arguments):
         options, of = self.tile(name), self.of_tables
@@ -725,33 +735,30 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], places: str,
     call.attend(_forward_kernel, "forward", False, products, **_values("own", q), **_values("other", k),
                 **_values("other_v", v), sums=sums, out=out, log_sums=log_sums)
     if "v" in places:
-        call.add_adjoint([out], sums, expanded[-1])
+        call.add_adjoint(out, 0, 1, sums, expanded[-1])
     return out, log_sums, expanded, sums
 
 
 def _backward(grad: Tensor, out: Tensor, log_sums: Tensor, expanded: Tensor, sums: Tensor, q: Tensor, k: Tensor,
               v: Tensor, tables: list[Tensor], places: str, layout: Tensor, sizes: list[int], bias: bool,
-              mask: Tensor | None, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and, flat and one after the other, of the tables"""
+              mask: Tensor | None, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
+    """Gradients of k, q and v, (3, B, H, L, D), and, flat and one after the other, of the tables"""
     grad, q, k, v = map(_with_channels_together, (grad, q, k, v))
     call = _Call(q, tables, places, layout, sizes, bias, mask, seed, dropout_p)
     tokens, on_logits = [{"q": k, "k": q, "v": grad}[place] for place in places], places.replace("v", "")
     products = expanded if bias else call.multiply(tokens, expanded)
-    grads = {"k": _like(q), "q": _like(q), "v": _like(q)}  # of the tokens that the table of a place meets
+    grads = q.new_empty(3, q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(2, 3)
     grad_products = q.new_empty(len(on_logits), *q.shape[:3], call.size)
-    shared = {"out": out, "log_sums": log_sums, "deltas": torch.empty_like(log_sums), "own_v_grad": grads["v"],
-              "v_products": products[-1]}
+    shared = {"out": out, "log_sums": log_sums, "deltas": torch.empty_like(log_sums), "grads": grads,
+              "sums": grad_products, "v_products": products[-1]}
     # the queries first, which leave the deltas
-    for place, own, other, own_v, other_v in (("k", q, k, grad, v), ("q", k, q, v, grad)):
-        by_key, on_own = place == "q", place in places
-        call.attend(_backward_kernel, ("keys" if by_key else "queries") + ", sums" * on_own, by_key, products, **shared,
-                    **_values("own", own), **_values("other", other), **_values("own_v", own_v),
-                    **_values("other_v", other_v), own_grad=grads[place],
-                    sums=grad_products[on_logits.index(place)] if on_own else grad_products)
+    for by_key, own, other, own_v, other_v in ((False, q, k, grad, v), (True, k, q, v, grad)):
+        name = ("keys" if by_key else "queries") + ", sums" * (("q" if by_key else "k") in places)
+        call.attend(_backward_kernel, name, by_key, products, **shared, **_values("own", own),
+                    **_values("other", other), **_values("own_v", own_v), **_values("other_v", other_v))
     if not bias:
-        call.add_adjoint([grads[place] for place in on_logits], grad_products, expanded)
-    of_tables = call.gradients(tables, tokens, [*grad_products, sums][:len(places)])
-    return grads["k"], grads["q"], grads["v"], of_tables
+        call.add_adjoint(grads, int("q" not in places), len(on_logits), grad_products, expanded)
+    return grads, call.gradients(tables, tokens, [*grad_products, sums][:len(places)])
 
 
 def _register(name, function):
@@ -771,11 +778,12 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad, *_):
     *saved, layout, mask, seed = ctx.saved_tensors[:10]
     tables = list(ctx.saved_tensors[10:])
-    *grads, of_tables = torch.ops.rpe_ops.attention_by_rows_backward(
+    grads, of_tables = torch.ops.rpe_ops.attention_by_rows_backward(
         grad, *saved, tables, ctx.places, layout, ctx.sizes, ctx.bias, mask, seed, ctx.dropout_p)
+    grad_k, grad_q, grad_v = grads.unbind(0)
     of_tables = of_tables.split([table.numel() for table in tables])
     of_tables = [x.view(table.shape) for x, table in zip(of_tables, tables, strict=True)]
-    return *grads, of_tables, *[None] * 7
+    return grad_q, grad_k, grad_v, of_tables, *[None] * 7
 
 
 _register("rpe_ops::attention_by_rows_backward", _backward)
