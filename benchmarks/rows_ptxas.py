@@ -7,6 +7,7 @@ import concurrent.futures
 import itertools
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import triton
 from rpe_ops import rows
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "DeiT-with-iRPE"))
+from irpe import row_layout
 
 TARGETS = {80: "A100", 90: "H100"}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -28,13 +32,13 @@ def launches(dtype, channels, places, masked, dropout_p, height=14, width=14):
     """{kernel's name: (kernel, its tile, its arguments)} of a forward and backward pass, which are not run."""
     found = {}
 
-    def record(kernel, grid, options, values, **more):
-        values = values | more | {"OWN": options.own, "OTHER": options.other}
+    def record(kernel, grid, options, arguments):
         name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
-        if name == "backward":
-            name = "keys" if values["BY_KEY"] else "queries"
-        if name not in found:  # a product of the forward pass is as one of the backward pass
-            found[name] = kernel, options, {parameter: values[parameter] for parameter in kernel.arg_names}
+        if name == "attention":
+            name = "forward" if arguments["FORWARD"] else "keys" if arguments["BY_KEY"] else "queries"
+        if name == "product" and arguments["ADJOINT"]:
+            name = "adjoint"
+        found.setdefault(name, (kernel, options, arguments))  # a product of the forward pass is as in the backward pass
 
     launch, rows._launch = rows._launch, record
     try:
@@ -42,11 +46,11 @@ def launches(dtype, channels, places, masked, dropout_p, height=14, width=14):
         q, k, v = torch.zeros(2, height * width + 1, 3, 6, channels, dtype=dtype, requires_grad=True
                               ).permute(2, 0, 3, 1, 4)
         index = [torch.arange(1 - size, size).clamp(-3, 3) + 3 for size in (height, width)]
-        row_map = rows.describe((index[0][:, None] * 7 + index[1])[None], 1, 50)
+        layout = row_layout((index[0][:, None] * 7 + index[1])[None], 1, 50)
         tables = [[torch.zeros(1, *shape, requires_grad=True)] * (place in places)
                   for place, shape in zip("qkv", ((channels, 50), (channels, 50), (50, channels)), strict=True)]
         mask = torch.zeros(2, 1, 1, height * width + 1, dtype=torch.bool) if masked else None
-        rows.attention(q, k, v, *tables, row_map, False, mask, dropout_p).sum().backward()
+        rows.attention(q, k, v, *tables, *layout, False, mask, dropout_p).sum().backward()
     finally:
         rows._launch = launch
     return found

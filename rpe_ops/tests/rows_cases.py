@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import sys
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,9 @@ import triton  # reads the environment
 import triton.language as tl
 from rpe_ops import reference, rows
 from triton.runtime import interpreter
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "DeiT-with-iRPE"))
+from irpe import row_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of the largest value
@@ -67,8 +71,8 @@ class Case:
             x = self._random(3, *shape)
         q, k, v = x.unbind(0)
         offset_ids = self._offset_ids(2 * height - 1, 2 * width - 1)
-        self.row_map = rows.describe(offset_ids, self.prefix, self.buckets)
-        self.row_map = self.row_map._replace(layout=self.row_map.layout.to(DEVICE))
+        layout, sizes = row_layout(offset_ids, self.prefix, self.buckets)
+        self.map_and_kind = layout.to(DEVICE), sizes, self.kind == "bias"
         self.ids = self._ids(offset_ids)
         self.inputs = [q * self.size, k, v, *(self._table(place) for place in self.places for _ in self.ids)]
         self.inputs = [x.detach().requires_grad_() for x in self.inputs]
@@ -127,15 +131,15 @@ class Case:
             keys[:, :, start:start + 128] += torch.eye(128, device=DEVICE)[:self.length - start]
             table = torch.zeros(1, self.buckets, device=DEVICE)
             torch.manual_seed(1)
-            parts.append(rows.attention(keys * 0, keys * 0, keys, [], [table] * len(self.ids), [], self.row_map, True,
-                                        None, self.dropout_p))
+            parts.append(rows.attention(keys * 0, keys * 0, keys, [], [table] * len(self.ids), [], *self.map_and_kind[:2],
+                                        True, None, self.dropout_p))
         return torch.cat(parts, 3)[..., :self.length].double() * self.length
 
     def by_rows(self, q, k, v, *tables, **options):
         """The call that is tested."""
         tables = iter(tables)
         of_places = [[next(tables) for _ in self.ids] if place in self.places else [] for place in "qkv"]
-        return rows.attention(q, k, v, *of_places, self.row_map, self.kind == "bias", self.mask, self.dropout_p)
+        return rows.attention(q, k, v, *of_places, *self.map_and_kind, self.mask, self.dropout_p)
 
     def definition(self, q, k, v, *tables, kept):
         """Attention of the paper (Eq. 12 to 14), operator by operator; `kept` as `self.kept` returns it."""

@@ -132,13 +132,53 @@ def _kept_ids(methods, height, width, skip, piecewise, device, dtype, transposed
     return _in_a_thread(compute)
 
 
+def row_layout(offset_ids, skip, num_buckets):
+    """What `rpe_ops.rows` has to know of a map on which a bucket depends on a pair through a class of its two rows, and
+    through its two columns, as for product and cross.
+
+    Args:
+        offset_ids: (tables, 2·height - 1, 2·width - 1) on the CPU, buckets of every offset; two tables for a cross.
+        skip: prefix tokens before the map; their pairs have the last of each table's `num_buckets`.
+    Returns: an int32 tensor, and sizes, (rows, columns, prefix tokens, classes, steps from row to row and from column to
+        column). Columns are the axis that fills chunks of 16 tokens better. The tensor has, one after the other: the
+        class of each pair of rows, row 0 being the prefix; for each table the bucket of each column (the last being the
+        prefix), class and column of the other token, -1 where there is none; and for each bucket of each table where its
+        list begins, then the lists of their places in that order of columns, classes and columns.
+    Raises: ValueError if rows of one class do not follow each other.
+    """
+    rows, columns = ((size + 1) // 2 for size in offset_ids.shape[1:])
+    steps = columns, 1
+    if columns * _whole_chunks(rows) < rows * _whole_chunks(columns):
+        rows, columns, steps, offset_ids = columns, rows, (1, columns), offset_ids.mT
+    pattern = offset_ids.transpose(0, 1).flatten(1)
+    class_of = F.pad((pattern[1:] != pattern[:-1]).any(1).cumsum(0), (1, 0))
+    classes = int(class_of[-1]) + 1
+    if len(pattern.unique(dim=0)) != classes:
+        raise ValueError("rows of one class do not follow each other, as they do for product and cross")
+    row, column = torch.arange(rows), torch.arange(columns)
+    of_rows = F.pad(class_of[row[:, None] - row + rows - 1], (1, 0, 1, 0), value=classes)
+    ids = torch.full((len(offset_ids), columns + 1, classes + (skip > 0), _whole_chunks(columns)), -1)
+    of_classes = offset_ids[:, torch.searchsorted(class_of, torch.arange(classes))]
+    ids[:, :-1, :classes, :columns] = of_classes[:, :, column[:, None] - column + columns - 1].transpose(1, 2)
+    if skip:
+        ids[:, :-1, -1, :skip] = ids[:, -1, -1, :max(columns, skip)] = num_buckets - 1
+    ids = ids.flatten(1)
+    places = [(of_table == bucket).nonzero()[:, 0] for of_table in ids for bucket in range(num_buckets)]
+    starts = torch.tensor([0, *map(len, places)]).cumsum(0)
+    layout = torch.cat([of_rows.flatten(), ids.flatten(), starts, *places]).int()
+    return layout, (rows, columns, skip, classes + (skip > 0), *steps)
+
+
+def _whole_chunks(size):
+    return -(-size // 16) * 16
+
+
 @functools.lru_cache(maxsize=256)
-def _row_map(method, height, width, skip, piecewise, device):
-    """What `rpe_ops.rows.attention` has to know of a map and a method, product or cross."""
+def _kept_row_layout(method, height, width, skip, piecewise, device):
     def compute():
         ids = torch.stack([_offset_ids(x, height, width, *piecewise, torch.long, "cpu") for x in _parts(method)])
-        row_map = rpe_ops.blockwise.rows.describe(ids, skip, _count_buckets(_parts(method)[0], skip, piecewise[1]))
-        return row_map._replace(layout=row_map.layout.to(device))
+        layout, sizes = row_layout(ids, skip, _count_buckets(_parts(method)[0], skip, piecewise[1]))
+        return layout.to(device), sizes
 
     return _in_a_thread(compute)
 
@@ -372,20 +412,14 @@ def _goes_by_rows(q, k, v, modules, mask):
     return rpe_ops.rows_take(q, k, v, tables, configs[0].skip, mask, modules) and fits
 
 
-def _row_map_of(config, length, device, height, width):
-    size = _checked_map(length, height, width, config.skip)
-    key = config.method, *size, config.skip, config.piecewise, torch.device(device)
-    return rpe_ops.blockwise.rows.RowMap(_constant_layout(*key), _constant_sizes(*key))
+@torch.compiler.assume_constant_result
+def _constant_row_layout(*key):
+    return _kept_row_layout(*key)[0]
 
 
 @torch.compiler.assume_constant_result
-def _constant_layout(*key):
-    return _row_map(*key).layout
-
-
-@torch.compiler.assume_constant_result
-def _constant_sizes(*key):
-    return _row_map(*key).sizes
+def _constant_row_sizes(*key):
+    return _kept_row_layout(*key)[1]
 
 
 def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, width=None, attn_mask=None, dropout_p=0.0):
@@ -407,10 +441,11 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
     ours = all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
     ours = ours and HAS_RPE_OPS and not _is_exporting()
     if ours and _goes_by_rows(q, k, v, modules, attn_mask):
-        row_map = _row_map_of(modules[0].config, q.shape[2], q.device, height, width)
-        tables = [rpe.tables if rpe else [] for rpe in (rpe_q, rpe_k, rpe_v)]
-        return rpe_ops.blockwise.rows.attention(q, k, v, *tables, row_map, modules[0].config.mode == "bias", attn_mask,
-                                                dropout_p)
+        config, tables = modules[0].config, [rpe.tables if rpe else [] for rpe in (rpe_q, rpe_k, rpe_v)]
+        size = _checked_map(q.shape[2], height, width, config.skip)
+        key = config.method, *size, config.skip, config.piecewise, q.device
+        return rpe_ops.blockwise.rows.attention(q, k, v, *tables, _constant_row_layout(*key), _constant_row_sizes(*key),
+                                                config.mode == "bias", attn_mask, dropout_p)
     q, mask, blind = q * q.shape[-1] ** -0.5, attn_mask, None
     if mask is not None:
         if mask.dtype == torch.bool:
