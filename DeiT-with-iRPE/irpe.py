@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         warnings.warn("the extension rpe_ops is not installed; iRPE computes the same without it, but slower. To build "
                       "it, in the iRPE repository: pip install ./rpe_ops --no-build-isolation", stacklevel=2)
-if HAS_RPE_OPS and not hasattr(rpe_ops, "ATTENTION"):
+if HAS_RPE_OPS and not hasattr(rpe_ops, "rows_take"):
     raise ImportError("the installed rpe_ops is older than this irpe.py; build it anew, in the iRPE repository: "
                       "pip install ./rpe_ops --no-build-isolation --no-deps --force-reinstall")
 
@@ -96,13 +96,30 @@ def get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype=tor
     Raises: ValueError for a method without a mapping of its own.
     """
     method = METHOD(_choice("method", method, [m.value for m in _MAPPINGS]))
-    dr, dc = (torch.arange(1 - n, n, device=device) for n in (height, width))
-    table = _MAPPINGS[method][0](dr[:, None], dc, lambda x: piecewise_index(x, alpha, beta, gamma, dtype) + int(beta),
-                                 2 * int(beta) + 1).expand(2 * height - 1, 2 * width - 1)
+    table = _offset_ids(method, height, width, alpha, beta, gamma, dtype, device)
     # ids[(r, c), (r', c')] = table[r - r' + height - 1, c - c' + width - 1]: a window of the table for every query
     ids = table.unfold(0, height, 1).unfold(1, width, 1).flip(2, 3).reshape(height * width, height * width)
     num_buckets = _count_buckets(method, skip, beta)
     return F.pad(ids, (skip, 0, skip, 0), value=num_buckets - 1), num_buckets
+
+
+def _offset_ids(method, height, width, alpha, beta, gamma, dtype, device):
+    """Bucket of every offset, (2·height - 1, 2·width - 1), from 1 - height and 1 - width on."""
+    dr, dc = (torch.arange(1 - n, n, device=device) for n in (height, width))
+    return _MAPPINGS[method][0](dr[:, None], dc, lambda x: piecewise_index(x, alpha, beta, gamma, dtype) + int(beta),
+                                2 * int(beta) + 1).expand(2 * height - 1, 2 * width - 1)
+
+
+def _parts(method):
+    """The methods of the tables of a method."""
+    return (METHOD.CROSS_ROWS, METHOD.CROSS_COLS) if method is METHOD.CROSS else (method,)
+
+
+def _in_a_thread(compute):
+    """`compute()`, in a thread that has no inference mode, fake tensors or default device of the caller: what is cached
+    must be good for every later caller."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(compute).result()
 
 
 @functools.lru_cache(maxsize=32)  # 8 MB each on DETR's largest maps
@@ -112,10 +129,58 @@ def _kept_ids(methods, height, width, skip, piecewise, device, dtype, transposed
         ids = torch.stack([get_bucket_ids_2d(x, height, width, skip, *piecewise, dtype)[0] for x in methods])
         return (ids.mT.contiguous() if transposed else ids).to(device)
 
-    # a thread of its own has no inference mode, fake tensors or default device of the caller: what is cached here
-    # must be good for every later caller
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(compute).result()
+    return _in_a_thread(compute)
+
+
+def row_layout(offset_ids, skip, num_buckets):
+    """What `rpe_ops.rows` has to know of a map on which a bucket depends on a pair through a class of its two rows, and
+    through its two columns, as for product and cross.
+
+    Args:
+        offset_ids: (tables, 2·height - 1, 2·width - 1) on the CPU, buckets of every offset; two tables for a cross.
+        skip: prefix tokens before the map; their pairs have the last of each table's `num_buckets`.
+    Returns: an int32 tensor, and sizes, (rows, columns, prefix tokens, classes, steps from row to row and from column to
+        column). Columns are the axis that fills chunks of 16 tokens better. The tensor has, one after the other: the
+        class of each pair of rows, row 0 being the prefix; for each table the bucket of each column (the last being the
+        prefix), class and column of the other token, -1 where there is none; and for each bucket of each table where its
+        list begins, then the lists of their places in that order of columns, classes and columns.
+    Raises: ValueError if rows of one class do not follow each other.
+    """
+    rows, columns = ((size + 1) // 2 for size in offset_ids.shape[1:])
+    steps = columns, 1
+    if columns * _whole_chunks(rows) < rows * _whole_chunks(columns):
+        rows, columns, steps, offset_ids = columns, rows, (1, columns), offset_ids.mT
+    pattern = offset_ids.transpose(0, 1).flatten(1)
+    class_of = F.pad((pattern[1:] != pattern[:-1]).any(1).cumsum(0), (1, 0))
+    classes = int(class_of[-1]) + 1
+    if len(pattern.unique(dim=0)) != classes:
+        raise ValueError("rows of one class do not follow each other, as they do for product and cross")
+    row, column = torch.arange(rows), torch.arange(columns)
+    of_rows = F.pad(class_of[row[:, None] - row + rows - 1], (1, 0, 1, 0), value=classes)
+    ids = torch.full((len(offset_ids), columns + 1, classes + (skip > 0), _whole_chunks(columns)), -1)
+    of_classes = offset_ids[:, torch.searchsorted(class_of, torch.arange(classes))]
+    ids[:, :-1, :classes, :columns] = of_classes[:, :, column[:, None] - column + columns - 1].transpose(1, 2)
+    if skip:
+        ids[:, :-1, -1, :skip] = ids[:, -1, -1, :max(columns, skip)] = num_buckets - 1
+    ids = ids.flatten(1)
+    places = [(of_table == bucket).nonzero()[:, 0] for of_table in ids for bucket in range(num_buckets)]
+    starts = torch.tensor([0, *map(len, places)]).cumsum(0)
+    layout = torch.cat([of_rows.flatten(), ids.flatten(), starts, *places]).int()
+    return layout, (rows, columns, skip, classes + (skip > 0), *steps)
+
+
+def _whole_chunks(size):
+    return -(-size // 16) * 16
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_row_layout(method, height, width, skip, piecewise, device):
+    def compute():
+        ids = torch.stack([_offset_ids(x, height, width, *piecewise, torch.long, "cpu") for x in _parts(method)])
+        layout, sizes = row_layout(ids, skip, _count_buckets(_parts(method)[0], skip, piecewise[1]))
+        return layout.to(device), sizes
+
+    return _in_a_thread(compute)
 
 
 # --- Configuration ---------------------------------------------------------------------------------------------------
@@ -207,6 +272,19 @@ def _sum_buckets(attn, ids, num_buckets):
     return total.scatter_add(-1, ids.expand_as(attn), attn.to(total.dtype)).to(attn.dtype)
 
 
+def _checked_map(length, height, width, skip):
+    """Height and width of the map of `length` tokens; ValueError if that is not height·width + skip."""
+    length = operator.index(length)  # torch.compile is to take sizes for constants
+    if height is None or width is None:
+        height = width = math.isqrt(length)
+    height, width = operator.index(height), operator.index(width)
+    if (prefix := length - height * width) != skip:
+        raise ValueError(f"{length} tokens on a map of {height}×{width} leave {prefix} prefix tokens, but the "
+                         f"encoding was built with skip={skip}; set skip={max(prefix, 0)}, or give the height and "
+                         "width of the map")
+    return height, width
+
+
 class iRPE(nn.Module):
     """One term of the encoding with one table: on queries, keys or values.
 
@@ -237,14 +315,7 @@ class iRPE(nn.Module):
 
         Raises: ValueError if `length` is not height·width + skip.
         """
-        length = operator.index(length)  # torch.compile is to take sizes for constants
-        if height is None or width is None:
-            height = width = math.isqrt(length)
-        height, width, skip = operator.index(height), operator.index(width), self.config.skip
-        if (prefix := length - height * width) != skip:
-            raise ValueError(f"{length} tokens on a map of {height}×{width} leave {prefix} prefix tokens, but the "
-                             f"encoding was built with skip={skip}; set skip={max(prefix, 0)}, or give the height and "
-                             "width of the map")
+        height, width = _checked_map(length, height, width, self.config.skip)
         flip = transposed and torch.compiler.is_compiling()  # which takes two constants of one function for the same
         ids = self._constant_ids(height, width, torch.device(device), transposed and not flip)
         ids = ids[-1 if self.method is METHOD.CROSS_COLS else 0]  # so both axes of a cross are in one
@@ -252,7 +323,7 @@ class iRPE(nn.Module):
 
     @torch.compiler.assume_constant_result
     def _constant_ids(self, height, width, device, transposed):
-        methods = (METHOD.CROSS_ROWS, METHOD.CROSS_COLS) if self.config.method is METHOD.CROSS else (self.method,)
+        methods = _parts(self.config.method)
         dtype = torch.int32 if _use_rpe_ops(device) else torch.int64  # PyTorch's own gather takes no int32
         return _kept_ids(methods, height, width, self.config.skip, self.config.piecewise, device, dtype, transposed)
 
@@ -260,6 +331,11 @@ class iRPE(nn.Module):
         """A list of (ids, table), as `rpe_ops.attention` takes the term of this module."""
         ids = self.bucket_ids(length, device, height, width, transposed=self.on == "q")
         return [(ids, self._table * self._table.shape[-2] ** -0.5 if self.on == "q" else self._table)]
+
+    @property
+    def tables(self):
+        """Its parameters, one, or two of a cross."""
+        return [self.lookup_table_bias if self.config.mode == "bias" else self.lookup_table_weight]
 
     @property
     def _table(self):
@@ -295,11 +371,16 @@ class iRPE_Cross(nn.Module):
 
     def __init__(self, head_dim, num_heads, config, on="k"):
         super().__init__()
+        self.config = config
         self.rp_rows = iRPE(head_dim, num_heads, config, on, METHOD.CROSS_ROWS)
         self.rp_cols = iRPE(head_dim, num_heads, config, on, METHOD.CROSS_COLS)
 
     def terms(self, *args):
         return self.rp_rows.terms(*args) + self.rp_cols.terms(*args)
+
+    @property
+    def tables(self):
+        return self.rp_rows.tables + self.rp_cols.tables
 
     def forward(self, x, height=None, width=None):
         return self.rp_rows(x, height, width) + self.rp_cols(x, height, width)
@@ -366,6 +447,30 @@ def _has_aligned_rows(x):
     return x.stride(-1) == 1 and all(stride % _ROW_ALIGNMENT == 0 for stride in x.stride()[:-1])
 
 
+_MOST_CLASSES = 15  # of rows of the map: with more, products by rows are as large as logits
+
+
+def _goes_by_rows(q, k, v, modules, mask):
+    """Whether `rpe_ops.rows` is for this call. Buckets of euclid and quantization mix rows and columns."""
+    configs = [module.config for module in modules]
+    kinds = {(x.ratio, x.method, x.mode, x.shared_head, x.skip) for x in configs}
+    fits = (len(kinds) == 1 and configs[0].method in (METHOD.PRODUCT, METHOD.CROSS)
+            and 2 * int(configs[0].piecewise[1]) + 1 <= _MOST_CLASSES)
+    tables = [table for module in modules for table in module.tables]
+    # asked in any case: it refuses an unknown IRPE_ATTENTION
+    return rpe_ops.rows_take(q, k, v, tables, configs[0].skip, mask, modules) and fits
+
+
+@torch.compiler.assume_constant_result
+def _constant_row_layout(*key):
+    return _kept_row_layout(*key)[0]
+
+
+@torch.compiler.assume_constant_result
+def _constant_row_sizes(*key):
+    return _kept_row_layout(*key)[1]
+
+
 def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, width=None, attn_mask=None, dropout_p=0.0):
     """softmax(scale·q·kᵀ + terms on keys and queries + mask)·v + term on values, with scale = D^-1/2.
 
@@ -381,15 +486,22 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
     modules = [module for module in (rpe_q, rpe_k, rpe_v) if module is not None]
     if not modules:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
+    # what rpe_ops computes is what `forward` computes, unless that is somebody else's
+    ours = all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
+    ours = ours and HAS_RPE_OPS and not _is_exporting()
+    if ours and _goes_by_rows(q, k, v, modules, attn_mask):
+        config, tables = modules[0].config, [rpe.tables if rpe else [] for rpe in (rpe_q, rpe_k, rpe_v)]
+        size = _checked_map(q.shape[2], height, width, config.skip)
+        key = config.method, *size, config.skip, config.piecewise, q.device
+        return rpe_ops.blockwise.rows.attention(q, k, v, *tables, _constant_row_layout(*key), _constant_row_sizes(*key),
+                                                config.mode == "bias", attn_mask, dropout_p)
     q, mask, blind = q * q.shape[-1] ** -0.5, attn_mask, None
     if mask is not None:
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
         blind = mask.amax(-1, keepdim=True) == -math.inf  # queries that may see nothing get zeros in the end
         mask = mask.masked_fill(blind, 0)
-    ours = all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
-    # `terms` say what `forward` computes, unless it is somebody else's
-    if HAS_RPE_OPS and ours and not _is_exporting() and rpe_ops.attention_takes(q, k, v, mask, modules):
+    if ours and rpe_ops.attention_takes(q, k, v, mask, modules):
         terms = [rpe.terms(q.shape[2], q.device, height, width) if rpe else [] for rpe in (rpe_q, rpe_k, rpe_v)]
         out = rpe_ops.attention(q, k, v, *terms, mask, dropout_p)
     else:

@@ -1,6 +1,6 @@
 """iRPE's operators as one C++/CUDA extension: `rpe_ops.rpe_index` holds the gather and the bucket sum,
-`rpe_ops.reference` their definition, and `rpe_ops.attention` computes whole attentions on a CPU, with
-IRPE_ATTENTION=fused in the environment also on a GPU.
+`rpe_ops.reference` their definition, and `rpe_ops.attention` computes whole attentions on a CPU,
+`rpe_ops.rows.attention` on a GPU if IRPE_ATTENTION=rows is in the environment.
 
 Importing raises ImportError, with the command to rebuild, when the build belongs to another PyTorch or to another
 version of these files; ModuleNotFoundError only when the package is not installed at all.
@@ -37,8 +37,8 @@ def _load() -> bool:
 
 has_cuda = _load()
 
-from .blockwise import ATTENTION, attention, attention_takes  # noqa: E402  needs the loaded operators
+from .blockwise import ATTENTION, attention, attention_takes, rows_take  # noqa: E402  needs the loaded operators
 from .rpe_index import RPEIndexFunction, rpe_bucket_sum, validate_index  # noqa: E402
 
 __all__ = ["ATTENTION", "RPEIndexFunction", "__version__", "attention", "attention_takes", "has_cuda",
-           "rpe_bucket_sum", "validate_index"]
+           "rows_take", "rpe_bucket_sum", "validate_index"]

@@ -12,12 +12,12 @@ import torch
 
 from .rpe_index import rpe_bucket_sum, rpe_bucket_sum_add_, rpe_index, rpe_index_add_
 
-ON_CUDA = "composed"  # until a GPU has measured the fused kernels to be right and faster
+ON_CUDA = "composed"  # the default on a GPU: "rows" once a GPU has measured that it is not slower
 ATTENTION = os.environ.get("IRPE_ATTENTION", ON_CUDA)
-if ATTENTION == "fused" and importlib.util.find_spec("triton"):  # a PyTorch for CPUs lacks it, and has no use for it
-    from . import fused
+if ATTENTION == "rows" and importlib.util.find_spec("triton"):  # a PyTorch for CPUs lacks it, and has no use for it
+    from . import rows
 else:
-    fused = None
+    rows = None
 
 _BLOCK = 2 ** 20  # logits at work at a time: 4 MB of float32, few enough to stay in a processor's cache
 
@@ -31,11 +31,9 @@ def attention(q, k, v, on_q=(), on_k=(), on_v=(), mask=None, dropout_p=0.0):
 
     Args:
         q, k, v: (B, H, L, D), q scaled; as `attention_takes` says: float32 or float64 on a CPU, outside compiling,
-            tracing, autocast and torch.func. With IRPE_ATTENTION=fused in the environment, what `fused.takes` says
-            goes to `fused.attention`, whose derivatives are of the first order.
+            tracing, autocast and torch.func.
         on_q, on_k, on_v: lists of pairs: ids (L, L), int32 or int64, and table, (D, buckets) or (H, D, buckets) on
-            queries and keys, (buckets, D) or (H, buckets, D) on values. `fused.attention` also takes tables of a
-            bias, (1, 1, 1, buckets) or (1, H, 1, buckets).
+            queries and keys, (buckets, D) or (H, buckets, D) on values.
         mask: added to the logits, broadcast to (B, H, L, L), without gradient; a query that it hides everything from
             has no defined result.
         dropout_p: dropout of the attention, the same in the backward pass.
@@ -43,8 +41,6 @@ def attention(q, k, v, on_q=(), on_k=(), on_v=(), mask=None, dropout_p=0.0):
         order do make tensors of (B, H, L, L).
     Raises: ValueError for a call that it does not take, IndexError for an id out of range.
     """
-    if _is_for_fused(q, k, v):
-        return fused.attention(q, k, v, on_q, on_k, on_v, mask, dropout_p)
     if not attention_takes(q, k, v, mask):
         raise ValueError(f"rpe_ops.attention got q, k, v of {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and "
                          f"{q.dtype} on {q.device}; it takes what rpe_ops.attention_takes says: eager float32 or "
@@ -57,34 +53,35 @@ def attention(q, k, v, on_q=(), on_k=(), on_v=(), mask=None, dropout_p=0.0):
 
 
 def attention_takes(q, k, v, mask=None, modules=()):
-    """Whether `attention` is for this call.
+    """Whether `attention` is for this call: on a CPU, eager, outside autocast, contextual, in float32 or float64 of one
+    shape, and as `_may_stand_for` says of the mask and the modules whose `forward` will not run then."""
+    if not _may_stand_for(mask, modules) or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return (q.shape == k.shape and q.shape[:3] == v.shape[:3] and q.dtype in (torch.float32, torch.float64)
+            and all(x.device.type == "cpu" and x.dtype == q.dtype for x in (q, k, v))
+            and not any(hasattr(part, "lookup_table_bias") for module in modules for part in module.modules()))
 
-    It has to be outside torch.func and tracing, with a mask that asks for no gradient. On a CPU it has to be eager,
-    outside autocast, contextual, in float32 or float64 of one shape. `modules` are those whose `forward` will not run
-    then: they must have no hooks, nor a `forward` of their own.
 
-    Raises: ValueError if IRPE_ATTENTION in the environment is something else than composed or fused.
+def rows_take(q, k, v, tables, prefix, mask=None, modules=()):
+    """Whether `rows.attention` is for this call: it is chosen, it takes such tensors, and `_may_stand_for` the modules.
+
+    Raises: ValueError if IRPE_ATTENTION in the environment is something else than composed or rows.
     """
-    if ATTENTION not in ("composed", "fused"):
-        raise ValueError(f"IRPE_ATTENTION is {ATTENTION!r}; it must be composed or fused, or not be set")
+    if ATTENTION not in ("composed", "rows"):
+        raise ValueError(f"IRPE_ATTENTION is {ATTENTION!r}; it must be composed or rows, or not be set")
+    return (ATTENTION == "rows" and rows is not None and rows.takes(q, k, v, tables, prefix)
+            and _may_stand_for(mask, modules))
+
+
+def _may_stand_for(mask, modules):
+    """Whether an attention may compute what these modules would: outside torch.func and tracing, with a mask that asks
+    for no gradient, and for modules without hooks or a `forward` of their own."""
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     if mask is not None and mask.requires_grad:
         return False
     parts = [part for module in modules for part in module.modules()]
-    if torch.nn.modules.module._has_any_global_hook() or any(map(_is_hooked, parts)):
-        return False
-    if _is_for_fused(q, k, v):
-        return True
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    return (q.shape == k.shape and q.shape[:3] == v.shape[:3] and q.dtype in (torch.float32, torch.float64)
-            and all(x.device.type == "cpu" and x.dtype == q.dtype for x in (q, k, v))
-            and not any(hasattr(part, "lookup_table_bias") for part in parts))
-
-
-def _is_for_fused(q, k, v):
-    return ATTENTION == "fused" and fused is not None and fused.takes(q, k, v)
+    return not (torch.nn.modules.module._has_any_global_hook() or any(map(_is_hooked, parts)))
 
 
 def _is_hooked(module):

@@ -1,0 +1,120 @@
+"""Registers, spills and shared memory of the kernels of attention by rows: `python benchmarks/rows_ptxas.py`.
+
+Triton compiles what a call would launch, for GPUs that need not be here, and its assembler says what the code takes.
+"""
+import argparse
+import concurrent.futures
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from rpe_ops import rows
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "DeiT-with-iRPE"))
+from irpe import row_layout
+
+TARGETS = {80: "A100", 90: "H100"}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+PLACES = ("k", "qkv")
+CHANNELS = (32, 64, 128)  # 48 is padded to 64, 96 to 128
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8",
+         torch.int32: "*i32", torch.int64: "*i64"}
+
+
+def launches(dtype, channels, places, masked, dropout_p, height=14, width=14):
+    """{kernel's name: (kernel, its tile, its arguments)} of a forward and backward pass, which are not run."""
+    found = {}
+
+    def record(kernel, grid, options, arguments):
+        name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+        if name == "attention":
+            name = "forward" if arguments["FORWARD"] else "keys" if arguments["BY_KEY"] else "queries"
+        if name == "product" and arguments["ADJOINT"]:
+            name = "adjoint"
+        found.setdefault(name, (kernel, options, arguments))  # a product of the forward pass is as in the backward pass
+
+    launch, rows._launch = rows._launch, record
+    try:
+        # as DeiT-S has it: q, k and v lie in one tensor, with a class token; seven classes of offsets on both axes
+        q, k, v = torch.zeros(2, height * width + 1, 3, 6, channels, dtype=dtype, requires_grad=True
+                              ).permute(2, 0, 3, 1, 4)
+        index = [torch.arange(1 - size, size).clamp(-3, 3) + 3 for size in (height, width)]
+        layout = row_layout((index[0][:, None] * 7 + index[1])[None], 1, 50)
+        tables = [[torch.zeros(1, *shape, requires_grad=True)] * (place in places)
+                  for place, shape in zip("qkv", ((channels, 50), (channels, 50), (50, channels)), strict=True)]
+        mask = torch.zeros(2, 1, 1, height * width + 1, dtype=torch.bool) if masked else None
+        rows.attention(q, k, v, *tables, *layout, False, mask, dropout_p).sum().backward()
+    finally:
+        rows._launch = launch
+    return found
+
+
+def specialised(kernel, arguments):
+    """(types, constants, alignments) of the arguments, which make a kernel another one, as Triton has them."""
+    signature, constants, aligned = {}, {}, {}
+    for parameter in kernel.params:
+        name, value = parameter.name, arguments[parameter.name]
+        tensor, special = isinstance(value, torch.Tensor), isinstance(value, int) and not parameter.do_not_specialize
+        if name.isupper() or (special and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = TYPES[value.dtype] if tensor else "fp32" if isinstance(value, float) else "i32"
+        if (tensor and value.data_ptr() % 16 == 0) or (special and value % 16 == 0):
+            aligned[parameter.num,] = [["tt.divisibility", 16]]
+    return signature, constants, aligned
+
+
+def compiled(kernel, options, arguments, arch):
+    """What Triton makes of a launch."""
+    return triton.compile(ASTSource(kernel, *specialised(kernel, arguments)), target=GPUTarget("cuda", arch, 32),
+                          options={"num_warps": options.num_warps, "num_stages": options.num_stages})
+
+
+def resources(program, arch):
+    """(registers of a thread, bytes spilled, bytes of shared memory of a program)"""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(program.asm["ptx"])
+        said = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", f"-arch=sm_{arch}{'a' if arch >= 90 else ''}",
+                               str(ptx), "-o", str(ptx.with_suffix(".cubin"))], capture_output=True, text=True,
+                              check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    return registers, sum(map(int, re.findall(r"(\d+) bytes spill", said))), program.metadata.shared
+
+
+def measure(case):
+    """Lines of the table for one (arch, type, channels, places, whether masked and with dropout)."""
+    arch, dtype, channels, places, rest = case
+    lines = []
+    for name, (kernel, options, arguments) in launches(DTYPES[dtype], channels, places, rest, 0.1 * rest).items():
+        registers, spilled, shared = resources(compiled(kernel, options, arguments, arch), arch)
+        lines.append(f"sm_{arch} {dtype:9}{channels:4}  {places:4} {'mask, dropout' if rest else '':14}{name:8}"
+                     f"{options.own:5} x {options.other:3}{options.num_warps:6}{options.num_stages:7}{registers:10}"
+                     f"{spilled:8}{shared:8}")
+    return lines
+
+
+def main(args):
+    print(f"Triton {triton.__version__}; tiles of own x other tokens; spilled and shared are bytes\n"
+          f"arch  type  channels  on{'':20}kernel    tile   warps stages registers spilled  shared")
+    cases = list(itertools.product(args.arch, args.dtype, args.channels, args.places, (False, True)))
+    with concurrent.futures.ProcessPoolExecutor(args.processes) as pool:
+        for lines in pool.map(measure, cases):
+            print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--channels", type=int, nargs="+", default=list(CHANNELS))
+    parser.add_argument("--places", nargs="+", default=list(PLACES))
+    parser.add_argument("--processes", type=int, default=2)
+    main(parser.parse_args())
