@@ -1,9 +1,10 @@
 """Training steps, an attention's kernels and their tilings on a GPU: `python benchmarks/gpu.py`.
 
-Every model is a process of its own. All compile at the same time, and wait; then they are timed, one at a time, in turns
-within every round. Printed are, for each, the time of the kernels of a step, its launches, its time on the clock and the
-peak of memory, over the plain model's (timm's, or an encoder without relative positions): as PyTorch runs them, and
-compiled. At the end the goals are compared with what was measured. `--device cpu --tiny` tries all of it without a GPU.
+Every model is a process of its own. They compile at the same time, and wait; then they are timed, one at a time, in
+turns within every round. Printed are, for each, the time of the kernels of a step, its launches, its time on the clock
+and the peak of memory, over the plain model's (timm's, or an encoder without relative positions): as PyTorch runs
+them, and compiled. At the end the goals are compared with what was measured. `--device cpu --tiny` tries all of it
+without a GPU.
 """
 import argparse
 import contextlib
@@ -180,7 +181,9 @@ def profile(function, device):
     with torch.profiler.profile(activities=activities) as profiler:
         function()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    events = [event for event in profiler.key_averages() if event.device_type == kind]
+    # a named region has a time on the GPU too, that of the kernels in it
+    events = [event for event in profiler.key_averages()
+              if event.device_type == kind and not getattr(event, "is_user_annotation", False)]
     time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     return sum(getattr(event, time_of) for event in events) / 1e3, sum(event.count for event in events)
 
@@ -209,6 +212,7 @@ class Worker:
         self.process = context.Process(target=serve, args=(end, subject, args), daemon=True)
         self.process.start()
         end.close()
+        self.failed = False
 
     def answer(self):
         """What the process answers next; None, and a note, if it failed."""
@@ -217,11 +221,15 @@ class Worker:
         except EOFError:
             kind, value = "failed", "its process ended"
         if kind == "failed":
+            self.failed = True
             print(f"FAILED: {self.subject.model}, {self.subject.name}: {value}", flush=True)
             return None
         return kind, value
 
     def ask(self, *request):
+        """The result of a Runner's method, None if the process has failed."""
+        if self.failed:
+            return None
         self.connection.send(request)
         answer = self.answer()
         return answer and answer[1]
@@ -232,28 +240,29 @@ class Worker:
 
 
 def start_workers(args):
-    """Workers of all subjects that are ready to be timed, compiled some at a time."""
+    """Workers of all subjects, compiled some at a time and then ready to be timed, unless they failed."""
     subjects = [Subject(model, way, on) for model in models(args) for way, on in (TINY_WAYS if args.tiny else WAYS)]
-    ready = []
+    workers = []
     for first in range(0, len(subjects), TOGETHER):
         started = [Worker(subject, args) for subject in subjects[first:first + TOGETHER]]
-        ready += [worker for worker in started if worker.answer()]
-    return ready
+        for worker in started:
+            worker.answer()
+        workers += started
+    return workers
 
 
 def time_workers(workers, args):
-    """{(subject, mode): Measurement}"""
+    """{(subject, mode): Measurement} of those that did not fail."""
     found = {}
     for model in models(args):
         ours = [worker for worker in workers if worker.subject.model == model]
         for mode in ("eager", "compiled"):
-            for worker in ours:
-                if kernels := worker.ask("kernels", mode):
-                    found[worker.subject, mode] = Measurement(*kernels, memory=worker.ask("memory", mode))
+            measured = [(worker, Measurement(*(worker.ask("kernels", mode) or ()), memory=worker.ask("memory", mode)))
+                        for worker in ours]
             for _ in range(args.rounds):
-                for worker in ours:
-                    if (worker.subject, mode) in found:
-                        found[worker.subject, mode].wall.append(worker.ask("wall", mode))
+                for worker, measurement in measured:
+                    measurement.wall.append(worker.ask("wall", mode))
+            found |= {(worker.subject, mode): measurement for worker, measurement in measured if not worker.failed}
         for worker in ours:
             worker.ask("forget")
             worker.end()
@@ -375,7 +384,8 @@ def time_tilings(tilings, args):
     print(f"\nTilings: {shape}; each differs from the first in one thing")
     runs = {on: one_attention(on, args) for on in dict.fromkeys(on for on, *_ in tilings)}
     for on, kernel, tile in tilings:
-        name = f"  {on:4}{kernel:15}own {tile.own:3} other {tile.other:2} warps {tile.num_warps} stages {tile.num_stages}"
+        name = (f"  {on:4}{kernel:15}own {tile.own:3} other {tile.other:2} warps {tile.num_warps} "
+                f"stages {tile.num_stages}")
 
         def several(run=runs[on]):
             for _ in range(1 if args.tiny else 5):
@@ -424,8 +434,8 @@ def header(args):
     import triton
     from machine import machine
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return (f"{datetime.date.today()}, {machine(args.device)}, PyTorch {torch.__version__}, Triton {triton.__version__}, "
-            f"commit {commit.stdout.strip() or 'unknown'}, {args.rounds} rounds")
+    return (f"{datetime.date.today()}, {machine(args.device)}, PyTorch {torch.__version__}, Triton "
+            f"{triton.__version__}, commit {commit.stdout.strip() or 'unknown'}, {args.rounds} rounds")
 
 
 def wait_for(path, seconds=600):
@@ -448,6 +458,7 @@ def main(args):
         time_tilings(tilings, args)
     if ratios:
         compare_with_goals(ratios)
+    sys.exit(any(worker.failed for worker in workers))
 
 
 def get_args_parser():

@@ -6,8 +6,9 @@
 #                                  to try the script itself
 #
 # Run from anywhere, with the environment's Python as `python`. What it prints is kept in FILE (default: gpu_NAME.txt in
-# benchmarks/, with the GPU's name). Exits with 1 if a test or a case fails. CASES in the environment says how many random
-# cases (default: 64).
+# benchmarks/, with the GPU's name). Exits with 1 if a test, a case or a model fails. In the environment CASES says how
+# many random cases (default: 64), and CHECK_MEMORY=1 adds compute-sanitizer's checks of memory and races, which take
+# some minutes more.
 set -euo pipefail
 tiny=
 if [ "${1:-}" = --tiny ]; then
@@ -48,6 +49,14 @@ python -m pytest -q -p no:cacheprovider "${tests[@]}" 2>&1 | tail -n 15 || faile
 stage "random cases against float64"
 wait "$random" || failed=1
 cat "$scratch/cases"
+if [ -n "${CHECK_MEMORY:-}" ]; then
+    stage "memory and races"
+    for tool in memcheck racecheck synccheck; do
+        compute-sanitizer --tool $tool --error-exitcode 1 python -m pytest -q -p no:cacheprovider \
+            tests/test_operators.py -k "cuda and definition and (shape2 or shape4)" || failed=1
+    done
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/rows_cases.py --cases 3 --processes 1 || failed=1
+fi
 if [ -z "$tiny" ]; then
     stage "two operators against PyTorch's"
     python ../benchmarks/operators.py --device cuda --rounds 30 || failed=1
