@@ -5,9 +5,9 @@ import statistics
 import torch
 from torch import nn
 
-from datasets.coco_eval import CocoEvaluator, gather_on_main
+from datasets.coco_eval import CocoEvaluator
 from datasets.panoptic_eval import PanopticEvaluator
-from util.runtime import Progress, UserError, get_world_size, print_once, step_optimizer
+from util.runtime import Progress, UserError, gather_on_main, get_world_size, print_once, step_optimizer, waiting
 
 SHOWN = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm", "lr")
 
@@ -84,7 +84,8 @@ def evaluate(model, criterion, postprocessors, data_loader, ground_truth, device
             evaluator.update(results)
     gathered = gather_on_main(batches)
     stats = _average(gathered, amp_dtype) if gathered else {}
-    measured = {name: evaluator.summarize() for name, evaluator in evaluators.items()}
+    with waiting():  # the main process measures, and may take minutes for it
+        measured = {name: evaluator.summarize() for name, evaluator in evaluators.items()}
     boxes, masks = measured.get("bbox"), measured.get("segm")
     if boxes:
         stats.update(AP=boxes.stats[0].item(), AP50=boxes.stats[1].item(), coco_eval_bbox=boxes.stats.tolist())

@@ -173,8 +173,9 @@ def save_precision(measured, output_dir, names):
 def share_buffers(model):
     """Give all processes the main one's statistics of batch norm, which are saved: each saw another last batch."""
     if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+        with runtime.waiting():
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
 
 
 def train(run, state, criterion, postprocessors, val_loader, ground_truth, device):
@@ -224,6 +225,13 @@ def main(args):
     check_args(args)
     device = runtime.find_place(args)
     runtime.prepare_output_dir(args.output_dir)
+    with runtime.output_lock(args.output_dir):
+        runtime.meet(args, args.step_timeout)
+        return train_or_evaluate(args, device)
+
+
+def train_or_evaluate(args, device):
+    """What `main` does, once the flags are checked and the output directory is this job's."""
     goes_on = bool(args.resume) and not args.finetune
     if args.resume == "auto":
         args.resume = runtime.newest_checkpoint(args.output_dir, needed=args.eval)
@@ -241,6 +249,8 @@ def main(args):
     val_loader, ground_truth = eval_loader(val_set, args), val_set.ground_truth()
     runtime.init_distributed(args, args.step_timeout)
     if args.eval:
+        if args.output_dir and "panoptic" in postprocessors:
+            runtime.prepare_output_dir(os.path.join(args.output_dir, "panoptic_eval"))  # these files are asked for
         stats, measured = evaluate(model, criterion, postprocessors, val_loader, ground_truth, device,
                                    getattr(torch, args.amp_dtype), args.output_dir)
         save_precision(measured, args.output_dir, ["eval.pth"])

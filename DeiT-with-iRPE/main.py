@@ -161,6 +161,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     device = runtime.find_place(args)
     check_args(args)
     runtime.prepare_output_dir(args.output_dir)
+    with runtime.output_lock(args.output_dir):
+        runtime.meet(args, args.step_timeout)
+        return train_or_evaluate(args, device)
+
+
+def train_or_evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """What ``main`` does, once the flags are checked and the output directory is this job's."""
     seed_everything(args.seed)
     torch.backends.cudnn.benchmark = True
     goes_on = bool(args.resume)
@@ -415,7 +422,7 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, f
     model = build_model(args, nb_classes).to(device)
     if args.resume:
         load_weights(model, load_checkpoint(args.resume), args.resume)
-    runtime.init_distributed(args)
+    runtime.init_distributed(args, args.step_timeout)
     stats = evaluate(loader, model, device, amp_dtype(args, device))
     if args.output_dir and get_rank() == 0:
         path = os.path.join(args.output_dir, "eval.json")

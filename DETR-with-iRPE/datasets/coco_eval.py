@@ -3,12 +3,11 @@ import contextlib
 import io
 
 import numpy as np
-import torch.distributed as dist
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from util.runtime import get_rank, get_world_size
+from util.runtime import gather_on_main
 
 
 class CocoEvaluator:
@@ -61,12 +60,3 @@ class CocoEvaluator:
         nothing.dataset = {**self.ground_truth.dataset, "annotations": []}
         nothing.createIndex()
         return nothing
-
-
-def gather_on_main(value):
-    """List of every process's value on the main process, None on the others."""
-    if not dist.is_initialized():
-        return [value]
-    gathered = [None] * get_world_size() if get_rank() == 0 else None
-    dist.gather_object(value, gathered)
-    return gathered

@@ -305,6 +305,18 @@ def test_quality_equals_another_implementation_on_the_files_that_are_written(mad
     assert f"PQ  {100 * stats['PQ_st']['pq']:.1f}" in capsys.readouterr().out.replace("   ", "  ")
 
 
+def test_files_that_cannot_be_written_cost_no_number(made, tmp_path, capsys):
+    dataset = read(made)
+    expected, stopped = PanopticEvaluator(dataset), PanopticEvaluator(dataset, tmp_path)
+    (tmp_path / "panoptic_eval").touch()  # a file where the folder should be
+    for evaluator in (expected, stopped):
+        evaluator.update(perturbed(dataset))
+    capsys.readouterr()
+    assert stopped.summarize() == expected.summarize()
+    said = capsys.readouterr().out
+    assert said.count(f"note: {tmp_path}/panoptic_eval/") == 1 and "is incomplete, the numbers are not" in said
+
+
 def test_without_an_output_directory_nothing_is_written(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evaluator = PanopticEvaluator(read(made))
