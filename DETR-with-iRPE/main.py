@@ -95,6 +95,8 @@ def get_args_parser():
     add("--eval", action="store_true")
     add("--world_size", default=1, type=int)
     add("--dist_url", default="env://")
+    # given by torch.distributed.launch without --use_env; the rank itself is read from the environment
+    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
@@ -209,7 +211,7 @@ def take_weights(state, args):
     if args.frozen_weights and not args.resume:
         load_weights(state.model.detr, runtime.load_checkpoint(args.frozen_weights), args.frozen_weights)
     if args.resume and not (args.eval or args.finetune):
-        place = state.resume(args.resume)
+        place = state.resume(args.resume, args)
     elif args.resume:
         load_weights(state.model, runtime.load_checkpoint(args.resume), args.resume, args.finetune)
     elif args.eval:

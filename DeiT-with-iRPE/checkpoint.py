@@ -56,8 +56,10 @@ class TrainingState:
             _load(self.model_ema.module, averages, path, " in its 'model_ema'")
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             print_once(f"note: {path} holds weights only; the optimizer starts anew")
+            _note_values_kept(path, args, checkpoint, None, {})
             return None
         _check_same_flags(checkpoint.get("args"), args, path)
+        asked = _kept_values(self.optimizer, self.lr_scheduler)
         try:
             if not hasattr(checkpoint.get("args"), "opt"):
                 _check_hyperparameters(self.optimizer, checkpoint["optimizer"])
@@ -70,10 +72,16 @@ class TrainingState:
             if checkpoint.get("scaler"):
                 self.loss_scaler.load_state_dict(checkpoint["scaler"])
             self.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
-            return runtime.resume_point(checkpoint)
+            epoch, progress = runtime.resume_point(checkpoint)
+            kept = _kept_values(self.optimizer, self.lr_scheduler)
         except _MISFITS as error:
             raise UserError(f"the schedule in {path} is not --sched {args.sched}, or the file is damaged: "
                             f"{error}") from error
+        if isinstance(self.lr_scheduler, PlateauLRScheduler) and epoch <= self.lr_scheduler.warmup_t:
+            del kept["lr"]  # the rest of the warm-up leads to the rate of the flags
+        values = {flag: (asked[flag], kept[flag]) for flag in asked if flag in kept}
+        _note_values_kept(path, args, checkpoint, epoch, values)
+        return epoch, progress
 
 
 def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], path: str) -> None:
@@ -92,6 +100,59 @@ def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], pa
             raise UserError(f"{path} was trained with {flag} {before or 'left out'}, not with {now}: leave it out, "
                             "or use --finetune for a new run from its weights")
         setattr(args, name, now or before or kind())
+
+
+# A resumed run follows main.py's flags but for --lr, the schedule's length in --epochs (see _kept_values) and the flags
+# in these three tables: their values come from the checkpoint. Of --seed that is the schedule's noise alone.
+# Flags that the optimizer holds: the names of their values in the groups of timm's optimizers.
+OPTIMIZER_FLAGS = {"weight_decay": ("weight_decay",), "opt_betas": ("betas", "beta1"), "opt_eps": ("eps",),
+                   "momentum": ("momentum",)}
+# Flags that the schedule holds: the names of their values in timm's schedules, or in PyTorch's plateau in one of them.
+SCHEDULE_FLAGS = {"warmup_epochs": ("warmup_t",), "warmup_lr": ("warmup_lr_init",), "min_lr": ("lr_min", "min_lrs"),
+                  "decay_epochs": ("decay_t",), "decay_rate": ("decay_rate", "power", "factor"),
+                  "patience_epochs": ("patience",), "cooldown_epochs": ("cooldown",), "lr_noise": ("noise_range_t",),
+                  "lr_noise_pct": ("noise_pct",), "lr_noise_std": ("noise_std",), "seed": ("noise_seed",)}
+# Flags that only say how a run begins, and the values that ask for nothing.
+START_FLAGS = {"pretrained": False, "finetune": "", "start_epoch": 0}
+
+
+def _kept_values(optimizer: torch.optim.Optimizer, scheduler: Scheduler | None) -> dict[str, Any]:
+    """The values of the flags that a checkpoint keeps, as far as this optimizer and this schedule have them.
+
+    They are read from the states, not from the checkpoint's ``args``: these are missing from some files, say nothing of
+    a rate that was scaled with another number of images a step, and after a resumed run hold its flags, not the first
+    one's.
+    """
+    group = optimizer.param_groups[-1]  # timm puts the weights without decay first
+    values = {"lr": group.get("initial_lr", group["lr"])}
+    values |= {flag: group[name] for flag, names in OPTIMIZER_FLAGS.items() for name in names if name in group}
+    if scheduler is None:
+        return values
+    held = dict(vars(scheduler))
+    if isinstance(scheduler, PlateauLRScheduler):
+        held |= {**vars(scheduler.lr_scheduler), "min_lrs": scheduler.lr_scheduler.min_lrs[-1]}
+    else:
+        values["lr"] = held["base_values"][-1]
+    if "t_initial" in held:
+        values["epochs"] = held["t_initial"] + (held["warmup_t"] if "stable_fn" in held else 0)  # wsd warms up before
+    if held["noise_range_t"] is None:  # then nothing else about the noise matters
+        held = {name: value for name, value in held.items() if name not in ("noise_pct", "noise_std", "noise_seed")}
+    return values | {flag: held[name] for flag, names in SCHEDULE_FLAGS.items() for name in names if name in held}
+
+
+def _note_values_kept(path: str, args: argparse.Namespace, checkpoint: Mapping[str, Any], epoch: int | None,
+                      values: Mapping[str, tuple[Any, Any]]) -> None:
+    """Note the flags that are not followed: of ``values``, (what they say, what is kept), and of ``START_FLAGS``."""
+    values = values | runtime.start_values_kept(args, checkpoint, START_FLAGS, epoch)
+    images = args.batch_size * args.world_size
+    words = {"lr": f" scaled to {images} images a step", "epochs": " for the learning-rate schedule",
+             "lr_noise": " in epochs", "seed": " for --lr-noise", "pretrained": " for the first weights",
+             "finetune": " for the first weights"}
+    names = {flag: flag if flag == "start_epoch" else flag.replace("_", "-") for flag in values}
+    runtime.note_values_kept(
+        path, {f"--{names[flag]}{words.get(flag, '')}": pair for flag, pair in values.items()},
+        f"A new run follows the command line: leave --resume out, or say --finetune {path} in its place to start from "
+        "these weights")
 
 
 # What the libraries raise for states that are not theirs.
@@ -117,6 +178,9 @@ def _check_hyperparameters(optimizer: torch.optim.Optimizer, state: dict[str, An
 
 
 def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    if len(state["param_groups"]) != len(optimizer.param_groups):
+        raise ValueError(f"it has {len(state['param_groups'])} groups of weights instead of "
+                         f"{len(optimizer.param_groups)}, as where only one of both has --weight-decay 0")
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
         for name in ("exp_avg", "momentum_buffer"):  # the others are not of the parameter's shape in all optimizers

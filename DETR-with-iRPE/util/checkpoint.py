@@ -39,25 +39,59 @@ class TrainingState:
             group["lr"] = group["initial_lr"] * self.lr_scheduler.gamma ** (epoch // self.lr_scheduler.step_size)
         self.lr_scheduler.last_epoch = epoch
 
-    def resume(self, path):
+    def resume(self, path, args):
         """Take over what the checkpoint holds; returns the epoch to train and the progress in it, None if it holds
-        weights only. Raises UserError if it is damaged, or belongs to another model or optimizer."""
+        weights only. A note lists the flags of `args` that are not followed. Raises UserError if it is damaged, or
+        belongs to another model or optimizer."""
         checkpoint = load_checkpoint(path)
         load_weights(self.model, checkpoint, path)
         if not {"optimizer", "lr_scheduler", "epoch"} <= checkpoint.keys():
             print_once(f"note: {path} holds weights only; the optimizer starts anew")
+            _note_values_kept(path, args, checkpoint, None, {})
             return None
+        asked = _kept_values(self.optimizer, self.lr_scheduler)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
             if checkpoint.get("scaler"):
                 self.loss_scaler.load_state_dict(checkpoint["scaler"])
-            return runtime.resume_point(checkpoint)
+            epoch, progress = runtime.resume_point(checkpoint)
+            kept = _kept_values(self.optimizer, self.lr_scheduler)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"checkpoint {path} is damaged, or trained other parameters ({error!r}): give that run's "
                 "--frozen_weights, --no_pretrained_backbone and --lr_backbone to go on with it, or --finetune to start "
                 "from its weights") from error
+        values = {flag: (asked[flag], kept[flag]) for flag in asked if flag in kept}
+        _note_values_kept(path, args, checkpoint, epoch, values)
+        return epoch, progress
+
+
+# A resumed run follows main.py's flags but for those of _kept_values, whose values come from the checkpoint, and these,
+# which only say how a run begins; here with the values that ask for nothing.
+START_FLAGS = {"frozen_weights": None, "start_epoch": 0}
+
+
+def _kept_values(optimizer, scheduler):
+    """The values of the flags that a checkpoint keeps, as the optimizer and the schedule hold them.
+
+    They are not read from the checkpoint's `args`, which are missing from some files, and after a resumed run hold its
+    flags, not the first one's.
+    """
+    rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    values = {"lr": rates[0], "weight_decay": optimizer.param_groups[0]["weight_decay"],
+              "lr_drop": scheduler.step_size}
+    if optimizer.param_groups[1]["params"]:
+        values["lr_backbone"] = rates[1]
+    return values
+
+
+def _note_values_kept(path, args, checkpoint, epoch, values):
+    """Note the flags that are not followed: of `values`, (what they say, what is kept), and of START_FLAGS."""
+    values = values | runtime.start_values_kept(args, checkpoint, START_FLAGS, epoch)
+    runtime.note_values_kept(
+        path, {f"--{flag}": pair for flag, pair in values.items()},
+        "A new run follows the command line: leave --resume out, or add --finetune to start from these weights")
 
 
 def load_weights(model, checkpoint, path, new_class_head=False):

@@ -365,6 +365,51 @@ def resume_point(checkpoint: Mapping[str, Any]) -> tuple[int, dict[str, Any] | N
     return epoch, {"images": images, "values": {name: steps.tolist() for name, steps in progress["values"].items()}}
 
 
+def note_values_kept(path: str | os.PathLike, values: Mapping[str, tuple[Any, Any]], cure: str) -> None:
+    """Print one note with the flags whose value a run that resumes from ``path`` does not follow; none if there are
+    none.
+
+    Args:
+        values: of every flag that a resumed run does not follow, what the command line says and what the run goes on
+            with; the flag may have words after it, such as "--epochs for the schedule".
+        cure: how to train with the values of the command line.
+    """
+    shown = {flag: tuple(map(_shown, pair)) for flag, pair in values.items()}  # rates may differ in the last bit
+    differing = [f"{flag}: {kept}, not {now}" for flag, (now, kept) in shown.items() if now != kept]
+    if differing:
+        print_once(f"note: {path} is resumed with what its run began with, not with all that the command line says: "
+                   f"{'; '.join(differing)}. {cure}")
+
+
+def start_values_kept(args: argparse.Namespace, checkpoint: Mapping[str, Any], flags: Mapping[str, Any],
+                      epoch: int | None) -> dict[str, tuple[Any, Any]]:
+    """Values for ``note_values_kept`` of flags that only say how a run begins, if they ask for what the run in the
+    checkpoint did not begin with.
+
+    Args:
+        flags: names of these flags, with the values that ask for nothing.
+        epoch: the one to go on with; None where the checkpoint does not say, and ``start_epoch`` is followed.
+    """
+    values = {}
+    for flag, nothing in flags.items():
+        now, before = getattr(args, flag), getattr(checkpoint.get("args"), flag, nothing)
+        if now not in (nothing, before):
+            values[flag] = (now, before)
+    if "start_epoch" in values:
+        values["start_epoch"] = (args.start_epoch, args.start_epoch if epoch is None else epoch)
+    return values
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(_shown, value))
+    if value is None or value == "":
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def model_weights(checkpoint: Mapping[str, Any], path: str, key: str = "model") -> dict[str, torch.Tensor]:
     """The state dict in a checkpoint: under ``key``, or the checkpoint itself if it holds only tensors."""
     weights = checkpoint.get(key, checkpoint)
