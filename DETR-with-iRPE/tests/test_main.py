@@ -117,7 +117,7 @@ def test_no_weight_on_pictures_without_objects_is_no_loss():
     assert loss == 0 and outputs["pred_logits"].grad.abs().max() == 0
 
 
-def test_two_processes_train_one_model(coco, tmp_path):
+def test_two_processes_train_one_model_under_the_old_launcher_without_use_env(coco, tmp_path):
     flags = small(coco, "--batch_size", 1, "--lr", 1e-3, "--lr_backbone", 1e-2)
     status, out, err = finish(start(*launcher(2, "main.py", *flags, "--output_dir", tmp_path)))
     assert status == 0, err
@@ -150,7 +150,7 @@ def _epochs(args):
 def test_processes_divide_by_their_mean_number_of_boxes_and_draw_different_random_numbers(coco, tmp_path):
     script = "import test_main; test_main.runtime.run(test_main._epochs, test_main.parse(*sys.argv[1:]))"
     flags = small(coco, "--epochs", 2, "--batch_size", 1, "--output_dir", tmp_path)
-    status, out, err = finish(start(*launcher(2, "tests/run_code.py", script, *flags)))
+    status, out, err = finish(start(*launcher(2, "--use_env", "tests/run_code.py", script, *flags)))
     assert status == 0, err
     noted = [row for rank in range(2) for row in json.loads((tmp_path / f"noted{rank}.json").read_text())]
     assert len({row["drawn"] for row in noted}) == len(noted) == 4
