@@ -15,7 +15,7 @@ from datasets.coco import check_categories
 from engine import evaluate, train_one_epoch
 from models import NUM_CLASSES, build_model, parse_enc_rpe2d
 from util import runtime
-from util.checkpoint import TrainingState, load_weights
+from util.checkpoint import CLASSES_CURE, TrainingState, load_weights
 from util.runtime import UserError, print_once
 
 
@@ -209,7 +209,8 @@ def take_weights(state, args):
     """Bring the state to where the flags say that the run starts; returns the epoch and what has been done of it."""
     place = None
     if args.frozen_weights and not args.resume:
-        load_weights(state.model.detr, runtime.load_checkpoint(args.frozen_weights), args.frozen_weights)
+        load_weights(state.model.detr, runtime.load_checkpoint(args.frozen_weights), args.frozen_weights,
+                     classes_cure=f"{CLASSES_CURE}, or give --frozen_weights a detector of this set")
     if args.resume and not (args.eval or args.finetune):
         place = state.resume(args.resume, args)
     elif args.resume:

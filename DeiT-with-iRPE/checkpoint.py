@@ -50,7 +50,7 @@ class TrainingState:
         model, or to an optimizer or schedule other than those of ``args``, or is damaged.
         """
         checkpoint = load_checkpoint(path)
-        weights = load_weights(self.model, checkpoint, path)
+        weights = load_weights(self.model, checkpoint, path, or_else=", or give it to --finetune for a new head")
         if self.model_ema:
             averages = model_weights(checkpoint, path, "model_ema") if checkpoint.get("model_ema") else weights
             _load(self.model_ema.module, averages, path, " in its 'model_ema'")
@@ -97,8 +97,8 @@ def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], pa
         if not isinstance(before, (kind, type(None))):
             raise UserError(f"checkpoint {path} is damaged: its {flag} is {before!r}")
         if before is not None and now and now != before:
-            raise UserError(f"{path} was trained with {flag} {before or 'left out'}, not with {now}: leave it out, "
-                            "or use --finetune for a new run from its weights")
+            raise UserError(f"{path} was trained with {flag} {before or 'left out'}, not with {now}: leave it out"
+                            + ("" if args.eval else ", or use --finetune for a new run from its weights"))
         setattr(args, name, now or before or kind())
 
 
@@ -206,20 +206,31 @@ def _load_scheduler_state(scheduler: Scheduler, state: dict[str, Any]) -> None:
 
 
 def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str,
-                 any_resolution: bool = False) -> dict[str, torch.Tensor]:
-    """Load a checkpoint of this very model, or with ``any_resolution`` at another one, and return its weights.
+                 or_else: str = "") -> dict[str, torch.Tensor]:
+    """Load a checkpoint of this very model, and return its weights.
 
-    Raises ``UserError`` that says which keys differ, or that the numbers of classes do.
+    Raises ``UserError`` that says which keys differ, or that the numbers of classes do, with ``or_else`` for what can
+    be done about that besides choosing other data.
     """
-    weights, expected = model_weights(checkpoint, path), model.state_dict()
-    if heads := _heads_of_other_classes(model, expected, weights):
-        raise UserError(f"checkpoint {path} has {len(weights[heads[0]])} classes and the data set "
-                        f"{len(expected[heads[0]])}: "
-                        "check --data-set and --data-path, or give it to --finetune for a new head")
-    if any_resolution:
-        _fit_positions(weights, model)
+    weights = model_weights(checkpoint, path)
+    if counts := _other_classes(model, weights):
+        raise UserError(f"checkpoint {path} has {counts[0]} classes and the data set {counts[1]}: "
+                        f"check --data-set and --data-path{or_else}")
     _load(model, weights, path)
     return weights
+
+
+def load_teacher(teacher: nn.Module, name: str, path: str) -> None:
+    """Load the file of ``--teacher-path`` into the ``--teacher-model`` of that name; absolute positions of another
+    resolution are interpolated. Raises ``UserError`` if it is another model's, or knows other classes than the data
+    set."""
+    weights = model_weights(load_checkpoint(path), path)
+    if counts := _other_classes(teacher, weights):
+        raise UserError(f"the teacher {path} has {counts[0]} classes and the data set {counts[1]}: a teacher must know "
+                        "the classes that it teaches; check --data-set and --data-path, or give a --teacher-path that "
+                        "was trained on them")
+    _fit_positions(weights, teacher)
+    _load(teacher, weights, path, f" than --teacher-model {name}")
 
 
 def finetune_from(model: nn.Module, path: str) -> None:
@@ -257,6 +268,13 @@ def _heads_of_other_classes(model: nn.Module, expected: Mapping[str, torch.Tenso
     return [key for key, value in expected.items() if key.startswith(prefixes) and key in weights
             and value.ndim == weights[key].ndim and len(value) != len(weights[key])
             and value.shape[1:] == weights[key].shape[1:]]
+
+
+def _other_classes(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
+    """(the checkpoint's number of classes, the model's) if they differ."""
+    expected = model.state_dict()
+    heads = _heads_of_other_classes(model, expected, weights)
+    return (len(weights[heads[0]]), len(expected[heads[0]])) if heads else None
 
 
 def _prefix_positions(model: nn.Module) -> int:

@@ -84,6 +84,8 @@ def test_finetune_gives_another_number_of_classes_a_new_head_and_says_so(coco, t
     flags = small(coco, "--num_classes", 9, "--resume", trained / "checkpoint.pth")
     with pytest.raises(UserError, match="5 classes and this run 9.*--finetune"):
         main.main(parse(*flags))
+    with pytest.raises(UserError, match="5 classes and this run 9: check --coco_path and --num_classes$"):
+        main.main(parse(*flags, "--eval"))  # with a new head it would measure nothing
     main.main(parse(*flags, "--finetune", "--lr", 0, "--lr_backbone", 0, "--weight_decay", 0, "--output_dir", tmp_path))
     assert "new class head for 9 classes instead of 5" in capsys.readouterr().out
     after, before = (runtime.load_checkpoint(str(path / "checkpoint.pth")) for path in (tmp_path, trained))
@@ -248,6 +250,12 @@ def test_hub_entries_build_their_models_and_load_what_is_cached(offline, tmp_pat
     torch.save({"model": weights}, tmp_path / "checkpoints" / "rpe-1.9-product-ctx-1-k.pth")
     loaded = hubconf.detr_resnet50_rpe_19_product_ctx_1_k(pretrained=True).state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
+    with pytest.raises(UserError, match="91 classes and this run 20: leave num_classes out"):
+        hubconf.detr_resnet50_rpe_19_product_ctx_1_k(pretrained=True, num_classes=20)
+    file = tmp_path / "checkpoints" / "rpe-2.0-product-ctx-1-k.pth"
+    torch.save({"model": weights}, file)
+    with pytest.raises(UserError, match=f"of another shape.*; remove {file} to have the file fetched anew"):
+        hubconf.detr_resnet50_rpe_20_product_ctx_1_k(pretrained=True)
 
 
 def test_hub_panoptic_models_draw_maps_of_what_is_above_the_threshold():

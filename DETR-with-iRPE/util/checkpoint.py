@@ -44,7 +44,7 @@ class TrainingState:
         weights only. A note lists the flags of `args` that are not followed. Raises UserError if it is damaged, or
         belongs to another model or optimizer."""
         checkpoint = load_checkpoint(path)
-        load_weights(self.model, checkpoint, path)
+        load_weights(self.model, checkpoint, path, classes_cure=FINETUNE_CURE)
         if not {"optimizer", "lr_scheduler", "epoch"} <= checkpoint.keys():
             print_once(f"note: {path} holds weights only; the optimizer starts anew")
             _note_values_kept(path, args, checkpoint, None, {})
@@ -94,11 +94,23 @@ def _note_values_kept(path, args, checkpoint, epoch, values):
         "A new run follows the command line: leave --resume out, or add --finetune to start from these weights")
 
 
-def load_weights(model, checkpoint, path, new_class_head=False):
+def count_classes(weights):
+    """The `num_classes` of a model with these weights; None if they have no class head."""
+    return next((len(weight) - 1 for key, weight in weights.items() if key.endswith("class_embed.weight")), None)
+
+
+# What a user can do about a checkpoint for another number of classes than the data has, or about one of another model.
+CLASSES_CURE = "check --coco_path and --num_classes"
+FINETUNE_CURE = f"{CLASSES_CURE}, or say --finetune with --resume to start from its weights with a new class head"
+MODEL_CURE = "check --enc_rpe2d, --backbone and the other flags of the model"
+
+
+def load_weights(model, checkpoint, path, new_class_head=False, classes_cure=CLASSES_CURE, model_cure=MODEL_CURE):
     """Load a checkpoint's weights into its model.
 
     Batch norm fits whether frozen or trainable, here and there. With `new_class_head` a head for another number of
-    classes keeps its fresh values, and a line says so. Raises UserError that says which keys differ.
+    classes keeps its fresh values, and a line says so. Raises UserError that says which keys differ, and what to do
+    about that where the weights are loaded: `classes_cure` for another number of classes, `model_cure` for the rest.
     """
     weights = model_weights(checkpoint, path)
     expected = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
@@ -113,14 +125,11 @@ def load_weights(model, checkpoint, path, new_class_head=False):
     if head:
         counts = [len(values[head[0]]) - 1 for values in (weights, expected)]
         if not new_class_head:
-            raise UserError(f"checkpoint {path} has {counts[0]} classes and this run {counts[1]}: check --coco_path "
-                            "and --num_classes, or say --finetune with --resume to start from its weights with a new "
-                            "class head")
+            raise UserError(f"checkpoint {path} has {counts[0]} classes and this run {counts[1]}: {classes_cure}")
         print_once(f"finetune: new class head for {counts[1]} classes instead of {counts[0]}")
         weights.update({key: expected[key] for key in head})
     differences = key_differences(
         expected, {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")})
     if differences:
-        raise UserError(f"checkpoint {path} belongs to another configuration: {differences}; check --enc_rpe2d, "
-                        "--backbone and the other flags of the model")
+        raise UserError(f"checkpoint {path} belongs to another configuration: {differences}; {model_cure}")
     model.load_state_dict(weights, strict=False)
