@@ -225,6 +225,8 @@ def take_weights(state, args):
 def main(args):
     """Run the command line; returns what `evaluate` measured if that was all that was asked."""
     check_args(args)
+    if not args.eval:
+        runtime.need_signals("training", *runtime.STOPPING)
     device = runtime.find_place(args)
     runtime.prepare_output_dir(args.output_dir)
     goes_on = bool(args.resume) and not args.finetune

@@ -160,6 +160,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     """Train, or with ``args.eval`` only evaluate; returns the last evaluation's loss, acc1 and acc5."""
     device = runtime.find_place(args)
     check_args(args)
+    if not args.eval:
+        runtime.need_signals("training", *runtime.STOPPING)
     runtime.prepare_output_dir(args.output_dir)
     seed_everything(args.seed)
     torch.backends.cudnn.benchmark = True

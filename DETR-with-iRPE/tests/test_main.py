@@ -384,6 +384,15 @@ def test_flags_that_cannot_work_are_refused_in_one_sentence(coco, flags, words):
     assert "\n" not in str(caught.value)
 
 
+def test_system_without_the_signals_of_training_is_told_so_and_evaluates(coco, trained, tmp_path, monkeypatch):
+    for module, name in ((signal, "SIGUSR1"), (signal, "SIGUSR2"), (os, "setpgid")):  # as on Windows
+        monkeypatch.delattr(module, name)
+    with pytest.raises(UserError, match="training needs the signals .* lacks SIGUSR1 and SIGUSR2: use Linux"):
+        main.main(parse(*small(coco, "--output_dir", tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    main.main(parse(*small(coco, "--eval", "--resume", trained / "checkpoint.pth", "--num_workers", 1)))
+
+
 def test_an_unknown_way_of_attention_in_the_environment_is_refused_in_one_sentence(coco):
     status, _, err = finish(start("main.py", *small(coco), IRPE_ATTENTION="flash"))
     assert status == 1 and "Traceback" not in err

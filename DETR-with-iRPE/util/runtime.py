@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import platform
 import random
 import re
 import shlex
@@ -113,6 +114,14 @@ def _missing() -> str:
 
 # Processes
 
+def need_signals(task: str, *names: str) -> None:
+    """Raise ``UserError`` on a system without signals of these names that ``task`` needs, as Windows is one."""
+    missing = [name for name in names if not hasattr(signal, name)]
+    if missing:
+        raise UserError(f"{task} needs the signals {' and '.join(names)}, and {platform.system()} lacks "
+                        f"{' and '.join(missing)}: use Linux, on Windows in WSL; main.py --eval works without them")
+
+
 def find_place(args: argparse.Namespace) -> torch.device:
     """Learn which of how many processes this is, without meeting them, and return its device.
 
@@ -201,7 +210,8 @@ def print_once(*values: Any) -> None:
 
 def own_group(_: int) -> None:
     """A DataLoader's ``worker_init_fn``: signals to a training process's group spare those it needs to end a step."""
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):  # systems without groups of processes send them no signals
+        os.setpgid(0, 0)
 
 
 # Random numbers and order: functions of where training is, so that it goes on anywhere as if it had never stopped
@@ -435,6 +445,9 @@ def _some(names: Iterable[Any]) -> str:
 
 # A run of training that may be ended at any moment
 
+STOPPING = ("SIGTERM", "SIGUSR1", "SIGUSR2")  # the last is submitit's; Windows has only the first
+
+
 class Run(contextlib.ExitStack):
     """Training from where it was: saves every ``save_every`` steps (0: none), before and after each evaluation, and
     when a signal came. Inside a ``with`` signals end training by ``Interrupted`` after the running step; on several
@@ -456,7 +469,7 @@ class Run(contextlib.ExitStack):
         self.args, self.log, self._save, self.loader, self.failure = args, log, save, loader, None
         self.epoch, self.progress, self.images_per_step = epoch, progress, loader.batch_size * get_world_size()
         _caught.clear()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # the last is submitit's
+        for number in (getattr(signal, name) for name in STOPPING):
             self.callback(signal.signal, number, signal.signal(number, lambda number, _: _caught.append(number)))
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:

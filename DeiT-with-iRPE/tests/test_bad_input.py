@@ -223,6 +223,16 @@ def test_teacher_of_other_classes_is_not_told_to_be_finetuned(pictures, tmp_path
         "teaches; check --data-set and --data-path, or give a --teacher-path that was trained on them")
 
 
+# Systems
+
+def test_system_without_the_signals_of_training_is_told_so_and_evaluates(pictures, trained, tmp_path, like_windows):
+    assert refused(pictures, "--output_dir", tmp_path / "out") == (
+        "training needs the signals SIGTERM and SIGUSR1 and SIGUSR2, and Windows lacks SIGUSR1 and SIGUSR2: use Linux, "
+        "on Windows in WSL; main.py --eval works without them")
+    assert not (tmp_path / "out").exists()
+    assert main.main(parse(*small(pictures, "--eval", "--resume", trained, "--num_workers", 1)))["acc5"] == 100
+
+
 # What the process says and how it ends
 
 def test_the_program_says_one_line_and_ends_with_an_error(pictures):

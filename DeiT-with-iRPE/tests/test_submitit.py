@@ -136,6 +136,12 @@ def test_launcher_would_submit_a_job_for_every_process_and_is_refused(slurm, mon
     assert not (slurm / "script").exists()
 
 
+def test_system_without_the_signals_of_a_job_is_told_so(slurm, like_windows):
+    with pytest.raises(UserError, match="a job needs the signals .*, and Windows lacks SIGUSR1 and SIGUSR2: use Linux"):
+        submitted()
+    assert not (slurm / "script").exists()
+
+
 def test_two_nodes_without_slurm_are_refused(tmp_path):
     with pytest.raises(UserError, match="the job cannot be submitted: LocalExecutor can use only one node"):
         submitted("--device", "cpu", "--nodes", 2, "--job_dir", tmp_path / "%j")
