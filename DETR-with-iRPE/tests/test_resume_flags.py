@@ -149,6 +149,6 @@ def test_a_run_that_goes_on_at_the_old_rates_says_so(coco, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("note: ") == 1
     assert re.search(r"note: \S+checkpoint.pth is resumed with .*: --lr: 0.0001, not 0.001; --lr_drop: 200, not 1\. A "
-                     r"new run follows the command line: leave --resume out, or add --finetune", said)
+                     r"new run follows the command line: leave --resume out, or say --resume \S+pth --finetune", said)
     rates = [json.loads(line)["train_lr"] for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert rates == pytest.approx([1e-4, 1e-4])

@@ -91,7 +91,8 @@ def _note_values_kept(path, args, checkpoint, epoch, values):
     values = values | runtime.start_values_kept(args, checkpoint, START_FLAGS, epoch)
     runtime.note_values_kept(
         path, {f"--{flag}": pair for flag, pair in values.items()},
-        "A new run follows the command line: leave --resume out, or add --finetune to start from these weights")
+        f"A new run follows the command line: leave --resume out, or say --resume {path} --finetune to start from "
+        "these weights")
 
 
 def count_classes(weights):
