@@ -15,7 +15,7 @@ from datasets.coco import check_categories
 from engine import evaluate, train_one_epoch
 from models import NUM_CLASSES, build_model, parse_enc_rpe2d
 from util import runtime
-from util.checkpoint import TrainingState, load_weights
+from util.checkpoint import CLASSES_CURE, TrainingState, load_weights
 from util.runtime import UserError, print_once
 
 
@@ -95,6 +95,8 @@ def get_args_parser():
     add("--eval", action="store_true")
     add("--world_size", default=1, type=int)
     add("--dist_url", default="env://")
+    # given by torch.distributed.launch without --use_env; the rank itself is read from the environment
+    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
@@ -208,9 +210,10 @@ def take_weights(state, args):
     """Bring the state to where the flags say that the run starts; returns the epoch and what has been done of it."""
     place = None
     if args.frozen_weights and not args.resume:
-        load_weights(state.model.detr, runtime.load_checkpoint(args.frozen_weights), args.frozen_weights)
+        load_weights(state.model.detr, runtime.load_checkpoint(args.frozen_weights), args.frozen_weights,
+                     classes_cure=f"{CLASSES_CURE}, or give --frozen_weights a detector of this set")
     if args.resume and not (args.eval or args.finetune):
-        place = state.resume(args.resume)
+        place = state.resume(args.resume, args)
     elif args.resume:
         load_weights(state.model, runtime.load_checkpoint(args.resume), args.resume, args.finetune)
     elif args.eval:
@@ -223,6 +226,8 @@ def take_weights(state, args):
 def main(args):
     """Run the command line; returns what `evaluate` measured if that was all that was asked."""
     check_args(args)
+    if not args.eval:
+        runtime.need_signals("training", *runtime.STOPPING)
     device = runtime.find_place(args)
     runtime.prepare_output_dir(args.output_dir)
     with runtime.output_lock(args.output_dir):

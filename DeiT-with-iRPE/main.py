@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import runtime
-from checkpoint import TrainingState, finetune_from, load_weights, take_model_flags
+from checkpoint import TrainingState, finetune_from, load_teacher, load_weights, take_model_flags
 from datasets import build_collate, build_dataset
 from engine import evaluate, train_one_epoch
 from irpe import RPE_GRAMMAR, parse_rpe
@@ -160,6 +160,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     """Train, or with ``args.eval`` only evaluate; returns the last evaluation's loss, acc1 and acc5."""
     device = runtime.find_place(args)
     check_args(args)
+    if not args.eval:
+        runtime.need_signals("training", *runtime.STOPPING)
     runtime.prepare_output_dir(args.output_dir)
     with runtime.output_lock(args.output_dir):
         runtime.meet(args, args.step_timeout)
@@ -355,7 +357,7 @@ def build_teacher(args: argparse.Namespace, nb_classes: int) -> nn.Module:
             teacher = create_model(args.teacher_model, num_classes=nb_classes)
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"--teacher-model {args.teacher_model} cannot be built: {str(error) or repr(error)}") from error
-    load_weights(teacher, load_checkpoint(args.teacher_path), args.teacher_path, any_resolution=True)
+    load_teacher(teacher, args.teacher_model, args.teacher_path)
     return teacher.eval().requires_grad_(False)
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import platform
 import random
 import re
 import shlex
@@ -125,6 +126,14 @@ def _missing() -> str:
 
 
 # Processes
+
+def need_signals(task: str, *names: str) -> None:
+    """Raise ``UserError`` on a system without signals of these names that ``task`` needs, as Windows is one."""
+    missing = [name for name in names if not hasattr(signal, name)]
+    if missing:
+        raise UserError(f"{task} needs the signals {' and '.join(names)}, and {platform.system()} lacks "
+                        f"{' and '.join(missing)}: use Linux, on Windows in WSL; main.py --eval works without them")
+
 
 def find_place(args: argparse.Namespace) -> torch.device:
     """Learn which of how many processes this is, without meeting them, and return its device.
@@ -278,7 +287,8 @@ def print_once(*values: Any) -> None:
 
 def own_group(_: int) -> None:
     """A DataLoader's ``worker_init_fn``: signals to a training process's group spare those it needs to end a step."""
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):  # systems without groups of processes send them no signals
+        os.setpgid(0, 0)
 
 
 # Random numbers and order: functions of where training is, so that it goes on anywhere as if it had never stopped
@@ -482,6 +492,51 @@ def resume_point(checkpoint: Mapping[str, Any]) -> tuple[int, dict[str, Any] | N
     return epoch, {"images": images, "values": {name: steps.tolist() for name, steps in progress["values"].items()}}
 
 
+def note_values_kept(path: str | os.PathLike, values: Mapping[str, tuple[Any, Any]], cure: str) -> None:
+    """Print one note with the flags whose value a run that resumes from ``path`` does not follow; none if there are
+    none.
+
+    Args:
+        values: of every flag that a resumed run does not follow, what the command line says and what the run goes on
+            with; the flag may have words after it, such as "--epochs for the schedule".
+        cure: how to train with the values of the command line.
+    """
+    shown = {flag: tuple(map(_shown, pair)) for flag, pair in values.items()}  # rates may differ in the last bit
+    differing = [f"{flag}: {kept}, not {now}" for flag, (now, kept) in shown.items() if now != kept]
+    if differing:
+        print_once(f"note: {path} is resumed with what its run began with, not with all that the command line says: "
+                   f"{'; '.join(differing)}. {cure}")
+
+
+def start_values_kept(args: argparse.Namespace, checkpoint: Mapping[str, Any], flags: Mapping[str, Any],
+                      epoch: int | None) -> dict[str, tuple[Any, Any]]:
+    """Values for ``note_values_kept`` of flags that only say how a run begins, if they ask for what the run in the
+    checkpoint did not begin with.
+
+    Args:
+        flags: names of these flags, with the values that ask for nothing.
+        epoch: the one to go on with; None where the checkpoint does not say, and ``start_epoch`` is followed.
+    """
+    values = {}
+    for flag, nothing in flags.items():
+        now, before = getattr(args, flag), getattr(checkpoint.get("args"), flag, nothing)
+        if now not in (nothing, before):
+            values[flag] = (now, before)
+    if "start_epoch" in values:
+        values["start_epoch"] = (args.start_epoch, args.start_epoch if epoch is None else epoch)
+    return values
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(_shown, value))
+    if value is None or value == "":
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def model_weights(checkpoint: Mapping[str, Any], path: str, key: str = "model") -> dict[str, torch.Tensor]:
     """The state dict in a checkpoint: under ``key``, or the checkpoint itself if it holds only tensors."""
     weights = checkpoint.get(key, checkpoint)
@@ -507,6 +562,9 @@ def _some(names: Iterable[Any]) -> str:
 
 # A run of training that may be ended at any moment
 
+STOPPING = ("SIGTERM", "SIGUSR1", "SIGUSR2")  # the last is submitit's; Windows has only the first
+
+
 class Run(contextlib.ExitStack):
     """Training from where it was: saves every ``save_every`` steps (0: none), before and after each evaluation, and
     when a signal came. Inside a ``with`` signals end training by ``Interrupted`` after the running step; on several
@@ -528,7 +586,7 @@ class Run(contextlib.ExitStack):
         self.args, self.log, self._save, self.loader, self.failure = args, log, save, loader, None
         self.epoch, self.progress, self.images_per_step = epoch, progress, loader.batch_size * get_world_size()
         _caught.clear()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # the last is submitit's
+        for number in (getattr(signal, name) for name in STOPPING):
             self.callback(signal.signal, number, signal.signal(number, lambda number, _: _caught.append(number)))
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:

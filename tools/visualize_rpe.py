@@ -65,9 +65,10 @@ def load_detr(args, checkpoint):
     from datasets.coco import read_picture
     from main import check_args, get_args_parser
     from models import build_model
-    from util.checkpoint import load_weights
+    from util.checkpoint import count_classes, load_weights
     from visualize import prepare
     flags = main_flags(get_args_parser(), args, checkpoint, coco_path="coco")
+    flags.num_classes = count_classes(runtime.model_weights(checkpoint, args.resume)) or flags.num_classes
     check_args(flags, needs_data=False)
     model, *_ = build_model(flags)
     load_weights(model, checkpoint, args.resume)

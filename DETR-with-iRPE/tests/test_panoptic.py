@@ -384,7 +384,7 @@ def test_mask_ap_and_quality_are_the_same_for_any_number_of_processes(made, tmp_
     script = "import test_panoptic as t; t._save(t._oracle(t.parse(*sys.argv[1:])), sys.argv[-1])"
     flags = flags_of(os.pathsep.join(map(str, roots)), "--eval", "--num_classes", 250, "--num_queries", 20,
                      "--short_side", 128, "--output_dir")
-    processes = [start(*launcher(world, "tests/run_code.py", script, *flags, tmp_path / f"out{world}"))
+    processes = [start(*launcher(world, "--use_env", "tests/run_code.py", script, *flags, tmp_path / f"out{world}"))
                  for world in (2, 3)]
     alone = json.loads(json.dumps(_oracle(parse(*flags, tmp_path / "out1"))))
     for process, world in zip(processes, (2, 3), strict=True):

@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+import timm
 import torch
 
 import main
@@ -104,7 +105,9 @@ def test_pickle_that_needs_more_than_the_allow_list(pictures, tmp_path, monkeypa
 def test_class_counts_that_disagree_with_the_checkpoint(pictures, tmp_path):
     path = checkpoint_of(TINY, tmp_path / "c.pth", num_classes=10)
     for flags in (["--eval"], []):
-        assert f"checkpoint {path} has 10 classes and the data set 3" in refused(pictures, *flags, "--resume", path)
+        sentence = refused(pictures, *flags, "--resume", path)
+        assert f"checkpoint {path} has 10 classes and the data set 3: check --data-set" in sentence
+        assert ("--finetune" in sentence) == (not flags)  # an evaluation with a new head would measure nothing
 
 
 def test_output_directory_that_cannot_be_written(pictures, tmp_path):
@@ -205,8 +208,29 @@ def test_teacher_that_cannot_be_had(pictures, tmp_path):
     flags = ["--model", "deit_tiny_distilled_patch16_224", "--distillation-type", "hard", "--teacher-path"]
     assert "none.pth cannot be read" in refused(pictures, *flags, tmp_path / "none.pth", "--teacher-model", "resnet10t")
     assert "model 'resnet1' is unknown" in refused(pictures, *flags, "x", "--teacher-model", "resnet1")
-    path = checkpoint_of(TINY, tmp_path / "c.pth")
-    assert "belongs to another model" in refused(pictures, *flags, path, "--teacher-model", "deit_tiny_patch16_224")
+    path, model = checkpoint_of(TINY, tmp_path / "c.pth"), ["--teacher-model", "deit_tiny_patch16_224"]
+    assert f"checkpoint {path} belongs to another model than --teacher-model deit_tiny_patch16_224: 12 unexpected" in (
+        refused(pictures, *flags, path, *model))
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "resnet10t"])
+def test_teacher_of_other_classes_is_not_told_to_be_finetuned(pictures, tmp_path, name):
+    torch.save({"model": timm.create_model(name, num_classes=10).state_dict()}, tmp_path / "c.pth")
+    assert refused(
+        pictures, "--model", "deit_tiny_distilled_patch16_224", "--distillation-type", "hard", "--teacher-model", name,
+        "--teacher-path", tmp_path / "c.pth") == (
+        f"the teacher {tmp_path}/c.pth has 10 classes and the data set 3: a teacher must know the classes that it "
+        "teaches; check --data-set and --data-path, or give a --teacher-path that was trained on them")
+
+
+# Systems
+
+def test_system_without_the_signals_of_training_is_told_so_and_evaluates(pictures, trained, tmp_path, like_windows):
+    assert refused(pictures, "--output_dir", tmp_path / "out") == (
+        "training needs the signals SIGTERM and SIGUSR1 and SIGUSR2, and Windows lacks SIGUSR1 and SIGUSR2: use Linux, "
+        "on Windows in WSL; main.py --eval works without them")
+    assert not (tmp_path / "out").exists()
+    assert main.main(parse(*small(pictures, "--eval", "--resume", trained, "--num_workers", 1)))["acc5"] == 100
 
 
 # What the process says and how it ends
