@@ -2,9 +2,9 @@
 
     python forked_ranks.py JOBS.json RESULTS.json
 
-A job has `flags` of main.py, a `change` (code that runs before main.py's program), `bad_rank`, which the change may make
-hang, and `ranks`, those to start of two. Its result is rank -> [exit status, standard error] of the ranks that end; those
-that hang are killed as soon as the others have ended.
+A job has `flags` of main.py, a `change` (code that runs before main.py's program), `bad_rank`, which the change may
+make hang, `ranks`, those to start of two, and `ending`, those that have to end. Its result is rank -> [exit status,
+standard error] of the latter; the others are killed afterwards.
 """
 import json
 import os
@@ -16,10 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import engine  # noqa: E402, F401  for the changes
-import main  # noqa: E402
-import runtime  # noqa: E402
-import torch  # noqa: E402
+import torch
+
+import engine  # noqa: F401  for the changes
+import main
+import runtime
 
 
 def run_rank(job, rank, output):

@@ -410,7 +410,7 @@ def test_two_launchers_that_meet_train_as_one(pictures, tmp_path):
 
 def altered(change):
     """main.py's program with a change before it runs."""
-    return ("-c", f"import os, signal, sys, time, torch, engine, main, runtime\n{change}\nruntime.run(main.main, runtime.ArgumentParser("
+    return ("-c", f"import os, sys, time, main, runtime\n{change}\nruntime.run(main.main, runtime.ArgumentParser("
             "parents=[main.get_args_parser()]).parse_args())")
 
 
