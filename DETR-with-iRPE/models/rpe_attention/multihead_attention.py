@@ -106,7 +106,8 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
 
     def split_heads(self, x):
         """(B, L, C) → (B, H, L, D)"""
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        # not unflatten, after which torch.onnx.export(..., dynamo=False) takes the batch size for fixed
+        return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _merge_masks(self, key_padding_mask, attn_mask, q):
         mask = None
