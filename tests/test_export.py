@@ -212,7 +212,7 @@ RECORDED = {
     "deit on k": (lambda: load_deit("k", depth=2, img_size=64), (3, 64, 64)),
     "deit on qkv": (lambda: load_deit("qkv", depth=2, img_size=64), (3, 64, 64)),
     "detr": (load_detr, (3, 96, 160)),
-    "encoder": (lambda: EncoderAttention(load_detr().transformer.encoder.layers[0].self_attn), (15, 256)),
+    "encoder": (lambda: EncoderAttention(load_detr().transformer.encoder.layers[0].self_attn).eval(), (15, 256)),
     "euc": (lambda: fill(Attention("euc", "ctx", False)), (16, 96)),
     "quant": (lambda: fill(Attention("quant", "ctx", True)), (16, 96)),
     "cross": (lambda: fill(Attention("cross", "ctx", False)), (16, 96)),
