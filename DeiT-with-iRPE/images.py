@@ -2,6 +2,7 @@
 
 The DeiT and the DETR codebase hold the same file.
 """
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,9 @@ def oddities(image: Image.Image) -> int:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation of an open image, from 1 (as stored) to 8; 1 if it has none that can be read."""
     try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Corrupt EXIF data"
+            value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow raises many kinds for damaged EXIF data, on which the pixels do not depend
         return 1
     return value if value in range(1, 9) else 1
