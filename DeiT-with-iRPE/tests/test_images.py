@@ -238,7 +238,8 @@ def of_each_kind(tmp_path, monkeypatch):
     """Data sets of a training split with a single class, by kind, and how errors name their first image."""
     write_pictures(tmp_path / "train", ("ant",), 2)
     write_tar(tmp_path / "train.tar", tmp_path / "train")
-    listing = {"images": [{"id": 1, "file_name": "train/ant/0.png"}], "annotations": [{"image_id": 1, "category_id": 0}]}
+    listing = {"images": [{"id": 1, "file_name": "train/ant/0.png"}],
+               "annotations": [{"image_id": 1, "category_id": 0}]}
     (tmp_path / "train2018.json").write_text(json.dumps(listing))
     (tmp_path / "categories.json").write_text(json.dumps([{"id": 0, "name": "ant"}]))
     cifar = torchvision.datasets.CIFAR100
