@@ -122,10 +122,13 @@ class Oddities:
 
 
 def notes_on(dataset: Dataset, gather: Callable[[Any], list[Any]]) -> list[str]:
-    """`Oddities.tell` of a data set after the first pass over it; nothing for sets that keep none."""
+    """`Oddities.tell` of a data set after the first pass over it; nothing for sets that keep none.
+
+    The set calls an image by its `name`, or by its `place` if it tells that too.
+    """
     dataset = getattr(dataset, "dataset", dataset)  # as it is inside a SeededDataset
     odd = getattr(dataset, "oddities", None)
-    return odd.tell(dataset.name, gather) if odd else []
+    return odd.tell(getattr(dataset, "place", dataset.name), gather) if odd else []
 
 
 def resized(height: int, width: int, short_side: int, max_size: int | None = None) -> tuple[int, int]:

@@ -95,6 +95,10 @@ class CocoSet(torch.utils.data.Dataset):
         """File name of an image."""
         return self.images[index]["file_name"]
 
+    def place(self, index):
+        """Path of an image, which may be in a zip instead."""
+        return str(self.pictures.folder / self.name(index))
+
     def __getitem__(self, index):
         image = self.images[index]
         size = (image["height"], image["width"])

@@ -137,7 +137,8 @@ def test_the_stored_pixels_and_their_boxes_are_used_with_one_note_of_all_workers
     main.main(parse(*small(own, "--num_workers", 2, "--epochs", 2)))
     notes = [line for line in capsys.readouterr().out.splitlines() if "EXIF" in line]
     assert [note[:len("note: 4 of")] for note in notes] == ["note: 4 of", "note: 2 of"]
-    assert "such as 0000.png, have an EXIF orientation" in notes[0]
+    assert all(f"such as {own}/{split}2017/0000.png, have an EXIF" in note
+               for split, note in zip(("train", "val"), notes, strict=True))
 
 
 def test_annotations_of_the_turned_image_are_told_what_is_wrong(own):
