@@ -419,6 +419,6 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
             out = out.clone(memory_format=torch.contiguous_format) if _is_recorded() else out
         else:
             logits = functools.reduce(torch.add, terms, torch.matmul(q, k.transpose(-2, -1)))
-            attn = F.dropout(logits.softmax(-1), dropout_p, training=dropout_p > 0)
+            attn = F.dropout(logits.softmax(-1), dropout_p)
             out = torch.matmul(attn, v) + rpe_v(attn, height, width)
     return out if mask is None else out.masked_fill(blind, 0)
