@@ -8,6 +8,8 @@ import importlib
 import pathlib
 import sys
 
+import torch
+
 
 def _import_siblings(*names):
     """Modules of this folder, also where the caller has imported others of the same common names (`models`, ...).
@@ -45,7 +47,11 @@ def _build(flags, url, pretrained, num_classes):
     args = _main.get_args_parser().parse_args([*flags, "--num_classes", str(num_classes), "--eval"])
     model, _, postprocessors = _models.build_model(args)
     if pretrained:
-        _checkpoint.load_weights(model, _runtime.load_checkpoint(url), url)
+        cached = f"{torch.hub.get_dir()}/checkpoints/{url.rpartition('/')[2]}"
+        _checkpoint.load_weights(
+            model, _runtime.load_checkpoint(url), url,
+            classes_cure="leave num_classes out for the released model, or pretrained for one of other classes",
+            model_cure=f"remove {cached} to have the file fetched anew")
     return model.eval(), postprocessors
 
 

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import build_dataset, eval_loader, train_loader
-from datasets.coco import check_categories
+from datasets.coco import check_categories, check_same_sets, note_objects
 from engine import evaluate, train_one_epoch
 from models import NUM_CLASSES, build_model, parse_enc_rpe2d
 from models.compiled import compile_detector
 from util import runtime
-from util.checkpoint import TrainingState, load_weights
+from util.checkpoint import CLASSES_CURE, TrainingState, load_weights
 from util.runtime import UserError, print_once
 
 
@@ -99,6 +99,8 @@ def get_args_parser():
     add("--eval", action="store_true")
     add("--world_size", default=1, type=int)
     add("--dist_url", default="env://")
+    # given by torch.distributed.launch without --use_env; the rank itself is read from the environment
+    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
@@ -147,6 +149,9 @@ def build_datasets(args):
             args.num_classes = max(args.num_classes, NUM_CLASSES["coco_panoptic"])
     for dataset in datasets:
         check_categories(dataset, args.num_classes)
+        note_objects(dataset, args.num_queries, learns=dataset is train_set)
+    if train_set:
+        check_same_sets(train_set, val_set)
     return train_set, val_set
 
 
@@ -177,8 +182,9 @@ def save_precision(measured, output_dir, names):
 def share_buffers(model):
     """Give all processes the main one's statistics of batch norm, which are saved: each saw another last batch."""
     if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+        with runtime.waiting():
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
 
 
 def train(run, state, criterion, postprocessors, val_loader, ground_truth, device):
@@ -211,11 +217,15 @@ def take_weights(state, args):
     """Bring the state to where the flags say that the run starts; returns the epoch and what has been done of it."""
     place = None
     if args.frozen_weights and not args.resume:
-        load_weights(state.model.detr, runtime.load_checkpoint(args.frozen_weights), args.frozen_weights)
+        load_weights(state.model.detr, runtime.load_checkpoint(args.frozen_weights), args.frozen_weights,
+                     classes_cure=f"{CLASSES_CURE}, or give --frozen_weights a detector of this set")
     if args.resume and not (args.eval or args.finetune):
-        place = state.resume(args.resume)
+        place = state.resume(args.resume, args)
     elif args.resume:
-        load_weights(state.model, runtime.load_checkpoint(args.resume), args.resume, args.finetune)
+        checkpoint = runtime.load_checkpoint(args.resume)
+        load_weights(state.model, checkpoint, args.resume, args.finetune)
+        if not args.finetune:
+            state.check_categories(checkpoint, args.resume)
     elif args.eval:
         print_once("note: --eval without --resume measures a model with random weights")
     if place is None:
@@ -226,10 +236,19 @@ def take_weights(state, args):
 def main(args):
     """Run the command line; returns what `evaluate` measured if that was all that was asked."""
     check_args(args)
+    if not args.eval:
+        runtime.need_signals("training", *runtime.STOPPING)
     device = runtime.find_place(args)
     if args.compile:
         runtime.check_compiler(device)
     runtime.prepare_output_dir(args.output_dir)
+    with runtime.output_lock(args.output_dir):
+        runtime.meet(args, runtime.step_timeout(args))
+        return train_or_evaluate(args, device)
+
+
+def train_or_evaluate(args, device):
+    """What `main` does, once the flags are checked and the output directory is this job's."""
     goes_on = bool(args.resume) and not args.finetune
     if args.resume == "auto":
         args.resume = runtime.newest_checkpoint(args.output_dir, needed=args.eval)
@@ -249,6 +268,8 @@ def main(args):
         compile_detector(model)
     runtime.init_distributed(args, runtime.step_timeout(args))
     if args.eval:
+        if args.output_dir and "panoptic" in postprocessors:
+            runtime.prepare_output_dir(os.path.join(args.output_dir, "panoptic_eval"))  # these files are asked for
         stats, measured = evaluate(model, criterion, postprocessors, val_loader, ground_truth, device,
                                    getattr(torch, args.amp_dtype), args.output_dir)
         save_precision(measured, args.output_dir, ["eval.pth"])

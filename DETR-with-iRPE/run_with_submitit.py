@@ -78,6 +78,10 @@ def submit(args: argparse.Namespace) -> None:
     """Submit the job and print its number. Raises ``UserError`` for flags that cannot work, before it waits in line."""
     if submitit is None:
         raise runtime.UserError("jobs are submitted with submitit, which is not installed: pip install submitit")
+    runtime.need_signals("a job", *runtime.STOPPING)
+    if runtime.get_world_size() > 1:
+        raise runtime.UserError("the job starts its processes itself, --ngpus on each of --nodes: run "
+                                "run_with_submitit.py with python, without a launcher")
     main.check_args(args)
     for name in ("ngpus", "nodes", "timeout"):
         if getattr(args, name) < 1:

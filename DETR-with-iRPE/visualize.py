@@ -23,7 +23,8 @@ from main import check_args, get_args_parser
 from models import build_model
 from models.rpe_attention import RPEMultiheadAttention
 from util import runtime
-from util.checkpoint import load_weights
+from util.checkpoint import count_classes, load_weights
+from util.images import orientation, to_rgb
 from util.runtime import UserError, print_once
 
 try:
@@ -54,9 +55,7 @@ def load_model(args, argv):
     checkpoint = runtime.load_checkpoint(args.resume)
     stored = vars(checkpoint.get("args", argparse.Namespace()))
     args = parser({name: stored[name] for name in MODEL_FLAGS if name in stored}).parse_args(argv)
-    weights = runtime.model_weights(checkpoint, args.resume)
-    heads = [weight for key, weight in weights.items() if key.endswith("class_embed.weight")]
-    args.num_classes = len(heads[0]) - 1 if heads else args.num_classes
+    args.num_classes = count_classes(runtime.model_weights(checkpoint, args.resume)) or args.num_classes
     args.eval = True
     check_args(args, needs_data=False)
     model, _, postprocessors = build_model(args)
@@ -178,7 +177,10 @@ def main(args, argv=None):
     args, model, postprocessors, names = load_model(args, argv)
     model.to(device)
     for stem, file in zip(stems, args.image, strict=True):
-        picture = read_picture(Path(file), f"picture {file}")
+        picture, turned = read_picture(Path(file), f"image {file}", lambda image: (to_rgb(image), orientation(image)))
+        if turned != 1:
+            print_once(f"note: image {file} has the EXIF orientation {turned} and is drawn as it is stored: rotate the "
+                       "file if that is wrong")
         for kind, figure, words in drawings(model, picture, postprocessors, names, args, device):
             path = Path(args.output_dir, f"{stem}_{kind}.png")
             figure.savefig(path)

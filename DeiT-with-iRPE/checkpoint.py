@@ -50,14 +50,16 @@ class TrainingState:
         model, or to an optimizer or schedule other than those of ``args``, or is damaged.
         """
         checkpoint = load_checkpoint(path)
-        weights = load_weights(self.model, checkpoint, path)
+        weights = load_weights(self.model, checkpoint, path, or_else=", or give it to --finetune for a new head")
         if self.model_ema:
             averages = model_weights(checkpoint, path, "model_ema") if checkpoint.get("model_ema") else weights
             _load(self.model_ema.module, averages, path, " in its 'model_ema'")
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             print_once(f"note: {path} holds weights only; the optimizer starts anew")
+            _note_values_kept(path, args, checkpoint, None, {})
             return None
         _check_same_flags(checkpoint.get("args"), args, path)
+        asked = _kept_values(self.optimizer, self.lr_scheduler)
         try:
             if not hasattr(checkpoint.get("args"), "opt"):
                 _check_hyperparameters(self.optimizer, checkpoint["optimizer"])
@@ -70,10 +72,16 @@ class TrainingState:
             if checkpoint.get("scaler"):
                 self.loss_scaler.load_state_dict(checkpoint["scaler"])
             self.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
-            return runtime.resume_point(checkpoint)
+            epoch, progress = runtime.resume_point(checkpoint)
+            kept = _kept_values(self.optimizer, self.lr_scheduler)
         except _MISFITS as error:
             raise UserError(f"the schedule in {path} is not --sched {args.sched}, or the file is damaged: "
                             f"{error}") from error
+        if isinstance(self.lr_scheduler, PlateauLRScheduler) and epoch <= self.lr_scheduler.warmup_t:
+            del kept["lr"]  # the rest of the warm-up leads to the rate of the flags
+        values = {flag: (asked[flag], kept[flag]) for flag in asked if flag in kept}
+        _note_values_kept(path, args, checkpoint, epoch, values)
+        return epoch, progress
 
 
 def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], path: str) -> None:
@@ -89,9 +97,62 @@ def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], pa
         if not isinstance(before, (kind, type(None))):
             raise UserError(f"checkpoint {path} is damaged: its {flag} is {before!r}")
         if before is not None and now and now != before:
-            raise UserError(f"{path} was trained with {flag} {before or 'left out'}, not with {now}: leave it out, "
-                            "or use --finetune for a new run from its weights")
+            raise UserError(f"{path} was trained with {flag} {before or 'left out'}, not with {now}: leave it out"
+                            + ("" if args.eval else ", or use --finetune for a new run from its weights"))
         setattr(args, name, now or before or kind())
+
+
+# A resumed run follows main.py's flags but for --lr, the schedule's length in --epochs (see _kept_values) and the flags
+# in these three tables: their values come from the checkpoint. Of --seed that is the schedule's noise alone.
+# Flags that the optimizer holds: the names of their values in the groups of timm's optimizers.
+OPTIMIZER_FLAGS = {"weight_decay": ("weight_decay",), "opt_betas": ("betas", "beta1"), "opt_eps": ("eps",),
+                   "momentum": ("momentum",)}
+# Flags that the schedule holds: the names of their values in timm's schedules, or in PyTorch's plateau in one of them.
+SCHEDULE_FLAGS = {"warmup_epochs": ("warmup_t",), "warmup_lr": ("warmup_lr_init",), "min_lr": ("lr_min", "min_lrs"),
+                  "decay_epochs": ("decay_t",), "decay_rate": ("decay_rate", "power", "factor"),
+                  "patience_epochs": ("patience",), "cooldown_epochs": ("cooldown",), "lr_noise": ("noise_range_t",),
+                  "lr_noise_pct": ("noise_pct",), "lr_noise_std": ("noise_std",), "seed": ("noise_seed",)}
+# Flags that only say how a run begins, and the values that ask for nothing.
+START_FLAGS = {"pretrained": False, "finetune": "", "start_epoch": 0}
+
+
+def _kept_values(optimizer: torch.optim.Optimizer, scheduler: Scheduler | None) -> dict[str, Any]:
+    """The values of the flags that a checkpoint keeps, as far as this optimizer and this schedule have them.
+
+    They are read from the states, not from the checkpoint's ``args``: these are missing from some files, say nothing of
+    a rate that was scaled with another number of images a step, and after a resumed run hold its flags, not the first
+    one's.
+    """
+    group = optimizer.param_groups[-1]  # timm puts the weights without decay first
+    values = {"lr": group.get("initial_lr", group["lr"])}
+    values |= {flag: group[name] for flag, names in OPTIMIZER_FLAGS.items() for name in names if name in group}
+    if scheduler is None:
+        return values
+    held = dict(vars(scheduler))
+    if isinstance(scheduler, PlateauLRScheduler):
+        held |= {**vars(scheduler.lr_scheduler), "min_lrs": scheduler.lr_scheduler.min_lrs[-1]}
+    else:
+        values["lr"] = held["base_values"][-1]
+    if "t_initial" in held:
+        values["epochs"] = held["t_initial"] + (held["warmup_t"] if "stable_fn" in held else 0)  # wsd warms up before
+    if held["noise_range_t"] is None:  # then nothing else about the noise matters
+        held = {name: value for name, value in held.items() if name not in ("noise_pct", "noise_std", "noise_seed")}
+    return values | {flag: held[name] for flag, names in SCHEDULE_FLAGS.items() for name in names if name in held}
+
+
+def _note_values_kept(path: str, args: argparse.Namespace, checkpoint: Mapping[str, Any], epoch: int | None,
+                      values: Mapping[str, tuple[Any, Any]]) -> None:
+    """Note the flags that are not followed: of ``values``, (what they say, what is kept), and of ``START_FLAGS``."""
+    values = values | runtime.start_values_kept(args, checkpoint, START_FLAGS, epoch)
+    images = args.batch_size * args.world_size
+    words = {"lr": f" scaled to {images} images a step", "epochs": " for the learning-rate schedule",
+             "lr_noise": " in epochs", "seed": " for --lr-noise", "pretrained": " for the first weights",
+             "finetune": " for the first weights"}
+    names = {flag: flag if flag == "start_epoch" else flag.replace("_", "-") for flag in values}
+    runtime.note_values_kept(
+        path, {f"--{names[flag]}{words.get(flag, '')}": pair for flag, pair in values.items()},
+        f"A new run follows the command line: leave --resume out, or say --finetune {path} in its place to start from "
+        "these weights")
 
 
 # What the libraries raise for states that are not theirs.
@@ -117,6 +178,9 @@ def _check_hyperparameters(optimizer: torch.optim.Optimizer, state: dict[str, An
 
 
 def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    if len(state["param_groups"]) != len(optimizer.param_groups):
+        raise ValueError(f"it has {len(state['param_groups'])} groups of weights instead of "
+                         f"{len(optimizer.param_groups)}, as where only one of both has --weight-decay 0")
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
         for name in ("exp_avg", "momentum_buffer"):  # the others are not of the parameter's shape in all optimizers
@@ -142,20 +206,31 @@ def _load_scheduler_state(scheduler: Scheduler, state: dict[str, Any]) -> None:
 
 
 def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str,
-                 any_resolution: bool = False) -> dict[str, torch.Tensor]:
-    """Load a checkpoint of this very model, or with ``any_resolution`` at another one, and return its weights.
+                 or_else: str = "") -> dict[str, torch.Tensor]:
+    """Load a checkpoint of this very model, and return its weights.
 
-    Raises ``UserError`` that says which keys differ, or that the numbers of classes do.
+    Raises ``UserError`` that says which keys differ, or that the numbers of classes do, with ``or_else`` for what can
+    be done about that besides choosing other data.
     """
-    weights, expected = model_weights(checkpoint, path), model.state_dict()
-    if heads := _heads_of_other_classes(model, expected, weights):
-        raise UserError(f"checkpoint {path} has {len(weights[heads[0]])} classes and the data set "
-                        f"{len(expected[heads[0]])}: "
-                        "check --data-set and --data-path, or give it to --finetune for a new head")
-    if any_resolution:
-        _fit_positions(weights, model)
+    weights = model_weights(checkpoint, path)
+    if counts := _other_classes(model, weights):
+        raise UserError(f"checkpoint {path} has {counts[0]} classes and the data set {counts[1]}: "
+                        f"check --data-set and --data-path{or_else}")
     _load(model, weights, path)
     return weights
+
+
+def load_teacher(teacher: nn.Module, name: str, path: str) -> None:
+    """Load the file of ``--teacher-path`` into the ``--teacher-model`` of that name; absolute positions of another
+    resolution are interpolated. Raises ``UserError`` if it is another model's, or knows other classes than the data
+    set."""
+    weights = model_weights(load_checkpoint(path), path)
+    if counts := _other_classes(teacher, weights):
+        raise UserError(f"the teacher {path} has {counts[0]} classes and the data set {counts[1]}: a teacher must know "
+                        "the classes that it teaches; check --data-set and --data-path, or give a --teacher-path that "
+                        "was trained on them")
+    _fit_positions(weights, teacher)
+    _load(teacher, weights, path, f" than --teacher-model {name}")
 
 
 def finetune_from(model: nn.Module, path: str) -> None:
@@ -193,6 +268,13 @@ def _heads_of_other_classes(model: nn.Module, expected: Mapping[str, torch.Tenso
     return [key for key, value in expected.items() if key.startswith(prefixes) and key in weights
             and value.ndim == weights[key].ndim and len(value) != len(weights[key])
             and value.shape[1:] == weights[key].shape[1:]]
+
+
+def _other_classes(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
+    """(the checkpoint's number of classes, the model's) if they differ."""
+    expected = model.state_dict()
+    heads = _heads_of_other_classes(model, expected, weights)
+    return (len(weights[heads[0]]), len(expected[heads[0]])) if heads else None
 
 
 def _prefix_positions(model: nn.Module) -> int:

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import runtime
-from checkpoint import TrainingState, finetune_from, load_weights, take_model_flags
+from checkpoint import TrainingState, finetune_from, load_teacher, load_weights, take_model_flags
 from datasets import build_collate, build_dataset
 from engine import evaluate, train_one_epoch
 from irpe import RPE_GRAMMAR, parse_rpe
@@ -163,9 +163,18 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     """Train, or with ``args.eval`` only evaluate; returns the last evaluation's loss, acc1 and acc5."""
     device = runtime.find_place(args)
     check_args(args)
+    if not args.eval:
+        runtime.need_signals("training", *runtime.STOPPING)
     if args.compile:
         runtime.check_compiler(device)
     runtime.prepare_output_dir(args.output_dir)
+    with runtime.output_lock(args.output_dir):
+        runtime.meet(args, runtime.step_timeout(args))
+        return train_or_evaluate(args, device)
+
+
+def train_or_evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """What ``main`` does, once the flags are checked and the output directory is this job's."""
     seed_everything(args.seed)
     torch.backends.cudnn.benchmark = True
     goes_on = bool(args.resume)
@@ -354,7 +363,7 @@ def build_teacher(args: argparse.Namespace, nb_classes: int) -> nn.Module:
             teacher = create_model(args.teacher_model, num_classes=nb_classes)
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"--teacher-model {args.teacher_model} cannot be built: {str(error) or repr(error)}") from error
-    load_weights(teacher, load_checkpoint(args.teacher_path), args.teacher_path, any_resolution=True)
+    load_teacher(teacher, args.teacher_model, args.teacher_path)
     compile_model(args, teacher)
     return teacher.eval().requires_grad_(False)
 
@@ -432,7 +441,7 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, f
     if args.resume:
         load_weights(model, load_checkpoint(args.resume), args.resume)
     compile_model(args, model)
-    runtime.init_distributed(args)
+    runtime.init_distributed(args, runtime.step_timeout(args))
     stats = evaluate(loader, model, device, amp_dtype(args, device))
     if args.output_dir and get_rank() == 0:
         path = os.path.join(args.output_dir, "eval.json")

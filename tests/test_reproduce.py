@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -13,7 +14,7 @@ import reproduce
 import torch
 from PIL import Image
 
-from conftest import DETR, SMALL, TINY, finish, start
+from conftest import DETR, ROOT, SMALL, TINY, finish, start
 
 ROW = {"name": TINY, "file": "tiny.pth", "url": "https://example.org/tiny.pth", "params_m": 5.76, "macs_m": 1284,
        "top1": 80.0, "top5": 92.0}
@@ -395,3 +396,19 @@ def test_a_closed_pipe_ends_the_run_quietly(stub, monkeypatch, capsys):
     with open(stub / "said", "w") as said, contextlib.redirect_stdout(said):
         assert reproduce.main(["--device", "cpu", *map(str, flags_of(stub))]) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_system_without_a_signal_that_stops_the_tools_is_told_so(tmp_path):
+    program = ("import signal, sys\n"
+               "del signal.SIGHUP\n"
+               "sys.modules['fcntl'] = None\n"  # as on Windows, where this cannot be imported either
+               "sys.path.insert(0, 'tools')\n"
+               "import ablate, reproduce\n"
+               "sys.argv[0] = 'TOOL.py'\n"
+               "print(ablate.main(['--data-path', sys.argv[1], '--output_dir', sys.argv[1]]),\n"
+               "      reproduce.main(['--checkpoints', sys.argv[1], '--output_dir', sys.argv[1]]))\n")
+    ended = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "2 2\n")
+    for line in ended.stderr.splitlines():
+        assert line.startswith("error: TOOL.py needs the signals SIGINT and SIGTERM and SIGHUP, and ")
+    assert ended.stderr.count(" lacks SIGHUP: use Linux") == 2 and not any(tmp_path.iterdir())

@@ -167,7 +167,7 @@ def save_detr(path, encoding, side, data_path, has_args=True, is_constant=True, 
     from models import build_model
     args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(
         [*DETR_FLAGS, *flags, "--enc_rpe2d", encoding, "--short_side", str(side), "--coco_path", str(data_path),
-         "--eval"])
+         "--num_classes", "5", "--eval"])
     return save(path, build_model(args)[0], args if has_args else None, "in_proj_" if is_constant else "")
 
 

@@ -163,7 +163,9 @@ class Run:
 
 def work(runs, jobs, locked, report):
     """Do the runs in their order, `jobs` at a time, and call report() after each. When it is stopped so are they."""
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    # macOS cannot tell which cores are ours
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, cores // jobs)
     waiting, running = [run for run in runs if "top1" not in run.record], []
     left = len(waiting)
     try:

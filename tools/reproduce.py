@@ -14,7 +14,6 @@ Exit status: 0 all rows passed; 1 one was measured beyond its bound, or with --v
 command line is wrong; 3 no such row, but some could not be measured; 130 stopped by a signal or a closed pipe.
 """
 import argparse
-import fcntl
 import fnmatch
 import hashlib
 import importlib.metadata
@@ -39,7 +38,8 @@ import runtime
 from runtime import UserError
 
 PASS, FAIL, USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPING_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
+STOPPING = tuple(getattr(signal, name) for name in STOPPING_NAMES if hasattr(signal, name))
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ def device_name(device):
 
 def lock(out):
     """The open lock file of a folder that one run uses at a time; its evaluation, which may outlive it, inherits it."""
+    import fcntl  # which systems without SIGHUP do not have either
+
     with runtime.writing(f"--output_dir {out}"):
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "w")
@@ -405,6 +407,7 @@ def guarded(run, args, stopped):
         if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(number, signal.default_int_handler)
     try:
+        runtime.need_signals(Path(sys.argv[0]).name, *STOPPING_NAMES)
         return run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

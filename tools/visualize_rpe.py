@@ -65,14 +65,15 @@ def load_detr(args, checkpoint):
     from datasets.coco import read_picture
     from main import check_args, get_args_parser
     from models import build_model
-    from util.checkpoint import load_weights
+    from util.checkpoint import count_classes, load_weights
     from visualize import prepare
     flags = main_flags(get_args_parser(), args, checkpoint, coco_path="coco")
+    flags.num_classes = count_classes(runtime.model_weights(checkpoint, args.resume)) or flags.num_classes
     check_args(flags, needs_data=False)
     model, *_ = build_model(flags)
     load_weights(model, checkpoint, args.resume)
     return (model, f"DETR, --enc_rpe2d {flags.enc_rpe2d}", flags.short_side,
-            lambda file: prepare(read_picture(file, f"picture {file}"), flags), lambda: build_dataset("val", flags))
+            lambda file: prepare(read_picture(file, f"image {file}"), flags), lambda: build_dataset("val", flags))
 
 
 def load_pictures(args, read, open_data):

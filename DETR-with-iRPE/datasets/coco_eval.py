@@ -3,19 +3,18 @@ import contextlib
 import io
 
 import numpy as np
-import torch.distributed as dist
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from util.runtime import get_rank, get_world_size
+from util.runtime import gather_on_main
 
 
 class CocoEvaluator:
-    """Collects detections, each picture's once, and measures them against the ground truth.
+    """Collects detections, each image's once, and measures them against the ground truth.
 
     Args:
-        ground_truth: pycocotools.COCO of all pictures to count, with or without objects.
+        ground_truth: pycocotools.COCO of all images to count, with or without objects.
         iou_type: whether `boxes` ("bbox") or `masks` ("segm") are compared.
     """
 
@@ -24,7 +23,7 @@ class CocoEvaluator:
         self.found = []
 
     def update(self, predictions):
-        """Add detections: picture id → dict of `scores`, `labels` (n,), and `boxes` (n, 4) as corners in pixels or
+        """Add detections: image id → dict of `scores`, `labels` (n,), and `boxes` (n, 4) as corners in pixels or
         `masks` (n, 1, H, W), uint8."""
         for image_id, found in predictions.items():
             if self.iou_type == "segm":  # dense masks of a whole set would not fit in memory
@@ -42,8 +41,8 @@ class CocoEvaluator:
         gathered = gather_on_main(self.found)
         if gathered is None:
             return None
-        found = [picture for pictures in gathered for picture in pictures]
-        with contextlib.redirect_stdout(io.StringIO()):  # COCOeval takes pictures in the order of their ids
+        found = [image for images in gathered for image in images]
+        with contextlib.redirect_stdout(io.StringIO()):  # COCOeval takes images in the order of their ids
             measured = COCOeval(self.ground_truth, self._results(found), self.iou_type)
             measured.evaluate()
             measured.accumulate()
@@ -61,12 +60,3 @@ class CocoEvaluator:
         nothing.dataset = {**self.ground_truth.dataset, "annotations": []}
         nothing.createIndex()
         return nothing
-
-
-def gather_on_main(value):
-    """List of every process's value on the main process, None on the others."""
-    if not dist.is_initialized():
-        return [value]
-    gathered = [None] * get_world_size() if get_rank() == 0 else None
-    dist.gather_object(value, gathered)
-    return gathered

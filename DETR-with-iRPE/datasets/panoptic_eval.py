@@ -8,29 +8,30 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from util.runtime import writing
+from util.runtime import UserError, gather_on_main, print_once, writing
 
-from .coco_eval import gather_on_main
 from .coco_panoptic import to_ids
 
 VOID = -1  # for pixels of no segment; their id may be one of the other map's
 
 
 class PanopticEvaluator:
-    """Collects maps of segments, each picture's once, writes them as COCO wants them, and measures them.
+    """Collects maps of segments, each image's once, writes them as COCO wants them, and measures them.
 
     Args:
-        dataset: CocoPanoptic of all pictures to count.
+        dataset: CocoPanoptic of all images to count.
         output_dir: where `panoptic_eval/*.png` and `panoptic_eval/predictions.json` go; nothing is written without it.
+            What cannot be written there is noted at the end, and changes no number.
     """
 
     def __init__(self, dataset, output_dir=""):
         self.dataset, self.images = dataset, {image["id"]: image for image in dataset.images}
         self.folder = Path(output_dir, "panoptic_eval") if output_dir else None
         self.found = []
+        self.failure = None  # the first write that failed; none is tried after it
 
     def update(self, predictions):
-        """Add maps: picture id → dict whose `panoptic` has PostProcessPanoptic's `png_string` and `segments_info`."""
+        """Add maps: image id → dict whose `panoptic` has PostProcessPanoptic's `png_string` and `segments_info`."""
         for image_id, result in predictions.items():
             png, segments = result["panoptic"]["png_string"], result["panoptic"]["segments_info"]
             name = f"{image_id:012}.png"
@@ -46,11 +47,14 @@ class PanopticEvaluator:
             shares, the means over the `n` categories that occur, and `PQ_categories`, category id → the same; {} on the
             others. Equal for any number of processes.
         """
-        gathered = gather_on_main(self.found)
+        gathered = gather_on_main((self.found, self.failure))
         if gathered is None:
             return {}
-        found = sorted((picture for pictures in gathered for picture in pictures), key=lambda row: row[0]["image_id"])
+        found = sorted((row for rows, _ in gathered for row in rows), key=lambda row: row[0]["image_id"])
+        self.failure = next((failure for _, failure in gathered if failure), None)
         self._write("predictions.json", json.dumps({"annotations": [row for row, _ in found]}).encode())
+        if self.failure:
+            print_once(f"note: {self.failure}: {self.folder} is incomplete, the numbers are not")
         ious = {}
         for category, iou in (pair for _, pairs in found for pair in pairs):
             ious.setdefault(category, []).append(iou)
@@ -65,14 +69,18 @@ class PanopticEvaluator:
         return {**stats, "PQ_categories": each}
 
     def _write(self, name, content):
-        if self.folder:
+        if self.folder is None or self.failure:
+            return
+        try:
             with writing(self.folder / name):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / name).write_bytes(content)
+        except UserError as error:
+            self.failure = str(error)
 
 
 def compare(truth, true_segments, found, found_segments):
-    """Match the segments of one picture where their IoU, without the pixels of void, is above a half.
+    """Match the segments of one image where their IoU, without the pixels of void, is above a half.
 
     Args:
         truth, found: ids (H, W), at least 0 and below 2²⁴.

@@ -134,12 +134,11 @@ def start(*command, **environment):
 
 
 def launcher(world_size, *command):
-    """Start of a command under torch.distributed.launch, as the released commands have it."""
+    """Start of a command under torch.distributed.launch; the released commands have --use_env before it."""
     with socket.socket() as sock:
         sock.bind(("localhost", 0))
         port = sock.getsockname()[1]
-    return ["-m", "torch.distributed.launch", f"--nproc_per_node={world_size}", f"--master_port={port}", "--use_env",
-            *command]
+    return ["-m", "torch.distributed.launch", f"--nproc_per_node={world_size}", f"--master_port={port}", *command]
 
 
 def finish(process):

@@ -149,7 +149,7 @@ def test_the_released_command_says_the_same_from_folder_and_zip_alone_or_with_an
     (tmp_path / "annotations").symlink_to(larger / "annotations")
     pack(tmp_path, "val", larger / "val2017")
     flags = ["--eval", "--resume", filled, "--output_dir", tmp_path / "out"]
-    process = start(*launcher(2, "main.py", *small(tmp_path, *flags)))
+    process = start(*launcher(2, "--use_env", "main.py", *small(tmp_path, *flags)))
     main.main(parse(*small(larger, "--eval", "--resume", filled)))
     alone = report(capsys.readouterr().out)
     status, out, err = finish(process)

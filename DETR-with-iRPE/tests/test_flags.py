@@ -1,4 +1,5 @@
 """Every flag of the public implementation has its name, type and default, and does what it says."""
+import argparse
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 import main
+import run_with_submitit
+import visualize
 from conftest import load_annotations, parse, save_annotations, small, write_panoptic, write_set
 from models import build_model
 from util import runtime
@@ -176,6 +179,20 @@ def test_flag_device(plain):
 def test_flag_world_size(start):
     with pytest.raises(UserError, match="--world_size 2"):
         start("--world_size", 2)
+
+
+@pytest.mark.parametrize("spelling", ["--local-rank=1", "--local_rank=1"])
+@pytest.mark.parametrize("program", ["main", "run_with_submitit", "visualize"])
+def test_both_spellings_of_the_launchers_flag_are_taken_and_not_shown(program, spelling):
+    if program == "main":
+        parser = argparse.ArgumentParser(parents=[main.get_args_parser()], allow_abbrev=False)
+    elif program == "visualize":
+        parser = visualize.parser()
+    else:
+        parser = run_with_submitit.get_parser()
+    required = ["--image", "x"] * (program == "visualize")
+    assert parser.parse_args([spelling, *required]).local_rank == 1
+    assert "rank" not in parser.format_help()
 
 
 def test_flag_dist_url(monkeypatch):

@@ -84,6 +84,8 @@ def test_finetune_gives_another_number_of_classes_a_new_head_and_says_so(coco, t
     flags = small(coco, "--num_classes", 9, "--resume", trained / "checkpoint.pth")
     with pytest.raises(UserError, match="5 classes and this run 9.*--finetune"):
         main.main(parse(*flags))
+    with pytest.raises(UserError, match="5 classes and this run 9: check --coco_path and --num_classes$"):
+        main.main(parse(*flags, "--eval"))  # with a new head it would measure nothing
     main.main(parse(*flags, "--finetune", "--lr", 0, "--lr_backbone", 0, "--weight_decay", 0, "--output_dir", tmp_path))
     assert "new class head for 9 classes instead of 5" in capsys.readouterr().out
     after, before = (runtime.load_checkpoint(str(path / "checkpoint.pth")) for path in (tmp_path, trained))
@@ -117,7 +119,7 @@ def test_no_weight_on_pictures_without_objects_is_no_loss():
     assert loss == 0 and outputs["pred_logits"].grad.abs().max() == 0
 
 
-def test_two_processes_train_one_model(coco, tmp_path):
+def test_two_processes_train_one_model_under_the_old_launcher_without_use_env(coco, tmp_path):
     flags = small(coco, "--batch_size", 1, "--lr", 1e-3, "--lr_backbone", 1e-2)
     status, out, err = finish(start(*launcher(2, "main.py", *flags, "--output_dir", tmp_path)))
     assert status == 0, err
@@ -150,7 +152,7 @@ def _epochs(args):
 def test_processes_divide_by_their_mean_number_of_boxes_and_draw_different_random_numbers(coco, tmp_path):
     script = "import test_main; test_main.runtime.run(test_main._epochs, test_main.parse(*sys.argv[1:]))"
     flags = small(coco, "--epochs", 2, "--batch_size", 1, "--output_dir", tmp_path)
-    status, out, err = finish(start(*launcher(2, "tests/run_code.py", script, *flags)))
+    status, out, err = finish(start(*launcher(2, "--use_env", "tests/run_code.py", script, *flags)))
     assert status == 0, err
     noted = [row for rank in range(2) for row in json.loads((tmp_path / f"noted{rank}.json").read_text())]
     assert len({row["drawn"] for row in noted}) == len(noted) == 4
@@ -248,6 +250,12 @@ def test_hub_entries_build_their_models_and_load_what_is_cached(offline, tmp_pat
     torch.save({"model": weights}, tmp_path / "checkpoints" / "rpe-1.9-product-ctx-1-k.pth")
     loaded = hubconf.detr_resnet50_rpe_19_product_ctx_1_k(pretrained=True).state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
+    with pytest.raises(UserError, match="91 classes and this run 20: leave num_classes out"):
+        hubconf.detr_resnet50_rpe_19_product_ctx_1_k(pretrained=True, num_classes=20)
+    file = tmp_path / "checkpoints" / "rpe-2.0-product-ctx-1-k.pth"
+    torch.save({"model": weights}, file)
+    with pytest.raises(UserError, match=f"of another shape.*; remove {file} to have the file fetched anew"):
+        hubconf.detr_resnet50_rpe_20_product_ctx_1_k(pretrained=True)
 
 
 def test_hub_panoptic_models_draw_maps_of_what_is_above_the_threshold():
@@ -374,6 +382,15 @@ def test_flags_that_cannot_work_are_refused_in_one_sentence(coco, flags, words):
     with pytest.raises(UserError, match=words) as caught:
         main.main(parse(*small(coco, *flags)))
     assert "\n" not in str(caught.value)
+
+
+def test_system_without_the_signals_of_training_is_told_so_and_evaluates(coco, trained, tmp_path, monkeypatch):
+    for module, name in ((signal, "SIGUSR1"), (signal, "SIGUSR2"), (os, "setpgid")):  # as on Windows
+        monkeypatch.delattr(module, name)
+    with pytest.raises(UserError, match="training needs the signals .* lacks SIGUSR1 and SIGUSR2: use Linux"):
+        main.main(parse(*small(coco, "--output_dir", tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    main.main(parse(*small(coco, "--eval", "--resume", trained / "checkpoint.pth", "--num_workers", 1)))
 
 
 def test_an_unknown_way_of_attention_in_the_environment_is_refused_in_one_sentence(coco):

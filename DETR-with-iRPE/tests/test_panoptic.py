@@ -159,9 +159,9 @@ def test_a_map_of_another_size_than_its_picture_is_named(own):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda data: data["annotations"][1].update(image_id=99), ["picture 17", "images"]),
-    (lambda data: data["annotations"][2].update(image_id=2), ["picture 2 ", "annotations"]),
-    (lambda data: data["annotations"].pop(), ["picture 27", "images"]),
+    (lambda data: data["annotations"][1].update(image_id=99), ["image 17", "images"]),
+    (lambda data: data["annotations"][2].update(image_id=2), ["image 2 ", "annotations"]),
+    (lambda data: data["annotations"].pop(), ["image 27", "images"]),
     (lambda data: data["images"][0].update(file_name="other.png"), ["other.png", "1 of 3"]),
     (lambda data: data["annotations"][0]["segments_info"][0].update(category_id=99), ["7.png", "category 99"]),
     (lambda data: data["annotations"][0]["segments_info"][0].update(id="a"), ["7.png", "'a'"]),
@@ -185,7 +185,7 @@ def test_instances_of_another_set_are_refused(own):
     data["images"] = data["images"][1:]
     data["annotations"] = [entry for entry in data["annotations"] if entry["image_id"] != 7]
     save_annotations(own, "val", data)
-    with pytest.raises(UserError, match=r"picture 7 of .*panoptic_val2017.json is not in .*instances_val2017.json"):
+    with pytest.raises(UserError, match=r"image 7 of .*panoptic_val2017.json is not in .*instances_val2017.json"):
         read(own).ground_truth()
 
 
@@ -305,6 +305,18 @@ def test_quality_equals_another_implementation_on_the_files_that_are_written(mad
     assert f"PQ  {100 * stats['PQ_st']['pq']:.1f}" in capsys.readouterr().out.replace("   ", "  ")
 
 
+def test_files_that_cannot_be_written_cost_no_number(made, tmp_path, capsys):
+    dataset = read(made)
+    expected, stopped = PanopticEvaluator(dataset), PanopticEvaluator(dataset, tmp_path)
+    (tmp_path / "panoptic_eval").touch()  # a file where the folder should be
+    for evaluator in (expected, stopped):
+        evaluator.update(perturbed(dataset))
+    capsys.readouterr()
+    assert stopped.summarize() == expected.summarize()
+    said = capsys.readouterr().out
+    assert said.count(f"note: {tmp_path}/panoptic_eval/") == 1 and "is incomplete, the numbers are not" in said
+
+
 def test_without_an_output_directory_nothing_is_written(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evaluator = PanopticEvaluator(read(made))
@@ -372,7 +384,7 @@ def test_mask_ap_and_quality_are_the_same_for_any_number_of_processes(made, tmp_
     script = "import test_panoptic as t; t._save(t._oracle(t.parse(*sys.argv[1:])), sys.argv[-1])"
     flags = flags_of(os.pathsep.join(map(str, roots)), "--eval", "--num_classes", 250, "--num_queries", 20,
                      "--short_side", 128, "--output_dir")
-    processes = [start(*launcher(world, "tests/run_code.py", script, *flags, tmp_path / f"out{world}"))
+    processes = [start(*launcher(world, "--use_env", "tests/run_code.py", script, *flags, tmp_path / f"out{world}"))
                  for world in (2, 3)]
     alone = json.loads(json.dumps(_oracle(parse(*flags, tmp_path / "out1"))))
     for process, world in zip(processes, (2, 3), strict=True):

@@ -395,7 +395,8 @@ def test_without_frozen_weights_detector_and_head_learn_together():
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--dec_layers", 3], "detector.pth belongs to another configuration.*missing.*decoder.layers.2"),
-    (["--num_classes", 7], "5 classes and this run 7.*--num_classes"),
+    (["--num_classes", 7], "5 classes and this run 7: check .*--num_classes, or give --frozen_weights a detector of "
+     "this set$"),
     (["--frozen_weights", "none.pth"], "none.pth")])
 def test_frozen_weights_of_another_model_are_refused(detector, flags, words):
     with pytest.raises(UserError, match=words):

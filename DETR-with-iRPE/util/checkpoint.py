@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from datasets.coco import check_same_categories
 from util import runtime
 from util.runtime import UserError, key_differences, load_checkpoint, model_weights, print_once, replacing
 
@@ -33,38 +34,91 @@ class TrainingState:
         with replacing(path, keep_previous=True) as file:
             torch.save(state, file)
 
+    def check_categories(self, checkpoint, path):
+        """Raise UserError if the checkpoint, where it has names of categories, means others by the data set's ids."""
+        check_same_categories(checkpoint.get("categories") or {}, f"checkpoint {path}", self.categories,
+                              "the data set")
+
     def start_at(self, epoch):
         """Go to the learning rates of an epoch, for a start there without a checkpoint that holds them."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.lr_scheduler.gamma ** (epoch // self.lr_scheduler.step_size)
         self.lr_scheduler.last_epoch = epoch
 
-    def resume(self, path):
+    def resume(self, path, args):
         """Take over what the checkpoint holds; returns the epoch to train and the progress in it, None if it holds
-        weights only. Raises UserError if it is damaged, or belongs to another model or optimizer."""
+        weights only. A note lists the flags of `args` that are not followed. Raises UserError if it is damaged, or
+        belongs to another model or optimizer."""
         checkpoint = load_checkpoint(path)
-        load_weights(self.model, checkpoint, path)
+        load_weights(self.model, checkpoint, path, classes_cure=FINETUNE_CURE)
+        self.check_categories(checkpoint, path)
         if not {"optimizer", "lr_scheduler", "epoch"} <= checkpoint.keys():
             print_once(f"note: {path} holds weights only; the optimizer starts anew")
+            _note_values_kept(path, args, checkpoint, None, {})
             return None
+        asked = _kept_values(self.optimizer, self.lr_scheduler)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
             if checkpoint.get("scaler"):
                 self.loss_scaler.load_state_dict(checkpoint["scaler"])
-            return runtime.resume_point(checkpoint)
+            epoch, progress = runtime.resume_point(checkpoint)
+            kept = _kept_values(self.optimizer, self.lr_scheduler)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"checkpoint {path} is damaged, or trained other parameters ({error!r}): give that run's "
                 "--frozen_weights, --no_pretrained_backbone and --lr_backbone to go on with it, or --finetune to start "
                 "from its weights") from error
+        values = {flag: (asked[flag], kept[flag]) for flag in asked if flag in kept}
+        _note_values_kept(path, args, checkpoint, epoch, values)
+        return epoch, progress
 
 
-def load_weights(model, checkpoint, path, new_class_head=False):
+# A resumed run follows main.py's flags but for those of _kept_values, whose values come from the checkpoint, and these,
+# which only say how a run begins; here with the values that ask for nothing.
+START_FLAGS = {"frozen_weights": None, "start_epoch": 0}
+
+
+def _kept_values(optimizer, scheduler):
+    """The values of the flags that a checkpoint keeps, as the optimizer and the schedule hold them.
+
+    They are not read from the checkpoint's `args`, which are missing from some files, and after a resumed run hold its
+    flags, not the first one's.
+    """
+    rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    values = {"lr": rates[0], "weight_decay": optimizer.param_groups[0]["weight_decay"],
+              "lr_drop": scheduler.step_size}
+    if optimizer.param_groups[1]["params"]:
+        values["lr_backbone"] = rates[1]
+    return values
+
+
+def _note_values_kept(path, args, checkpoint, epoch, values):
+    """Note the flags that are not followed: of `values`, (what they say, what is kept), and of START_FLAGS."""
+    values = values | runtime.start_values_kept(args, checkpoint, START_FLAGS, epoch)
+    runtime.note_values_kept(
+        path, {f"--{flag}": pair for flag, pair in values.items()},
+        f"A new run follows the command line: leave --resume out, or say --resume {path} --finetune to start from "
+        "these weights")
+
+
+def count_classes(weights):
+    """The `num_classes` of a model with these weights; None if they have no class head."""
+    return next((len(weight) - 1 for key, weight in weights.items() if key.endswith("class_embed.weight")), None)
+
+
+# What a user can do about a checkpoint for another number of classes than the data has, or about one of another model.
+CLASSES_CURE = "check --coco_path and --num_classes"
+FINETUNE_CURE = f"{CLASSES_CURE}, or say --finetune with --resume to start from its weights with a new class head"
+MODEL_CURE = "check --enc_rpe2d, --backbone and the other flags of the model"
+
+
+def load_weights(model, checkpoint, path, new_class_head=False, classes_cure=CLASSES_CURE, model_cure=MODEL_CURE):
     """Load a checkpoint's weights into its model.
 
     Batch norm fits whether frozen or trainable, here and there. With `new_class_head` a head for another number of
-    classes keeps its fresh values, and a line says so. Raises UserError that says which keys differ.
+    classes keeps its fresh values, and a line says so. Raises UserError that says which keys differ, and what to do
+    about that where the weights are loaded: `classes_cure` for another number of classes, `model_cure` for the rest.
     """
     weights = model_weights(checkpoint, path)
     expected = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
@@ -79,14 +133,11 @@ def load_weights(model, checkpoint, path, new_class_head=False):
     if head:
         counts = [len(values[head[0]]) - 1 for values in (weights, expected)]
         if not new_class_head:
-            raise UserError(f"checkpoint {path} has {counts[0]} classes and this run {counts[1]}: check --coco_path "
-                            "and --num_classes, or say --finetune with --resume to start from its weights with a new "
-                            "class head")
+            raise UserError(f"checkpoint {path} has {counts[0]} classes and this run {counts[1]}: {classes_cure}")
         print_once(f"finetune: new class head for {counts[1]} classes instead of {counts[0]}")
         weights.update({key: expected[key] for key in head})
     differences = key_differences(
         expected, {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")})
     if differences:
-        raise UserError(f"checkpoint {path} belongs to another configuration: {differences}; check --enc_rpe2d, "
-                        "--backbone and the other flags of the model")
+        raise UserError(f"checkpoint {path} belongs to another configuration: {differences}; {model_cure}")
     model.load_state_dict(weights, strict=False)

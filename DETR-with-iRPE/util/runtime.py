@@ -8,10 +8,12 @@ import json
 import math
 import os
 import pathlib
+import platform
 import random
 import re
 import shlex
 import signal
+import socket
 import statistics
 import sys
 import tempfile
@@ -20,12 +22,17 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+if __package__:  # DETR keeps this file in a package, DeiT beside its main.py
+    from .watchdog import STARTUP_SECONDS, Watchdog
+else:
+    from watchdog import STARTUP_SECONDS, Watchdog
 
 
 class UserError(Exception):
@@ -60,9 +67,11 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
     """
     try:
         main(args)
+        leave()
     except KeyboardInterrupt:
         _end(130)
     except Interrupted as stop:
+        leave()
         print_once(stop)
         _end(75)
     except UserError as error:
@@ -78,7 +87,12 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
         _end(1, lost or traceback.format_exc())
 
 
+_ending = threading.Lock()  # taken by the thread that ends this process, so that no other one says a second error
+
+
 def _end(status: int, error: object = "") -> NoReturn:
+    if get_world_size() > 1 and not _ending.acquire(blocking=False):
+        threading.Event().wait()  # the watchdog's thread, or the main one, is ending this process
     with contextlib.suppress(OSError):  # nobody may be listening any more
         if error:
             time.sleep(10 if _launched("LOCAL_RANK", "SLURM_LOCALID", 0) else 0)
@@ -113,6 +127,14 @@ def _missing() -> str:
 
 # Processes
 
+def need_signals(task: str, *names: str) -> None:
+    """Raise ``UserError`` on a system without signals of these names that ``task`` needs, as Windows is one."""
+    missing = [name for name in names if not hasattr(signal, name)]
+    if missing:
+        raise UserError(f"{task} needs the signals {' and '.join(names)}, and {platform.system()} lacks "
+                        f"{' and '.join(missing)}: use Linux, on Windows in WSL; main.py --eval works without them")
+
+
 def find_place(args: argparse.Namespace) -> torch.device:
     """Learn which of how many processes this is, without meeting them, and return its device.
 
@@ -136,25 +158,75 @@ def find_place(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def init_distributed(args: argparse.Namespace, step_timeout: float = 60) -> torch.device:
-    """Find this process's place, join the others, if there are any, at ``--dist_url``, and return the device.
+def meet(args: argparse.Namespace, step_timeout: float = 60) -> None:
+    """Meet the other ranks at ``--dist_url``, if there are any, and watch from then on that all of them stay alive.
 
-    NCCL connects GPUs, gloo CPUs. A process that waits ``step_timeout`` seconds for another in ``training_group`` ends;
-    elsewhere, where the main one may evaluate or write for long, it waits an hour. Raises ``UserError`` as
-    ``find_place``, or if the others cannot be joined.
+    A rank that dies or hangs ends the job after ``step_timeout`` seconds, whatever it is doing. Call ``find_place``
+    first. Raises ``UserError`` if the others do not come: they have that long, but at least ``STARTUP_SECONDS``.
+    """
+    global _store, _watchdog
+    if not args.distributed or _watchdog:
+        return
+    patience = datetime.timedelta(seconds=max(step_timeout, STARTUP_SECONDS))
+    try:
+        _store, _, _ = next(dist.rendezvous(args.dist_url, args.rank, args.world_size, timeout=patience))
+        _watchdog = Watchdog(_store, args.rank, args.world_size, step_timeout, _end_for_lost, _end_for_hang)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"the others cannot be joined at --dist_url {args.dist_url} ({UserError(error)}): see whether "
+                        f"all {args.world_size} processes have started; without torchrun say tcp://HOST:PORT with the "
+                        "first machine's name; if they start far apart raise the step timeout") from error
+
+
+def leave() -> None:
+    """Tell the other ranks that this one ends in order, so that they do not miss it."""
+    global _watchdog
+    if _watchdog:
+        _watchdog.stop()
+        _watchdog = None
+
+
+def _end_for_lost(ranks: list[int]) -> NoReturn:
+    if get_rank() in ranks:  # this process was stopped for so long that the others have given it up
+        _end(1, f"the other processes did not hear of this one for too long in {_where}")
+    _end(1, f"process {', '.join(map(str, ranks))} is lost or hangs in {_where}: the others have not heard of it")
+
+
+def _end_for_hang(place: str) -> NoReturn:
+    _end(1, f"this process hangs in {_where}, at {place}")
+
+
+def progressed(patience: float = 0.0) -> None:
+    """Tell the watchdog, if there is one, that the main thread will call this again, or end, within the step timeout,
+    or ``patience`` seconds if that is longer."""
+    if _watchdog:
+        _watchdog.progressed(patience)
+
+
+def waiting() -> contextlib.AbstractContextManager:
+    """A context in which the main thread may take any time: for other ranks, or for a slow disk."""
+    return _watchdog.waiting() if _watchdog else contextlib.nullcontext()
+
+
+def init_distributed(args: argparse.Namespace, step_timeout: float = 60) -> torch.device:
+    """Find this process's place, join the other ranks, if there are any, for computing, and return the device.
+
+    NCCL connects GPUs, gloo CPUs. A rank that waits ``step_timeout`` seconds for another in ``training_group`` ends;
+    elsewhere, where the main one may evaluate or write for long, it waits an hour for one that is alive. Raises
+    ``UserError`` as ``find_place`` and ``meet``.
     """
     global training_group
     device = find_place(args)
+    meet(args, step_timeout)
     if args.distributed and not dist.is_initialized():
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         try:
-            dist.init_process_group(backend, args.dist_url, rank=args.rank, world_size=args.world_size, device_id=bound,
+            dist.init_process_group(backend, store=_store, rank=args.rank, world_size=args.world_size, device_id=bound,
                                     timeout=datetime.timedelta(hours=1))
             training_group = dist.new_group(timeout=datetime.timedelta(seconds=step_timeout))
             atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # else its threads abort
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise UserError(f"the others cannot be joined at --dist_url {args.dist_url} ({error}): "
-                            "without torchrun say tcp://HOST:PORT with the first machine's name") from error
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the {args.world_size} processes cannot be connected by {backend}: {UserError(error)}") \
+                from error
     return device
 
 
@@ -174,13 +246,16 @@ def get_world_size() -> int:
 
 training_group: dist.ProcessGroup | None = None  # of training steps, in which the processes are never far apart
 _where = "its first steps"  # of a pass over a loader, for messages
+_store: dist.Store | None = None  # where the ranks met
+_watchdog: Watchdog | None = None
 _caught: list[int] = []  # signals that ask to end
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """Sum over the processes, in place; under NCCL the tensor has to be on the GPU."""
     if dist.is_initialized():
-        dist.all_reduce(tensor, group=group)
+        with waiting():
+            dist.all_reduce(tensor, group=group)
     return tensor
 
 
@@ -188,7 +263,18 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """The values of all processes, on each of them."""
     values = [value] * get_world_size()
     if dist.is_initialized():
-        dist.all_gather_object(values, value, group)
+        with waiting():
+            dist.all_gather_object(values, value, group)
+    return values
+
+
+def gather_on_main(value: Any) -> list[Any] | None:
+    """The values of all processes on the main one, None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * get_world_size() if get_rank() == 0 else None
+    with waiting():
+        dist.gather_object(value, values)
     return values
 
 
@@ -201,7 +287,8 @@ def print_once(*values: Any) -> None:
 
 def own_group(_: int) -> None:
     """A DataLoader's ``worker_init_fn``: signals to a training process's group spare those it needs to end a step."""
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):  # systems without groups of processes send them no signals
+        os.setpgid(0, 0)
 
 
 # Compilation
@@ -276,7 +363,8 @@ class SeededSampler(Sampler[tuple[int, ...]]):
 def writing(path: str | os.PathLike) -> Iterator[None]:
     """Where the file cannot be written inside, a ``UserError`` names it."""
     try:
-        yield
+        with waiting():  # for the disk
+            yield
     except (OSError, RuntimeError) as error:  # torch.save's RuntimeError is about positions; its context is the cause
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
@@ -290,6 +378,45 @@ def prepare_output_dir(path: str) -> None:
         with writing(f"output directory {path}"):
             os.makedirs(path, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
+
+
+@contextlib.contextmanager
+def output_lock(path: str) -> Iterator[None]:
+    """Keep the output directory for this job alone while inside.
+
+    The operating system releases the lock of a process that ends, however it ends, so nothing has to be cleaned up
+    after a kill. Raises ``UserError`` if another job, which is named, has the lock.
+    """
+    if not path or get_rank() != 0:
+        yield
+        return
+    with writing(f"output directory {path}"):
+        file = open(os.path.join(path, ".lock"), "a+")
+    with file:
+        _lock(file, path)
+        yield
+
+
+def _lock(file: TextIO, path: str) -> None:
+    """Lock the open file and write into it who has the lock, for the message to the next job.
+
+    A lock by ``lockf`` belongs to the process, so that its loading processes, which may outlive it, do not keep it.
+    """
+    try:
+        import fcntl  # which Windows lacks, where evaluation works all the same
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise UserError(f"--output_dir {path} is in use by {file.read() or 'another job'}: choose another one, or stop "
+                        "that job first") from error
+    except (ModuleNotFoundError, OSError) as error:
+        print_once(f"note: --output_dir {path} is on a disk without locks ({error}): make sure that no other job uses "
+                   "it")
+        return
+    with writing(f"output directory {path}"):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
 
 
 @contextlib.contextmanager
@@ -386,6 +513,51 @@ def resume_point(checkpoint: Mapping[str, Any]) -> tuple[int, dict[str, Any] | N
     return epoch, {"images": images, "values": {name: steps.tolist() for name, steps in progress["values"].items()}}
 
 
+def note_values_kept(path: str | os.PathLike, values: Mapping[str, tuple[Any, Any]], cure: str) -> None:
+    """Print one note with the flags whose value a run that resumes from ``path`` does not follow; none if there are
+    none.
+
+    Args:
+        values: of every flag that a resumed run does not follow, what the command line says and what the run goes on
+            with; the flag may have words after it, such as "--epochs for the schedule".
+        cure: how to train with the values of the command line.
+    """
+    shown = {flag: tuple(map(_shown, pair)) for flag, pair in values.items()}  # rates may differ in the last bit
+    differing = [f"{flag}: {kept}, not {now}" for flag, (now, kept) in shown.items() if now != kept]
+    if differing:
+        print_once(f"note: {path} is resumed with what its run began with, not with all that the command line says: "
+                   f"{'; '.join(differing)}. {cure}")
+
+
+def start_values_kept(args: argparse.Namespace, checkpoint: Mapping[str, Any], flags: Mapping[str, Any],
+                      epoch: int | None) -> dict[str, tuple[Any, Any]]:
+    """Values for ``note_values_kept`` of flags that only say how a run begins, if they ask for what the run in the
+    checkpoint did not begin with.
+
+    Args:
+        flags: names of these flags, with the values that ask for nothing.
+        epoch: the one to go on with; None where the checkpoint does not say, and ``start_epoch`` is followed.
+    """
+    values = {}
+    for flag, nothing in flags.items():
+        now, before = getattr(args, flag), getattr(checkpoint.get("args"), flag, nothing)
+        if now not in (nothing, before):
+            values[flag] = (now, before)
+    if "start_epoch" in values:
+        values["start_epoch"] = (args.start_epoch, args.start_epoch if epoch is None else epoch)
+    return values
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(_shown, value))
+    if value is None or value == "":
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def model_weights(checkpoint: Mapping[str, Any], path: str, key: str = "model") -> dict[str, torch.Tensor]:
     """The state dict in a checkpoint: under ``key``, or the checkpoint itself if it holds only tensors."""
     weights = checkpoint.get(key, checkpoint)
@@ -411,6 +583,9 @@ def _some(names: Iterable[Any]) -> str:
 
 # A run of training that may be ended at any moment
 
+STOPPING = ("SIGTERM", "SIGUSR1", "SIGUSR2")  # the last is submitit's; Windows has only the first
+
+
 class Run(contextlib.ExitStack):
     """Training from where it was: saves every ``save_every`` steps (0: none), before and after each evaluation, and
     when a signal came. Inside a ``with`` signals end training by ``Interrupted`` after the running step; on several
@@ -432,7 +607,7 @@ class Run(contextlib.ExitStack):
         self.args, self.log, self._save, self.loader, self.failure = args, log, save, loader, None
         self.epoch, self.progress, self.images_per_step = epoch, progress, loader.batch_size * get_world_size()
         _caught.clear()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # the last is submitit's
+        for number in (getattr(signal, name) for name in STOPPING):
             self.callback(signal.signal, number, signal.signal(number, lambda number, _: _caught.append(number)))
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
@@ -454,15 +629,19 @@ class Run(contextlib.ExitStack):
     def save(self, progress: dict[str, Any] | None = None, row: Mapping[str, Any] | None = None) -> None:
         """Write the state in the middle of the epoch, or after it with its ``row`` of the log. What fails is said and
         tried again at the next save. All processes have to call this."""
-        try:
-            self.log.write(self.epoch, row)
-            if self.args.output_dir and get_rank() == 0:
-                self._save(pathlib.Path(self.args.output_dir, "checkpoint.pth"), self.epoch, self.args, progress)
-            self.failure = None
-        except UserError as error:
-            print_once(f"note: {error}: training goes on and tries again at the next save")
-            self.failure = error
-        gather("saved")  # the next step would not wait long for the main process to write
+        global _where
+        before, _where = _where, f"the save after {_where}"
+        with waiting():  # the next step would not wait long for the main process to write
+            try:
+                self.log.write(self.epoch, row)
+                if self.args.output_dir and get_rank() == 0:
+                    self._save(pathlib.Path(self.args.output_dir, "checkpoint.pth"), self.epoch, self.args, progress)
+                self.failure = None
+            except UserError as error:
+                print_once(f"note: {error}: training goes on and tries again at the next save")
+                self.failure = error
+            gather("saved")
+        _where = before
 
     def after_step(self, progress: "Progress") -> None:
         """Save if it is time or the epoch's last step, and end if a process got a signal."""
@@ -489,8 +668,11 @@ class Run(contextlib.ExitStack):
         pictures = gather([name(index) for index, *_ in keys])
         path = pathlib.Path(self.args.output_dir, "nonfinite.json")
         if get_rank() == 0:
-            with replacing(path) as file:
-                file.write(json.dumps({"epoch": self.epoch, "step": step, **values, "pictures": pictures}).encode())
+            try:
+                with replacing(path) as file:
+                    file.write(json.dumps({"epoch": self.epoch, "step": step, **values, "pictures": pictures}).encode())
+            except UserError as error:  # what is not finite has to be said all the same
+                return f"; {error}"
         launcher = f"torchrun --nproc_per_node={get_world_size()}" if get_world_size() > 1 else "python"
         return f"; its pictures are in {path}; to replay it: {launcher} {shlex.join(sys.argv)} --resume auto"
 
@@ -511,6 +693,19 @@ class Progress:
         self._unread: list[dict[str, torch.Tensor]] = []
 
     def __iter__(self) -> Iterator:
+        # In training the ranks wait for each other in every step, and the one that waits for too long ends the job.
+        # In evaluation they do not; there a step hangs that takes ten times as long as the slowest one before it.
+        progressed(math.inf)
+        before, slowest = time.perf_counter(), 0.0
+        for batch in self._steps():
+            yield batch
+            now = time.perf_counter()
+            before, slowest = now, max(slowest, now - before)
+            if not self.run:
+                progressed(10 * slowest)
+        progressed()
+
+    def _steps(self) -> Iterator:
         global _where
         started, first = time.perf_counter(), self.done
         for batch in self.loader:
@@ -585,7 +780,7 @@ class RunLog:
 
     def __init__(self, output_dir: str, first_epoch: int | None = None) -> None:
         self.path = pathlib.Path(output_dir, "log.txt") if output_dir and get_rank() == 0 else None
-        self.lines, self.scalars = [], []
+        self.lines, self.unwritten, self.scalars = [], False, []
         old = self.path.read_bytes() if self.path and self.path.exists() else b""
         for line in old.splitlines(keepends=True):
             epoch = re.search(rb'"epoch": (\d+)', line)
@@ -594,15 +789,26 @@ class RunLog:
 
     def write(self, epoch: int, values: Mapping[str, Any] | None = None) -> None:
         """Append an epoch's values, if there are any, and write what is not written yet; numbers go to TensorBoard too.
-        Raises ``UserError`` if that fails; the next call tries all of it again."""
+
+        Raises ``UserError`` if log.txt cannot be written; the next call tries that again. A failure to write for
+        TensorBoard, whose numbers are all in log.txt, is only noted, and the next call writes them too.
+        """
         if values and self.path:
             self.lines.append(json.dumps(values).encode() + b"\n")
             self.scalars += [(name, value, epoch) for name, value in values.items() if isinstance(value, (int, float))]
-        if not self.scalars:
-            return
+            self.unwritten = True
+        if self.unwritten:
+            with replacing(self.path) as file:
+                file.writelines(self.lines)
+            self.unwritten = False
+        if self.scalars:
+            try:
+                self._write_scalars()
+            except UserError as error:
+                print_once(f"note: {error}: training goes on and tries again at the next save")
+
+    def _write_scalars(self) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and evaluation has no use for it
-        with replacing(self.path) as file:
-            file.writelines(self.lines)
         folder = self.path.with_name("tensorboard")
         # what earlier writers left from here on is hidden
         with writing(folder), SummaryWriter(str(folder), purge_step=self.scalars[0][2]) as board:

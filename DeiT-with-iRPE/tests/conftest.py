@@ -1,6 +1,8 @@
 """Generated pictures, tars of them, parsed flags and launched processes for the tests."""
 import argparse
 import os
+import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -67,6 +69,14 @@ def small(data_path, *flags):
     """Flags of a run on the CPU that takes a second."""
     return ["--device", "cpu", "--data-set", "FOLDER", "--data-path", data_path, "--model", TINY, "--input-size", 32,
             "--batch-size", 8, "--num_workers", 0, "--epochs", 1, *flags]
+
+
+@pytest.fixture
+def like_windows(monkeypatch):
+    """Without the signals and the groups of processes that Windows lacks."""
+    for module, name in ((signal, "SIGUSR1"), (signal, "SIGUSR2"), (signal, "SIGHUP"), (os, "setpgid")):
+        monkeypatch.delattr(module, name)
+    monkeypatch.setattr(platform, "system", lambda: "Windows")
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+import timm
 import torch
 
 import main
@@ -60,13 +61,13 @@ def test_truncated_picture_is_named_and_the_checkpoint_stays(trained, broken, tm
     before = {file: (tmp_path / "out" / file).read_bytes() for file in ("checkpoint.pth", "log.txt")}
     sentence = refused(broken, "--output_dir", tmp_path / "out", "--resume", tmp_path / "out" / "checkpoint.pth",
                        "--epochs", 2, "--num_workers", 1, "--no-repeated-aug")
-    assert f"picture {broken}/train/bee/2.png cannot be read" in sentence
+    assert f"image {broken}/train/bee/2.png cannot be read" in sentence
     assert before == {file: (tmp_path / "out" / file).read_bytes() for file in before}
 
 
 def test_unreadable_picture_is_named(broken):
     (broken / "val" / "bee" / "2.png").write_text("no picture")
-    assert f"picture {broken}/val/bee/2.png cannot be read: it is in no format" in refused(broken, "--eval")
+    assert f"image {broken}/val/bee/2.png cannot be read: it is in no format" in refused(broken, "--eval")
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--finetune"])
@@ -104,7 +105,9 @@ def test_pickle_that_needs_more_than_the_allow_list(pictures, tmp_path, monkeypa
 def test_class_counts_that_disagree_with_the_checkpoint(pictures, tmp_path):
     path = checkpoint_of(TINY, tmp_path / "c.pth", num_classes=10)
     for flags in (["--eval"], []):
-        assert f"checkpoint {path} has 10 classes and the data set 3" in refused(pictures, *flags, "--resume", path)
+        sentence = refused(pictures, *flags, "--resume", path)
+        assert f"checkpoint {path} has 10 classes and the data set 3: check --data-set" in sentence
+        assert ("--finetune" in sentence) == (not flags)  # an evaluation with a new head would measure nothing
 
 
 def test_output_directory_that_cannot_be_written(pictures, tmp_path):
@@ -205,8 +208,29 @@ def test_teacher_that_cannot_be_had(pictures, tmp_path):
     flags = ["--model", "deit_tiny_distilled_patch16_224", "--distillation-type", "hard", "--teacher-path"]
     assert "none.pth cannot be read" in refused(pictures, *flags, tmp_path / "none.pth", "--teacher-model", "resnet10t")
     assert "model 'resnet1' is unknown" in refused(pictures, *flags, "x", "--teacher-model", "resnet1")
-    path = checkpoint_of(TINY, tmp_path / "c.pth")
-    assert "belongs to another model" in refused(pictures, *flags, path, "--teacher-model", "deit_tiny_patch16_224")
+    path, model = checkpoint_of(TINY, tmp_path / "c.pth"), ["--teacher-model", "deit_tiny_patch16_224"]
+    assert f"checkpoint {path} belongs to another model than --teacher-model deit_tiny_patch16_224: 12 unexpected" in (
+        refused(pictures, *flags, path, *model))
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "resnet10t"])
+def test_teacher_of_other_classes_is_not_told_to_be_finetuned(pictures, tmp_path, name):
+    torch.save({"model": timm.create_model(name, num_classes=10).state_dict()}, tmp_path / "c.pth")
+    assert refused(
+        pictures, "--model", "deit_tiny_distilled_patch16_224", "--distillation-type", "hard", "--teacher-model", name,
+        "--teacher-path", tmp_path / "c.pth") == (
+        f"the teacher {tmp_path}/c.pth has 10 classes and the data set 3: a teacher must know the classes that it "
+        "teaches; check --data-set and --data-path, or give a --teacher-path that was trained on them")
+
+
+# Systems
+
+def test_system_without_the_signals_of_training_is_told_so_and_evaluates(pictures, trained, tmp_path, like_windows):
+    assert refused(pictures, "--output_dir", tmp_path / "out") == (
+        "training needs the signals SIGTERM and SIGUSR1 and SIGUSR2, and Windows lacks SIGUSR1 and SIGUSR2: use Linux, "
+        "on Windows in WSL; main.py --eval works without them")
+    assert not (tmp_path / "out").exists()
+    assert main.main(parse(*small(pictures, "--eval", "--resume", trained, "--num_workers", 1)))["acc5"] == 100
 
 
 # What the process says and how it ends
@@ -226,7 +250,7 @@ def test_broken_picture_is_said_by_the_process_that_meets_it(broken):
         2, "main.py", *small(broken, "--batch-size", 4, "--num_workers", 1, "--no-repeated-aug"))]
     assert [code for code, _, _ in results] == [1, 1]
     errors = "".join(err for _, _, err in results).splitlines()
-    picture = f"picture {broken}/train/bee/2.png cannot be read"
+    picture = f"image {broken}/train/bee/2.png cannot be read"
     said = [error for error in errors if re.match(rf"error: process [01] of 2: {picture}", error)]
     assert len(said) == 1 and len(errors) == 2
     assert all(re.search("process [01] is lost or hangs in ", error) for error in errors if error not in said)

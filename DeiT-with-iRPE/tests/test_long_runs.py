@@ -1,10 +1,13 @@
 """Runs that are stopped at any moment and go on: nothing is lost, said twice or drawn anew."""
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -154,6 +157,25 @@ def test_tensorboard_hides_what_a_killed_run_left_of_later_epochs(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1.0), (1, 2.0), (2, 2.0)]
 
 
+@pytest.mark.parametrize("broken", ["always", "once"])
+def test_tensorboard_that_cannot_be_written_costs_no_more_than_that(pictures, straight, tmp_path, capsys, monkeypatch,
+                                                                    broken):
+    (tmp_path / "tensorboard").touch()  # a file where the folder should be
+    if broken == "once":
+        write = runtime.RunLog._write_scalars
+        monkeypatch.setattr(runtime.RunLog, "_write_scalars", lambda log: (
+            write(log) if len(log.lines) == 1 else ((tmp_path / "tensorboard").unlink(missing_ok=True), write(log))))
+    run(pictures, tmp_path)
+    said = capsys.readouterr().out
+    assert said.count(f"note: {tmp_path}/tensorboard cannot be written: ") >= 1
+    assert same(state(tmp_path), state(straight)) and rows(tmp_path) == rows(straight)
+    if broken == "once":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("train_loss")] == [0, 1]
+
+
 # What can go wrong
 
 def full_disk(monkeypatch, fails):
@@ -242,21 +264,120 @@ def test_main_process_may_write_for_longer_than_a_step_may_take(pictures, tmp_pa
     assert [result[0] for result in results] == [0, 0], results
 
 
-def test_hanging_process_ends_the_other_and_is_named_with_the_step(pictures, tmp_path):
-    """Also the main process, in which the store is."""
-    pairs = [processes(pictures, tmp_path / str(rank), "--epochs", 1000, "--step-timeout", 4) for rank in range(2)]
-    for rank, pair in enumerate(pairs):
-        wait_for_line(pair[0], "Max accuracy")
-        pair[rank].send_signal(signal.SIGSTOP)
+# One job in an output directory
+
+LOCKING = """
+import sys, time, runtime
+with runtime.output_lock(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_second_job_in_an_output_directory_is_refused_until_the_first_one_is_killed(pictures, tmp_path, capsys):
+    first = start("-c", LOCKING, tmp_path)
+    assert first.stdout.readline() == "locked\n"
+    for flags in ((), ("--eval",), ("--resume", "auto")):
+        with pytest.raises(UserError) as refused:
+            run(pictures, tmp_path, *flags)
+        assert re.match(rf"--output_dir {tmp_path} is in use by process {first.pid} on {socket.gethostname()}, since "
+                        r"20\d\d-.*: choose another one, or stop that job first$", str(refused.value))
+    assert os.listdir(tmp_path) == [".lock"]
+    first.kill()
+    finish(first)
+    run(pictures, tmp_path, "--epochs", 1)
+    run(pictures, tmp_path, "--epochs", 1, "--eval")  # a job that has ended in order leaves nothing behind either
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 0
+
+
+def test_loading_process_that_outlives_a_killed_job_does_not_keep_its_lock(tmp_path):
+    forked = LOCKING.replace('print("locked"', "import os; child = os.fork()\n    if child: print(child")
+    first = start("-c", forked, tmp_path)
+    child = int(first.stdout.readline())
     try:
-        results = [finish(pair[1 - rank]) for rank, pair in enumerate(pairs)]
+        first.kill()
+        first.wait()
+        with runtime.output_lock(str(tmp_path)):
+            pass
     finally:
-        for rank, pair in enumerate(pairs):
-            pair[rank].kill()
-            finish(pair[rank])
-    for rank, (status, _, said) in enumerate(results):
-        assert status == 1
-        assert f"error: process {1 - rank} of 2: process {rank} is lost or hangs in epoch " in said, said
+        os.kill(child, signal.SIGKILL)
+
+
+def test_disk_without_locks_is_noted(tmp_path, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    with runtime.output_lock(str(tmp_path)):
+        assert "is on a disk without locks ([Errno 37] No locks available)" in capsys.readouterr().out
+
+
+# Ranks that hang
+
+STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
+SLEEP = "time.sleep(10 ** 6)"
+
+
+def at_call(owner, name, call, action):
+    """Code that does `action` on the bad rank in the given call of a function; the first call is 1."""
+    return (f"original, calls = {owner}.{name}, []\n"
+            f"def changed(*args, **kwargs):\n"
+            f"    calls.append(1)\n"
+            f"    if bad and len(calls) == {call}:\n"
+            f"        {action}\n"
+            f"    return original(*args, **kwargs)\n"
+            f"{owner}.{name} = changed\n")
+
+
+# phase -> (code that hangs in it, the rank that does, where the other one is when it notices)
+HANGING = {
+    "before_the_first_step": (at_call("main", "build_model", 1, STOP), 1, "its first steps"),
+    "before_the_first_step_on_the_main_rank": (at_call("main", "build_model", 1, STOP), 0, "its first steps"),
+    "training": (at_call("engine", "step_optimizer", 3, STOP), 1, "epoch 0, step [12]"),
+    "training_asleep": (at_call("engine", "step_optimizer", 3, SLEEP), 0, "epoch 0, step [12]"),
+    "evaluation": (at_call("engine", "_batch_sums", 2, STOP), 1, "Test, step"),
+    "evaluation_on_the_main_rank": (at_call("engine", "_batch_sums", 2, STOP), 0, "Test, step"),
+    "evaluation_asleep": (at_call("engine", "_batch_sums", 2, SLEEP), 1, "Test, step"),
+    "saving": (at_call("torch", "save", 1, STOP), 0, "the save after epoch 0, step 5"),
+    "between_epochs": (at_call("runtime.RunLog", "write", 2, STOP), 1, "the save after Test, step"),
+}
+
+
+@pytest.fixture(scope="module")
+def ends(pictures, tmp_path_factory):
+    """Job -> rank -> (exit status, standard error), of a pair of ranks for each phase, all at the same time."""
+    folder, jobs = tmp_path_factory.mktemp("hanging"), {}
+    for name, (change, bad_rank, _) in HANGING.items():
+        ending = [0, 1] if name == "evaluation_asleep" else [1 - bad_rank]
+        jobs[name] = {"change": change, "bad_rank": bad_rank, "ranks": [0, 1], "ending": ending}
+    jobs["never_starts"] = {"change": "runtime.STARTUP_SECONDS = 1", "bad_rank": 1, "ranks": [0], "ending": [0]}
+    for name, job in jobs.items():
+        flags = small(pictures, *FLAGS, "--batch-size", 2, "--step-timeout", 8, "--output_dir", folder / name)
+        job.update(port=free_port(), flags=list(map(str, flags)))
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    status, _, said = finish(start("tests/forked_ranks.py", folder / "jobs.json", folder / "results.json"))
+    assert status == 0, said
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("phase", HANGING)
+def test_rank_that_hangs_in_any_phase_ends_the_other_and_is_named(ends, phase):
+    _, bad_rank, where = HANGING[phase]
+    status, said = ends[phase][str(1 - bad_rank)]
+    assert status == 1, said
+    expected = f"error: process {1 - bad_rank} of 2: process {bad_rank} is lost or hangs in {where}"
+    assert re.match(expected, said) and said.count("\n") == 1, said
+
+
+def test_rank_whose_main_thread_hangs_in_an_evaluation_ends_itself_and_says_where(ends):
+    status, said = ends["evaluation_asleep"]["1"]
+    assert status == 1
+    assert re.fullmatch(r"error: process 1 of 2: this process hangs in Test, step 1, at .*\(changed\)\n", said)
+
+
+def test_rank_that_never_starts_ends_the_others(ends):
+    status, said = ends["never_starts"]["0"]
+    assert status == 1 and "see whether all 2 processes have started" in said and said.count("\n") == 1, said
 
 
 def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(pictures, tmp_path):

@@ -128,6 +128,20 @@ def test_mistake_is_said_before_the_job_waits_in_line(slurm, tmp_path, monkeypat
     assert words in str(caught.value) and "\n" not in str(caught.value) and not (slurm / "script").exists()
 
 
+def test_launcher_would_submit_a_job_for_every_process_and_is_refused(slurm, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="run run_with_submitit.py with python, without a launcher"):
+        submitted("--local-rank", 0)
+    assert not (slurm / "script").exists()
+
+
+def test_system_without_the_signals_of_a_job_is_told_so(slurm, like_windows):
+    with pytest.raises(UserError, match="a job needs the signals .*, and Windows lacks SIGUSR1 and SIGUSR2: use Linux"):
+        submitted()
+    assert not (slurm / "script").exists()
+
+
 def test_two_nodes_without_slurm_are_refused(tmp_path):
     with pytest.raises(UserError, match="the job cannot be submitted: LocalExecutor can use only one node"):
         submitted("--device", "cpu", "--nodes", 2, "--job_dir", tmp_path / "%j")
