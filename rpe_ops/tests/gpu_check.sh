@@ -27,7 +27,7 @@ stage() { echo; echo "== $1 ($((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
 if [ -n "$tiny" ]; then
     export TRITON_INTERPRET=1
     gpu=(--device cpu --tiny)
-    tests=(tests/test_operators.py -k "definition and shape0 and int32")
+    tests=(tests/test_operators.py -k "both_equal_their_definition and shape0 and dtype1")
     cases=1
 else
     stage build
