@@ -128,9 +128,19 @@ class Runner:
         """Compile, and leave the memory to others."""
         for mode in ["compiled"] if self.args.tiny else self.forwards:
             for _ in range(1 if self.args.tiny else 3):
-                self.step(mode)
+                self.patient_step(mode)
         self.synchronize()
         self.forget()
+
+    def patient_step(self, mode):
+        """A step, tried again while other processes fill the memory."""
+        for _ in range(20):
+            try:
+                return self.step(mode)
+            except self.torch.OutOfMemoryError:
+                self.forget()
+                time.sleep(3)
+        return self.step(mode)
 
     def forget(self):
         self.optimizer.zero_grad()

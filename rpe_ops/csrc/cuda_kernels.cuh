@@ -17,7 +17,7 @@ constexpr int kBinStride = kWarp + 1;      // so that both reading by lane and r
 constexpr int kMaxSumWarps = 4;
 constexpr int64_t kBytesOfBins = 24 * 1024; // of a block, if one warp's are not more: eight blocks fit on an SM of 228 KB
 
-// Bytes that a load may have, and by which it then must be aligned.
+// As many bytes as a load may have, aligned as it then must be.
 constexpr int kWide = 16;
 struct alignas(kWide) Wide {
   uint32_t words[kWide / sizeof(uint32_t)];
@@ -57,7 +57,7 @@ constexpr int sum_warps(int64_t buckets) {
 // Grid: (queries, any), blocks of whole warps. With kStaged the rows of X are read through shared memory.
 template <typename T, typename Id, bool kStaged>
 __global__ void rpe_index_kernel(Problem p, int64_t row_stride, const T* x, const Id* index, T* y) {
-  extern __shared__ uint64_t shared[];
+  extern __shared__ Wide shared[];
   T* const rows = reinterpret_cast<T*>(shared);
   const int64_t query = blockIdx.x;
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
@@ -141,7 +141,7 @@ __device__ void stage(const T* const* rows, int planes, int64_t begin, int64_t s
 template <typename T, typename Sum, typename Id>
 __global__ void __launch_bounds__(kMaxSumWarps * kWarp) rpe_bucket_sum_kernel(Problem p, int64_t chunk, const T* x,
                                                                               const Id* index, T* y) {
-  extern __shared__ uint64_t shared[];
+  extern __shared__ Wide shared[];
   constexpr int kTileStride = kTileBytes<T> / sizeof(T);
   const int64_t query = blockIdx.x, start = blockIdx.z * chunk;
   const int buckets = static_cast<int>(p.buckets - start < chunk ? p.buckets - start : chunk);

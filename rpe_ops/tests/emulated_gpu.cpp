@@ -34,7 +34,7 @@ static void __syncwarp() { block_barrier->arrive_and_wait(); }
 #include "cuda_kernels.cuh"
 
 namespace rpe_ops::gpu {
-uint64_t shared[48 * 1024 / 8];
+Wide shared[48 * 1024 / kWide];
 }
 
 using rpe_ops::kPlanes;

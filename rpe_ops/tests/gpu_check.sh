@@ -29,6 +29,7 @@ if [ -n "$tiny" ]; then
     gpu=(--device cpu --tiny)
     tests=(tests/test_operators.py -k "both_equal_their_definition and shape0 and dtype1")
     cases=1
+    many=(--processes 1)
 else
     stage build
     FORCE_CUDA=1 MAX_JOBS=16 python -m pip install --quiet --no-build-isolation --no-deps --target "$scratch/site" .
@@ -36,12 +37,13 @@ else
     gpu=(--device cuda)
     tests=(tests -m "not slow")
     cases=${CASES:-64}
+    many=(--processes 8) # beside those of gpu.py
 fi
 
 # The models compile while the tests run, and are timed when those have left the GPU.
 python ../benchmarks/gpu.py "${gpu[@]}" --after "$scratch/free" >"$scratch/times" 2>"$scratch/notes" &
 times=$!
-python tests/rows_cases.py --cases "$cases" --quiet >"$scratch/cases" 2>&1 &
+python tests/rows_cases.py --cases "$cases" --quiet "${many[@]}" >"$scratch/cases" 2>&1 &
 random=$!
 failed=0
 stage tests
