@@ -182,9 +182,9 @@ class Case:
 
 @contextlib.contextmanager
 def tiles(size):
-    """The usual tiles, or as large ones as the interpreter takes at once."""
+    """The usual tiles or, in the interpreter, as large ones as it takes at once."""
     usual = dict(rows.TILES)
-    if size == "large":
+    if size == "large" and rows.INTERPRETED:
         rows.TILES.update({key: tile._replace(own=256, other=16 if "sums" in key[0] else 256)
                            for key, tile in usual.items()})
     try:
