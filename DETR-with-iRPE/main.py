@@ -14,6 +14,7 @@ from datasets import build_dataset, eval_loader, train_loader
 from datasets.coco import check_categories
 from engine import evaluate, train_one_epoch
 from models import NUM_CLASSES, build_model, parse_enc_rpe2d
+from models.compiled import compile_detector
 from util import runtime
 from util.checkpoint import TrainingState, load_weights
 from util.runtime import UserError, print_once
@@ -83,6 +84,9 @@ def get_args_parser():
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="", help="where checkpoints and logs go; nothing is written without it")
     add("--device", default="cuda")
+    add("--compile", action="store_true",
+        help="torch.compile what fits pictures of all sizes: the backbone, the decoder, and of the encoder what is not "
+        "attention with relative positions; needs a C++ compiler, and on a GPU Triton")
     add("--seed", default=42, type=int)
     add("--resume", default="", help="checkpoint (file or URL) to go on from, or to evaluate; auto "
         "takes the last one in --output_dir, and starts anew if there is none")
@@ -223,6 +227,8 @@ def main(args):
     """Run the command line; returns what `evaluate` measured if that was all that was asked."""
     check_args(args)
     device = runtime.find_place(args)
+    if args.compile:
+        runtime.check_compiler(device)
     runtime.prepare_output_dir(args.output_dir)
     goes_on = bool(args.resume) and not args.finetune
     if args.resume == "auto":
@@ -239,7 +245,9 @@ def main(args):
     epoch, progress = take_weights(state, args)
     loader = None if args.eval else train_loader(train_set, args)
     val_loader, ground_truth = eval_loader(val_set, args), val_set.ground_truth()
-    runtime.init_distributed(args, args.step_timeout)
+    if args.compile:
+        compile_detector(model)
+    runtime.init_distributed(args, runtime.step_timeout(args))
     if args.eval:
         stats, measured = evaluate(model, criterion, postprocessors, val_loader, ground_truth, device,
                                    getattr(torch, args.amp_dtype), args.output_dir)

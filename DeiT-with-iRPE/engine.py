@@ -62,6 +62,7 @@ def evaluate(data_loader: DataLoader, model: nn.Module, device: torch.device,
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for images, targets in Progress("Test", data_loader, data_loader.batch_size * shards):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        torch._dynamo.maybe_mark_dynamic(images, 0)  # a compiled model is not compiled again for the last batch
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             logits = model(images)
         sums += _batch_sums(logits.double(), targets)

@@ -398,6 +398,55 @@ def build_rpe(rpe_config, head_dim, num_heads):
 
 # --- Attention -------------------------------------------------------------------------------------------------------
 
+# On a GPU PyTorch's attention copies a mask whose rows do not begin at such multiples, and its gradient too.
+_ROW_ALIGNMENT = 16
+_ALIGNED_DEVICES = ("cuda",)
+
+
+class _AlignedSum(torch.autograd.Function):
+    """Sum of broadcast terms for `scaled_dot_product_attention`, written once, into aligned rows."""
+
+    @staticmethod
+    def forward(ctx, dtype, *terms):
+        ctx.shapes = [term.shape for term in terms]
+        *rows, length = torch.broadcast_shapes(*ctx.shapes)
+        padded = -(-length // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+        total = terms[0].new_empty(*rows, padded, dtype=dtype)[..., :length]
+        if len(terms) == 1:
+            return total.copy_(terms[0])
+        torch.add(terms[0].expand_as(total), terms[1], out=total)
+        for term in terms[2:]:
+            total += term
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        # autograd brings a gradient to its input's type
+        return None, *(grad.sum_to_size(shape) if needed else None
+                       for shape, needed in zip(ctx.shapes, ctx.needs_input_grad[1:], strict=True))
+
+
+def add_terms(terms):
+    """The sum of terms for the logits, each broadcast to (B, H, L, L), as `scaled_dot_product_attention` takes its mask
+    with the fewest copies: on a GPU with aligned rows, in the type that it computes in."""
+    device = terms[0].device.type
+    # torch.compile aligns the masks that it writes itself; traces and torch.func take no autograd.Function
+    traced = (torch.compiler.is_compiling() or torch.jit.is_tracing()
+              or torch._C._are_functorch_transforms_active())
+    if device not in _ALIGNED_DEVICES or traced:
+        return functools.reduce(torch.add, terms)
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else functools.reduce(torch.promote_types,
+                                                                              [term.dtype for term in terms])
+    if len(terms) == 1 and terms[0].dtype == dtype and _has_aligned_rows(terms[0]):
+        return terms[0]
+    return _AlignedSum.apply(dtype, *terms)
+
+
+def _has_aligned_rows(x):
+    return x.stride(-1) == 1 and all(stride % _ROW_ALIGNMENT == 0 for stride in x.stride()[:-1])
+
+
 _MOST_CLASSES = 15  # of rows of the map: with more, products by rows are as large as logits
 
 
@@ -461,7 +510,7 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
         terms = [term for term in terms if term is not None]
         # without a term on values PyTorch's attention does the rest, and takes what is added to the logits as its mask
         if rpe_v is None:
-            out = F.scaled_dot_product_attention(q, k, v, functools.reduce(torch.add, terms), dropout_p, scale=1.0)
+            out = F.scaled_dot_product_attention(q, k, v, add_terms(terms), dropout_p, scale=1.0)
             # its strides depend on whether gradients are asked for, which may change after the trace
             out = out.clone(memory_format=torch.contiguous_format) if _is_exporting() else out
         else:

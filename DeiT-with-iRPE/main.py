@@ -134,6 +134,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda", help="cuda or cpu")
     add("--amp-dtype", default=None, choices=["float32", "bfloat16", "float16"],
         help="of mixed precision; by default float16 on CUDA and float32 (none) on CPU")
+    add("--compile", action="store_true",
+        help="torch.compile the whole model (and the teacher): slow first steps, then faster ones; needs a C++ "
+        "compiler, and on a GPU Triton")
     add("--seed", default=0, type=int)
     add("--resume", default="", help="checkpoint or URL to go on from, or to evaluate; auto takes the last one in "
         "--output_dir, and starts anew if there is none")
@@ -160,6 +163,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     """Train, or with ``args.eval`` only evaluate; returns the last evaluation's loss, acc1 and acc5."""
     device = runtime.find_place(args)
     check_args(args)
+    if args.compile:
+        runtime.check_compiler(device)
     runtime.prepare_output_dir(args.output_dir)
     seed_everything(args.seed)
     torch.backends.cudnn.benchmark = True
@@ -175,7 +180,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     state = build_state(args, build_model(args, nb_classes).to(device))
     epoch, progress = resume(args, state)
     criterion = build_criterion(args, state.model, nb_classes, device)
-    runtime.init_distributed(args, args.step_timeout)
+    compile_model(args, state.model)
+    runtime.init_distributed(args, runtime.step_timeout(args))
     log = runtime.RunLog(args.output_dir, epoch if goes_on else None)
     with runtime.Run(args, log, state.save, epoch, progress, train_loader) as run:
         return train(run, device, state, criterion, val_loader, nb_classes)
@@ -349,7 +355,17 @@ def build_teacher(args: argparse.Namespace, nb_classes: int) -> nn.Module:
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"--teacher-model {args.teacher_model} cannot be built: {str(error) or repr(error)}") from error
     load_weights(teacher, load_checkpoint(args.teacher_path), args.teacher_path, any_resolution=True)
+    compile_model(args, teacher)
     return teacher.eval().requires_grad_(False)
+
+
+def compile_model(args: argparse.Namespace, model: nn.Module) -> None:
+    """With ``args.compile``, compile the model in place, so that the names of its weights stay as they are.
+
+    Training has one size of batch, which is compiled as a constant; ``evaluate`` says that its batches change.
+    """
+    if args.compile:
+        model.compile(dynamic=False)
 
 
 def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
@@ -415,6 +431,7 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, f
     model = build_model(args, nb_classes).to(device)
     if args.resume:
         load_weights(model, load_checkpoint(args.resume), args.resume)
+    compile_model(args, model)
     runtime.init_distributed(args)
     stats = evaluate(loader, model, device, amp_dtype(args, device))
     if args.output_dir and get_rank() == 0:

@@ -1,6 +1,5 @@
 """iRPE in timm's vision transformers: attention classes, and one function that puts them into a model."""
 import dataclasses
-import functools
 import math
 
 import torch
@@ -9,7 +8,7 @@ from timm.layers import apply_rot_embed_cat
 from timm.models import eva as timm_eva
 from timm.models import vision_transformer as timm_vit
 
-from irpe import build_rpe, rpe_attention
+from irpe import add_terms, build_rpe, rpe_attention
 
 __all__ = ["RPEAttention", "RPEAttentionRope", "RPEEvaAttention", "VisionTransformer", "equip_irpe"]
 
@@ -25,7 +24,9 @@ class MapSizes:
     """
 
     def __init__(self, model=None):
-        self.by_tokens = {}
+        # torch.compile takes these for constants: if the first call entered the map, the second would compile anew
+        grid_size = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        self.by_tokens = {math.prod(grid_size): tuple(grid_size)} if grid_size else {}
         self.model = (model,)
 
     def __call__(self, patch_embed, inputs, output):
@@ -105,7 +106,7 @@ class _Terms:
         if mask is not None:
             boolean = mask.dtype == torch.bool
             terms.append(torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf) if boolean else mask)
-        return functools.reduce(torch.add, terms) if terms else None
+        return add_terms(terms) if terms else None
 
     def rotate(self, x, rope):
         """Queries or keys (B, H, L, D) turned by their positions on the map; the prefix tokens have none."""

@@ -1,132 +1,490 @@
-"""Attention and training steps on a GPU: composed and fused against the plain ones, `python benchmarks/gpu.py`.
+"""Training steps, an attention's kernels and their tilings on a GPU: `python benchmarks/gpu.py`.
 
-Times are medians over the rounds, in random order within each, and peak memory is that of a forward and backward pass.
-Under torchrun every process takes a GPU, and the gradients of the steps are averaged with NCCL.
+Every model is a process of its own. They compile at the same time, and wait; then they are timed, one at a time, in
+turns within every round. Printed are, for each, the time of the kernels of a step, its launches, its time on the clock
+and the peak of memory, over the plain model's (timm's, or an encoder without relative positions): as PyTorch runs
+them, and compiled. At the end the goals are compared with what was measured. `--device cpu --tiny` tries all of it
+without a GPU.
 """
 import argparse
+import contextlib
+import dataclasses
+import datetime
+import multiprocessing
 import os
-import random
 import statistics
+import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
 
-os.environ["IRPE_ATTENTION"] = "fused"  # which loads the kernels; a measurement of the composed path says so itself
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "DeiT-with-iRPE"))
-import timm
-import torch
-import torch.nn.functional as F
-from machine import machine
-from rpe_ops import blockwise
-
-from irpe import build_rpe, get_rpe_config, rpe_attention
-from rpe_vision_transformer import equip_irpe
-
-# pictures, heads, map, prefix tokens, channels of a head
-SHAPES = {"DeiT-S": (128, 6, (14, 14), 1, 64), "DeiT-S, 384": (32, 6, (24, 24), 1, 64),
-          "DETR": (2, 8, (25, 34), 0, 32), "DETR, large": (2, 8, (35, 40), 0, 32)}
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = {  # name: images, and timm's name or the map of an encoder
+    "DeiT-S": (128, "deit_small_patch16_224"), "DETR encoder, 25x34": (2, (25, 34)),
+    "DeiT-B": (128, "deit_base_patch16_224"), "DETR encoder, 35x40": (2, (35, 40))}
+TINY_MODELS = {"DeiT-S": (1, "deit_small_patch16_224"), "DETR encoder, 1x2": (2, (1, 2))}
+WAYS = [("plain", ""), ("composed", "k"), ("rows", "k"), ("composed", "qkv"), ("rows", "qkv")]
+TINY_WAYS = [("plain", ""), ("rows", "k")]
+TOGETHER = 10  # processes that compile and warm up at the same time: one DeiT in five ways takes at most 55 GB
+GOALS = {("k", "kernels"): 1.12, ("qkv", "kernels"): 1.35, ("k", "memory"): 1.02, ("qkv", "memory"): 1.12}
+SLACK = 0.03  # of the compiled model's time over the plain one's, to the ratio of the kernels
 
 
-def chosen(way, function):
-    """`function` with `way`, composed or fused, for iRPE's attention."""
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model to be timed: a way of attention with terms on some places."""
+    model: str
+    way: str
+    on: str
+
+    @property
+    def name(self):
+        return f"{self.way} {self.on}".strip()
+
+
+@dataclasses.dataclass
+class Measurement:
+    """Of a step: milliseconds of its kernels, their number, milliseconds on the clock, MiB at the peak."""
+    kernels: float = 0.0
+    launches: int = 0
+    wall: list[float] = dataclasses.field(default_factory=list)
+    memory: float = 0.0
+
+
+# --- What is timed, in a process of its own --------------------------------------------------------------------------
+
+def deit_step(subject, args):
+    """(model, function of a callable model that does a training step of a DeiT)"""
+    sys.path.insert(0, str(ROOT / "DeiT-with-iRPE"))
+    import timm
+    import torch
+    import torch.nn.functional as F
+
+    from irpe import get_rpe_config
+    from rpe_vision_transformer import equip_irpe
+    batch, name = models(args)[subject.model]
+    options = {"img_size": 16, "depth": 1, "embed_dim": 16, "num_heads": 1} if args.tiny else {}
+    model = timm.create_model(name, **options)
+    equip_irpe(model, get_rpe_config(rpe_on=subject.on) if subject.on else None)
+    model.to(args.device)
+    images = torch.randn(batch, 3, *model.patch_embed.img_size, device=args.device)
+    targets = torch.arange(batch, device=args.device)
+    return model, lambda forward: F.cross_entropy(forward(images), targets)
+
+
+def encoder_step(subject, args):
+    """As `deit_step`, of DETR's encoder; the second image is padded."""
+    sys.path.insert(0, str(ROOT / "DETR-with-iRPE"))
+    import torch
+
+    from models.rpe_attention.irpe import get_rpe_config
+    from models.transformer import Encoder, EncoderLayer
+    batch, (height, width) = models(args)[subject.model]
+    channels, heads, layers = (16, 1, 1) if args.tiny else (256, 8, 6)
+    config = get_rpe_config(2.0, rpe_on=subject.on) if subject.on else None
+    model = Encoder([EncoderLayer(channels, heads, 8 * channels, 0.1, False, config) for _ in range(layers)], None)
+    model.to(args.device)
+    tokens, positions = torch.randn(2, batch, height * width, channels, device=args.device)
+    padding = torch.zeros(batch, height, width, device=args.device)
+    padding[1, :, width * 3 // 4:] = -torch.inf
+    padding = padding.flatten(1)
+    return model, lambda forward: forward(tokens, positions, padding, (height, width)).square().mean()
+
+
+class Runner:
+    """Steps of one subject, as PyTorch runs them and compiled."""
+
+    def __init__(self, subject, args):
+        import torch
+        self.torch, self.args = torch, args
+        torch.manual_seed(0)
+        self.model, self.loss = (encoder_step if "DETR" in subject.model else deit_step)(subject, args)
+        fused = {"fused": True} if args.device == "cuda" else {}
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), **fused)
+        compiled = torch.compile(self.model, dynamic=False, backend=args.backend)
+        self.forwards = {"eager": self.model, "compiled": compiled}
+
+    def step(self, mode):
+        # without a scale for float16: only the time counts here
+        with self.torch.autocast(self.args.device, self.args.dtype()):
+            loss = self.loss(self.forwards[mode])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def warm_up(self, mode):
+        """A step after the other processes' ones."""
+        if not self.args.tiny:
+            self.step(mode)
+            self.synchronize()
+
+    def synchronize(self):
+        if self.args.device == "cuda":
+            self.torch.cuda.synchronize()
+
+    def prepare(self):
+        """Compile, and leave the memory to others."""
+        for mode in self.forwards:
+            for _ in range(1 if self.args.tiny else 3):
+                self.step(mode)
+        self.synchronize()
+        self.forget()
+
+    def forget(self):
+        self.optimizer.zero_grad()
+        if self.args.device == "cuda":
+            self.torch.cuda.empty_cache()
+
+    def wall(self, mode):
+        """Milliseconds of a step on the clock, a mean over some in a row."""
+        self.warm_up(mode)
+        steps = 1 if self.args.tiny else 3
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.step(mode)
+        self.synchronize()
+        return 1e3 * (time.perf_counter() - started) / steps
+
+    def kernels(self, mode):
+        """Milliseconds of the kernels of a step, and their number."""
+        self.warm_up(mode)
+        steps = 1 if self.args.tiny else 3
+
+        def run():
+            for _ in range(steps):
+                self.step(mode)
+            self.synchronize()
+
+        milliseconds, launches = profile(run, self.args.device)
+        return milliseconds / steps, round(launches / steps)
+
+    def memory(self, mode):
+        """MiB at the peak of a step, the model and its optimizer's state included."""
+        if self.args.device != "cuda":
+            return 1.0
+        self.optimizer.zero_grad()
+        self.synchronize()
+        self.torch.cuda.reset_peak_memory_stats()
+        self.step(mode)
+        self.synchronize()
+        return self.torch.cuda.max_memory_allocated() / 2 ** 20
+
+
+def profile(function, device):
+    """Milliseconds and number of the kernels (on a CPU the operators) that a function runs."""
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    on_gpu = device == "cuda"
+    activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        function()
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    # a named region has a time on the GPU too, that of the kernels in it
+    events = [event for event in profiler.key_averages()
+              if event.device_type == kind and not getattr(event, "is_user_annotation", False)]
+    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    return sum(getattr(event, time_of) for event in events) / 1e3, sum(event.count for event in events)
+
+
+def serve(connection, subject, args):
+    """Answer with the result of the Runner's methods that are asked for, or with the text of what went wrong."""
+    os.environ["IRPE_ATTENTION"] = "rows" if subject.way == "rows" else "composed"
+    try:
+        runner = Runner(subject, args)
+        runner.prepare()
+        connection.send(("ready", None))
+        while request := connection.recv():
+            method, *arguments = request
+            connection.send(("done", getattr(runner, method)(*arguments)))
+    except Exception:  # the parent says whose it was and goes on without this one
+        connection.send(("failed", traceback.format_exc()))
+
+
+class Worker:
+    """The process of one subject."""
+
+    def __init__(self, subject, args):
+        self.subject = subject
+        context = multiprocessing.get_context("spawn")
+        self.connection, end = context.Pipe()
+        self.process = context.Process(target=serve, args=(end, subject, args), daemon=True)
+        self.process.start()
+        end.close()
+        self.failed = False
+
+    def answer(self):
+        """What the process answers next; None, and a note, if it failed."""
+        try:
+            kind, value = self.connection.recv()
+        except EOFError:
+            kind, value = "failed", "its process ended"
+        if kind == "failed":
+            self.failed = True
+            print(f"FAILED: {self.subject.model}, {self.subject.name}: {value}", flush=True)
+            return None
+        return kind, value
+
+    def ask(self, *request):
+        """The result of a Runner's method, None if the process has failed."""
+        if self.failed:
+            return None
+        self.connection.send(request)
+        answer = self.answer()
+        return answer and answer[1]
+
+    def end(self):
+        self.process.terminate()
+        self.process.join()
+
+
+def start_workers(args):
+    """Workers of all subjects, compiled some at a time and then ready to be timed, unless they failed."""
+    subjects = [Subject(model, way, on) for model in models(args) for way, on in (TINY_WAYS if args.tiny else WAYS)]
+    workers = []
+    for first in range(0, len(subjects), TOGETHER):
+        started = [Worker(subject, args) for subject in subjects[first:first + TOGETHER]]
+        for worker in started:
+            worker.answer()
+        workers += started
+    return workers
+
+
+def time_workers(workers, args):
+    """{(subject, mode): Measurement} of those that did not fail."""
+    found = {}
+    for model in models(args):
+        ours = [worker for worker in workers if worker.subject.model == model]
+        for mode in ("eager", "compiled"):
+            measured = [(worker, Measurement(*(worker.ask("kernels", mode) or ()), memory=worker.ask("memory", mode)))
+                        for worker in ours]
+            for _ in range(args.rounds):
+                for worker, measurement in measured:
+                    measurement.wall.append(worker.ask("wall", mode))
+            found |= {(worker.subject, mode): measurement for worker, measurement in measured if not worker.failed}
+        for worker in ours:
+            worker.ask("forget")
+            worker.end()
+    return found
+
+
+def report(found, args):
+    """Print a table for each model and mode; returns {(model, mode, way, on): ratios of kernels, wall, memory}."""
+    ratios = {}
+    for model in models(args):
+        for mode in ("eager", "compiled"):
+            plain = found.get((Subject(model, "plain", ""), mode))
+            if plain is None:
+                continue
+            print(f"\n{model}, batch {models(args)[model][0]}, {args.type_name}, {mode}\n"
+                  "                  kernels, ms  x plain  launches  wall, ms  x plain  peak MiB  x plain")
+            for (subject, its_mode), it in found.items():
+                if subject.model != model or its_mode != mode:
+                    continue
+                wall = statistics.median(a / b for a, b in zip(it.wall, plain.wall, strict=True))
+                ratio = {"kernels": it.kernels / plain.kernels, "wall": wall, "memory": it.memory / plain.memory}
+                ratios[model, mode, subject.way, subject.on] = ratio
+                print(f"  {subject.name:15}{it.kernels:12.2f}{ratio['kernels']:9.2f}{it.launches:10}"
+                      f"{statistics.median(it.wall):10.2f}{ratio['wall']:9.2f}{it.memory:10.0f}{ratio['memory']:9.2f}",
+                      flush=True)
+    return ratios
+
+
+def compare_with_goals(ratios):
+    """Print every goal for DeiT-S with what was measured."""
+    print("\nGoals (DeiT-S; over the plain step)")
+
+    def compare(text, value, limit):
+        print(f"  {text:66}{value:6.2f}  at most {limit:.2f}: {'met' if value <= limit else 'MISSED'}")
+
+    for on in ("k", "qkv"):
+        rows, composed = (ratios.get(("DeiT-S", "eager", way, on)) for way in ("rows", "composed"))
+        compiled = ratios.get(("DeiT-S", "compiled", "rows", on))
+        if rows is None or compiled is None:
+            print(f"  rows on {on} was not measured")
+            continue
+        compare(f"rows on {on}, kernels", rows["kernels"], GOALS[on, "kernels"])
+        compare(f"rows on {on}, peak memory", rows["memory"], GOALS[on, "memory"])
+        if composed:
+            compare(f"rows on {on}, eager wall time; composed's is the limit", rows["wall"], composed["wall"])
+        compare(f"rows on {on}, compiled wall time; the kernels' ratio is the limit", compiled["wall"],
+                compiled["kernels"] + SLACK)
+
+
+# --- Tilings ---------------------------------------------------------------------------------------------------------
+
+def variations(tile, fixed_other):
+    """The tile, and those that differ from it in one thing."""
+    others = {"own": (32, 64, 128), "other": () if fixed_other else (16, 32, 64), "num_warps": (2, 4, 8),
+              "num_stages": (1, 2, 3)}
+    return [tile] + [tile._replace(**{name: value}) for name, values in others.items() for value in values
+                     if value != getattr(tile, name)]
+
+
+def candidates(args):
+    """[(terms on, kernel, tile)] of DeiT-S in half precision."""
+    from rpe_ops import rows
+    chosen = []
+    for on in ("k", "qkv"):
+        for kernel, tile in rows.KERNELS.items():
+            tile = rows.TILES[kernel, args.width(), 64] if (kernel, args.width(), 64) in rows.TILES else tile
+            chosen += [(on, kernel, candidate) for candidate in variations(tile, "sums" in kernel)]
+    return chosen[:2] if args.tiny else chosen
+
+
+def one_attention(on, args):
+    """A function that runs an attention of DeiT-S forward and backward, by rows."""
+    if str(ROOT / "DeiT-with-iRPE") not in sys.path:
+        sys.path.insert(0, str(ROOT / "DeiT-with-iRPE"))
+    import rpe_ops
+    import torch
+
+    from irpe import build_rpe, get_rpe_config, rpe_attention
+    assert rpe_ops.ATTENTION == "rows"  # which the environment has to say before the first import
+    batch, heads, side, channels = (1, 1, 1, 16) if args.tiny else (128, 6, 14, 64)
+    modules = [rpe and rpe.to(args.device) for rpe in
+               build_rpe(get_rpe_config(skip=1, rpe_on=on), channels, heads)]
+    length = side * side + 1
+    x = torch.randn(batch, length, 3, heads, channels, device=args.device, dtype=args.dtype(), requires_grad=True)
+    grad = torch.randn(batch, heads, length, channels, device=args.device, dtype=args.dtype())
+
     def run():
-        blockwise.ATTENTION = way
-        return function()
+        x.grad = None
+        with torch.autocast(args.device, args.dtype()):
+            rpe_attention(*x.permute(2, 0, 3, 1, 4), *modules).backward(grad)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
     return run
 
 
-def attention(shape, dtype):
-    """{name: forward and backward pass of one attention}"""
-    batch, heads, (height, width), skip, channels = shape
-    length = height * width + skip
-    x = torch.randn(batch, length, 3, heads, channels, device="cuda", dtype=dtype, requires_grad=True)
-    grad = torch.randn(batch, heads, length, channels, device="cuda", dtype=dtype)
-
-    def run(function):
-        def step():
-            x.grad = None  # to add to one that is there would be a pass more
-            function(*x.permute(2, 0, 3, 1, 4)).backward(grad)
-        return step
-
-    passes = {"plain": run(F.scaled_dot_product_attention)}
-    for on in ("k", "qkv"):
-        modules = [rpe and rpe.to("cuda", dtype) for rpe in
-                   build_rpe(get_rpe_config(skip=skip, rpe_on=on), channels, heads)]
-        function = run(lambda q, k, v, m=modules: rpe_attention(q, k, v, *m, height=height, width=width))
-        passes |= {f"{way} {on}": chosen(way, function) for way in ("composed", "fused")}
-    return passes
+def with_tile(run, kernel, tile, args):
+    """Run with another tile for a kernel; returns None, or why it cannot be had."""
+    from rpe_ops import rows
+    key = kernel, args.width(), 64
+    before = rows.TILES[key]
+    rows.TILES[key] = tile
+    try:
+        return run() and None
+    except Exception as error:  # too much shared memory, or more than a compiler can do: a row of the table
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+    finally:
+        rows.TILES[key] = before
 
 
-def steps(dtype, batch):
-    """{name: training step of DeiT-S under autocast}, averaged over the processes if there are several."""
-    pictures, targets = torch.randn(batch, 3, 224, 224, device="cuda"), torch.arange(batch, device="cuda")
-
-    def run(on):
-        model = timm.create_model("deit_small_patch16_224")
-        model = equip_irpe(model, on and get_rpe_config(rpe_on=on)).cuda()
-        if torch.distributed.is_initialized():
-            model = torch.nn.parallel.DistributedDataParallel(model, [torch.cuda.current_device()])
-        optimizer = torch.optim.AdamW(model.parameters())
-
-        def step():
-            with torch.autocast("cuda", dtype):
-                loss = F.cross_entropy(model(pictures), targets)
-            optimizer.zero_grad()
-            loss.backward()  # without a scale for float16: only the time counts here
-            optimizer.step()
-        return step
-
-    passes = {"plain": run(None)}
-    for on in ("k", "qkv"):
-        function = run(on)
-        passes |= {f"{way} {on}": chosen(way, function) for way in ("composed", "fused")}
-    return passes
+def compile_tiling(candidate, args):
+    """Run a candidate once, so that Triton keeps its code on the disk."""
+    on, kernel, tile = candidate
+    return with_tile(one_attention(on, args), kernel, tile, args)
 
 
-def measure(title, passes, rounds):
-    """Print times, and ratios to the plain pass of the same round, with the peak of memory."""
-    seconds, memory, order = {name: [] for name in passes}, {}, random.Random(0)
-    for name, function in passes.items():
-        function()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        memory[name] = torch.cuda.max_memory_allocated() - before
-    for _ in range(rounds):
-        for name in order.sample(list(passes), len(passes)):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            passes[name]()
-            end.record()
-            end.synchronize()
-            seconds[name].append(start.elapsed_time(end))
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"\n{title}")
-        for name, times in seconds.items():
-            ratio = statistics.median(a / b for a, b in zip(times, seconds["plain"], strict=True))
-            print(f"  {name:14}{statistics.median(times):9.3f} ms{ratio:7.2f} x plain{memory[name] / 2 ** 20:9.0f} MiB")
+def time_tilings(tilings, args):
+    """Print for each candidate the time of all kernels of an attention, forward and backward."""
+    shape = "one attention of DeiT-S, forward and backward, all kernels, microseconds"
+    print(f"\nTilings: {shape}; each differs from the first in one thing")
+    runs = {on: one_attention(on, args) for on in dict.fromkeys(on for on, *_ in tilings)}
+    for on, kernel, tile in tilings:
+        name = (f"  {on:4}{kernel:15}own {tile.own:3} other {tile.other:2} warps {tile.num_warps} "
+                f"stages {tile.num_stages}")
+
+        def several(run=runs[on]):
+            for _ in range(1 if args.tiny else 5):
+                run()
+
+        if problem := with_tile(runs[on], kernel, tile, args):
+            print(f"{name}  {problem}", flush=True)
+            continue
+        times = []
+        with_tile(lambda: times.append(profile(several, args.device)[0]), kernel, tile, args)  # noqa: B023
+        print(f"{name}{1e3 * times[0] / (1 if args.tiny else 5):10.0f}", flush=True)
+
+
+@contextlib.contextmanager
+def compiling_beside(tilings, args):
+    """Compile all candidates, in processes beside each other and beside what is done inside."""
+    if args.tiny or not tilings:
+        yield
+        return
+    with multiprocessing.get_context("spawn").Pool(max(2, (os.cpu_count() or 2) // 3)) as pool:
+        compiled = pool.starmap_async(compile_tiling, [(candidate, args) for candidate in tilings], chunksize=1)
+        yield
+        compiled.get()
+
+
+# --- The whole -------------------------------------------------------------------------------------------------------
+
+class Arguments(argparse.Namespace):
+    """The command line; workers get it too."""
+
+    def dtype(self):
+        import torch
+        return getattr(torch, self.type_name)
+
+    def width(self):
+        return "half" if self.type_name != "float32" else "float32"
+
+
+def models(args):
+    return TINY_MODELS if args.tiny else {name: MODELS[name] for name in args.models}
+
+
+def header(args):
+    """One line of when, on what and with which versions."""
+    import torch
+    import triton
+    from machine import machine
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return (f"{datetime.date.today()}, {machine(args.device)}, PyTorch {torch.__version__}, Triton "
+            f"{triton.__version__}, commit {commit.stdout.strip() or 'unknown'}, {args.rounds} rounds")
+
+
+def wait_for(path, seconds=600):
+    """Wait until a file is there, as others use the GPU until then."""
+    started = time.monotonic()
+    while path and not Path(path).exists():
+        if time.monotonic() - started > seconds:
+            raise SystemExit(f"error: {path} did not appear within {seconds} seconds")
+        time.sleep(0.2)
 
 
 def main(args):
-    if "RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl")
-    print(f"{machine('cuda')}, PyTorch {torch.__version__}, {args.rounds} rounds")
-    for dtype in (torch.float16, torch.bfloat16):
-        name = str(dtype)[6:]
-        for shape in () if args.steps_only else SHAPES:
-            measure(f"{shape}, attention, {name}", attention(SHAPES[shape], dtype), args.rounds)
-        measure(f"DeiT-S, training step of {args.batch_size}, {name}", steps(dtype, args.batch_size), args.rounds)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    print(header(args), flush=True)
+    tilings = [] if args.steps_only else candidates(args)
+    with compiling_beside(tilings, args):
+        workers = [] if args.tilings_only else start_workers(args)
+    wait_for(args.after)
+    ratios = report(time_workers(workers, args), args)
+    if tilings:
+        time_tilings(tilings, args)
+    if ratios:
+        compare_with_goals(ratios)
+    sys.exit(any(worker.failed for worker in workers))
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes and no compiler, to try the script itself")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME",
+                        help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--type", dest="type_name", choices=["float16", "bfloat16"], default="float16")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--steps-only", action="store_true")
+    parser.add_argument("--tilings-only", action="store_true")
+    parser.add_argument("--after", metavar="FILE", help="compile, but time only when this file is there")
+    return parser
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--steps-only", action="store_true")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this needs a GPU, and PyTorch finds none")
+    args = get_args_parser().parse_args(namespace=Arguments())
+    os.environ["IRPE_ATTENTION"] = "rows"
+    if args.tiny:
+        args.rounds, args.backend = 1, "eager"
+        os.environ["TRITON_INTERPRET"] = "1" if args.device == "cpu" else "0"
+        if args.device == "cpu":
+            args.type_name = "bfloat16"
+    import torch
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: --device cuda needs a GPU and PyTorch finds none: say --device cpu --tiny to try it")
     main(args)

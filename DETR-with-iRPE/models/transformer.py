@@ -16,7 +16,11 @@ class EncoderLayer(nn.TransformerEncoderLayer):
         """Tokens (B, L, C) → the same shape; `pos` (B, L, C), `padding` (B, L) to add to logits, `hw` the map."""
         x = self.norm1(src) if self.norm_first else src
         positioned = x + pos
-        src = src + self.dropout1(self.self_attn(positioned, positioned, x, padding, False, hw=hw)[0])
+        return self.after_attention(src, self.self_attn(positioned, positioned, x, padding, False, hw=hw)[0])
+
+    def after_attention(self, src, attended):
+        """What follows the attention: its residual, the feed-forward block and the norms; all (B, L, C)."""
+        src = src + self.dropout1(attended)
         if not self.norm_first:
             src = self.norm1(src)
         x = self.norm2(src) if self.norm_first else src

@@ -204,6 +204,27 @@ def own_group(_: int) -> None:
     os.setpgid(0, 0)
 
 
+# Compilation
+
+_COMPILING_SECONDS = 600  # that one process may compile longer than another
+
+
+def check_compiler(device: torch.device) -> None:
+    """Try ``torch.compile`` on one addition; raises ``UserError`` with what it lacks here, since the first training
+    step would fail for the same reason."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # a missing compiler, header, library or Triton each raises its own kind
+        cause = str(error).partition("\n")[0]
+        raise UserError(f"--compile cannot be used, since torch.compile fails on {device} ({cause}): install a C++ "
+                        "compiler such as g++, on a GPU also Triton, or leave --compile out") from error
+
+
+def step_timeout(args: argparse.Namespace) -> float:
+    """Seconds that a process waits for another in a training step; with ``--compile`` one may compile much longer."""
+    return max(args.step_timeout, _COMPILING_SECONDS) if args.compile else args.step_timeout
+
+
 # Random numbers and order: functions of where training is, so that it goes on anywhere as if it had never stopped
 
 def seed_everything(*numbers: int) -> None:

@@ -13,7 +13,7 @@ from conftest import TINY, parse
 
 PUBLISHED = json.loads((Path(__file__).parent / "golden" / "cli_deit.json").read_text())
 ADDED = {"--amp-dtype", "--no-dist-eval", "--hflip", "--min-crop", "--local-rank", "--local_rank", "--save-every",
-         "--step-timeout", "--rpe", "--model-kwargs"}
+         "--step-timeout", "--rpe", "--model-kwargs", "--compile"}
 
 
 def actions():

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import irpe
 from fill import fill_state_dict, image
@@ -401,3 +404,102 @@ def test_length_that_disagrees_with_skip_names_the_skip_to_set():
         module(torch.zeros(1, 1, 197, 4))
     with pytest.raises(ValueError, match=r"12 tokens on a map of 2×5.*set skip=2"):
         module(torch.zeros(1, 1, 12, 4), 2, 5)
+
+
+# --- Masks with aligned rows, as a GPU gets them ---------------------------------------------------------------------
+
+def is_aligned(mask):
+    return mask.stride(-1) == 1 and all(stride % 16 == 0 for stride in mask.stride()[:-1])
+
+
+@pytest.mark.parametrize("mask", [None, "padding", "causal"])
+@pytest.mark.parametrize("mode", ["ctx", "bias"])
+@pytest.mark.parametrize("method", ["product", "cross"])
+@pytest.mark.parametrize("rpe_on", ["q", "k", "qk"])
+def test_aligned_rows_change_no_number(rpe_on, method, mode, mask, monkeypatch):
+    config = get_rpe_config(method=method, mode=mode, skip=1, rpe_on=rpe_on)
+    modules = [module and fill(module) for module in build_rpe(config, 8, 2)]
+    tables = [parameter for module in modules if module is not None for parameter in module.parameters()]
+    q, k, v = image(4, (3, 2, 2, 10, 8)).requires_grad_()
+    if mask == "padding":
+        mask = torch.zeros(2, 1, 1, 10)
+        mask[1, ..., 7:] = -math.inf
+    elif mask == "causal":
+        mask = torch.ones(10, 10, dtype=torch.bool).tril()
+    attend, masks = F.scaled_dot_product_attention, []
+
+    def keep_mask(q, k, v, attn_mask, *args, **kwargs):
+        masks.append(attn_mask)
+        return attend(q, k, v, attn_mask, *args, **kwargs)
+
+    monkeypatch.setattr(irpe, "HAS_RPE_OPS", False)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", keep_mask)
+    results = []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(irpe, "_ALIGNED_DEVICES", devices)
+        out = rpe_attention(q, k, v, *modules, attn_mask=mask)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [q, k, v, *tables])])
+    torch.testing.assert_close(*results)
+    assert [is_aligned(mask) for mask in masks] == [False, True]
+    assert masks[0].dtype == masks[1].dtype and masks[0].shape[-2:] == masks[1].shape[-2:]
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_aligned_sums_are_written_once_and_their_gradients_not_at_all(monkeypatch):
+    monkeypatch.setattr(irpe, "_ALIGNED_DEVICES", ("cpu",))
+    aligned = torch.randn(2, 3, 10, 16)[..., :10].requires_grad_()
+    dense = torch.randn(2, 3, 10, 10, requires_grad=True)
+    assert irpe.add_terms([aligned]) is aligned
+    free = {"aten.new_empty.default", "aten.slice.Tensor", "aten.detach.default", "aten.expand.default",
+            "aten.promote_types.default"}
+    for terms, launches in (([dense], ["aten.copy_.default"]), ([aligned, dense], ["aten.add.out"]),
+                            ([dense, aligned, dense], ["aten.add.out", "aten.add_.Tensor"])):
+        with Operators() as operators:
+            total = irpe.add_terms(terms)
+        assert [name for name in operators.names if name not in free] == launches
+        torch.testing.assert_close(total, sum(terms))
+    total, grad = irpe.add_terms([aligned, dense]), torch.randn(2, 3, 10, 16)[..., :10]
+    with Operators() as operators:
+        grads = torch.autograd.grad(total, [aligned, dense], grad)
+    assert set(operators.names) <= free and all(g.data_ptr() == grad.data_ptr() for g in grads)
+
+
+def test_aligned_sums_have_the_type_that_autocast_computes_in(monkeypatch):
+    monkeypatch.setattr(irpe, "_ALIGNED_DEVICES", ("cpu",))
+    term, mask = torch.randn(2, 3, 10, 10, dtype=torch.bfloat16, requires_grad=True), torch.randn(2, 1, 1, 10)
+    assert irpe.add_terms([term, mask]).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        total = irpe.add_terms([term, mask])
+    assert total.dtype == torch.bfloat16
+    grad, = torch.autograd.grad(total.sum(), term)
+    assert grad.dtype == torch.bfloat16
+
+
+def test_on_a_gpu_the_gathered_term_is_the_mask(monkeypatch):
+    if not irpe.HAS_RPE_OPS:
+        pytest.skip("the extension rpe_ops is not installed; make builds it")
+    masks, config = [], get_rpe_config(skip=1, rpe_on="k")
+    monkeypatch.setattr(irpe.rpe_ops, "has_cuda", True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, mask, *_, **__: masks.append(mask) or v)
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            module = build_rpe(config, 8, 2)[1]
+        monkeypatch.setattr(module, "bucket_ids", lambda *_: torch.zeros(197, 197, dtype=torch.int32, device="cuda"))
+        q, k, v = torch.randn(3, 2, 2, 197, 8, device="cuda")
+        with Operators() as operators:
+            rpe_attention(q, k, v, rpe_k=module)
+    mask, = masks
+    assert mask.shape == (2, 2, 197, 197) and mask.stride() == (2 * 197 * 208, 197 * 208, 208, 1)
+    computed = [name for name in operators.names if not name.startswith("prim.")]
+    assert computed[-1] == "rpe_ops.rpe_index.default"

@@ -22,11 +22,15 @@ at::Tensor rpe_index_cuda(const at::Tensor& input, const at::Tensor& index) {
   const Problem p = check_rpe_index("rpe_index", input, index);
   check_grid(p);
   const c10::cuda::CUDAGuard guard(input.device());
-  at::Tensor output = at::empty({input.size(0), input.size(1), p.queries, p.keys}, input.options());
+  // PyTorch's attention copies a mask whose rows are not aligned, forward and backward
+  const int64_t row = (p.keys + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+  const at::Tensor output = at::empty({input.size(0), input.size(1), p.queries, row}, input.options())
+                                .slice(3, 0, p.keys);
   if (output.numel() == 0) return output;
   const at::Tensor ids = index.contiguous();
-  launch_rpe_index(p, static_cast<int>(input.element_size()), ids.scalar_type() == at::kLong, input.const_data_ptr(),
-                   ids.const_data_ptr(), output.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+  launch_rpe_index(p, row, static_cast<int>(input.element_size()), ids.scalar_type() == at::kLong,
+                   input.const_data_ptr(), ids.const_data_ptr(), output.mutable_data_ptr(),
+                   c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return output;
 }

@@ -17,7 +17,7 @@ unsigned int plane_groups(const Problem& p) {
 }
 
 template <typename T, typename Id>
-void rpe_index(const Problem& p, const void* x, const void* index, void* y, cudaStream_t stream) {
+void rpe_index(const Problem& p, int64_t row, const void* x, const void* index, void* y, cudaStream_t stream) {
   const int64_t rounds = (p.keys + kMaxThreads - 1) / kMaxThreads, per_round = (p.keys + rounds - 1) / rounds;
   const auto threads = static_cast<unsigned int>((per_round + gpu::kWarp - 1) / gpu::kWarp * gpu::kWarp);
   const dim3 grid(static_cast<unsigned int>(p.queries), plane_groups(p));
@@ -25,32 +25,34 @@ void rpe_index(const Problem& p, const void* x, const void* index, void* y, cuda
   const auto* ids = static_cast<const Id*>(index);
   const int64_t shared = gpu::index_shared_bytes<T>(p.buckets);
   if (shared <= kSharedBytes) {
-    gpu::rpe_index_kernel<T, Id, true><<<grid, threads, shared, stream>>>(p, from, ids, static_cast<T*>(y));
+    gpu::rpe_index_kernel<T, Id, true><<<grid, threads, shared, stream>>>(p, row, from, ids, static_cast<T*>(y));
   } else {
-    gpu::rpe_index_kernel<T, Id, false><<<grid, threads, 0, stream>>>(p, from, ids, static_cast<T*>(y));
+    gpu::rpe_index_kernel<T, Id, false><<<grid, threads, 0, stream>>>(p, row, from, ids, static_cast<T*>(y));
   }
 }
 
 template <typename T, typename Sum, typename Id>
 void rpe_bucket_sum(const Problem& p, const void* x, const void* index, void* y, cudaStream_t stream) {
-  constexpr int64_t most = 1024 / sizeof(Sum);
-  static_assert(gpu::sum_shared_bytes<Sum>(most) <= kSharedBytes);
+  constexpr int64_t most = gpu::most_sum_buckets<T, Sum>(kSharedBytes);
+  static_assert(most > 0 && gpu::sum_shared_bytes<T, Sum>(most, 1) <= kSharedBytes);
   const int64_t chunk = std::min(p.buckets, most), chunks = (p.buckets + chunk - 1) / chunk;
+  const int warps = gpu::sum_warps<Sum>(chunk);
   const dim3 grid(static_cast<unsigned int>(p.queries), plane_groups(p), static_cast<unsigned int>(chunks));
-  gpu::rpe_bucket_sum_kernel<T, Sum, Id><<<grid, gpu::kWarp, gpu::sum_shared_bytes<Sum>(chunk), stream>>>(
-      p, chunk, static_cast<const T*>(x), static_cast<const Id*>(index), static_cast<T*>(y));
+  gpu::rpe_bucket_sum_kernel<T, Sum, Id>
+      <<<grid, warps * gpu::kWarp, gpu::sum_shared_bytes<T, Sum>(chunk, warps), stream>>>(
+          p, chunk, static_cast<const T*>(x), static_cast<const Id*>(index), static_cast<T*>(y));
 }
 
 } // namespace
 
-void launch_rpe_index(const Problem& p, int element_size, bool wide_index, const void* x, const void* index, void* y,
-                      cudaStream_t stream) {
+void launch_rpe_index(const Problem& p, int64_t row, int element_size, bool wide_index, const void* x,
+                      const void* index, void* y, cudaStream_t stream) {
   const auto launch = [&](auto id) {
     using Id = decltype(id);
     switch (element_size) {
-      case 2: return rpe_index<uint16_t, Id>(p, x, index, y, stream);
-      case 4: return rpe_index<uint32_t, Id>(p, x, index, y, stream);
-      default: return rpe_index<uint64_t, Id>(p, x, index, y, stream);
+      case 2: return rpe_index<uint16_t, Id>(p, row, x, index, y, stream);
+      case 4: return rpe_index<uint32_t, Id>(p, row, x, index, y, stream);
+      default: return rpe_index<uint64_t, Id>(p, row, x, index, y, stream);
     }
   };
   wide_index ? launch(int64_t()) : launch(int32_t());

@@ -10,9 +10,10 @@ namespace rpe_ops {
 
 enum class Type { kDouble, kFloat, kHalf, kBFloat16 };
 
-// index is contiguous (queries, keys), of int64 if wide_index, else of int32; outputs are contiguous.
-void launch_rpe_index(const Problem& p, int element_size, bool wide_index, const void* input, const void* index,
-                      void* output, cudaStream_t stream);
+// index is contiguous (queries, keys), of int64 if wide_index, else of int32; outputs are contiguous but for the
+// output's rows of rpe_index, of which each begins `row` elements after the one before.
+void launch_rpe_index(const Problem& p, int64_t row, int element_size, bool wide_index, const void* input,
+                      const void* index, void* output, cudaStream_t stream);
 void launch_rpe_bucket_sum(const Problem& p, Type type, bool wide_index, const void* input, const void* index,
                            void* output, cudaStream_t stream);
 

@@ -13,6 +13,9 @@ namespace rpe_ops {
 // A "plane" is one (batch, head) pair. Planes are handled eight at a time because they share the ids of a query.
 constexpr int kPlanes = 8;
 
+// On CUDA a row of rpe_index's output begins at a multiple of so many elements.
+constexpr int64_t kRowAlignment = 16;
+
 // Sizes of one call, and the strides (in elements) of the tensor that is read.
 struct Problem {
   int64_t heads, planes, queries, keys, buckets;

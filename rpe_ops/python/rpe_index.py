@@ -18,7 +18,8 @@ def rpe_index(input: Tensor, index: Tensor) -> Tensor:
 
     input: (batch, heads, Lq, buckets), float16, bfloat16, float32 or float64, any strides.
     index: (Lq, Lk), int32 or int64, each id in [0, buckets).
-    Returns (batch, heads, Lq, Lk) in the dtype of input. Differentiable in input, any number of times, in
+    Returns (batch, heads, Lq, Lk) in the dtype of input; on CUDA a row begins every so many elements that 16 divides
+    them, as attention wants it of a mask. Differentiable in input, any number of times, in
     reverse mode; forward mode (`torch.func.jvp`) is not supported and must not be used.
 
     Raises ValueError or TypeError for wrong shapes and dtypes. An id out of range raises IndexError on CPU; on CUDA it
@@ -93,7 +94,10 @@ class RPEIndexFunction:
 def _(input: Tensor, index: Tensor) -> Tensor:
     torch._check(input.dim() == 4 and index.dim() == 2, lambda: "rpe_index: input must be 4-D and index 2-D")
     torch._check(input.size(2) == index.size(0), lambda: "rpe_index: input and index differ in their queries")
-    return input.new_empty(*input.shape[:3], index.size(1))
+    keys = index.size(1)
+    if input.device.type == "cuda":  # kRowAlignment of csrc/rpe_ops.h
+        return input.new_empty(*input.shape[:3], (keys + 15) // 16 * 16)[..., :keys]
+    return input.new_empty(*input.shape[:3], keys)
 
 
 @torch.library.register_fake("rpe_ops::rpe_bucket_sum")

@@ -25,8 +25,12 @@ static std::unique_ptr<std::barrier<>> block_barrier;
 static void __syncthreads() { block_barrier->arrive_and_wait(); }
 static void __syncwarp() { block_barrier->arrive_and_wait(); }
 #define __global__
+#define __device__
 #define __shared__
 #define __launch_bounds__(threads)
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
 #include "cuda_kernels.cuh"
 
 namespace rpe_ops::gpu {
@@ -61,71 +65,127 @@ void launch(Dim grid, unsigned int threads, int64_t shared_bytes, const Kernel& 
   for (auto& thread : pool) thread.join();
 }
 
+enum class Layout { kPlain, kHeadsLast, kKeysApart };
+
 struct Case {
   int64_t batch, heads, queries, keys, buckets;
-  bool transposed, bad_ids; // heads and queries swapped in memory; some ids out of range
+  Layout layout;   // of what is read
+  bool bad_ids;    // some are out of range
+  int64_t padding; // elements between the end of a row and the next
 };
 
-template <typename T, typename Id>
-int run(const Case& c, unsigned int grid_y, unsigned int threads, int64_t chunk) {
-  std::mt19937 random(1);
-  const auto draw = [&](int64_t n) { return static_cast<int64_t>(random() % n); };
-  const int64_t planes = c.batch * c.heads;
+std::mt19937 random_number(1);
+int64_t draw(int64_t n) { return static_cast<int64_t>(random_number() % n); }
+
+// What is read, in rows of `last` elements, and how it lies in memory of `size` elements.
+Problem describe(const Case& c, int64_t last, int64_t* size) {
+  const int64_t row = last + c.padding, rows = c.heads * c.queries;
+  *size = c.batch * rows * row;
+  Problem p{c.heads, c.batch * c.heads, c.queries, c.keys, c.buckets, rows * row, c.queries * row, row, 1};
+  if (c.layout == Layout::kHeadsLast) {
+    p.stride_head = row;
+    p.stride_query = c.heads * row;
+  } else if (c.layout == Layout::kKeysApart) {
+    p.stride_query = 1;
+    p.stride_last = c.queries;
+  }
+  return p;
+}
+
+template <typename Id>
+std::vector<Id> draw_ids(const Case& c) {
   std::vector<Id> index(c.queries * c.keys);
   for (auto& id : index) {
     const bool bad = c.bad_ids && draw(9) == 0;
     id = static_cast<Id>(!bad ? draw(c.buckets) : draw(2) ? c.buckets + draw(3) : -1 - draw(3));
   }
-  const auto problem = [&](int64_t last) {
-    const int64_t row = c.heads * c.queries * last;
-    return c.transposed ? Problem{c.heads, planes, c.queries, c.keys, c.buckets, row, last, c.heads * last, 1}
-                        : Problem{c.heads, planes, c.queries, c.keys, c.buckets, row, c.queries * last, last, 1};
-  };
-  std::vector<T> x(planes * c.queries * c.buckets), y(planes * c.queries * c.keys, T(7));
-  std::vector<float> p(planes * c.queries * c.keys), s(planes * c.queries * c.buckets, -1);
-  for (auto& value : x) value = static_cast<T>(draw(1000));
-  for (auto& value : p) value = static_cast<float>(draw(1000));
+  return index;
+}
 
-  const Problem gather = problem(c.buckets), sum = problem(c.keys);
-  const auto queries = static_cast<unsigned int>(c.queries);
-  const auto chunks = static_cast<unsigned int>((c.buckets + chunk - 1) / chunk);
+template <typename T, typename Id>
+int run_gather(const Case& c, unsigned int grid_y, unsigned int threads) {
+  int64_t size;
+  const Problem p = describe(c, c.buckets, &size);
+  const auto index = draw_ids<Id>(c);
+  const int64_t row = (c.keys + rpe_ops::kRowAlignment - 1) / rpe_ops::kRowAlignment * rpe_ops::kRowAlignment;
+  std::vector<T> x(size), y(p.planes * c.queries * row);
+  for (auto& value : x) value = static_cast<T>(draw(1000));
   int wrong = 0;
-  const auto check_gather = [&] {
-    for (int64_t n = 0; n < planes; ++n)
-      for (int64_t i = 0; i < c.queries; ++i)
-        for (int64_t j = 0; j < c.keys; ++j) {
-          const int64_t id = index[i * c.keys + j];
-          const T truth = 0 <= id && id < c.buckets ? x[gather.offset(n, i) + id] : static_cast<T>(-1);
-          wrong += y[(n * c.queries + i) * c.keys + j] != truth;
-        }
+  for (const bool staged : {true, false}) {
     std::fill(y.begin(), y.end(), T(7));
-  };
-  launch({queries, grid_y}, threads, rpe_ops::gpu::index_shared_bytes<T>(c.buckets),
-         [&] { rpe_ops::gpu::rpe_index_kernel<T, Id, true>(gather, x.data(), index.data(), y.data()); });
-  check_gather();
-  launch({queries, grid_y}, threads, 0,
-         [&] { rpe_ops::gpu::rpe_index_kernel<T, Id, false>(gather, x.data(), index.data(), y.data()); });
-  check_gather();
-  launch({queries, grid_y, chunks}, rpe_ops::gpu::kWarp, rpe_ops::gpu::sum_shared_bytes<float>(chunk),
-         [&] { rpe_ops::gpu::rpe_bucket_sum_kernel<float, float, Id>(sum, chunk, p.data(), index.data(), s.data()); });
-  for (int64_t n = 0; n < planes; ++n)
+    launch({static_cast<unsigned int>(c.queries), grid_y}, threads,
+           staged ? rpe_ops::gpu::index_shared_bytes<T>(c.buckets) : 0, [&] {
+             if (staged) {
+               rpe_ops::gpu::rpe_index_kernel<T, Id, true>(p, row, x.data(), index.data(), y.data());
+             } else {
+               rpe_ops::gpu::rpe_index_kernel<T, Id, false>(p, row, x.data(), index.data(), y.data());
+             }
+           });
+    for (int64_t n = 0; n < p.planes; ++n)
+      for (int64_t i = 0; i < c.queries; ++i)
+        for (int64_t j = 0; j < row; ++j) {
+          const int64_t id = j < c.keys ? index[i * c.keys + j] : 0;
+          const T read = 0 <= id && id < c.buckets ? x[p.offset(n, i) + id * p.stride_last] : static_cast<T>(-1);
+          wrong += y[(n * c.queries + i) * row + j] != (j < c.keys ? read : T(7)); // nothing behind the keys
+        }
+  }
+  std::printf("gather, %zu bytes, planes %ld queries %ld keys %ld buckets %ld: %d wrong\n", sizeof(T),
+              static_cast<long>(p.planes), static_cast<long>(c.queries), static_cast<long>(c.keys),
+              static_cast<long>(c.buckets), wrong);
+  return wrong;
+}
+
+// `offset` elements lie before the input, so that its rows are not aligned as those of a new tensor are.
+template <typename T, typename Sum, typename Id>
+int run_sum(const Case& c, unsigned int grid_y, int64_t chunk, int64_t offset) {
+  int64_t size;
+  const Problem p = describe(c, c.keys, &size);
+  const auto index = draw_ids<Id>(c);
+  std::vector<T> memory(offset + size), s(p.planes * c.queries * c.buckets, T(-1.0f));
+  T* const x = memory.data() + offset;
+  for (auto& value : memory) value = static_cast<T>(static_cast<float>(draw(100)));
+  const auto chunks = static_cast<unsigned int>((c.buckets + chunk - 1) / chunk);
+  const int warps = rpe_ops::gpu::sum_warps<Sum>(chunk);
+  launch({static_cast<unsigned int>(c.queries), grid_y, chunks}, warps * rpe_ops::gpu::kWarp,
+         rpe_ops::gpu::sum_shared_bytes<T, Sum>(chunk, warps),
+         [&] { rpe_ops::gpu::rpe_bucket_sum_kernel<T, Sum, Id>(p, chunk, x, index.data(), s.data()); });
+  int wrong = 0;
+  for (int64_t n = 0; n < p.planes; ++n)
     for (int64_t i = 0; i < c.queries; ++i) {
-      std::vector<float> truth(c.buckets);
+      std::vector<Sum> truth(c.buckets);
       for (int64_t j = 0; j < c.keys; ++j) {
         const int64_t id = index[i * c.keys + j];
-        if (0 <= id && id < c.buckets) truth[id] += p[sum.offset(n, i) + j];
+        if (0 <= id && id < c.buckets) truth[id] += static_cast<Sum>(x[p.offset(n, i) + j * p.stride_last]);
       }
-      for (int64_t b = 0; b < c.buckets; ++b) wrong += s[(n * c.queries + i) * c.buckets + b] != truth[b];
+      for (int64_t b = 0; b < c.buckets; ++b) wrong += s[(n * c.queries + i) * c.buckets + b] != static_cast<T>(truth[b]);
     }
-  std::printf("planes %ld queries %ld keys %ld buckets %ld: %d wrong\n", planes, c.queries, c.keys, c.buckets, wrong);
+  std::printf("sum, %zu bytes, planes %ld queries %ld keys %ld buckets %ld, %d warps: %d wrong\n", sizeof(T),
+              static_cast<long>(p.planes), static_cast<long>(c.queries), static_cast<long>(c.keys),
+              static_cast<long>(c.buckets), warps, wrong);
   return wrong;
 }
 
 int main() {
+  using c10::BFloat16;
+  using c10::Half;
+  using enum Layout;
   int wrong = 0;
-  wrong += run<uint32_t, int32_t>({2, 3, 3, 197, 50, false, false}, 1, 64, 50);
-  wrong += run<uint16_t, int64_t>({3, 6, 2, 131, 49, true, true}, 2, 32, 20); // rounds over the grid, chunks of buckets
-  wrong += run<uint64_t, int32_t>({1, 1, 4, 5, 1, false, true}, 1, 32, 1);
-  wrong += run<uint32_t, int64_t>({1, 8, 2, 300, 169, true, false}, 1, 96, 169);
+  wrong += run_gather<uint32_t, int32_t>({2, 3, 3, 197, 50, kPlain, false, 0}, 1, 64);
+  wrong += run_gather<uint16_t, int64_t>({3, 6, 2, 131, 49, kHeadsLast, true, 3}, 2, 32); // rounds over the grid
+  wrong += run_gather<uint64_t, int32_t>({1, 1, 4, 5, 1, kPlain, true, 0}, 1, 32);
+  wrong += run_gather<uint32_t, int64_t>({1, 8, 2, 300, 169, kHeadsLast, false, 0}, 1, 96);
+  wrong += run_gather<uint16_t, int32_t>({1, 2, 3, 16, 7, kKeysApart, true, 0}, 1, 32);
+  // rows of odd lengths, of which each is aligned in another way; aligned ones; apart; more keys than a tile
+  wrong += run_sum<float, float, int32_t>({2, 3, 3, 197, 50, kPlain, false, 0}, 1, 50, 0);
+  wrong += run_sum<Half, float, int32_t>({2, 6, 3, 197, 50, kPlain, true, 0}, 1, 50, 0);
+  wrong += run_sum<Half, float, int64_t>({1, 9, 2, 197, 50, kPlain, false, 11}, 2, 50, 0); // rows of 208
+  wrong += run_sum<Half, float, int32_t>({1, 3, 2, 300, 81, kPlain, true, 1}, 1, 81, 5);
+  wrong += run_sum<BFloat16, float, int64_t>({3, 6, 2, 131, 49, kHeadsLast, true, 0}, 2, 20, 1); // chunks of buckets
+  wrong += run_sum<BFloat16, float, int32_t>({1, 2, 5, 33, 7, kKeysApart, true, 0}, 1, 7, 3);
+  wrong += run_sum<float, float, int64_t>({1, 8, 2, 600, 169, kHeadsLast, false, 2}, 1, 169, 1);
+  wrong += run_sum<float, float, int32_t>({1, 3, 4, 256, 9, kKeysApart, true, 0}, 1, 9, 0);
+  wrong += run_sum<double, double, int64_t>({2, 2, 3, 259, 25, kPlain, true, 0}, 1, 25, 1);
+  wrong += run_sum<double, double, int32_t>({1, 1, 4, 5, 1, kPlain, true, 0}, 1, 1, 0);
+  wrong += run_sum<Half, float, int32_t>({1, 1, 1, 1, 1, kPlain, false, 0}, 1, 1, 7);
   return wrong != 0;
 }

@@ -1,30 +1,72 @@
 #!/usr/bin/env bash
-# Everything about rpe_ops that needs a GPU, in one go: build for this GPU, tests, memory and race checks, benchmarks.
-# Run from anywhere, with the environment's Python as `python`; results are printed and kept in $1 (default: .), what
-# concerns attention in gpu_NAME.txt. Meant to take less than 10 minutes; on a GPU it has not run yet.
+# Everything about rpe_ops that needs a GPU, in one command of less than 8 minutes on a machine of 16 cores:
+#
+#     gpu_check.sh [FILE]          build for this GPU, tests, random cases against float64, times, goals
+#     gpu_check.sh --tiny [FILE]   the same on small shapes without a GPU and with the rpe_ops that is installed,
+#                                  to try the script itself
+#
+# Run from anywhere, with the environment's Python as `python`. What it prints is kept in FILE (default: gpu_NAME.txt in
+# benchmarks/, with the GPU's name). Exits with 1 if a test, a case or a model fails. In the environment CASES says how
+# many random cases (default: 64), and CHECK_MEMORY=1 adds compute-sanitizer's checks of memory and races, which take
+# some minutes more.
 set -euo pipefail
-results=$(realpath "${1:-.}")
+tiny=
+if [ "${1:-}" = --tiny ]; then
+    tiny=1
+    shift
+fi
 cd "$(dirname "$0")/.."
-site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
-FORCE_CUDA=1 python -m pip install --quiet --no-build-isolation --no-deps --target "$site" .
-export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
-python -m pytest tests -q 2>&1 | tee "$results/rpe_ops_gpu_tests.txt"
-python ../benchmarks/operators.py --device cuda | tee "$results/rpe_ops_cuda.txt"
-name=$(python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '_'))")
-attention="$results/gpu_$name.txt"
-python tests/fused_cases.py --cases 500 | tail -n 1 | tee "$attention"
-python tests/fused_cases.py --cases 1 --length 4096 | tail -n 1 | tee -a "$attention"
-python ../benchmarks/gpu.py | tee -a "$attention"
-if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -ge 2 ]; then
-    python -m torch.distributed.run --standalone --nproc_per_node 2 ../benchmarks/gpu.py --steps-only | tee -a "$attention"
+scratch=$(mktemp -d)
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$scratch"' EXIT
+name=$([ -n "$tiny" ] && echo tiny || python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '_'))")
+result=$(realpath -m "${1:-../benchmarks/gpu_$name.txt}")
+exec > >(tee "$result") 2>&1
+
+stage() { echo; echo "== $1 ($((SECONDS / 60)) min $((SECONDS % 60)) s)"; }
+
+if [ -n "$tiny" ]; then
+    export TRITON_INTERPRET=1
+    gpu=(--device cpu --tiny)
+    tests=(tests/test_operators.py -k "definition and shape0 and int32")
+    cases=1
+else
+    stage build
+    FORCE_CUDA=1 MAX_JOBS=16 python -m pip install --quiet --no-build-isolation --no-deps --target "$scratch/site" .
+    export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
+    gpu=(--device cuda)
+    tests=(tests -m "not slow")
+    cases=${CASES:-64}
 fi
-if ! command -v compute-sanitizer >/dev/null; then
-    echo "compute-sanitizer is not on PATH: memory and races were not checked" >&2
-    exit 1
+
+# The models compile while the tests run, and are timed when those have left the GPU.
+python ../benchmarks/gpu.py "${gpu[@]}" --after "$scratch/free" >"$scratch/times" 2>"$scratch/notes" &
+times=$!
+python tests/rows_cases.py --cases "$cases" --quiet >"$scratch/cases" 2>&1 &
+random=$!
+failed=0
+stage tests
+python -m pytest -q -p no:cacheprovider "${tests[@]}" 2>&1 | tail -n 15 || failed=1
+stage "random cases against float64"
+wait "$random" || failed=1
+cat "$scratch/cases"
+if [ -n "${CHECK_MEMORY:-}" ]; then
+    stage "memory and races"
+    for tool in memcheck racecheck synccheck; do
+        compute-sanitizer --tool $tool --error-exitcode 1 python -m pytest -q -p no:cacheprovider \
+            tests/test_operators.py -k "cuda and definition and (shape2 or shape4)" || failed=1
+    done
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/rows_cases.py --cases 3 --processes 1 || failed=1
 fi
-compute-sanitizer --tool memcheck --error-exitcode 1 python tests/fused_cases.py --cases 3 | tee -a "$attention"
-for tool in memcheck racecheck synccheck; do
-    compute-sanitizer --tool $tool --error-exitcode 1 python -m pytest tests/test_operators.py -q -p no:cacheprovider \
-        -k "cuda and definition and (shape2 or shape4)" 2>&1 | tee -a "$results/rpe_ops_gpu_tests.txt"
-done
+if [ -z "$tiny" ]; then
+    stage "two operators against PyTorch's"
+    python ../benchmarks/operators.py --device cuda --rounds 30 || failed=1
+fi
+touch "$scratch/free"
+stage "steps, kernels, memory, tilings, goals"
+if ! wait "$times"; then
+    failed=1
+    tail -n 20 "$scratch/notes"
+fi
+cat "$scratch/times"
+stage "end: $([ $failed = 0 ] && echo "nothing failed" || echo "something FAILED")"
+exit $failed

@@ -92,6 +92,7 @@ def test_cuda_kernels_are_right_when_emulated_on_the_cpu(sanitizer, tmp_path):
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     program = tmp_path / "emulated_gpu"
-    run(compiler, "-std=c++20", "-O1", "-g", f"-fsanitize={sanitizer}", "-pthread", "-Icsrc", "tests/emulated_gpu.cpp",
-        "-o", str(program))
+    include = Path(torch.__file__).with_name("include")  # of the half types
+    run(compiler, "-std=c++20", "-O1", "-g", f"-fsanitize={sanitizer}", "-pthread", "-Icsrc", f"-isystem{include}",
+        "tests/emulated_gpu.cpp", "-o", str(program))
     run(str(program))

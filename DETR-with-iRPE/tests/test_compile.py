@@ -1,0 +1,103 @@
+"""--compile: the same results and checkpoints, few compilations for pictures of many sizes."""
+import pytest
+import torch
+
+import main
+from conftest import finish, parse, small, start
+from models import build_model
+from models.compiled import compile_detector
+from util import runtime
+from util.misc import nested_tensor_from_tensor_list
+
+
+class Graphs(list):
+    """A backend of torch.compile that keeps what it is given and runs it as it is."""
+
+    def __call__(self, graph, inputs):
+        self.append(graph)
+        return graph
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that torch.compile makes, which then run without a compiler."""
+    graphs, compile = Graphs(), torch.compile
+    torch._dynamo.reset()  # other tests' graphs count towards its limit
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, **options, backend=graphs))
+    yield graphs
+    torch._dynamo.reset()
+
+
+def detector(*flags):
+    torch.manual_seed(0)
+    flags = small("", "--num_classes", 5, "--dropout", 0, "--enc_layers", 2, "--num_queries", 11, *flags)
+    return build_model(parse(*flags))[0].train()
+
+
+def pictures(height, width):
+    """Two pictures of different sizes, padded."""
+    generator = torch.Generator().manual_seed(height * width)
+    return nested_tensor_from_tensor_list([torch.rand(3, height, width, generator=generator),
+                                           torch.rand(3, height - 9, width - 3, generator=generator)])
+
+
+def gradients(model, samples):
+    model.zero_grad()
+    outputs = model(samples)
+    (outputs["pred_logits"].square().sum() + outputs["pred_boxes"].square().sum()).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+# the backbone, the decoder; the encoder, or with relative positions what follows the attention of its first layer,
+# whose tokens are a transposed map, and of the others
+@pytest.mark.parametrize(("flags", "count"), [(["--enc_rpe2d", ""], 3), (["--masks"], 4)])
+def test_pictures_of_new_sizes_are_not_compiled_again_and_give_the_same_gradients(graphs, flags, count):
+    compiled, plain = detector(*flags), detector(*flags)
+    compile_detector(compiled)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    for height, width in ((100, 140), (96, 160), (64, 200), (200, 140)):
+        samples = pictures(height, width)
+        torch.testing.assert_close(gradients(compiled, samples), gradients(plain, samples), rtol=1e-4, atol=1e-4)
+        assert len(graphs) == count
+    with torch.inference_mode():
+        for height, width in ((100, 140), (64, 200)):
+            samples = pictures(height, width)
+            outputs = compiled.eval()(samples)
+            torch.testing.assert_close(outputs["pred_logits"], plain.eval()(samples)["pred_logits"])
+        assert len(graphs) <= 2 * count
+
+
+def test_a_compiled_run_resumes_and_is_resumed_by_a_plain_one(coco, tmp_path, graphs, monkeypatch):
+    monkeypatch.setattr(main, "evaluate", lambda *args: ({}, None))
+    for name, steps in (("straight", [["--compile", "--epochs", 2]]),
+                        ("halves", [["--compile"], ["--compile", "--epochs", 2]]),
+                        ("mixed", [["--compile"], ["--epochs", 2]])):
+        for flags in steps:
+            main.main(parse(*small(coco, "--output_dir", tmp_path / name, "--resume", "auto", *flags)))
+    assert graphs
+    straight, halves, mixed = (runtime.load_checkpoint(tmp_path / name / "checkpoint.pth")["model"]
+                               for name in ("straight", "halves", "mixed"))
+    torch.testing.assert_close(halves, straight, rtol=0, atol=0)
+    torch.testing.assert_close(mixed, straight, rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_of_a_compiled_model_measures_the_same(coco, tmp_path, graphs):
+    main.main(parse(*small(coco, "--output_dir", tmp_path)))
+    flags = small(coco, "--eval", "--resume", tmp_path / "checkpoint.pth")
+    plain, compiled = main.main(parse(*flags)), main.main(parse(*flags, "--compile"))
+    assert graphs and compiled.pop("coco_eval_bbox") == pytest.approx(plain.pop("coco_eval_bbox"), abs=1e-4)
+    assert compiled == pytest.approx(plain, rel=1e-4, abs=1e-4)
+
+
+def test_the_decoder_compiles_to_code_with_the_same_gradients():
+    model, plain = detector(), detector()
+    model.transformer.decoder.compile(dynamic=True)
+    samples = pictures(100, 140)
+    torch.testing.assert_close(gradients(model, samples), gradients(plain, samples), rtol=1e-3, atol=1e-3)
+
+
+def test_an_environment_that_cannot_compile_is_one_sentence(coco):
+    status, _, err = finish(start("main.py", *small(coco, "--compile"), CXX="/nowhere/g++"))
+    assert status == 1
+    assert err.count("error: ") == 1 and "Traceback" not in err
+    assert "--compile cannot be used" in err and "/nowhere/g++" in err and "leave --compile out" in err
