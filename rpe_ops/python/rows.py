@@ -370,8 +370,8 @@ def _of_column(block, column, group, planes, heads, groups, length, rows, column
 def _product_kernel(x_0, x_1, x_2, table_0, table_1, table_2, table_3, table_4, table_5, products, layout, x_0_b, x_0_h,
                     x_0_l, x_1_b, x_1_h, x_1_l, x_2_b, x_2_h, x_2_l, planes, heads, groups, length, rows, columns,
                     prefix, row_step, column_step, size, count, ids, buckets, scale, on_values, first,
-                    CROSS: tl.constexpr, ADJOINT: tl.constexpr, BIAS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-                    OWN: tl.constexpr, OTHER: tl.constexpr):
+                    CROSS: tl.constexpr, ADJOINT: tl.constexpr, BIAS: tl.constexpr, CHANNELS: tl.constexpr,
+                    BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr):
     """products[place] = x·table for a block of the tokens of a column, the table in the order of the products, scaled;
     or, ADJOINT, x[first + place] += products[place]·tableᵀ, x being (…, B, L, H, D)."""
     place, column, group = tl.program_id(1), tl.program_id(0) % count, tl.program_id(0) // count % groups
@@ -613,6 +613,7 @@ def _register(name, function):
 def _save(ctx, inputs, output):
     q, k, v, tables, ctx.places, layout, ctx.sizes, ctx.bias, mask, seed, ctx.dropout_p = inputs
     ctx.save_for_backward(*output, q, k, v, layout, mask, seed, *tables)
+    ctx.set_materialize_grads(False)  # no zeros for outputs without a gradient
 
 
 def _differentiate(ctx, grad, *_):

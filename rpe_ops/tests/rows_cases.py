@@ -134,8 +134,8 @@ class Case:
             keys[:, :, start:start + 128] += torch.eye(128, device=DEVICE)[:self.length - start]
             table = torch.zeros(1, self.buckets, device=DEVICE)
             torch.manual_seed(1)
-            parts.append(rows.attention(keys * 0, keys * 0, keys, [], [table] * len(self.ids), [], *self.map_and_kind[:2],
-                                        True, None, self.dropout_p))
+            parts.append(rows.attention(keys * 0, keys * 0, keys, [], [table] * len(self.ids), [],
+                                        *self.map_and_kind[:2], True, None, self.dropout_p))
         return torch.cat(parts, 3)[..., :self.length].double() * self.length
 
     def by_rows(self, q, k, v, *tables, **options):
