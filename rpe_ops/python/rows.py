@@ -98,10 +98,12 @@ def _place(chunk, shape):
 
 
 @triton.jit
-def _side(first, x, stride, shape, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr,
-          SLOTS: tl.constexpr):
+def _side(first, shape, BIAS: tl.constexpr, SLOTS: tl.constexpr):
     """What is to be known of the slots of some chunks: tokens (and a neighbour where there is none), whether there is
-    one, their x, rows, where their products begin, and the chunks' rows and columns."""
+    one, rows, where their sums and their products begin, and the chunks' rows and columns.
+
+    It is given no tensor: torch.compile would take that for one that is written to at these places.
+    """
     rows, columns, prefix, row_step, column_step, chunks, padded, size = shape
     chunk = first + tl.arange(0, SLOTS) // 16
     row, column = _place(chunk, shape)
@@ -113,8 +115,7 @@ def _side(first, x, stride, shape, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr
     at = (tl.where(row == 0, rows, row - 1) * columns + column) * size
     at_products = tl.where(row == 0, columns, column) * size if BIAS else at  # those of a column, the prefix the last
     chunk_row, chunk_column = _place(first + tl.arange(0, SLOTS // 16), shape)
-    return (token, inside, _load(x, token * stride, CHANNELS, BLOCK_D), row, at, at_products, chunk_row,
-            chunk_column[:, None] + tl.arange(0, 16)[None, :])
+    return token, inside, row, at, at_products, chunk_row, chunk_column[:, None] + tl.arange(0, 16)[None, :]
 
 
 @triton.jit
@@ -142,12 +143,12 @@ def _term(products, at, row, chunk_row, chunk_column, layout, shape):
 
 
 @triton.jit
-def _logits(own, other, own_products, other_products, layout, shape, scale, mask, mask_own, mask_other,
+def _logits(x, y, own, other, own_products, other_products, layout, shape, scale, mask, mask_own, mask_other,
             ON_OWN: tl.constexpr, ON_OTHER: tl.constexpr, MASK: tl.constexpr):
     """A tile of logits in float32, -∞ where the others are not inside."""
-    token, _, x, row, _, at, chunk_row, chunk_column = own
-    other_token, inside, other_x, other_row, _, other_at, other_chunk_row, other_chunk_column = other
-    logits = tl.dot(x, tl.trans(other_x), input_precision="tf32x3") * scale
+    token, _, row, _, at, chunk_row, chunk_column = own
+    other_token, inside, other_row, _, other_at, other_chunk_row, other_chunk_column = other
+    logits = tl.dot(x, tl.trans(y), input_precision="tf32x3") * scale
     if ON_OWN:
         logits += _term(own_products, at, row, other_chunk_row, other_chunk_column, layout, shape)
     if ON_OTHER:
@@ -180,9 +181,9 @@ def _gradient(own, other, x_v_tile, y_v_tile, v_products, layout, shape, ON_VALU
     grad = tl.dot(x_v_tile, tl.trans(y_v_tile), input_precision="tf32x3")
     if ON_VALUES:
         if BY_KEY:
-            grad += tl.trans(_term(v_products, other[4], other[3], own[6], own[7], layout, shape))
+            grad += tl.trans(_term(v_products, other[3], other[2], own[5], own[6], layout, shape))
         else:
-            grad += _term(v_products, own[4], own[3], other[6], other[7], layout, shape)
+            grad += _term(v_products, own[3], own[2], other[5], other[6], layout, shape)
     return grad
 
 
@@ -190,7 +191,7 @@ def _gradient(own, other, x_v_tile, y_v_tile, v_products, layout, shape, ON_VALU
 def _clear(sums, own, layout, shape):
     """Write zeros to the sums of classes that a token meets in no row."""
     rows, columns, prefix, row_step, column_step, chunks, padded, size = shape
-    inside, row, at = own[1], own[3], own[4]
+    inside, row, at = own[1], own[2], own[3]
     farthest, nearest = tl.load(layout + row * (rows + 1) + 1), tl.load(layout + row * (rows + 1) + rows)
     for start in range(0, size, 16):
         missed = (start // padded < nearest) | (start // padded > farthest)
@@ -202,7 +203,7 @@ def _clear(sums, own, layout, shape):
 @triton.jit
 def _add_to_run(sums, total, tile, own, chunk, layout, shape):
     """The total of a run of chunks of one class, in the same columns, with one more; written where the run ends."""
-    inside, row, at = own[1], own[3], own[4]
+    inside, row, at = own[1], own[2], own[3]
     other_row, column = _place(chunk, shape)
     next_row, next_column = _place(chunk + 1, shape)
     classes = tl.load(layout + row * (shape[0] + 1) + other_row)
@@ -239,15 +240,17 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
     own_products += b * products_b + h * products_h
     other_products += b * products_b + h * products_h
     log_sums += plane_64 * length
-    own = _side(first, x + b * x_b + h * x_h, x_l, shape, CHANNELS, BLOCK_D, BIAS, OWN)
+    own = _side(first, shape, BIAS, OWN)
     token, mine, of_plane = own[0], own[1], (b * length * heads + h) * CHANNELS
+    x_tile = _load(x + b * x_b + h * x_h, token * x_l, CHANNELS, BLOCK_D)
     total = tl.zeros((OWN, BLOCK_D), tl.float32)
     if FORWARD:
         largest, weight = tl.full((OWN,), float("-inf"), tl.float32), tl.zeros((OWN,), tl.float32)
         for start in range(0, chunks, OTHER // 16):
-            other = _side(start, y, y_l, shape, CHANNELS, BLOCK_D, BIAS, OTHER)
-            logits = _logits(own, other, own_products, other_products, layout, shape, scale, mask, mask_own, mask_other,
-                             ON_OWN, ON_OTHER, MASK)
+            other = _side(start, shape, BIAS, OTHER)
+            y_tile = _load(y, other[0] * y_l, CHANNELS, BLOCK_D)
+            logits = _logits(x_tile, y_tile, own, other, own_products, other_products, layout, shape, scale, mask,
+                             mask_own, mask_other, ON_OWN, ON_OTHER, MASK)
             larger = tl.maximum(largest, tl.max(logits, 1))
             finite = tl.where(larger == float("-inf"), 0.0, larger)  # no difference of infinities
             shrink = tl.exp(largest - finite)
@@ -281,9 +284,10 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
                 # not cancel: float32 has digits to lose by that, and goes through the keys once more
                 delta, weight = tl.zeros((OWN, 1), tl.float32), tl.zeros((OWN, 1), tl.float32)
                 for start in range(0, chunks, OTHER // 16):
-                    other = _side(start, y, y_l, shape, CHANNELS, BLOCK_D, BIAS, OTHER)
-                    p = tl.exp(_logits(own, other, own_products, other_products, layout, shape, scale, mask, mask_own,
-                                       mask_other, ON_OWN, ON_OTHER, MASK) - log_sum)
+                    other = _side(start, shape, BIAS, OTHER)
+                    y_tile = _load(y, other[0] * y_l, CHANNELS, BLOCK_D)
+                    p = tl.exp(_logits(x_tile, y_tile, own, other, own_products, other_products, layout, shape, scale,
+                                       mask, mask_own, mask_other, ON_OWN, ON_OTHER, MASK) - log_sum)
                     grad = _gradient(own, other, x_v_tile, _load(y_v, other[0] * y_v_l, CHANNELS, BLOCK_D), v_products,
                                      layout, shape, ON_VALUES, BY_KEY)
                     if DROPOUT:
@@ -301,9 +305,10 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
         run = tl.zeros((OWN, 16), tl.float32)
     if ON_VALUES or not FORWARD:
         for start in range(0, chunks, STEP // 16):
-            other = _side(start, y, y_l, shape, CHANNELS, BLOCK_D, BIAS, STEP)
-            logits = _logits(own, other, own_products, other_products, layout, shape, scale, mask, mask_own, mask_other,
-                             ON_OWN, ON_OTHER, MASK)
+            other = _side(start, shape, BIAS, STEP)
+            y_tile = _load(y, other[0] * y_l, CHANNELS, BLOCK_D)
+            logits = _logits(x_tile, y_tile, own, other, own_products, other_products, layout, shape, scale, mask,
+                             mask_own, mask_other, ON_OWN, ON_OTHER, MASK)
             y_v_tile = _load(y_v, other[0] * y_v_l, CHANNELS, BLOCK_D)
             if BY_KEY:
                 log_sum, delta = tl.load(log_sums + other[0])[None, :], tl.load(deltas + other[0])[None, :]
@@ -320,7 +325,7 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
                 if DROPOUT:
                     grad = _dropped(grad, seed, plane, own, other, length, dropout_p, BY_KEY)
                 grad = p * (grad - delta)
-                total = tl.dot(grad.to(y_v_tile.dtype), other[2], total, input_precision="tf32x3")
+                total = tl.dot(grad.to(y_tile.dtype), y_tile, total, input_precision="tf32x3")
                 if SUMS:
                     run = _add_to_run(sums, run, grad, own, start, layout, shape)
     if FORWARD:
@@ -349,9 +354,9 @@ def _chosen(place, x_0, x_1, x_2):
 
 @triton.jit
 def _of_column(block, column, group, planes, heads, groups, length, rows, columns, prefix, row_step, column_step, size,
-               x, x_b, x_h, x_l, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr):
+               x_b, x_h, x_l, OWN: tl.constexpr):
     """Of a block of the tokens in a column of the maps of all planes of a group (the last column is the prefix):
-    whether there is one, where its products begin, where its channels do, and these."""
+    whether there is one, and where its products and its channels begin."""
     number, per_plane = block * OWN + tl.arange(0, OWN), tl.where(column == columns, prefix, rows)
     inside = number < planes * per_plane
     number = tl.minimum(number, planes * per_plane - 1)
@@ -360,10 +365,15 @@ def _of_column(block, column, group, planes, heads, groups, length, rows, column
     token = tl.where(column == columns, row, prefix + row * row_step + column * column_step)
     at = ((b * heads + h) * length + tl.where(column == columns, rows, row) * columns) * size
     at += tl.where(column == columns, row, column) * size
-    x_at = b * x_b + h * x_h + token * x_l
+    return inside, at, b * x_b + h * x_h + token * x_l
+
+
+@triton.jit
+def _channels(x, x_at, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr):
+    """(tokens, channels); for a bias one channel, of 1."""
     if BIAS:
-        return inside, at, x_at, tl.where(token[:, None] * 0 + tl.arange(0, BLOCK_D)[None, :] == 0, 1.0, 0.0)
-    return inside, at, x_at, _load(x, x_at, CHANNELS, BLOCK_D)
+        return tl.where(x_at[:, None] * 0 + tl.arange(0, BLOCK_D)[None, :] == 0, 1.0, 0.0)
+    return _load(x, x_at, CHANNELS, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -380,9 +390,9 @@ def _product_kernel(x_0, x_1, x_2, table_0, table_1, table_2, table_3, table_4, 
     else:
         x, x_b = _chosen(place, x_0, x_1, x_2), _chosen(place, x_0_b, x_1_b, x_2_b)
         x_h, x_l = _chosen(place, x_0_h, x_1_h, x_2_h), _chosen(place, x_0_l, x_1_l, x_2_l)
-    inside, at, x_at, tile = _of_column(tl.program_id(0) // count // groups, column, group, planes, heads, groups,
-                                        length, rows, columns, prefix, row_step, column_step, size, x, x_b, x_h, x_l,
-                                        CHANNELS, BLOCK_D, BIAS, OWN)
+    inside, at, x_at = _of_column(tl.program_id(0) // count // groups, column, group, planes, heads, groups, length,
+                                  rows, columns, prefix, row_step, column_step, size, x_b, x_h, x_l, OWN)
+    tile = _channels(x, x_at, CHANNELS, BLOCK_D, BIAS)
     channel, by_value = tl.arange(0, BLOCK_D)[:, None], place == on_values
     by_channel, by_bucket = tl.where(by_value, 1, buckets), tl.where(by_value, CHANNELS, 1)
     table = _chosen(place, table_0, table_1, table_2) + group * CHANNELS * buckets + channel * by_channel
@@ -422,10 +432,10 @@ def _gradient_kernel(x_0, x_1, x_2, products_0, products_1, products_2, partial,
     products = _chosen(place, products_0, products_1, products_2)
     total = tl.zeros((OTHER, BLOCK_D), tl.float32)
     for block in range(split * steps, (split + 1) * steps):
-        inside, at, x_at, tile = _of_column(
-            block, column, group, planes, heads, groups, length, rows, columns, prefix, row_step, column_step, size,
-            _chosen(place, x_0, x_1, x_2), _chosen(place, x_0_b, x_1_b, x_2_b), _chosen(place, x_0_h, x_1_h, x_2_h),
-            _chosen(place, x_0_l, x_1_l, x_2_l), CHANNELS, BLOCK_D, BIAS, OWN)
+        inside, at, x_at = _of_column(block, column, group, planes, heads, groups, length, rows, columns, prefix,
+                                      row_step, column_step, size, _chosen(place, x_0_b, x_1_b, x_2_b),
+                                      _chosen(place, x_0_h, x_1_h, x_2_h), _chosen(place, x_0_l, x_1_l, x_2_l), OWN)
+        tile = _channels(_chosen(place, x_0, x_1, x_2), x_at, CHANNELS, BLOCK_D, BIAS)
         used = inside[:, None] & (m < size)[None, :]
         of_products = tl.trans(tl.load(products + at[:, None] + m[None, :], mask=used, other=0.0))
         total = tl.dot(of_products, tile.to(of_products.dtype), total, input_precision="tf32x3")

@@ -300,15 +300,15 @@ def capture(graph, _):
 
 index = torch.arange(-2, 3).clamp(-1, 1) + 1
 layout, sizes = row_layout((index[:, None] * 3 + index)[None], 1, 10)
-q, k, v = torch.randn(2, 10, 3, 2, 16, requires_grad=True).permute(2, 0, 3, 1, 4)
+x = torch.randn(2, 10, 3, 2, 16, requires_grad=True)
 tables = [[torch.randn(1, *shape, requires_grad=True)] for shape in ((16, 10), (16, 10), (10, 16))]
 mask = torch.ones(2, 1, 1, 10, dtype=torch.bool)
 
-def step(q, k, v, tables, layout, mask):
-    return rows.attention(q, k, v, *tables, layout, sizes, False, mask, 0.1)
+def step(x, tables, layout, mask):
+    return rows.attention(*x.permute(2, 0, 3, 1, 4), *tables, layout, sizes, False, mask, 0.1)
 
 backend = aot_autograd(fw_compiler=capture, partition_fn=min_cut_rematerialization_partition)
-torch.compile(step, fullgraph=True, backend=backend)(q, k, v, tables, layout, mask).sum().backward()
+torch.compile(step, fullgraph=True, backend=backend)(x, tables, layout, mask).sum().backward()
 """
 
 
