@@ -132,8 +132,8 @@ def check_args(args, needs_data=True):
         raise UserError(f"--dropout is {args.dropout}; it is a share, at most 1")
     if not (args.set_cost_class or args.set_cost_bbox or args.set_cost_giou):
         raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: one at least must be above")
-    if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "fused"):
-        raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or fused, or not be set")
+    if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "rows"):
+        raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or rows, or not be set")
     parse_enc_rpe2d(args.enc_rpe2d)
 
 

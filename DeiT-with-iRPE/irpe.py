@@ -139,11 +139,11 @@ def row_layout(offset_ids, skip, num_buckets):
     Args:
         offset_ids: (tables, 2·height - 1, 2·width - 1) on the CPU, buckets of every offset; two tables for a cross.
         skip: prefix tokens before the map; their pairs have the last of each table's `num_buckets`.
-    Returns: an int32 tensor, and sizes, (rows, columns, prefix tokens, classes, steps from row to row and from column to
-        column). Columns are the axis that fills chunks of 16 tokens better. The tensor has, one after the other: the
+    Returns: an int32 tensor, and sizes, (rows, columns, prefix tokens, classes, steps from row to row and from column
+        to column). Columns are the axis that fills chunks of 16 tokens better. The tensor has, one after the other: the
         class of each pair of rows, row 0 being the prefix; for each table the bucket of each column (the last being the
-        prefix), class and column of the other token, -1 where there is none; and for each bucket of each table where its
-        list begins, then the lists of their places in that order of columns, classes and columns.
+        prefix), class and column of the other token, -1 where there is none; for each bucket of each table where its
+        list begins; and these lists of places in that order of columns, classes and columns.
     Raises: ValueError if rows of one class do not follow each other.
     """
     rows, columns = ((size + 1) // 2 for size in offset_ids.shape[1:])

@@ -224,8 +224,8 @@ def check_args(args: argparse.Namespace) -> None:
         if getattr(args, name) not in allowed:
             raise UserError(f"{_flag(name)} {getattr(args, name)!r} is unknown: it must be one of {', '.join(allowed)}")
     _check_lists(args)
-    if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "fused"):
-        raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or fused, or not be set")
+    if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "rows"):
+        raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or rows, or not be set")
     model_arguments(args)
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights: leave one out")

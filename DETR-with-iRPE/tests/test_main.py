@@ -396,7 +396,7 @@ def test_system_without_the_signals_of_training_is_told_so_and_evaluates(coco, t
 def test_an_unknown_way_of_attention_in_the_environment_is_refused_in_one_sentence(coco):
     status, _, err = finish(start("main.py", *small(coco), IRPE_ATTENTION="flash"))
     assert status == 1 and "Traceback" not in err
-    assert err.splitlines()[-1] == "error: IRPE_ATTENTION is 'flash'; it must be composed or fused, or not be set"
+    assert err.splitlines()[-1] == "error: IRPE_ATTENTION is 'flash'; it must be composed or rows, or not be set"
 
 
 @pytest.mark.parametrize(("flags", "words"), [

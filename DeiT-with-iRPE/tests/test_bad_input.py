@@ -242,7 +242,7 @@ def test_the_program_says_one_line_and_ends_with_an_error(pictures):
 
 def test_unknown_way_of_attention_in_the_environment(pictures, monkeypatch):
     monkeypatch.setenv("IRPE_ATTENTION", "flash")
-    assert refused(pictures) == "IRPE_ATTENTION is 'flash'; it must be composed or fused, or not be set"
+    assert refused(pictures) == "IRPE_ATTENTION is 'flash'; it must be composed or rows, or not be set"
 
 
 def test_broken_picture_is_said_by_the_process_that_meets_it(broken):

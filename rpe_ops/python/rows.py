@@ -98,10 +98,12 @@ def _place(chunk, shape):
 
 
 @triton.jit
-def _side(first, x, stride, shape, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr,
-          SLOTS: tl.constexpr):
+def _side(first, shape, BIAS: tl.constexpr, SLOTS: tl.constexpr):
     """What is to be known of the slots of some chunks: tokens (and a neighbour where there is none), whether there is
-    one, their x, rows, where their products begin, and the chunks' rows and columns."""
+    one, rows, where their sums and their products begin, and the chunks' rows and columns.
+
+    It is given no tensor: torch.compile would take that for one that is written to at these places.
+    """
     rows, columns, prefix, row_step, column_step, chunks, padded, size = shape
     chunk = first + tl.arange(0, SLOTS) // 16
     row, column = _place(chunk, shape)
@@ -113,8 +115,7 @@ def _side(first, x, stride, shape, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr
     at = (tl.where(row == 0, rows, row - 1) * columns + column) * size
     at_products = tl.where(row == 0, columns, column) * size if BIAS else at  # those of a column, the prefix the last
     chunk_row, chunk_column = _place(first + tl.arange(0, SLOTS // 16), shape)
-    return (token, inside, _load(x, token * stride, CHANNELS, BLOCK_D), row, at, at_products, chunk_row,
-            chunk_column[:, None] + tl.arange(0, 16)[None, :])
+    return token, inside, row, at, at_products, chunk_row, chunk_column[:, None] + tl.arange(0, 16)[None, :]
 
 
 @triton.jit
@@ -142,12 +143,12 @@ def _term(products, at, row, chunk_row, chunk_column, layout, shape):
 
 
 @triton.jit
-def _logits(own, other, own_products, other_products, layout, shape, scale, mask, mask_own, mask_other,
+def _logits(x, y, own, other, own_products, other_products, layout, shape, scale, mask, mask_own, mask_other,
             ON_OWN: tl.constexpr, ON_OTHER: tl.constexpr, MASK: tl.constexpr):
     """A tile of logits in float32, -∞ where the others are not inside."""
-    token, _, x, row, _, at, chunk_row, chunk_column = own
-    other_token, inside, other_x, other_row, _, other_at, other_chunk_row, other_chunk_column = other
-    logits = tl.dot(x, tl.trans(other_x), input_precision="tf32x3") * scale
+    token, _, row, _, at, chunk_row, chunk_column = own
+    other_token, inside, other_row, _, other_at, other_chunk_row, other_chunk_column = other
+    logits = tl.dot(x, tl.trans(y), input_precision="tf32x3") * scale
     if ON_OWN:
         logits += _term(own_products, at, row, other_chunk_row, other_chunk_column, layout, shape)
     if ON_OTHER:
@@ -167,7 +168,7 @@ def _logits(own, other, own_products, other_products, layout, shape, scale, mask
 
 
 @triton.jit
-def _with_dropout(tile, seed, plane, own, other, length, dropout_p, BY_KEY: tl.constexpr):
+def _dropped(tile, seed, plane, own, other, length, dropout_p, BY_KEY: tl.constexpr):
     """A tile after dropout, which depends on the seed and on the place alone."""
     place = own[0][:, None] + other[0][None, :] * length if BY_KEY else own[0][:, None] * length + other[0][None, :]
     drawn, _, _, _ = tl.philox(tl.load(seed), place, plane + place * 0, place * 0, place * 0)
@@ -175,10 +176,22 @@ def _with_dropout(tile, seed, plane, own, other, length, dropout_p, BY_KEY: tl.c
 
 
 @triton.jit
+def _gradient(own, other, x_v_tile, y_v_tile, v_products, layout, shape, ON_VALUES: tl.constexpr, BY_KEY: tl.constexpr):
+    """Gradients of a tile of weights, as they are after dropout."""
+    grad = tl.dot(x_v_tile, tl.trans(y_v_tile), input_precision="tf32x3")
+    if ON_VALUES:
+        if BY_KEY:
+            grad += tl.trans(_term(v_products, other[3], other[2], own[5], own[6], layout, shape))
+        else:
+            grad += _term(v_products, own[3], own[2], other[5], other[6], layout, shape)
+    return grad
+
+
+@triton.jit
 def _clear(sums, own, layout, shape):
     """Write zeros to the sums of classes that a token meets in no row."""
     rows, columns, prefix, row_step, column_step, chunks, padded, size = shape
-    inside, row, at = own[1], own[3], own[4]
+    inside, row, at = own[1], own[2], own[3]
     farthest, nearest = tl.load(layout + row * (rows + 1) + 1), tl.load(layout + row * (rows + 1) + rows)
     for start in range(0, size, 16):
         missed = (start // padded < nearest) | (start // padded > farthest)
@@ -190,7 +203,7 @@ def _clear(sums, own, layout, shape):
 @triton.jit
 def _add_to_run(sums, total, tile, own, chunk, layout, shape):
     """The total of a run of chunks of one class, in the same columns, with one more; written where the run ends."""
-    inside, row, at = own[1], own[3], own[4]
+    inside, row, at = own[1], own[2], own[3]
     other_row, column = _place(chunk, shape)
     next_row, next_column = _place(chunk + 1, shape)
     classes = tl.load(layout + row * (shape[0] + 1) + other_row)
@@ -227,15 +240,17 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
     own_products += b * products_b + h * products_h
     other_products += b * products_b + h * products_h
     log_sums += plane_64 * length
-    own = _side(first, x + b * x_b + h * x_h, x_l, shape, CHANNELS, BLOCK_D, BIAS, OWN)
+    own = _side(first, shape, BIAS, OWN)
     token, mine, of_plane = own[0], own[1], (b * length * heads + h) * CHANNELS
+    x_tile = _load(x + b * x_b + h * x_h, token * x_l, CHANNELS, BLOCK_D)
     total = tl.zeros((OWN, BLOCK_D), tl.float32)
     if FORWARD:
         largest, weight = tl.full((OWN,), float("-inf"), tl.float32), tl.zeros((OWN,), tl.float32)
         for start in range(0, chunks, OTHER // 16):
-            other = _side(start, y, y_l, shape, CHANNELS, BLOCK_D, BIAS, OTHER)
-            logits = _logits(own, other, own_products, other_products, layout, shape, scale, mask, mask_own, mask_other,
-                             ON_OWN, ON_OTHER, MASK)
+            other = _side(start, shape, BIAS, OTHER)
+            y_tile = _load(y, other[0] * y_l, CHANNELS, BLOCK_D)
+            logits = _logits(x_tile, y_tile, own, other, own_products, other_products, layout, shape, scale, mask,
+                             mask_own, mask_other, ON_OWN, ON_OTHER, MASK)
             larger = tl.maximum(largest, tl.max(logits, 1))
             finite = tl.where(larger == float("-inf"), 0.0, larger)  # no difference of infinities
             shrink = tl.exp(largest - finite)
@@ -243,7 +258,7 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
             weight = weight * shrink + tl.sum(p, 1)
             if not ON_VALUES:
                 if DROPOUT:
-                    p = _with_dropout(p, seed, plane, own, other, length, dropout_p, BY_KEY)
+                    p = _dropped(p, seed, plane, own, other, length, dropout_p, BY_KEY)
                 y_v_tile = _load(y_v, other[0] * y_v_l, CHANNELS, BLOCK_D)
                 total = tl.dot(p.to(y_v_tile.dtype), y_v_tile, total * shrink[:, None], input_precision="tf32x3")
             largest = larger
@@ -256,12 +271,30 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
             total = total / weight
     else:
         deltas += plane_64 * length
+        v_products += plane_64 * length * size
         x_v_tile = _load(x_v + b * x_v_b + h * x_v_h, token * x_v_l, CHANNELS, BLOCK_D)
         if BY_KEY:
             total_v = tl.zeros((OWN, BLOCK_D), tl.float32)
         else:
+            log_sum = tl.load(log_sums + token[:, None])
             out_tile = _load(out + of_plane, token * heads * CHANNELS, CHANNELS, BLOCK_D)
-            log_sum, delta = tl.load(log_sums + token[:, None]), tl.sum(out_tile.to(tl.float32) * x_v_tile, 1)[:, None]
+            delta = tl.sum(out_tile.to(tl.float32) * x_v_tile, 1)[:, None]
+            if x.dtype.element_ty == tl.float32:
+                # the output is rounded otherwise than gradients of weights, so that what all values have in common does
+                # not cancel: float32 has digits to lose by that, and goes through the keys once more
+                delta, weight = tl.zeros((OWN, 1), tl.float32), tl.zeros((OWN, 1), tl.float32)
+                for start in range(0, chunks, OTHER // 16):
+                    other = _side(start, shape, BIAS, OTHER)
+                    y_tile = _load(y, other[0] * y_l, CHANNELS, BLOCK_D)
+                    p = tl.exp(_logits(x_tile, y_tile, own, other, own_products, other_products, layout, shape, scale,
+                                       mask, mask_own, mask_other, ON_OWN, ON_OTHER, MASK) - log_sum)
+                    grad = _gradient(own, other, x_v_tile, _load(y_v, other[0] * y_v_l, CHANNELS, BLOCK_D), v_products,
+                                     layout, shape, ON_VALUES, BY_KEY)
+                    if DROPOUT:
+                        grad = _dropped(grad, seed, plane, own, other, length, dropout_p, BY_KEY)
+                    delta += tl.sum(p * grad, 1)[:, None]
+                    weight += tl.sum(p, 1)[:, None]
+                delta /= tl.where(weight == 0.0, 1.0, weight)  # of p as it is here, whose sum is 1 but for rounding
             tl.store(deltas + token[:, None], delta, mask=mine[:, None])
     SUMS: tl.constexpr = ON_VALUES if FORWARD else ON_OWN
     STEP: tl.constexpr = 16 if FORWARD else OTHER
@@ -272,29 +305,27 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
         run = tl.zeros((OWN, 16), tl.float32)
     if ON_VALUES or not FORWARD:
         for start in range(0, chunks, STEP // 16):
-            other = _side(start, y, y_l, shape, CHANNELS, BLOCK_D, BIAS, STEP)
-            logits = _logits(own, other, own_products, other_products, layout, shape, scale, mask, mask_own, mask_other,
-                             ON_OWN, ON_OTHER, MASK)
+            other = _side(start, shape, BIAS, STEP)
+            y_tile = _load(y, other[0] * y_l, CHANNELS, BLOCK_D)
+            logits = _logits(x_tile, y_tile, own, other, own_products, other_products, layout, shape, scale, mask,
+                             mask_own, mask_other, ON_OWN, ON_OTHER, MASK)
             y_v_tile = _load(y_v, other[0] * y_v_l, CHANNELS, BLOCK_D)
             if BY_KEY:
                 log_sum, delta = tl.load(log_sums + other[0])[None, :], tl.load(deltas + other[0])[None, :]
             p = tl.exp(logits - log_sum)
-            weights = _with_dropout(p, seed, plane, own, other, length, dropout_p, BY_KEY) if DROPOUT else p
+            if FORWARD or BY_KEY:
+                weights = _dropped(p, seed, plane, own, other, length, dropout_p, BY_KEY) if DROPOUT else p
             if FORWARD:
                 total = tl.dot(weights.to(y_v_tile.dtype), y_v_tile, total, input_precision="tf32x3")
                 run = _add_to_run(sums, run, weights, own, start, layout, shape)
             else:
-                grad = tl.dot(x_v_tile, tl.trans(y_v_tile), input_precision="tf32x3")
-                if ON_VALUES:
-                    of_values = v_products + plane_64 * length * size
-                    if BY_KEY:
-                        grad += tl.trans(_term(of_values, other[4], other[3], own[6], own[7], layout, shape))
-                    else:
-                        grad += _term(of_values, own[4], own[3], other[6], other[7], layout, shape)
+                grad = _gradient(own, other, x_v_tile, y_v_tile, v_products, layout, shape, ON_VALUES, BY_KEY)
                 if BY_KEY:
                     total_v = tl.dot(weights.to(y_v_tile.dtype), y_v_tile, total_v, input_precision="tf32x3")
-                grad = weights * grad - p * delta
-                total = tl.dot(grad.to(y_v_tile.dtype), other[2], total, input_precision="tf32x3")
+                if DROPOUT:
+                    grad = _dropped(grad, seed, plane, own, other, length, dropout_p, BY_KEY)
+                grad = p * (grad - delta)
+                total = tl.dot(grad.to(y_tile.dtype), y_tile, total, input_precision="tf32x3")
                 if SUMS:
                     run = _add_to_run(sums, run, grad, own, start, layout, shape)
     if FORWARD:
@@ -306,7 +337,7 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
             _store(grads + 2 * planes * length * CHANNELS, total_v, token * heads * CHANNELS, mine, CHANNELS, BLOCK_D)
 
 
-# --- Kernels: tables ---------------------------------------------------------------------------------------------------
+# --- Kernels: tables --------------------------------------------------------------------------------------------------
 # Up to three places, on queries, keys and values, share a launch: `place` counts those there are, and chooses one of
 # three tensors. Tables are of all heads together, one group, or of each. A bias is a table of one channel, whose tokens
 # have 1 in it.
@@ -323,9 +354,9 @@ def _chosen(place, x_0, x_1, x_2):
 
 @triton.jit
 def _of_column(block, column, group, planes, heads, groups, length, rows, columns, prefix, row_step, column_step, size,
-               x, x_b, x_h, x_l, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr, OWN: tl.constexpr):
-    """Of a block of the tokens in a column of the maps of all planes of a group (the last column is the prefix): whether
-    there is one, where its products begin, where its channels do, and these."""
+               x_b, x_h, x_l, OWN: tl.constexpr):
+    """Of a block of the tokens in a column of the maps of all planes of a group (the last column is the prefix):
+    whether there is one, and where its products and its channels begin."""
     number, per_plane = block * OWN + tl.arange(0, OWN), tl.where(column == columns, prefix, rows)
     inside = number < planes * per_plane
     number = tl.minimum(number, planes * per_plane - 1)
@@ -334,18 +365,23 @@ def _of_column(block, column, group, planes, heads, groups, length, rows, column
     token = tl.where(column == columns, row, prefix + row * row_step + column * column_step)
     at = ((b * heads + h) * length + tl.where(column == columns, rows, row) * columns) * size
     at += tl.where(column == columns, row, column) * size
-    x_at = b * x_b + h * x_h + token * x_l
+    return inside, at, b * x_b + h * x_h + token * x_l
+
+
+@triton.jit
+def _channels(x, x_at, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr):
+    """(tokens, channels); for a bias one channel, of 1."""
     if BIAS:
-        return inside, at, x_at, tl.where(token[:, None] * 0 + tl.arange(0, BLOCK_D)[None, :] == 0, 1.0, 0.0)
-    return inside, at, x_at, _load(x, x_at, CHANNELS, BLOCK_D)
+        return tl.where(x_at[:, None] * 0 + tl.arange(0, BLOCK_D)[None, :] == 0, 1.0, 0.0)
+    return _load(x, x_at, CHANNELS, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _product_kernel(x_0, x_1, x_2, table_0, table_1, table_2, table_3, table_4, table_5, products, layout, x_0_b, x_0_h,
                     x_0_l, x_1_b, x_1_h, x_1_l, x_2_b, x_2_h, x_2_l, planes, heads, groups, length, rows, columns,
-                    prefix, row_step, column_step, size, count, ids, buckets, scale, on_values, first, CROSS: tl.constexpr,
-                    ADJOINT: tl.constexpr, BIAS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-                    OWN: tl.constexpr, OTHER: tl.constexpr):
+                    prefix, row_step, column_step, size, count, ids, buckets, scale, on_values, first,
+                    CROSS: tl.constexpr, ADJOINT: tl.constexpr, BIAS: tl.constexpr, CHANNELS: tl.constexpr,
+                    BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr):
     """products[place] = x·table for a block of the tokens of a column, the table in the order of the products, scaled;
     or, ADJOINT, x[first + place] += products[place]·tableᵀ, x being (…, B, L, H, D)."""
     place, column, group = tl.program_id(1), tl.program_id(0) % count, tl.program_id(0) // count % groups
@@ -354,9 +390,9 @@ def _product_kernel(x_0, x_1, x_2, table_0, table_1, table_2, table_3, table_4, 
     else:
         x, x_b = _chosen(place, x_0, x_1, x_2), _chosen(place, x_0_b, x_1_b, x_2_b)
         x_h, x_l = _chosen(place, x_0_h, x_1_h, x_2_h), _chosen(place, x_0_l, x_1_l, x_2_l)
-    inside, at, x_at, tile = _of_column(tl.program_id(0) // count // groups, column, group, planes, heads, groups, length,
-                                        rows, columns, prefix, row_step, column_step, size, x, x_b, x_h, x_l, CHANNELS,
-                                        BLOCK_D, BIAS, OWN)
+    inside, at, x_at = _of_column(tl.program_id(0) // count // groups, column, group, planes, heads, groups, length,
+                                  rows, columns, prefix, row_step, column_step, size, x_b, x_h, x_l, OWN)
+    tile = _channels(x, x_at, CHANNELS, BLOCK_D, BIAS)
     channel, by_value = tl.arange(0, BLOCK_D)[:, None], place == on_values
     by_channel, by_bucket = tl.where(by_value, 1, buckets), tl.where(by_value, CHANNELS, 1)
     table = _chosen(place, table_0, table_1, table_2) + group * CHANNELS * buckets + channel * by_channel
@@ -396,12 +432,13 @@ def _gradient_kernel(x_0, x_1, x_2, products_0, products_1, products_2, partial,
     products = _chosen(place, products_0, products_1, products_2)
     total = tl.zeros((OTHER, BLOCK_D), tl.float32)
     for block in range(split * steps, (split + 1) * steps):
-        inside, at, x_at, tile = _of_column(
-            block, column, group, planes, heads, groups, length, rows, columns, prefix, row_step, column_step, size,
-            _chosen(place, x_0, x_1, x_2), _chosen(place, x_0_b, x_1_b, x_2_b), _chosen(place, x_0_h, x_1_h, x_2_h),
-            _chosen(place, x_0_l, x_1_l, x_2_l), CHANNELS, BLOCK_D, BIAS, OWN)
-        of_products = tl.load(products + at[:, None] + m[None, :], mask=inside[:, None] & (m < size)[None, :], other=0.0)
-        total = tl.dot(tl.trans(of_products), tile.to(of_products.dtype), total, input_precision="tf32x3")
+        inside, at, x_at = _of_column(block, column, group, planes, heads, groups, length, rows, columns, prefix,
+                                      row_step, column_step, size, _chosen(place, x_0_b, x_1_b, x_2_b),
+                                      _chosen(place, x_0_h, x_1_h, x_2_h), _chosen(place, x_0_l, x_1_l, x_2_l), OWN)
+        tile = _channels(_chosen(place, x_0, x_1, x_2), x_at, CHANNELS, BLOCK_D, BIAS)
+        used = inside[:, None] & (m < size)[None, :]
+        of_products = tl.trans(tl.load(products + at[:, None] + m[None, :], mask=used, other=0.0))
+        total = tl.dot(of_products, tile.to(of_products.dtype), total, input_precision="tf32x3")
     partial += ((((split * tl.num_programs(1) + place) * groups + group) * (columns + 1) + column) * CHANNELS
                 ).to(tl.int64) * size
     _store(partial, total, m * CHANNELS, m < size, CHANNELS, BLOCK_D)
@@ -432,7 +469,7 @@ def _collect_kernel(partial, layout, grads, groups, columns, ids, buckets, size,
              mask=channel < CHANNELS)
 
 
-# --- Operators ---------------------------------------------------------------------------------------------------------
+# --- Operators -------------------------------------------------------------------------------------------------------
 
 class _Call:
     """The launches of one call; `values` are what kernels share, by the names of their parameters."""
@@ -440,7 +477,8 @@ class _Call:
     def __init__(self, q, tables, places, layout, sizes, bias, mask, seed, dropout_p):
         (batch, heads, length, channels), (rows, columns, prefix, classes, row_step, column_step) = q.shape, sizes
         padded, groups = triton.cdiv(columns, 16) * 16, tables[0].shape[0]
-        self.q, self.places, self.tables, self.size, self.bias = q, places, tables, classes * padded, bias
+        self.q, self.places, self.size, self.bias = q, places, classes * padded, bias
+        self.tables = [table.contiguous() for table in tables]
         if mask is not None:
             mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).expand(*q.shape[:3], length)
         self.mask = mask
@@ -502,7 +540,7 @@ class _Call:
                     FORWARD=name == "forward", BY_KEY=by_key, **values)
 
     def gradients(self, x, products):
-        """Gradients of the tables, flat and one after the other, from those of the products, a tensor for each place."""
+        """Gradients of the tables, flat, one after the other, from those of the products, a tensor for each place."""
         values, places, options = self.values, len(self.places), self.tile("gradient")
         programs = triton.cdiv(self.size, options.other) * values["count"] * values["groups"]
         blocks = triton.cdiv(values["planes"] * max(values["rows"], values["prefix"]), options.own)
@@ -545,7 +583,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], places: str,
     products = call.products([{"q": k, "k": q}[place] for place in places if place != "v"])
     # so that heads join to channels without a copy
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-    log_sums, sums = q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty(*q.shape[:3], call.size * ("v" in places))
+    log_sums = q.new_empty(q.shape[:3], dtype=torch.float32)
+    sums = q.new_empty(*q.shape[:3], call.size if "v" in places else 0)
     call.attend("forward", q, k, q, v, products, v_products=q, sums=sums, out=out, log_sums=log_sums, deltas=q, grads=q)
     if "v" in places:
         call.by_columns([out, sums], sums[None], adjoint=True, first_table=len(places) - 1)
@@ -584,6 +623,7 @@ def _register(name, function):
 def _save(ctx, inputs, output):
     q, k, v, tables, ctx.places, layout, ctx.sizes, ctx.bias, mask, seed, ctx.dropout_p = inputs
     ctx.save_for_backward(*output, q, k, v, layout, mask, seed, *tables)
+    ctx.set_materialize_grads(False)  # no zeros for outputs without a gradient
 
 
 def _differentiate(ctx, grad, *_):

@@ -1,0 +1,325 @@
+"""Attention by rows of the map: random cases against the definition, and what a case alone does not show."""
+import collections
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton, which PyTorch for CPUs has not", allow_module_level=True)
+import rpe_ops
+from rows_cases import DEVICE, Case, excess, row_layout, tiles
+from rpe_ops import blockwise, rows
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SMALL = {"dtype": torch.float32, "channels": 16, "batch": 1, "heads": 1, "map": (3, 3), "prefix": 1, "places": "qkv",
+         "kind": "shared", "method": "product", "classes": 3, "mask": None, "dropout_p": 0.0, "size": 1.0,
+         "together": True, "tiles": "large"}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels that are launched."""
+    names, launch = [], rows._launch
+
+    def record(kernel, *args):
+        names.append(kernel.fn.__name__)
+        launch(kernel, *args)
+
+    monkeypatch.setattr(rows, "_launch", record)
+    return names
+
+
+@pytest.mark.parametrize("fixed", [
+    {"dtype": torch.float16, "channels": 48, "map": (3, 18), "prefix": 2, "kind": "heads", "heads": 2, "mask": "blind",
+     "size": 4.0},
+    {"dtype": torch.bfloat16, "channels": 80, "map": (9, 2), "prefix": 0, "method": "cross", "dropout_p": 0.5,
+     "mask": "padding"},
+    {"dtype": torch.float32, "channels": 24, "map": (7, 5), "prefix": 5, "batch": 2, "mask": "full", "classes": 5,
+     "together": False},
+    {"dtype": torch.float32, "kind": "bias", "heads": 2, "batch": 2, "places": "qk", "map": (2, 17),
+     "mask": "full bool"},
+    {"dtype": torch.float16, "places": "v", "map": (1, 7), "tiles": "usual", "mask": "bool"},
+    {"dtype": torch.float32, "map": (1, 1), "prefix": 0, "tiles": "usual"},
+    {"dtype": torch.float16, "channels": 128, "prefix": 16, "places": "kv"},
+], ids=str)
+def test_output_and_gradients_equal_the_definition(fixed):
+    assert excess(Case(0, **SMALL | fixed)) <= 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_cases_equal_the_definition(seed):
+    assert excess(Case(1000 + seed, batch=1, map=(3, 5), tiles="large")) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_where_values_have_much_in_common(dtype):
+    case = Case(0, **SMALL | {"dtype": dtype, "map": (5, 7)})
+    with torch.no_grad():
+        case.inputs[2] += 300
+    if dtype != torch.float32:  # as PyTorch's own, with what rounding the output to this type leaves
+        assert excess(case) <= 1
+        return
+    kept = case.kept()
+    exact, plain, found = (case.results(*x) for x in (
+        (lambda *x: case.definition(*x, kept=kept), torch.float64), (lambda *x: case.definition(*x, kept=kept), dtype),
+        (case.by_rows, dtype)))
+    for x, y, z in list(zip(exact, plain, found, strict=True))[1:]:
+        assert (z - x).norm() < 3 * (y - x).norm() + 1e-6 * x.norm()
+
+
+def test_results_are_the_same_in_every_run_and_for_any_batch(monkeypatch):
+    case = Case(0, **SMALL | {"dtype": torch.float16, "batch": 2, "dropout_p": 0.1})
+    first = case.results(case.by_rows, torch.float16)
+    assert all(map(torch.equal, first, case.results(case.by_rows, torch.float16)))
+    q, k, v, *tables = case.inputs
+    case = Case(0, **SMALL | {"dtype": torch.float16, "batch": 2})
+    whole = case.by_rows(q, k, v, *tables)
+    assert torch.equal(whole[1:], case.by_rows(q[1:], k[1:], v[1:], *tables))
+
+
+def test_tensors_may_lie_in_memory_as_they_like():
+    case = Case(0, **SMALL | {"mask": "padding"})
+    expected = case.results(case.by_rows, torch.float32)
+    case.inputs = [x.detach().transpose(-2, -1).contiguous().transpose(-2, -1).requires_grad_() for x in case.inputs]
+    assert case.inputs[0].stride(3) != 1
+    torch.testing.assert_close(case.results(case.by_rows, torch.float32), expected)
+    out = case.by_rows(*case.inputs)
+    grads = [torch.autograd.grad(out, case.inputs, weight, retain_graph=True) for weight in (
+        torch.ones_like(out), torch.ones((), device=DEVICE).expand_as(out))]
+    assert all(map(torch.equal, *grads))
+
+
+def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass():
+    case = Case(0, **SMALL | {"map": (12, 12), "heads": 1, "places": "qkv"})
+    kept = {}
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x)
+    with tiles("large"), keep:
+        case.by_rows(*case.inputs)
+    assert kept and max(x.numel() for x in kept.values()) < 145 * 145 / 2
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that a GPU would be given something to do by."""
+    quiet = ("view", "as_strided", "detach", "empty", "unbind", "split", "select", "slice", "expand", "transpose",
+             "permute", "attention_by_rows", "alias", "t.", "unsqueeze", "squeeze", "new_empty", "_unsafe_view",
+             "reshape")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if not name.removeprefix("rpe_ops.").startswith(self.quiet):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+FORWARD = ["_product_kernel", "_attention_kernel"]
+BACKWARD = ["_product_kernel", "_attention_kernel", "_attention_kernel", "_product_kernel", "_gradient_kernel",
+            "_collect_kernel"]
+
+
+@pytest.mark.parametrize(("fixed", "forward", "backward"), [
+    ({"places": "k"}, FORWARD, BACKWARD), ({"places": "q"}, FORWARD, BACKWARD), ({"places": "qk"}, FORWARD, BACKWARD),
+    ({"places": "qkv"}, [*FORWARD, "_product_kernel"], BACKWARD),
+    ({"places": "qkv", "method": "cross", "mask": "padding"}, [*FORWARD, "_product_kernel"], BACKWARD),
+    ({"places": "k", "method": "cross", "kind": "heads", "mask": "bool"}, FORWARD, BACKWARD),
+    ({"places": "v"}, ["_attention_kernel", "_product_kernel"], [*BACKWARD[:3], *BACKWARD[4:]]),
+    ({"places": "qk", "kind": "bias"}, FORWARD, [*BACKWARD[:3], *BACKWARD[4:]]),
+], ids=str)
+def test_a_call_launches_few_kernels_and_nothing_else(fixed, forward, backward, launches):
+    case = Case(0, **SMALL | {"dtype": torch.float16} | fixed)
+    with torch.no_grad():
+        case.inputs[3:] = [table.float().requires_grad_() for table in case.inputs[3:]]  # as under autocast
+    with Operators() as operators, tiles("large"):
+        out = case.by_rows(*case.inputs)
+        seen = list(launches)
+        torch.autograd.grad(out, case.inputs, out.detach())
+    assert (seen, launches[len(seen):], operators.seen) == (forward, backward, [])
+
+
+def test_dropout_keeps_each_place_with_its_probability_and_draws_anew_for_every_call():
+    case = Case(0, **SMALL | {"batch": 2, "heads": 3, "map": (8, 8), "prefix": 0, "dropout_p": 0.3})
+    with tiles("large"):
+        kept = case.kept() > 0
+    assert kept.sum().item() == pytest.approx(0.7 * kept.numel(), abs=5 * (0.21 * kept.numel()) ** 0.5)
+    planes = kept.flatten(0, 1).flatten(1).double()
+    correlations = torch.corrcoef(torch.cat([planes, planes.roll(1, 1)]))
+    assert correlations.fill_diagonal_(0).abs().max() < 5 / 64  # of planes, and of neighbours
+    case = Case(0, **SMALL | {"places": "k", "dropout_p": 0.5})
+    outs = [case.by_rows(*case.inputs) for _ in range(2)]
+    case.dropout_p = 1.0
+    assert not torch.equal(*outs) and case.by_rows(*case.inputs).abs().max() == 0
+
+
+@pytest.mark.parametrize("places", ["k", "qkv"])
+def test_the_operators_pass_opcheck(places):
+    case = Case(0, **SMALL | {"map": (2, 2), "mask": "padding", "places": places})
+    q, k, v, *tables = (x.detach().requires_grad_() for x in case.inputs)
+    layout, sizes, bias = case.map_and_kind
+    seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    inputs = [tables, places, layout, list(sizes), bias, case.mask, seed, 0.1]
+    # aot_dispatch compares what it traces, run again: what is seen through cannot run in the interpreter
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.rpe_ops.attention_by_rows.default, [q, k, v, *inputs], test_utils=tests)
+    saved = [x.detach() for x in torch.ops.rpe_ops.attention_by_rows(q, k, v, *inputs)]
+    inputs[0] = [x.detach() for x in tables]
+    torch.library.opcheck(torch.ops.rpe_ops.attention_by_rows_backward.default,
+                          [saved[0], *saved, q.detach(), k.detach(), v.detach(), *inputs],
+                          test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_second_derivative_is_refused():
+    case = Case(0, **SMALL | {"map": (2, 2), "places": "k"})
+    grad, = torch.autograd.grad(case.by_rows(*case.inputs).square().sum(), case.inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_by_rows_backward"):
+        grad.sum().backward()
+
+
+def test_autocast_casts_what_is_multiplied():
+    case = Case(0, **SMALL | {"map": (2, 2)})
+    expected = case.by_rows(*case.inputs)
+    with torch.autocast(DEVICE, torch.float16):
+        out = case.by_rows(*case.inputs)
+        grads = torch.autograd.grad(out.float().sum(), case.inputs)
+    assert out.dtype == torch.float16 and {grad.dtype for grad in grads} == {torch.float32}
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=2e-2)
+
+
+def test_it_says_which_calls_it_takes(monkeypatch):
+    q, table = torch.zeros(1, 2, 5, 8, device=DEVICE), torch.zeros(1, 8, 50, device=DEVICE)
+    take = rpe_ops.rows_take
+    assert not take(q, q, q, [table], 1)  # composed is the default
+    monkeypatch.setattr(blockwise, "ATTENTION", "rows")
+    monkeypatch.setattr(blockwise, "rows", rows, raising=False)
+    assert all(take(x, x, x, [table], 1) for x in (q, q.half(), q.bfloat16()))
+    assert not take(q, q, q, [table], 1, torch.zeros(5, device=DEVICE, requires_grad=True))
+    hooked = torch.nn.Sequential(torch.nn.Identity())
+    assert take(q, q, q, [table], 1, None, [hooked])
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert not take(q, q, q, [table], 1, None, [hooked])
+    for wrong in ((q, q[:, :, :3], q), (q, q, q[..., :4]), [torch.zeros(1, 1, 3, 129, device=DEVICE).half()] * 3,
+                  [q.double()] * 3, [q[:0]] * 3):
+        assert not take(*wrong, [table], 1)
+    assert not take(q, q, q, [table], 17) and not take(q, q, q, [table, table.half()], 1)
+
+
+def test_methods_that_mix_rows_and_columns_have_no_layout():
+    mixed = torch.arange(9)[:, None] ** 2 % 3 + torch.zeros(1, 9, dtype=torch.long)
+    with pytest.raises(ValueError, match="do not follow each other"):
+        row_layout(mixed[None], 0, 9)
+
+
+def test_columns_are_the_axis_that_fills_chunks_better():
+    index = torch.arange(-33, 34).clamp(-3, 3) + 3
+    for height, width, expected in ((25, 34, (34, 25, 0, 7, 1, 34)), (34, 25, (34, 25, 0, 7, 25, 1)),
+                                    (14, 14, (14, 14, 0, 7, 14, 1))):
+        rows_of, columns = (index[34 - size:33 + size] for size in (height, width))
+        assert row_layout((rows_of[:, None] * 7 + columns)[None], 0, 49)[1] == expected
+
+
+def test_the_choice_is_read_from_the_environment():
+    def say(before="pass", **choice):
+        environment = {name: value for name, value in os.environ.items() if name != "IRPE_ATTENTION"} | choice
+        code = (f"{before}; import rpe_ops, sys, torch; print(rpe_ops.ATTENTION, 'triton' in sys.modules); "
+                "x = torch.zeros(1, 1, 2, 4); rpe_ops.rows_take(x, x, x, [x], 0)")
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    assert say().stdout == "composed False\n"
+    assert say(IRPE_ATTENTION="rows").stdout == "rows True\n"
+    without_triton = say("import importlib.util; importlib.util.find_spec = lambda name: None", IRPE_ATTENTION="rows")
+    assert without_triton.stdout == "rows False\n" and without_triton.returncode == 0  # as PyTorch for CPUs is
+    assert "IRPE_ATTENTION is 'fused'; it must be composed or rows" in say(IRPE_ATTENTION="fused").stderr
+
+
+def in_benchmarks(code):
+    """What Python prints there, not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, env=environment, check=True,
+                          capture_output=True, text=True).stdout
+
+
+def test_maps_of_all_sizes_share_their_kernels():
+    made = in_benchmarks("""
+import torch, rows_ptxas
+for size in ((14, 14), (25, 34), (1, 40), (20, 3)):
+    launches = rows_ptxas.launches(torch.float16, 64, "qkv", True, 0.1, *size)
+    print({name: rows_ptxas.specialised(kernel, arguments) for name, (kernel, _, arguments) in launches.items()})
+""").splitlines()
+    assert len(made) == 4 and len(set(made)) == 1
+
+
+@pytest.mark.parametrize(("arch", "dtype", "places"), [(80, "float32", "qkv"), (90, "float16", "k")])
+def test_it_compiles_without_spilled_registers(arch, dtype, places):
+    case = (arch, dtype, 64, places, False)
+    lines = in_benchmarks(f"import rows_ptxas; print(*rows_ptxas.measure({case}), sep='\\n')").splitlines()
+    assert len(lines) == 7 and all(int(line.split()[-2]) == 0 for line in lines), lines
+
+
+COMPILE = """
+import collections, json, torch, triton
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from triton.backends.compiler import GPUTarget
+from rpe_ops import rows
+from rows_ptxas import row_layout
+
+class Driver:  # of a GPU that is not here: what torch.compile asks to see which tensors a kernel writes to
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Driver())
+
+def capture(graph, _):
+    seen = []
+    for node in graph.graph.nodes:
+        if "triton_kernel_wrapper" in str(node.target):
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            while not isinstance(getattr(kernel, "__name__", None), str):
+                kernel = kernel.fn
+            seen.append((kernel.__name__, sorted(node.kwargs["tensors_to_clone"])))
+        elif node.op == "call_function":
+            seen.append((str(node.target), []))
+    print(json.dumps(seen))
+    outputs, = graph.graph.find_nodes(op="output")
+    outputs = [x.meta["val"] if isinstance(x, torch.fx.Node) else x for x in outputs.args[0]]
+    def run(inputs):  # nothing: there is no GPU
+        return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, torch.Tensor) else x
+                for x in outputs]
+    run._boxed_call = True
+    return run
+
+index = torch.arange(-2, 3).clamp(-1, 1) + 1
+layout, sizes = row_layout((index[:, None] * 3 + index)[None], 1, 10)
+x = torch.randn(2, 10, 3, 2, 16, requires_grad=True)
+tables = [[torch.randn(1, *shape, requires_grad=True)] for shape in ((16, 10), (16, 10), (10, 16))]
+mask = torch.ones(2, 1, 1, 10, dtype=torch.bool)
+
+def step(x, tables, layout, mask):
+    return rows.attention(*x.permute(2, 0, 3, 1, 4), *tables, layout, sizes, False, mask, 0.1)
+
+backend = aot_autograd(fw_compiler=capture, partition_fn=min_cut_rematerialization_partition)
+torch.compile(step, fullgraph=True, backend=backend)(x, tables, layout, mask).sum().backward()
+"""
+
+
+def test_torch_compile_sees_the_kernels_and_what_they_write_to():
+    forward, backward = (json.loads(line) for line in in_benchmarks(COMPILE).splitlines())
+    kernels = [[(name, changed) for name, changed in graph if name.endswith("_kernel")]
+               for graph in (forward, backward)]
+    assert [name for name, _ in kernels[0]] == [*FORWARD, "_product_kernel"]
+    assert [name for name, _ in kernels[1]] == BACKWARD
+    assert [changed for _, changed in kernels[0]] == [["products"], ["log_sums", "out", "sums"], ["x_0"]]
+    assert [changed for _, changed in kernels[1]] == [
+        ["products"], ["deltas", "grads", "sums"], ["grads", "sums"], ["x_0"], ["partial"], ["grads"]]
+    others = collections.Counter(name for graph in (forward, backward) for name, _ in graph)
+    assert not [name for name in others if any(word in name for word in ("clone", "copy", "zero", "full", "cat"))]
