@@ -244,15 +244,19 @@ def check_categories(dataset, num_classes):
 def check_same_categories(ours, path, theirs, other_path):
     """Raise UserError unless categories (id → name) of two files have the same name wherever both name an id.
 
-    A category without a name of its own is called by its id.
+    A category without a name of its own is called by its id. Upper case and spaces at the ends make no other name.
     """
     differing = [number for number in sorted(ours.keys() & theirs.keys())
-                 if ours[number] != theirs[number] and str(number) not in (ours[number], theirs[number])]
+                 if _bare(ours[number]) != _bare(theirs[number]) and str(number) not in (ours[number], theirs[number])]
     if differing:
         shown = ", ".join(f"{number} ({ours[number]} and {theirs[number]})" for number in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UserError(f"categories have other names in {path} than in {other_path}: {shown}{more}; an id must mean "
                         "the same in both: correct one of them")
+
+
+def _bare(name):
+    return name.strip().casefold()
 
 
 def check_same_sets(train_set, val_set):

@@ -227,6 +227,12 @@ def test_ids_that_mean_other_categories_in_training_and_validation_are_named(own
     assert "4 (" not in sentence
 
 
+def test_upper_case_and_spaces_make_no_other_category(own, capsys):
+    edit(instances(own), lambda data: data["categories"][0].update(name=" Ant"))
+    main.build_datasets(parse(*small(own)))
+    assert capsys.readouterr().out == ""
+
+
 def test_things_in_training_that_are_stuff_in_validation_are_named(own):
     edit(panoptic(own), lambda data: data["categories"][1].update(isthing=0))
     assert "categories 3 are things in one of" in refused(

@@ -179,10 +179,10 @@ def meet(args: argparse.Namespace, step_timeout: float = 60) -> None:
 
 def leave() -> None:
     """Tell the other ranks that this one ends in order, so that they do not miss it."""
-    global _watchdog
+    global _store, _watchdog
     if _watchdog:
         _watchdog.stop()
-        _watchdog = None
+        _watchdog = _store = None  # of a file:// address, the last one to let go of it deletes the file
 
 
 def _end_for_lost(ranks: list[int]) -> NoReturn:
@@ -223,11 +223,20 @@ def init_distributed(args: argparse.Namespace, step_timeout: float = 60) -> torc
             dist.init_process_group(backend, store=_store, rank=args.rank, world_size=args.world_size, device_id=bound,
                                     timeout=datetime.timedelta(hours=1))
             training_group = dist.new_group(timeout=datetime.timedelta(seconds=step_timeout))
-            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # else its threads abort
+            atexit.register(_disconnect)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"the {args.world_size} processes cannot be connected by {backend}: {UserError(error)}") \
-                from error
+            stale = "; a file that an earlier job left must be deleted first" if "file://" in args.dist_url else ""
+            raise UserError(f"the {args.world_size} processes cannot be connected by {backend}: {UserError(error)}"
+                            f"{stale}") from error
     return device
+
+
+def _disconnect() -> None:
+    """End what computing has kept of the other ranks: threads, which would abort at the exit, and the store."""
+    global training_group
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        training_group = None
 
 
 def _launched(torchrun: str, slurm: str, alone: int) -> int:

@@ -316,7 +316,8 @@ def main(args):
     if case == "interrupt":
         time.sleep(60)
     runtime.all_reduce_sum(torch.zeros(1))
-runtime.run(main, argparse.Namespace(device="cpu", world_size=1, dist_url="env://"))
+url, = sys.argv[2:] or ["env://"]
+runtime.run(main, argparse.Namespace(device="cpu", world_size=1, dist_url=url))
 """
 
 
@@ -326,6 +327,12 @@ def test_mistake_that_all_meet_is_said_once_under_a_launcher(tmp_path, case, sai
     status, _, err = finish(start(*launcher(2), "--use_env", tmp_path / "program.py", case, PYTHONPATH=str(PROJECT)))
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status != 0 and len(errors) == 1 and errors[0].startswith(f"error: process 0 of 2: {said}")
+
+
+def test_file_at_which_the_ranks_met_is_gone_after_the_run_so_that_the_next_one_can_meet_there(tmp_path):
+    for status, _, err in map(finish, start_processes(2, "-c", PROGRAM, "none", f"file://{tmp_path}/meet")):
+        assert (status, err) == (0, "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistake_of_one_process_ends_all_and_is_said_by_itself():
