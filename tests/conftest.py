@@ -3,8 +3,10 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 torch.set_num_threads(1)  # threads that wait for each other make small models slow on a machine that does more
+# A shell starts what runs in the background deaf to SIGINT, which the programs that the tests start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -25,9 +29,9 @@ HEIGHT, WIDTH = 64, 96  # of the pictures for detection: the least with a map of
 METRICS = ("ap", "ap50", "ap75", "aps", "apm", "apl")
 
 
-def start(*flags):
+def start(*flags, program=("tools/reproduce.py",)):
     """Start reproduce.py on the CPU with one thread; its output is captured."""
-    return subprocess.Popen([sys.executable, "tools/reproduce.py", "--device", "cpu", *map(str, flags)], cwd=ROOT,
+    return subprocess.Popen([sys.executable, *program, "--device", "cpu", *map(str, flags)], cwd=ROOT,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -39,6 +43,26 @@ def finish(process):
     finally:
         process.terminate()
     return process.returncode, out, err
+
+
+def signal_at_start(word, number):
+    """From now on this process sends itself a signal when a command with the word in it has just started, but
+    subprocess.Popen has not returned yet."""
+    class Signalled(subprocess.Popen):
+        def __init__(self, command, *args, **options):
+            super().__init__(command, *args, **options)
+            if any(word in str(part) for part in command):
+                os.kill(os.getpid(), number)
+
+    subprocess.Popen = Signalled
+
+
+def wait_until(condition):
+    """Wait for a state that another process brings about; raise after five minutes, which means never."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def normalized(picture):

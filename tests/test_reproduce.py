@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import reproduce
 import torch
 from PIL import Image
 
-from conftest import DETR, ROOT, SMALL, TINY, finish, start
+from conftest import DETR, ROOT, SMALL, TINY, finish, signal_at_start, start, wait_until
 
 ROW = {"name": TINY, "file": "tiny.pth", "url": "https://example.org/tiny.pth", "params_m": 5.76, "macs_m": 1284,
        "top1": 80.0, "top5": 92.0}
@@ -66,12 +65,9 @@ def walk(imagenet, coco, tmp_path_factory):
     table = write_table(root / "table.json", imagenet[2]["top1"] + 0.09, coco[2]["ap"] - 0.05)
     data = ["--imagenet", imagenet[0], "--coco", coco[0], "--output_dir", root / "out", *FLAGS]
     flags = [*data, "--checkpoints", checkpoints, "--table", table]
-    first = start(*flags)
-    for line in first.stdout:
-        if line.startswith("$ cd DETR"):
-            first.send_signal(signal.SIGTERM)
-            break
-    stopped = finish(first), results(root / "out")
+    signalled = ("import sys; sys.path[:0] = ['tools', 'tests']; import conftest, reproduce; "
+                 f"conftest.signal_at_start('--coco_path', {signal.SIGTERM:d}); sys.exit(reproduce.main(sys.argv[1:]))")
+    stopped = finish(start(*flags, program=("-c", signalled))), results(root / "out")
     (checkpoints / "small.pth").unlink()
     return root, data, checkpoints, stopped, finish(start(*flags))
 
@@ -271,10 +267,11 @@ def flags_of(root):
 
 
 @contextlib.contextmanager
-def drive(root):
-    """A run in a process of its own, which writes to the file `err`."""
+def drive(root, change=lambda: None):
+    """A run in a process of its own, which calls `change` first and writes to the file `err`."""
     def body():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # to which nohup has made the tests deaf
+        change()
         with open(root / "err", "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
             sys.exit(reproduce.main(["--device", "cpu", *map(str, flags_of(root))]))
 
@@ -282,17 +279,9 @@ def drive(root):
     process.start()
     try:
         yield process
-        process.join(60)
+        process.join(300)
     finally:
         process.kill()
-
-
-def wait_for(path):
-    for _ in range(2000):
-        if path.exists():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{path} has not appeared")
 
 
 def test_what_was_measured_is_kept_until_something_changes_and_through_an_error(stub, capsys):
@@ -350,9 +339,9 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_first_evaluation(st
 
 def test_an_output_folder_is_one_runs_alone_also_while_a_killed_runs_evaluation_goes_on(stub, capsys):
     evaluation(stub, {}, "pathlib.Path('pid.tmp').write_text(str(os.getpid())); os.rename('pid.tmp', 'pid')\n"
-                         "time.sleep(60)")
+                         "time.sleep(10 ** 6)")
     with drive(stub) as process:
-        wait_for(stub / "pid")
+        wait_until((stub / "pid").exists)
         for killed in (False, True):
             if killed:
                 process.kill()
@@ -361,27 +350,46 @@ def test_an_output_folder_is_one_runs_alone_also_while_a_killed_runs_evaluation_
             assert status == 2 and "is using --output_dir" in err
     os.kill(int((stub / "pid").read_text()), signal.SIGKILL)
     evaluation(stub, {"acc1": 80, "acc5": 92})
-    for _ in range(100):  # until the killed process has gone
-        if (status := run(capsys, *flags_of(stub))[0]) != 2:
-            break
-        time.sleep(0.05)
-    assert status == 0
+    wait_until(lambda: run(capsys, *flags_of(stub))[0] == 0)  # when the killed process has gone
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_also_repeated_end_the_evaluation_without_a_traceback(stub, number):
-    evaluation(stub, {}, "def end(*_):\n    pathlib.Path('ending').touch()\n    time.sleep(0.5)\n"
+    evaluation(stub, {}, "def end(*_):\n    pathlib.Path('ending').touch()\n"
+                         "    while not pathlib.Path('repeated').exists():\n        time.sleep(0.01)\n"
                          "    pathlib.Path('ended').touch()\n    sys.exit()\n\n"
-                         "signal.signal(signal.SIGTERM, end)\npathlib.Path('started').touch()\ntime.sleep(60)")
+                         "signal.signal(signal.SIGTERM, end)\npathlib.Path('started').touch()\ntime.sleep(10 ** 6)")
     with drive(stub) as process:
-        wait_for(stub / "started")
+        wait_until((stub / "started").exists)
         os.kill(process.pid, number)
-        wait_for(stub / "ending")
+        wait_until((stub / "ending").exists)
         for _ in range(3):
             os.kill(process.pid, number)
+        (stub / "repeated").touch()
     err = (stub / "err").read_text()
     assert process.exitcode == 130 and (stub / "ended").exists()
     assert err.startswith("interrupted; ") and err.count("\n") == 1
+
+
+def test_a_signal_while_an_evaluation_starts_does_not_leave_it_behind(stub):
+    evaluation(stub, {}, "time.sleep(10 ** 6)")
+    with drive(stub, lambda: signal_at_start("code.py", signal.SIGTERM)) as process:
+        pass
+    assert process.exitcode == 130 and (stub / "err").read_text().startswith("interrupted; ")
+    reproduce.lock(stub / "out").close()
+
+
+def test_signals_are_handled_once_and_again_after_a_process_has_started(monkeypatch):
+    for number in reproduce.STOPPING:
+        monkeypatch.setattr(reproduce, "STOPPING", (number,))
+        before = signal.signal(number, reproduce.stop)
+        try:
+            with pytest.raises(KeyboardInterrupt), reproduce.signals_deferred():
+                signal.raise_signal(number)
+                signal.raise_signal(number)
+            signal.raise_signal(number)
+        finally:
+            signal.signal(number, before)
 
 
 def test_a_closed_pipe_ends_the_run_quietly(stub, monkeypatch, capsys):

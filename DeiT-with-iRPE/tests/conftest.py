@@ -1,7 +1,9 @@
 """Generated pictures, tars of them, parsed flags and launched processes for the tests."""
 import argparse
+import contextlib
 import os
 import platform
+import secrets
 import signal
 import socket
 import subprocess
@@ -15,6 +17,8 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)  # threads that wait for each other make small models slow on a machine that does more
+# A shell starts what runs in the background deaf to SIGINT, which the programs that the tests start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT))
 
@@ -99,9 +103,12 @@ def start(*command, **environment):
 
 
 def free_port():
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        return sock.getsockname()[1]
+    """A port that stays free until it is used: it is below those that Linux gives to all programs' connections."""
+    while True:
+        port = 10000 + secrets.randbelow(22000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("", port))
+            return port
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
@@ -117,6 +124,12 @@ def start_processes(world_size, *command):
     port = free_port()
     return [start(*command, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
                   MASTER_ADDR="localhost", MASTER_PORT=str(port)) for rank in range(world_size)]
+
+
+def altered(change):
+    """main.py's program with a change before it runs."""
+    return ("-c", f"import os, sys, time, main, runtime\n{change}\nruntime.run(main.main, runtime.ArgumentParser("
+            "parents=[main.get_args_parser()]).parse_args())")
 
 
 def finish(process):

@@ -297,7 +297,7 @@ def test_cuda_without_a_gpu_suggests_the_cpu():
 
 
 PROGRAM = """
-import argparse, sys, time, torch, runtime
+import argparse, os, signal, sys, torch, runtime
 case = sys.argv[1]
 def main(args):
     runtime.find_place(args)
@@ -314,7 +314,7 @@ def main(args):
     if case == "bug" and rank == 1:
         raise RuntimeError("a bug")
     if case == "interrupt":
-        time.sleep(60)
+        os.kill(os.getpid(), signal.SIGINT)
     runtime.all_reduce_sum(torch.zeros(1))
 runtime.run(main, argparse.Namespace(device="cpu", world_size=1, dist_url="env://"))
 """
@@ -330,9 +330,6 @@ def test_mistake_that_all_meet_is_said_once_under_a_launcher(tmp_path, case, sai
 
 def test_mistake_of_one_process_ends_all_and_is_said_by_itself():
     runs = {case: start_processes(2, "-c", PROGRAM, case) for case in ("none", "interrupt", "alone", "bug")}
-    assert "here [2/2]" in runs["interrupt"][0].stdout.readline()
-    for process in runs["interrupt"]:
-        process.send_signal(signal.SIGINT)
     results = {case: [finish(process) for process in processes] for case, processes in runs.items()}
     assert {case: [status for status, _, _ in ends] for case, ends in results.items()} == {
         "none": [0, 0], "interrupt": [130, 130], "alone": [1, 1], "bug": [1, 1]}
