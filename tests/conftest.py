@@ -22,6 +22,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+PATIENCE = 1200  # seconds after which a process counts as hanging, which a busy machine must not look like
 TINY, SMALL = (f"deit_{size}_patch16_224_ctx_product_50_shared_k" for size in ("tiny", "small"))
 DETR = "detr_resnet50_rpe_20_product_ctx_1_k"
 CLASSES, PER_CLASS = 8, 3
@@ -39,7 +40,7 @@ def start(*flags, program=("tools/reproduce.py",)):
 def finish(process):
     """(exit status, standard output, standard error)"""
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.terminate()
     return process.returncode, out, err
@@ -58,8 +59,8 @@ def signal_at_start(word, number):
 
 
 def wait_until(condition):
-    """Wait for a state that another process brings about; raise after five minutes, which means never."""
-    deadline = time.monotonic() + 300
+    """Wait for a state that another process brings about."""
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 LACKING = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)} (requirements-export.txt)")
@@ -65,7 +65,7 @@ def run_elsewhere(program, pictures, folder):
     torch.save(pictures, folder / "pictures.pt")
     subprocess.run([sys.executable, "-c", LOAD, *(str(folder / f"{name}") for name in
                                                   ("program.pt2", "pictures.pt", "outputs.pt"))],
-                   cwd=folder, check=True, timeout=300)
+                   cwd=folder, check=True, timeout=PATIENCE)
     return torch.load(folder / "outputs.pt")
 
 

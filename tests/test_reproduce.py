@@ -13,10 +13,11 @@ import reproduce
 import torch
 from PIL import Image
 
-from conftest import DETR, ROOT, SMALL, TINY, finish, signal_at_start, start, wait_until
+from conftest import DETR, PATIENCE, ROOT, SMALL, TINY, finish, signal_at_start, start, wait_until
 
 ROW = {"name": TINY, "file": "tiny.pth", "url": "https://example.org/tiny.pth", "params_m": 5.76, "macs_m": 1284,
        "top1": 80.0, "top5": 92.0}
+FOREVER = "while not pathlib.Path('over').exists():\n    time.sleep(0.05)\n"  # the end of the test
 FLAGS = ["--deit_args=--num_workers 0", "--detr_args=--num_workers 0 --short_side 64"]
 
 
@@ -250,7 +251,8 @@ def stub(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "count", lambda *_: {"params": 5, "macs": 6})
     monkeypatch.setattr(reproduce, "command_of", lambda row, args, path: ["python", str(args.checkpoints / "code.py")])
     evaluation(tmp_path, {"acc1": 80.05, "acc5": 92})
-    return tmp_path
+    yield tmp_path
+    (tmp_path / "over").touch()
 
 
 def evaluation(root, stats, after=""):
@@ -279,7 +281,7 @@ def drive(root, change=lambda: None):
     process.start()
     try:
         yield process
-        process.join(300)
+        process.join(PATIENCE)
     finally:
         process.kill()
 
@@ -339,7 +341,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_first_evaluation(st
 
 def test_an_output_folder_is_one_runs_alone_also_while_a_killed_runs_evaluation_goes_on(stub, capsys):
     evaluation(stub, {}, "pathlib.Path('pid.tmp').write_text(str(os.getpid())); os.rename('pid.tmp', 'pid')\n"
-                         "time.sleep(10 ** 6)")
+                         + FOREVER)
     with drive(stub) as process:
         wait_until((stub / "pid").exists)
         for killed in (False, True):
@@ -358,7 +360,7 @@ def test_signals_also_repeated_end_the_evaluation_without_a_traceback(stub, numb
     evaluation(stub, {}, "def end(*_):\n    pathlib.Path('ending').touch()\n"
                          "    while not pathlib.Path('repeated').exists():\n        time.sleep(0.01)\n"
                          "    pathlib.Path('ended').touch()\n    sys.exit()\n\n"
-                         "signal.signal(signal.SIGTERM, end)\npathlib.Path('started').touch()\ntime.sleep(10 ** 6)")
+                         "signal.signal(signal.SIGTERM, end)\npathlib.Path('started').touch()\n" + FOREVER)
     with drive(stub) as process:
         wait_until((stub / "started").exists)
         os.kill(process.pid, number)
@@ -372,14 +374,14 @@ def test_signals_also_repeated_end_the_evaluation_without_a_traceback(stub, numb
 
 
 def test_a_signal_while_an_evaluation_starts_does_not_leave_it_behind(stub):
-    evaluation(stub, {}, "time.sleep(10 ** 6)")
+    evaluation(stub, {}, FOREVER)
     with drive(stub, lambda: signal_at_start("code.py", signal.SIGTERM)) as process:
         pass
     assert process.exitcode == 130 and (stub / "err").read_text().startswith("interrupted; ")
     reproduce.lock(stub / "out").close()
 
 
-def test_signals_are_handled_once_and_again_after_a_process_has_started(monkeypatch):
+def test_a_second_signal_is_ignored_while_the_first_one_ends_the_run(monkeypatch):
     for number in reproduce.STOPPING:
         monkeypatch.setattr(reproduce, "STOPPING", (number,))
         before = signal.signal(number, reproduce.stop)

@@ -21,6 +21,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 COCO_SAMPLE = PROJECT.parent.parent / "shared" / "data" / "coco-sample"
 sys.path[:0] = [str(PROJECT), str(PROJECT / "demo")]
 
+PATIENCE = 1200  # seconds after which a process counts as hanging, which a busy machine must not look like
 CATEGORIES = [{"id": 1, "name": "ant"}, {"id": 3, "name": "bee"}, {"id": 4, "name": "cat"}]
 
 
@@ -153,7 +154,7 @@ def launcher(world_size, *command):
 def finish(process):
     """(exit status, standard output, standard error)"""
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.terminate()
     return process.returncode, out, err

@@ -22,6 +22,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT))
 
+PATIENCE = 1200  # seconds after which a process counts as hanging, which a busy machine must not look like
 TINY = "deit_tiny_patch16_224_ctx_product_50_shared_k"
 
 
@@ -135,7 +136,7 @@ def altered(change):
 def finish(process):
     """(exit status, standard output, standard error)"""
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.terminate()
     return process.returncode, out, err

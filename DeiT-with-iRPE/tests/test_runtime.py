@@ -297,11 +297,16 @@ def test_cuda_without_a_gpu_suggests_the_cpu():
 
 
 PROGRAM = """
-import argparse, os, signal, sys, torch, runtime
+import argparse, os, pathlib, signal, sys, time, torch, runtime
 case = sys.argv[1]
 def main(args):
     runtime.find_place(args)
     if case == "before":
+        # one that met it long before the other would not wait for that one to say it
+        there = [pathlib.Path(f"{sys.argv[0]}.{rank}") for rank in range(2)]
+        there[args.rank].touch()
+        while not all(path.exists() for path in there):
+            time.sleep(0.01)
         raise runtime.UserError("a mistake of all")
     runtime.init_distributed(args)
     rank, values = runtime.get_rank(), []
