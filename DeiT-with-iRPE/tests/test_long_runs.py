@@ -381,25 +381,25 @@ def test_rank_that_never_starts_ends_the_others(ends):
     assert status == 1 and "see whether all 2 processes have started" in said and said.count("\n") == 1, said
 
 
-@pytest.mark.parametrize("phase", ["training", "evaluation"])
-def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(pictures, monkeypatch, capsys, phase):
-    folder, loaded = type(main.build_dataset(True, parse(*small(pictures)))[0]), []
-    get = folder.__getitem__
-
-    def killed(self, index):
-        worker = torch.utils.data.get_worker_info()
-        if worker and isinstance(worker.dataset, runtime.SeededDataset) == (phase == "training"):
-            loaded.append(index)
-            if len(loaded) == 10:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return get(self, index)
-
-    monkeypatch.setattr(folder, "__getitem__", killed)
-    with pytest.raises(SystemExit) as ended:
-        runtime.run(main.main, parse(*small(pictures, *FLAGS, "--num_workers", 1)))
-    said = capsys.readouterr().err
-    assert ended.value.code == 1 and said.count("\n") == 1, said
-    assert re.match(r"error: a loading process ended or hangs in .*: DataLoader worker \(pid.* Killed", said), said
+def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(pictures):
+    killed = ("import torch\n"
+              "def killed(self, index):\n"
+              "    worker = torch.utils.data.get_worker_info()\n"
+              "    in_training = isinstance(worker.dataset, runtime.SeededDataset)\n"
+              "    loaded.append(in_training == {in_training})\n"
+              "    if sum(loaded) == 10:\n"
+              f"        os.kill(os.getpid(), {signal.SIGKILL:d})\n"
+              "    return get(self, index)\n"
+              "arguments = runtime.ArgumentParser(parents=[main.get_args_parser()]).parse_args()\n"
+              "folder, loaded = type(main.build_dataset(True, arguments)[0]), []\n"
+              "get, folder.__getitem__ = folder.__getitem__, killed\n")
+    flags = small(pictures, *FLAGS, "--num_workers", 1)
+    runs = {place: start(*altered(killed.format(in_training=place == "epoch 0, step [0-5]")), *flags)
+            for place in ("epoch 0, step [0-5]", "Test, step [0-5]")}
+    for place, process in runs.items():
+        status, _, said = finish(process)
+        expected = f"error: a loading process ended or hangs in {place}: DataLoader worker \\(pid.* Killed"
+        assert status == 1 and re.match(expected, said) and said.count("\n") == 1, said
 
 
 def test_two_launchers_that_meet_train_as_one(pictures, tmp_path):
