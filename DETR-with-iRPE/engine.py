@@ -7,7 +7,17 @@ from torch import nn
 
 from datasets.coco_eval import CocoEvaluator
 from datasets.panoptic_eval import PanopticEvaluator
-from util.runtime import Progress, UserError, gather_on_main, get_world_size, print_once, step_optimizer, waiting
+from util.images import notes_on
+from util.runtime import (
+    Progress,
+    UserError,
+    gather,
+    gather_on_main,
+    get_world_size,
+    print_once,
+    step_optimizer,
+    waiting,
+)
 
 SHOWN = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm", "lr")
 
@@ -47,6 +57,7 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
         # float16's first steps overflow until the scale has come down, and the scaler leaves them out
         norm = grad_norm.nan_to_num(posinf=0.0) if loss_scaler.is_enabled() else grad_norm
         progress.add(**losses, grad_norm=norm)
+    print_notes(data_loader)
     return progress.averages()
 
 
@@ -82,6 +93,7 @@ def evaluate(model, criterion, postprocessors, data_loader, ground_truth, device
         batches.append((next(iter(results)), len(results), values))
         for evaluator in evaluators.values():
             evaluator.update(results)
+    print_notes(data_loader)
     gathered = gather_on_main(batches)
     stats = _average(gathered, amp_dtype) if gathered else {}
     with waiting():  # the main process measures, and may take minutes for it
@@ -92,6 +104,12 @@ def evaluate(model, criterion, postprocessors, data_loader, ground_truth, device
     if masks:
         stats["coco_eval_masks"] = masks.stats.tolist()
     return {**stats, **measured.get("panoptic", {})}, boxes
+
+
+def print_notes(data_loader):
+    """After the first pass over a loader, print what the user should know of its images. All processes call this."""
+    for note in notes_on(data_loader.dataset, gather):
+        print_once(note)
 
 
 def postprocess(postprocessors, outputs, targets):

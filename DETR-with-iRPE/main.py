@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import build_dataset, eval_loader, train_loader
-from datasets.coco import check_categories
+from datasets.coco import check_categories, check_same_sets, note_objects
 from engine import evaluate, train_one_epoch
 from models import NUM_CLASSES, build_model, parse_enc_rpe2d
 from util import runtime
@@ -145,6 +145,9 @@ def build_datasets(args):
             args.num_classes = max(args.num_classes, NUM_CLASSES["coco_panoptic"])
     for dataset in datasets:
         check_categories(dataset, args.num_classes)
+        note_objects(dataset, args.num_queries, learns=dataset is train_set)
+    if train_set:
+        check_same_sets(train_set, val_set)
     return train_set, val_set
 
 
@@ -215,7 +218,10 @@ def take_weights(state, args):
     if args.resume and not (args.eval or args.finetune):
         place = state.resume(args.resume, args)
     elif args.resume:
-        load_weights(state.model, runtime.load_checkpoint(args.resume), args.resume, args.finetune)
+        checkpoint = runtime.load_checkpoint(args.resume)
+        load_weights(state.model, checkpoint, args.resume, args.finetune)
+        if not args.finetune:
+            state.check_categories(checkpoint, args.resume)
     elif args.eval:
         print_once("note: --eval without --resume measures a model with random weights")
     if place is None:

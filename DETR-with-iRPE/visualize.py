@@ -24,6 +24,7 @@ from models import build_model
 from models.rpe_attention import RPEMultiheadAttention
 from util import runtime
 from util.checkpoint import count_classes, load_weights
+from util.images import orientation, to_rgb
 from util.runtime import UserError, print_once
 
 try:
@@ -176,7 +177,10 @@ def main(args, argv=None):
     args, model, postprocessors, names = load_model(args, argv)
     model.to(device)
     for stem, file in zip(stems, args.image, strict=True):
-        picture = read_picture(Path(file), f"picture {file}")
+        picture, turned = read_picture(Path(file), f"image {file}", lambda image: (to_rgb(image), orientation(image)))
+        if turned != 1:
+            print_once(f"note: image {file} has the EXIF orientation {turned} and is drawn as it is stored: rotate the "
+                       "file if that is wrong")
         for kind, figure, words in drawings(model, picture, postprocessors, names, args, device):
             path = Path(args.output_dir, f"{stem}_{kind}.png")
             figure.savefig(path)

@@ -1,16 +1,16 @@
 """The data sets by name and the transforms of DeiT's recipe.
 
 Tars are read by a small reader of its own. timm's ReaderImageInTar keeps a pickled index beside the data and one
-open tarfile, whose position forked workers share; here the headers are scanned once into arrays, and each picture is
+open tarfile, whose position forked workers share; here the headers are scanned once into arrays, and each image is
 read from a file opened anew. The order is torchvision's, so folder and tar give equal results.
 """
 import argparse
+import contextlib
 import functools
 import io
 import json
 import os
 import posixpath
-import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,13 +18,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from images import Oddities, describe, oddities, to_rgb, without_ends
 from runtime import UserError, print_once
 
 IMAGENET_CLASSES = 1000
@@ -47,6 +49,9 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
         return dataset, len(dataset.classes)
     dataset = _build_split(is_train, args, transform)
     if args.data_set == "FOLDER":
+        if len(dataset.classes) == 1:
+            print_once(f"note: {args.data_path} has a single class, {dataset.classes[0]}, so that there is nothing to "
+                       "learn: --data-path must be the folder whose train/ and val/ hold a folder for each class")
         return dataset, len(dataset.classes)
     if len(dataset.classes) > IMAGENET_CLASSES:
         raise UserError(f"{args.data_path} has {len(dataset.classes)} classes and --data-set IMNET means "
@@ -60,7 +65,7 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
 # Transforms
 
 def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Image.Image], Any]:
-    """Transform of one picture to a normalized (3, ``args.input_size``, ``args.input_size``) tensor.
+    """Transform of one image to a normalized (3, ``args.input_size``, ``args.input_size``) tensor.
 
     Training uses DeiT's augmentation as the flags set it; validation resizes the short side to ⌊256/224·size⌋ and
     crops the centre. CIFAR at its own 32 pixels is padded and cropped instead. Raises ``UserError`` for values that
@@ -74,14 +79,15 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Image
             transform.transforms[0] = transforms.RandomCrop(size, padding=4)
         return transform
     resize = [] if own_size else [
-        transforms.Resize(size * 256 // 224, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
+        without_ends, transforms.Resize(size * 256 // 224, transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(size)]
     return transforms.Compose([*resize, transforms.ToTensor(),
                                transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
 
 
 def _train_transform(args: argparse.Namespace) -> transforms.Compose:
     try:
-        return create_transform(
+        transform = create_transform(
             args.input_size, is_training=True, scale=(args.min_crop, 1.0), hflip=args.hflip,
             color_jitter=args.color_jitter, auto_augment=None if args.aa in ("", "none") else args.aa,
             interpolation=args.train_interpolation,
@@ -89,11 +95,24 @@ def _train_transform(args: argparse.Namespace) -> transforms.Compose:
     except (AssertionError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"--aa {args.aa!r}, --train-interpolation {args.train_interpolation!r} or --remode "
                         f"{args.remode!r} is unknown to timm: {str(error) or repr(error)}") from error
+    crop = transform.transforms[0]
+    transform.transforms[0] = RandomResizedCrop(crop.size, crop.scale, crop.ratio, args.train_interpolation)
+    return transform
 
 
-def _posterize(picture: Image.Image, bits: int, **options: Any) -> Image.Image:
+class RandomResizedCrop(RandomResizedCropAndInterpolation):
+    """timm's, but of at least one pixel: timm rounds the sides of a crop from an image of a few pixels down to 0."""
+
+    @staticmethod
+    def get_params(img: Image.Image, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[int, ...]:
+        """Top, left, height and width of the crop, in pixels."""
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(img, scale, ratio)
+        return min(top, img.height - 1), min(left, img.width - 1), max(1, height), max(1, width)
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     """timm's, which keeps no bits at the highest magnitude; Pillow, which made that black, now refuses it."""
-    return auto_augment.posterize(picture, bits, **options) if bits else picture.point(lambda value: 0)
+    return auto_augment.posterize(image, bits, **options) if bits else image.point(lambda value: 0)
 
 
 auto_augment.NAME_TO_OP.update(Posterize=_posterize, PosterizeIncreasing=_posterize)
@@ -112,21 +131,47 @@ def _collate_and_erase(erase: RandomErasing, samples: list) -> Any:
     return erase(images), targets
 
 
-# Pictures
+# Images
+
+@contextlib.contextmanager
+def naming(name: str, action: str = "read") -> Iterator[None]:
+    """Where an image cannot be read (or what the action is) inside, a ``UserError`` names it and says why."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # decoders and transforms raise all kinds, and without the name none of them helps
+        raise UserError(f"image {name} cannot be {action}: {describe(error)}") from error
+
 
 def load_image(path: str) -> Image.Image:
-    """RGB picture of a file; ``UserError`` that names a file that is missing, truncated or no picture."""
-    return _decode(path, path)
+    """RGB image of a file; ``UserError`` that names a file that is missing, truncated or no image."""
+    with naming(path):
+        return read_image(path)[0]
 
 
-def _decode(file: str | BinaryIO, name: str) -> Image.Image:
-    try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise UserError(f"picture {name} cannot be read: it is in no format that Pillow knows") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"picture {name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+def read_image(source: str | BinaryIO) -> tuple[Image.Image, int]:
+    """RGB image of a path or an open file, and what ``images.oddities`` says of it."""
+    with Image.open(source) as image:
+        return to_rgb(image), oddities(image)
+
+
+class NamedImages(Dataset):
+    """Images of files, in a data set whose errors name the image.
+
+    A subclass says where image i is in ``source``, what it is in ``target`` and how to call it in ``name``. It has a
+    ``transform``, and makes ``oddities`` at once, so that all loading processes share it.
+    """
+
+    transform: Callable[[Image.Image], Any]
+    oddities: Oddities
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        with naming(self.name(i)):
+            image, odd = read_image(self.source(i))
+        self.oddities.add(i, odd)
+        with naming(self.name(i), "transformed"):
+            return self.transform(image), self.target(i)
 
 
 # Class folders, in a folder or in a tar
@@ -138,13 +183,13 @@ def _build_split(is_train: bool, args: argparse.Namespace, transform: Callable) 
     if is_train:
         return kind(train, transform)
     has_train = os.path.isfile(train) if args.load_tar else os.path.isdir(train)
-    # Scanning ImageNet's 150 GB of training pictures only to evaluate would take minutes, for classes already known.
+    # Scanning ImageNet's 150 GB of training images only to evaluate would take minutes, for classes already known.
     if has_train and args.load_tar and args.eval and args.data_set == "IMNET":
         has_train = len(kind.class_names(val)) != IMAGENET_CLASSES
     return kind(val, transform, kind.class_names(train) if has_train else None)
 
 
-def _is_picture(path: str) -> bool:
+def _is_image(path: str) -> bool:
     # macOS puts a file ._NAME.jpg of attributes beside NAME.jpg, in tars too
     return path.lower().endswith(IMG_EXTENSIONS) and not posixpath.basename(path).startswith("._")
 
@@ -159,23 +204,30 @@ def _number_classes(names: list[str], known: list[str] | None, path: str) -> tup
     return known, {name: index[name] for name in names}
 
 
-class ImageFolder(torchvision.datasets.ImageFolder):
+class ImageFolder(NamedImages, torchvision.datasets.ImageFolder):
     """torchvision's ImageFolder whose classes may be numbered as another folder's, and whose errors name the file."""
 
     def __init__(self, root: str, transform: Callable, known_classes: list[str] | None = None) -> None:
         self._known_classes = known_classes
         try:
-            super().__init__(root, transform, loader=load_image, is_valid_file=_is_picture)
+            torchvision.datasets.ImageFolder.__init__(self, root, transform, is_valid_file=_is_image)
         except OSError as error:
-            raise UserError(f"{root} is not a folder of class folders with pictures: "
+            raise UserError(f"{root} is not a folder of class folders with images: "
                             f"{error.strerror or error}") from error
+        self.oddities = Oddities(len(self))
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         return _number_classes(super().find_classes(directory)[0], self._known_classes, directory)
 
     def name(self, i: int) -> str:
-        """Picture i's path."""
+        """Image i's path."""
         return self.samples[i][0]
+
+    source = name
+
+    def target(self, i: int) -> int:
+        """The class of image i."""
+        return self.samples[i][1]
 
     @staticmethod
     def class_names(root: str) -> list[str]:
@@ -183,11 +235,11 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
 
 
-class ImageTar(Dataset):
+class ImageTar(NamedImages):
     """Class folders, or one tar per class as ImageNet ships them, inside an uncompressed tar.
 
     The class folders lie side by side, at the top or under folders that all members share (``train/``, an absolute
-    path). Each holds a picture itself; what lies deeper belongs to it. A single class must have no deeper folders.
+    path). Each holds an image itself; what lies deeper belongs to it. A single class must have no deeper folders.
 
     Yields what ``ImageFolder`` yields for the unpacked files, in the same order. Raises ``UserError`` for a tar that
     is missing, truncated, compressed or laid out otherwise, or has symbolic links.
@@ -198,20 +250,24 @@ class ImageTar(Dataset):
         self.index = _tar_index(path)
         self.classes, self.class_to_idx = _number_classes(self.index.classes, known_classes, path)
         self.numbers = np.array([self.class_to_idx[name] for name in self.index.classes])
+        self.oddities = Oddities(len(self))
 
     def __len__(self) -> int:
         return len(self.index.offsets)
 
     def name(self, i: int) -> str:
-        """Picture i's, for messages."""
+        """Image i's, for messages."""
         return f"{self.index.names[i].decode(errors='replace')} in {self.path}"
 
-    def __getitem__(self, i: int) -> tuple[Any, int]:
+    def source(self, i: int) -> BinaryIO:
+        """The file of image i."""
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.index.offsets[i])
-            picture = io.BytesIO(file.read(self.index.sizes[i]))
-        image = _decode(picture, self.name(i))
-        return self.transform(image), int(self.numbers[self.index.targets[i]])
+            return io.BytesIO(file.read(self.index.sizes[i]))
+
+    def target(self, i: int) -> int:
+        """The class of image i."""
+        return int(self.numbers[self.index.targets[i]])
 
     @staticmethod
     def class_names(path: str) -> list[str]:
@@ -221,7 +277,7 @@ class ImageTar(Dataset):
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Where the pictures of a tar are: sorted class names, and per picture its name, position, size and class."""
+    """Where the images of a tar are: sorted class names, and per image its name, position, size and class."""
     classes: list[str]
     names: np.ndarray  # (N,) bytes
     offsets: np.ndarray  # (N,) int64
@@ -241,12 +297,12 @@ def _tar_index(path: str) -> TarIndex:
 def _scan_tar(path: str, _mtime: int) -> TarIndex:
     names, offsets, sizes = [], [], []
     with open(path, "rb", buffering=0) as file:
-        for name, offset, size in _pictures(file, path):
+        for name, offset, size in _images(file, path):
             names.append(name)
             offsets.append(offset)
             sizes.append(size)
     if not names:
-        raise UserError(f"{path} holds no pictures ({', '.join(IMG_EXTENSIONS)})")
+        raise UserError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
     classes, targets = np.unique(_classes_of(names, path), return_inverse=True)
     folders, files = zip(*(posixpath.split(name) for name in names), strict=True)
     order = np.lexsort((_bytes(files), _bytes(folders), targets))  # the order of torchvision's ImageFolder
@@ -267,10 +323,10 @@ def _classes_of(names: list[str], path: str) -> list[str]:
     holders = {name.partition("/")[0] for name in inner if name.count("/") == 1}
     for name, class_name in zip(names, classes, strict=True):
         if class_name not in holders:
-            raise UserError(f"{name} in {path} lies too deep, as folder {class_name} has no picture of its own: "
+            raise UserError(f"{name} in {path} lies too deep, as folder {class_name} has no image of its own: "
                             f"{layout}")
     if len(holders) == 1 and (deeper := [name for name, rest in zip(names, inner, strict=True) if rest.count("/") > 1]):
-        raise UserError(f"all pictures in {path} lie in one class folder, {classes[0]}, and some deeper, such as "
+        raise UserError(f"all images in {path} lie in one class folder, {classes[0]}, and some deeper, such as "
                         f"{deeper[0]}: {layout}")
     return classes
 
@@ -279,16 +335,16 @@ def _bytes(names: list[str]) -> np.ndarray:
     return np.array([name.encode(errors="surrogateescape") for name in names])
 
 
-def _pictures(file: BinaryIO, path: str) -> Iterator[tuple[str, int, int]]:
-    """(name, position in the file, size) of every picture; a tar inside the tar counts as a folder."""
+def _images(file: BinaryIO, path: str) -> Iterator[tuple[str, int, int]]:
+    """(name, position in the file, size) of every image; a tar inside the tar counts as a folder."""
     for name, offset, size in _members(file, 0, os.fstat(file.fileno()).st_size, path):
         if name.endswith(".tar"):
             folder = name[:-4]
             for inner, inner_offset, inner_size in _members(file, offset, size, f"{name} in {path}"):
-                if _is_picture(inner):
+                if _is_image(inner):
                     inner = inner.removeprefix(posixpath.basename(folder) + "/")  # cat.tar may hold cat/
                     yield f"{folder}/{inner}", inner_offset, inner_size
-        elif _is_picture(name):
+        elif _is_image(name):
             yield name, offset, size
 
 
@@ -335,20 +391,31 @@ def _headers(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tarf
 
 # CIFAR and iNaturalist
 
+class CIFAR100(torchvision.datasets.CIFAR100):
+    """torchvision's CIFAR-100, whose errors name the image by its number."""
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        with naming(self.name(i), "transformed"):
+            return super().__getitem__(i)
+
+    def name(self, i: int) -> str:
+        """Image i's, for messages; IndexError ends a loop over the set."""
+        return f"{range(len(self))[i]} of CIFAR-100's {'training' if self.train else 'test'} set"
+
+
 def _build_cifar(root: str, is_train: bool, transform: Callable) -> Dataset:
-    cifar = torchvision.datasets.CIFAR100
     try:
-        return cifar(root, is_train, transform)
+        return CIFAR100(root, is_train, transform)
     except RuntimeError as error:
-        raise UserError(f"CIFAR-100 is not whole under {os.path.join(root, cifar.base_folder)}: fetch {cifar.url} "
-                        f"and unpack it in {root}") from error
+        raise UserError(f"CIFAR-100 is not whole under {os.path.join(root, CIFAR100.base_folder)}: fetch "
+                        f"{CIFAR100.url} and unpack it in {root}") from error
 
 
-class INaturalist(Dataset):
-    """iNaturalist 2018 or 2019: pictures of ``{train|val}{year}.json``, classes of one level of ``categories.json``.
+class INaturalist(NamedImages):
+    """iNaturalist 2018 or 2019: images of ``{train|val}{year}.json``, classes of one level of ``categories.json``.
 
     Args:
-        root: folder of the two JSON files, and of the pictures under the paths that they give.
+        root: folder of the two JSON files, and of the images under the paths that they give.
         year: 2018 or 2019.
         level: key of the categories, from "kingdom" to "name"; its sorted values are the classes.
     """
@@ -368,16 +435,20 @@ class INaturalist(Dataset):
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} and categories.json beside it do not fit together or lack --inat-category "
                             f"{level!r}: {error!r}") from error
+        self.oddities = Oddities(len(self))
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, i: int) -> tuple[Any, int]:
-        return self.transform(load_image(self.name(i))), self.samples[i][1]
-
     def name(self, i: int) -> str:
-        """Picture i's path."""
+        """Image i's path."""
         return os.path.join(self.root, self.samples[i][0])
+
+    source = name
+
+    def target(self, i: int) -> int:
+        """The class of image i."""
+        return self.samples[i][1]
 
 
 def _read_json(path: str) -> Any:

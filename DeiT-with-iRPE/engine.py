@@ -7,7 +7,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
-from runtime import Progress, Run, UserError, all_reduce_sum, get_world_size, print_once, step_optimizer
+from images import notes_on
+from runtime import Progress, Run, UserError, all_reduce_sum, gather, get_world_size, print_once, step_optimizer
 
 
 def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: DataLoader,
@@ -44,6 +45,7 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: DataLoa
         if model_ema is not None:
             model_ema.update(model)
         progress.add(loss=loss)
+    print_notes(data_loader)
     return progress.averages()
 
 
@@ -67,6 +69,7 @@ def evaluate(data_loader: DataLoader, model: nn.Module, device: torch.device,
         sums += _batch_sums(logits.double(), targets)
     if shards > 1:
         all_reduce_sum(sums)
+    print_notes(data_loader)
     loss, correct1, correct5, images = sums.tolist()
     if not images:
         raise UserError("there are no pictures to evaluate on")
@@ -76,6 +79,12 @@ def evaluate(data_loader: DataLoader, model: nn.Module, device: torch.device,
                         "outputs that are not finite")
     print_once(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
     return stats
+
+
+def print_notes(data_loader: DataLoader) -> None:
+    """After the first pass over a loader, print what the user should know of its images. All processes call this."""
+    for note in notes_on(data_loader.dataset, gather):
+        print_once(note)
 
 
 def _batch_sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

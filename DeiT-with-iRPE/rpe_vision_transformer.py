@@ -88,7 +88,8 @@ class _Terms:
             heads = F.linear(x, self.qkv.weight, bias).chunk(3, -1)
         else:
             heads = self.qkv(x).chunk(3, -1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in heads)
+        # not unflatten, after which torch.onnx.export(..., dynamo=False) takes the batch size for fixed
+        q, k, v = (part.reshape(*part.shape[:2], -1, self.head_dim).transpose(1, 2) for part in heads)
         if hasattr(self, "q_norm"):  # EvaAttention of timm 1.0.15 has none
             q, k = self.q_norm(q), self.k_norm(k)
         if k.shape[1] < self.num_heads:  # grouped: several heads of queries share one of keys and values

@@ -446,7 +446,7 @@ def detr_readers(data):
     optimizer = program.build_optimizer(model, args)
     state = program.TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
                                   torch.amp.GradScaler("cpu", enabled=False))
-    return state.resume, files, read
+    return lambda path: state.resume(path, args), files, read
 
 
 def damage_campaign(codebase, count, rng, folder, checkpoint):

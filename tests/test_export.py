@@ -1,4 +1,4 @@
-"""Exported models agree with eager PyTorch at batch sizes other than the exported one, also without rpe_ops."""
+"""Exported and traced models agree with eager PyTorch at batch sizes other than the recorded one, without rpe_ops."""
 import importlib.util
 import subprocess
 import sys
@@ -19,7 +19,7 @@ for name in ("rpe_ops", "timm", "irpe", "torchvision"):
     sys.modules[name] = None
 program, pictures, outputs = (sys.argv[i] for i in (1, 2, 3))
 with torch.no_grad():
-    torch.save(torch.export.load(program).module()(torch.load(pictures)), outputs)
+    torch.save({load}(torch.load(pictures)), outputs)
 """
 
 
@@ -60,25 +60,34 @@ def export(model, pictures):
     return torch.export.export(model, (pictures,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def run_elsewhere(program, pictures, folder):
-    torch.export.save(program, folder / "program.pt2")
+def load_elsewhere(load, program, pictures, folder):
+    """What the program in a file computes; `load` is the expression that loads it."""
     torch.save(pictures, folder / "pictures.pt")
-    subprocess.run([sys.executable, "-c", LOAD, *(str(folder / f"{name}") for name in
-                                                  ("program.pt2", "pictures.pt", "outputs.pt"))],
+    subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD.format(load=load), str(program),
+                    *(str(folder / f"{name}.pt") for name in ("pictures", "outputs"))],
                    cwd=folder, check=True, timeout=PATIENCE)
     return torch.load(folder / "outputs.pt")
 
 
+def run_elsewhere(program, pictures, folder):
+    torch.export.save(program, folder / "program.pt2")
+    return load_elsewhere("torch.export.load(program).module()", folder / "program.pt2", pictures, folder)
+
+
+def onnx_session(file):
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(file, options)
+
+
 def run_onnx(program, pictures, folder, names):
     import onnx
-    import onnxruntime
     torch.onnx.export(program, f=folder / "model.onnx", dynamo=True, input_names=["pictures"], output_names=names,
                       verbose=False)
     domains = {node.domain for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node}
     assert domains <= {"", "ai.onnx"}, domains
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(folder / "model.onnx", options)
+    session = onnx_session(folder / "model.onnx")
     return [[torch.from_numpy(x) for x in session.run(names, {"pictures": batch.numpy()})] for batch in pictures]
 
 
@@ -143,3 +152,112 @@ def test_detr_in_onnxruntime_at_other_batch_sizes(detr, tmp_path):
     found = run_onnx(program, batches, tmp_path, names)
     for pictures, outputs in zip(batches, found, strict=True):
         check(outputs, model, pictures)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.jit.trace, and with it the older torch.onnx.export(..., dynamo=False)
+
+ignore_deprecation = pytest.mark.filterwarnings("ignore:.*deprecated", "ignore:.*legacy TorchScript",
+                                                "ignore::torch.jit.TracerWarning")
+
+
+def load_irpe():
+    """DeiT's irpe.py, of which DETR has a copy."""
+    spec = importlib.util.spec_from_file_location("irpe_of_test_export", ROOT / "DeiT-with-iRPE" / "irpe.py")
+    irpe = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(irpe)
+    return irpe
+
+
+class Attention(torch.nn.Module):
+    """`rpe_attention` of a class token and a map of 3×5, with a mask."""
+
+    def __init__(self, method, mode, shared_head):
+        super().__init__()
+        irpe = load_irpe()
+        config = irpe.get_rpe_config(1.9, method, mode, shared_head, skip=1, rpe_on="qkv" if mode == "ctx" else "qk")
+        self.rpe_q, self.rpe_k, self.rpe_v = irpe.build_rpe(config, 8, 4)
+        self.attend = irpe.rpe_attention
+
+    def forward(self, x):
+        q, k, v = x.reshape(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4)
+        mask = torch.ones(16, 16, dtype=torch.bool, device=x.device).tril()
+        return self.attend(q, k, v, self.rpe_q, self.rpe_k, self.rpe_v, 3, 5, mask)
+
+
+class EncoderAttention(torch.nn.Module):
+    """The attention of a layer of DETR's encoder on a map of 3×5, with padding."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        padding = torch.zeros(x.shape[0], 15, device=x.device)
+        padding[:, -2:] = float("-inf")
+        return self.attention(x, x, x, padding, need_weights=False, hw=(3, 5))[0]
+
+
+def as_list(outputs):
+    return list(outputs.values()) if isinstance(outputs, dict) else [outputs]
+
+
+def record(name):
+    """A model of `RECORDED`, what it is recorded with, and a batch of another size."""
+    make, shape = RECORDED[name]
+    return make(), torch.randn(2, *shape), torch.randn(3, *shape)
+
+
+RECORDED = {
+    "deit on k": (lambda: load_deit("k", depth=2, img_size=64), (3, 64, 64)),
+    "deit on qkv": (lambda: load_deit("qkv", depth=2, img_size=64), (3, 64, 64)),
+    "detr": (load_detr, (3, 96, 160)),
+    "encoder": (lambda: EncoderAttention(load_detr().transformer.encoder.layers[0].self_attn).eval(), (15, 256)),
+    "euc": (lambda: fill(Attention("euc", "ctx", False)), (16, 96)),
+    "quant": (lambda: fill(Attention("quant", "ctx", True)), (16, 96)),
+    "cross": (lambda: fill(Attention("cross", "ctx", False)), (16, 96)),
+    "product": (lambda: fill(Attention("product", "ctx", False)), (16, 96)),
+    "bias": (lambda: fill(Attention("cross", "bias", True)), (16, 96))}
+
+
+@ignore_deprecation
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_trace_holds_pytorchs_operators_only_and_agrees_at_another_batch_size(name, gradients, tmp_path):
+    model, example, batch = record(name)
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(model, example, strict=False, check_trace=False)
+    libraries = {node.kind().split("::")[0] for node in traced.inlined_graph.nodes()}
+    assert libraries <= {"aten", "prim"}, libraries
+    traced.save(tmp_path / "trace.pt")
+    with torch.no_grad():
+        check(as_list(torch.jit.load(tmp_path / "trace.pt")(batch)), model, batch)
+
+
+@ignore_deprecation
+def test_a_trace_runs_where_nothing_but_pytorch_is(tmp_path):
+    model, example, batch = record("deit on qkv")
+    torch.jit.trace(model, example).save(tmp_path / "program.pt")
+    check([load_elsewhere("torch.jit.load(program)", tmp_path / "program.pt", batch, tmp_path)], model, batch)
+
+
+@needs_onnx
+@ignore_deprecation
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_older_onnx_export_agrees_at_other_batch_sizes(name, tmp_path):
+    import onnx
+    model, example, batch = record(name)
+    with torch.no_grad():
+        outputs = [f"output{number}" for number in range(len(as_list(model(example))))]
+    torch.onnx.export(model, (example,), str(tmp_path / "model.onnx"), dynamo=False, input_names=["x"],
+                      output_names=outputs, dynamic_axes={name: {0: "batch"} for name in ["x", *outputs]})
+    assert {node.domain for node in onnx.load(tmp_path / "model.onnx").graph.node} <= {"", "ai.onnx"}
+    session = onnx_session(tmp_path / "model.onnx")
+    for x in (example, batch):
+        check([torch.from_numpy(found) for found in session.run(outputs, {"x": x.numpy()})], model, x)
+
+
+@ignore_deprecation
+def test_scripting_a_whole_model_says_which_ways_there_are_instead():
+    with pytest.raises(RuntimeError, match="torch.jit.trace, torch.export or torch.compile"):
+        torch.jit.script(load_deit("k", depth=2, img_size=64))

@@ -73,7 +73,7 @@ def load_detr(args, checkpoint):
     model, *_ = build_model(flags)
     load_weights(model, checkpoint, args.resume)
     return (model, f"DETR, --enc_rpe2d {flags.enc_rpe2d}", flags.short_side,
-            lambda file: prepare(read_picture(file, f"picture {file}"), flags), lambda: build_dataset("val", flags))
+            lambda file: prepare(read_picture(file, f"image {file}"), flags), lambda: build_dataset("val", flags))
 
 
 def load_pictures(args, read, open_data):

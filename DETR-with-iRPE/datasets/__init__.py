@@ -24,13 +24,13 @@ def train_loader(dataset, args):
     loader = DataLoader(SeededDataset(dataset), args.batch_size, sampler=SeededSampler(sampler, args.seed),
                         drop_last=True, **_common(args))
     if not len(loader):
-        raise UserError(f"{len(dataset)} pictures in {get_world_size()} processes do not fill one batch of "
+        raise UserError(f"{len(dataset)} images in {get_world_size()} processes do not fill one batch of "
                         f"--batch_size {args.batch_size}")
     return loader
 
 
 def eval_loader(dataset, args):
-    """Every picture once. Batches are the same for any number of processes, which take turns at them: the padding,
+    """Every image once. Batches are the same for any number of processes, which take turns at them: the padding,
     and with it what DETR sees, depends on the batch alone."""
     batches = torch.arange(len(dataset)).split(args.eval_batch_size or args.batch_size)
     return DataLoader(dataset, batch_sampler=[batch.tolist() for batch in batches[get_rank()::get_world_size()]],

@@ -11,10 +11,10 @@ from util.runtime import gather_on_main
 
 
 class CocoEvaluator:
-    """Collects detections, each picture's once, and measures them against the ground truth.
+    """Collects detections, each image's once, and measures them against the ground truth.
 
     Args:
-        ground_truth: pycocotools.COCO of all pictures to count, with or without objects.
+        ground_truth: pycocotools.COCO of all images to count, with or without objects.
         iou_type: whether `boxes` ("bbox") or `masks` ("segm") are compared.
     """
 
@@ -23,7 +23,7 @@ class CocoEvaluator:
         self.found = []
 
     def update(self, predictions):
-        """Add detections: picture id → dict of `scores`, `labels` (n,), and `boxes` (n, 4) as corners in pixels or
+        """Add detections: image id → dict of `scores`, `labels` (n,), and `boxes` (n, 4) as corners in pixels or
         `masks` (n, 1, H, W), uint8."""
         for image_id, found in predictions.items():
             if self.iou_type == "segm":  # dense masks of a whole set would not fit in memory
@@ -41,8 +41,8 @@ class CocoEvaluator:
         gathered = gather_on_main(self.found)
         if gathered is None:
             return None
-        found = [picture for pictures in gathered for picture in pictures]
-        with contextlib.redirect_stdout(io.StringIO()):  # COCOeval takes pictures in the order of their ids
+        found = [image for images in gathered for image in images]
+        with contextlib.redirect_stdout(io.StringIO()):  # COCOeval takes images in the order of their ids
             measured = COCOeval(self.ground_truth, self._results(found), self.iou_type)
             measured.evaluate()
             measured.accumulate()

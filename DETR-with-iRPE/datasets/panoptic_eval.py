@@ -16,10 +16,10 @@ VOID = -1  # for pixels of no segment; their id may be one of the other map's
 
 
 class PanopticEvaluator:
-    """Collects maps of segments, each picture's once, writes them as COCO wants them, and measures them.
+    """Collects maps of segments, each image's once, writes them as COCO wants them, and measures them.
 
     Args:
-        dataset: CocoPanoptic of all pictures to count.
+        dataset: CocoPanoptic of all images to count.
         output_dir: where `panoptic_eval/*.png` and `panoptic_eval/predictions.json` go; nothing is written without it.
             What cannot be written there is noted at the end, and changes no number.
     """
@@ -31,7 +31,7 @@ class PanopticEvaluator:
         self.failure = None  # the first write that failed; none is tried after it
 
     def update(self, predictions):
-        """Add maps: picture id → dict whose `panoptic` has PostProcessPanoptic's `png_string` and `segments_info`."""
+        """Add maps: image id → dict whose `panoptic` has PostProcessPanoptic's `png_string` and `segments_info`."""
         for image_id, result in predictions.items():
             png, segments = result["panoptic"]["png_string"], result["panoptic"]["segments_info"]
             name = f"{image_id:012}.png"
@@ -80,7 +80,7 @@ class PanopticEvaluator:
 
 
 def compare(truth, true_segments, found, found_segments):
-    """Match the segments of one picture where their IoU, without the pixels of void, is above a half.
+    """Match the segments of one image where their IoU, without the pixels of void, is above a half.
 
     Args:
         truth, found: ids (H, W), at least 0 and below 2²⁴.

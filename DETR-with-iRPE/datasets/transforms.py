@@ -1,6 +1,6 @@
-"""The recipe of DETR for pictures, boxes and masks, made of torchvision's transforms.
+"""The recipe of DETR for images, boxes and masks, made of torchvision's transforms.
 
-Each takes and returns (PIL picture, target), where the target's `boxes` are tv_tensors.BoundingBoxes as corners and its
+Each takes and returns (PIL image, target), where the target's `boxes` are tv_tensors.BoundingBoxes as corners and its
 `masks`, if there are any, tv_tensors.Mask of uint8: torchvision resizes bool by way of float32.
 """
 import torch
@@ -8,12 +8,26 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from util.box_ops import box_xyxy_to_cxcywh
+from util.images import MAX_ASPECT, resized
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+class Resize:
+    """Make the short side ``short_side`` pixels, or fewer if the long one would exceed ``max_size``, but at least one.
+
+    torchvision's own rule makes it 0 for long and narrow images.
+    """
+
+    def __init__(self, short_side, max_size=None):
+        self.short_side, self.max_size = short_side, max_size
+
+    def __call__(self, image, target):
+        return v2.Resize(resized(image.height, image.width, self.short_side, self.max_size))(image, target)
+
+
 class RandomSizeCrop:
-    """Crop at a random place; height and width are drawn from [min_size, max_size] as far as the picture allows."""
+    """Crop at a random place; height and width are drawn from [min_size, max_size] as far as the image allows."""
 
     def __init__(self, min_size, max_size):
         self.min_size, self.max_size = min_size, max_size
@@ -39,7 +53,7 @@ def crop(image, target, top, left, height, width):
 
 
 def finish_target(image, target):
-    """Boxes: corners in pixels → plain tensor of (cx, cy, w, h) as shares of the picture (C, H, W); masks → bool."""
+    """Boxes: corners in pixels → plain tensor of (cx, cy, w, h) as shares of the image (C, H, W); masks → bool."""
     height, width = image.shape[-2:]
     boxes = target["boxes"].as_subclass(torch.Tensor) / torch.tensor([width, height, width, height])
     target = {**target, "boxes": box_xyxy_to_cxcywh(boxes), "size": torch.tensor([height, width])}
@@ -49,11 +63,11 @@ def finish_target(image, target):
 
 
 def make_coco_transforms(split, short_side=800, augment=True):
-    """Transforms from (PIL picture, target) to (float tensor (3, H, W), target).
+    """Transforms from (PIL image, target) to (float tensor (3, H, W), target).
 
     Args:
         split: `train` or `val`.
-        short_side: of the pictures in evaluation and the largest in training; 800 is the recipe, another value
+        short_side: of the images in evaluation and the largest in training; 800 is the recipe, another value
             scales all of its sizes.
         augment: in training flip, crop and vary the size; otherwise as in evaluation.
     """
@@ -61,7 +75,7 @@ def make_coco_transforms(split, short_side=800, augment=True):
         return [max(1, round(size * short_side / 800)) for size in sizes]
 
     def resize(sizes, max_size=None):
-        return v2.RandomChoice([v2.Resize(size, max_size=max_size) for size in sizes])
+        return v2.RandomChoice([Resize(size, max_size or MAX_ASPECT * size) for size in sizes])
 
     max_size, = scaled(1333)
     finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),

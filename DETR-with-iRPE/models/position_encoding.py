@@ -29,7 +29,9 @@ class PositionEmbeddingSine(nn.Module):
     def _encode(self, inside, axis):
         position = inside.cumsum(axis, dtype=torch.float32)  # 1 for the first token
         if self.normalize:
-            position = position / (position.narrow(axis, -1, 1) + 1e-6) * self.scale
+            # not narrow(axis, -1, 1), which torch.onnx.export(..., dynamo=False) makes a slice of nothing
+            last = position.narrow(axis, position.shape[axis] - 1, 1)
+            position = position / (last + 1e-6) * self.scale
         pair = torch.arange(self.num_pos_feats // 2, dtype=torch.float32, device=inside.device)
         angle = position[..., None] / self.temperature ** (2 * pair / self.num_pos_feats)
         return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # (B, H, W, num_pos_feats)

@@ -35,6 +35,7 @@ def tiny(*flags):
 
 @pytest.mark.parametrize(("here", "there"), [
     ("models/rpe_attention/irpe.py", "irpe.py"), ("util/runtime.py", "runtime.py"), ("util/watchdog.py", "watchdog.py"),
+    ("util/images.py", "images.py"),
     ("tests/fill.py", "tests/fill.py")])
 def test_the_copy_of_a_file_of_deit_is_the_same(here, there):
     original = PROJECT.parent / "DeiT-with-iRPE" / there

@@ -159,9 +159,9 @@ def test_a_map_of_another_size_than_its_picture_is_named(own):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda data: data["annotations"][1].update(image_id=99), ["picture 17", "images"]),
-    (lambda data: data["annotations"][2].update(image_id=2), ["picture 2 ", "annotations"]),
-    (lambda data: data["annotations"].pop(), ["picture 27", "images"]),
+    (lambda data: data["annotations"][1].update(image_id=99), ["image 17", "images"]),
+    (lambda data: data["annotations"][2].update(image_id=2), ["image 2 ", "annotations"]),
+    (lambda data: data["annotations"].pop(), ["image 27", "images"]),
     (lambda data: data["images"][0].update(file_name="other.png"), ["other.png", "1 of 3"]),
     (lambda data: data["annotations"][0]["segments_info"][0].update(category_id=99), ["7.png", "category 99"]),
     (lambda data: data["annotations"][0]["segments_info"][0].update(id="a"), ["7.png", "'a'"]),
@@ -185,7 +185,7 @@ def test_instances_of_another_set_are_refused(own):
     data["images"] = data["images"][1:]
     data["annotations"] = [entry for entry in data["annotations"] if entry["image_id"] != 7]
     save_annotations(own, "val", data)
-    with pytest.raises(UserError, match=r"picture 7 of .*panoptic_val2017.json is not in .*instances_val2017.json"):
+    with pytest.raises(UserError, match=r"image 7 of .*panoptic_val2017.json is not in .*instances_val2017.json"):
         read(own).ground_truth()
 
 

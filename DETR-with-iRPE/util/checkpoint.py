@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from datasets.coco import check_same_categories
 from util import runtime
 from util.runtime import UserError, key_differences, load_checkpoint, model_weights, print_once, replacing
 
@@ -33,6 +34,11 @@ class TrainingState:
         with replacing(path, keep_previous=True) as file:
             torch.save(state, file)
 
+    def check_categories(self, checkpoint, path):
+        """Raise UserError if the checkpoint, where it has names of categories, means others by the data set's ids."""
+        check_same_categories(checkpoint.get("categories") or {}, f"checkpoint {path}", self.categories,
+                              "the data set")
+
     def start_at(self, epoch):
         """Go to the learning rates of an epoch, for a start there without a checkpoint that holds them."""
         for group in self.optimizer.param_groups:
@@ -45,6 +51,7 @@ class TrainingState:
         belongs to another model or optimizer."""
         checkpoint = load_checkpoint(path)
         load_weights(self.model, checkpoint, path, classes_cure=FINETUNE_CURE)
+        self.check_categories(checkpoint, path)
         if not {"optimizer", "lr_scheduler", "epoch"} <= checkpoint.keys():
             print_once(f"note: {path} holds weights only; the optimizer starts anew")
             _note_values_kept(path, args, checkpoint, None, {})

@@ -381,16 +381,16 @@ def _lock(file: TextIO, path: str) -> None:
 
     A lock by ``lockf`` belongs to the process, so that its loading processes, which may outlive it, do not keep it.
     """
-    import fcntl  # which only Unix has, and evaluation without an output directory does without
     try:
+        import fcntl  # which Windows lacks, where evaluation works all the same
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         raise UserError(f"--output_dir {path} is in use by {file.read() or 'another job'}: choose another one, or stop "
                         "that job first") from error
-    except OSError as error:
-        print_once(f"note: --output_dir {path} is on a disk without locks ({error.strerror}): make sure that no other "
-                   "job uses it")
+    except (ModuleNotFoundError, OSError) as error:
+        print_once(f"note: --output_dir {path} is on a disk without locks ({error}): make sure that no other job uses "
+                   "it")
         return
     with writing(f"output directory {path}"):
         file.truncate(0)

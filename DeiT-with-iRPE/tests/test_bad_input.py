@@ -62,13 +62,13 @@ def test_truncated_picture_is_named_and_the_checkpoint_stays(trained, broken, tm
     before = {file: (tmp_path / "out" / file).read_bytes() for file in ("checkpoint.pth", "log.txt")}
     sentence = refused(broken, "--output_dir", tmp_path / "out", "--resume", tmp_path / "out" / "checkpoint.pth",
                        "--epochs", 2, "--num_workers", 1, "--no-repeated-aug")
-    assert f"picture {broken}/train/bee/2.png cannot be read" in sentence
+    assert f"image {broken}/train/bee/2.png cannot be read" in sentence
     assert before == {file: (tmp_path / "out" / file).read_bytes() for file in before}
 
 
 def test_unreadable_picture_is_named(broken):
     (broken / "val" / "bee" / "2.png").write_text("no picture")
-    assert f"picture {broken}/val/bee/2.png cannot be read: it is in no format" in refused(broken, "--eval")
+    assert f"image {broken}/val/bee/2.png cannot be read: it is in no format" in refused(broken, "--eval")
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--finetune"])
@@ -251,7 +251,7 @@ def test_broken_picture_is_said_by_the_process_that_meets_it(broken):
         2, "main.py", *small(broken, "--batch-size", 4, "--num_workers", 1, "--no-repeated-aug"))]
     assert [code for code, _, _ in results] == [1, 1]
     errors = "".join(err for _, _, err in results).splitlines()
-    picture = f"picture {broken}/train/bee/2.png cannot be read"
+    picture = f"image {broken}/train/bee/2.png cannot be read"
     said = [error for error in errors if re.match(rf"error: process [01] of 2: {picture}", error)]
     assert len(said) == 1 and len(errors) == 2
     assert all(re.search("process [01] is lost or hangs in ", error) for error in errors if error not in said)

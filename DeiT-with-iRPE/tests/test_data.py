@@ -151,7 +151,7 @@ def test_tar_without_class_folders_or_pictures_is_refused(pictures, tmp_path):
         build("val", tmp_path, "--load-tar")
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "train.tar", tmp_path / "empty")
-    with pytest.raises(UserError, match="train.tar holds no pictures"):
+    with pytest.raises(UserError, match="train.tar holds no images"):
         build("train", tmp_path, "--load-tar")
 
 
@@ -240,14 +240,14 @@ def test_unreadable_picture_is_named_also_by_worker_processes(broken, flags, wor
     with pytest.raises(UserError) as caught:
         list(DataLoader(dataset, sampler=[index], num_workers=workers))
     where = f"ant/{name} in {broken}/val.tar" if flags else f"{broken}/val/ant/{name}"
-    assert str(caught.value).startswith(f"picture {where} cannot be read: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"image {where} cannot be read: ") and "\n" not in str(caught.value)
 
 
 def test_picture_that_ends_early_in_the_tar_file_is_named(pictures, tmp_path):
     shutil.copy(pictures / "val.tar", tmp_path)
     dataset = ImageTar(str(tmp_path / "val.tar"), lambda image: image)
     os.truncate(tmp_path / "val.tar", int(dataset.index.offsets[4]) + 50)  # after the scan
-    with pytest.raises(UserError, match=r"picture .* in .*val.tar cannot be read"):
+    with pytest.raises(UserError, match=r"image .* in .*val.tar cannot be read"):
         dataset[4]
 
 

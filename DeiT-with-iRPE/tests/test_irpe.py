@@ -401,3 +401,76 @@ def test_length_that_disagrees_with_skip_names_the_skip_to_set():
         module(torch.zeros(1, 1, 197, 4))
     with pytest.raises(ValueError, match=r"12 tokens on a map of 2×5.*set skip=2"):
         module(torch.zeros(1, 1, 12, 4), 2, 5)
+    class_token = only_module(build_rpe(get_rpe_config(skip=1), 4, 1))
+    with pytest.raises(ValueError, match=r"196 tokens on a map of 14×14.*set skip=0"):
+        class_token(torch.zeros(1, 1, 196, 4))
+
+
+@pytest.mark.parametrize(("length", "skip", "map_size", "words"), [
+    (8 * 14 * 14, 0, (), "1568 tokens do not form a square map.*fold a video's frames"),
+    (1 + 8 * 14 * 14, 1, (), r"1569 tokens do not form a square map.*skip=1.*give the height and width"),
+    (8 * 14 * 14, 0, (14, 14), "1568 tokens do not form a map of 14×14.*fold a video's frames"),
+    (10 * 15, 0, (), "150 tokens do not form a square map.*give the height and width"),
+    (49, 1, (7, 7), "49 tokens on a map of 7×7 leave 0 prefix tokens.*set skip=0"),
+    (3, 0, (2, 2), "3 tokens do not form a map of 2×2"),
+    (0, 0, (), "0 tokens do not form a square map"),
+    (1, 1, (), "1 tokens on a map of 1×1 leave 0 prefix tokens.*set skip=0"),
+    (4, 5, (), "4 tokens on a map of 2×2 leave 0 prefix tokens.*set skip=0")])
+def test_tokens_that_form_no_map_get_no_advice_that_cannot_be_right(length, skip, map_size, words):
+    module = only_module(build_rpe(get_rpe_config(skip=skip), 4, 1))
+    with pytest.raises(ValueError, match=words) as error:
+        module.bucket_ids(length, "cpu", *map_size)
+    assert ("set skip=" in str(error.value)) == ("set skip=" in words)
+
+
+@pytest.mark.parametrize(("height", "width", "words"), [
+    (7.0, 7, "height is 7.0; it must be a whole number"), (7, "7", "width is '7'; it must be a whole number"),
+    (-7, -7, "height is -7"), (7, 0, "width is 0"), (7, None, "give both"), (None, 7, "give both")])
+def test_sizes_that_are_no_sizes_are_refused(height, width, words):
+    rpe_k = only_module(build_rpe(get_rpe_config(), 4, 1))
+    for run in (lambda: rpe_k(torch.zeros(1, 1, 49, 4), height, width),
+                lambda: rpe_attention(*torch.zeros(3, 1, 1, 49, 4), None, rpe_k, None, height, width)):
+        with pytest.raises(ValueError, match=words):
+            run()
+
+
+def test_the_square_map_is_what_the_prefix_tokens_leave():
+    module = only_module(build_rpe(get_rpe_config(skip=5), 4, 1))
+    torch.testing.assert_close(module.bucket_ids(9, "cpu"), module.bucket_ids(9, "cpu", 2, 2))
+
+
+@pytest.mark.parametrize("with_rpe_ops", [True, False])
+@pytest.mark.parametrize("rpe_on", ["q", "k", "v", "qkv"])
+@pytest.mark.parametrize("shapes", [
+    [(2, 4, 9, 8), (2, 4, 16, 8), (2, 4, 16, 8)],  # cross-attention
+    [(2, 4, 9, 8), (2, 4, 9, 8), (2, 4, 16, 8)],
+    [(2, 4, 9, 8), (3, 4, 9, 8), (3, 4, 9, 8)],
+    [(2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8)],  # grouped queries
+    [(2, 4, 9, 8), (2, 4, 9, 4), (2, 4, 9, 8)],
+    [(2, 9, 8)] * 3])
+def test_attention_between_tokens_of_two_maps_is_refused(shapes, rpe_on, with_rpe_ops, monkeypatch):
+    monkeypatch.setattr(irpe, "HAS_RPE_OPS", irpe.HAS_RPE_OPS and with_rpe_ops)
+    modules = build_rpe(get_rpe_config(rpe_on=rpe_on), 8, 4)
+    with pytest.raises(ValueError, match="self-attention on one map") as error:
+        rpe_attention(*map(torch.zeros, shapes), *modules)
+    assert ", ".join(map(str, shapes)) in str(error.value)
+
+
+def test_keys_and_values_that_all_heads_share_are_those_of_every_head():
+    modules = [fill(module) for module in build_rpe(get_rpe_config(shared_head=False, rpe_on="qkv"), 8, 4)]
+    q, k, v = image(1, (2, 4, 9, 8)), image(2, (2, 1, 9, 8)), image(3, (2, 1, 9, 8))
+    torch.testing.assert_close(rpe_attention(q, k, v, *modules),
+                               rpe_attention(q, k.expand_as(q), v.expand_as(q), *modules))
+
+
+def test_without_modules_cross_attention_is_pytorchs():
+    q, k, v = image(1, (2, 4, 9, 8)), image(2, (2, 4, 16, 8)), image(3, (2, 4, 16, 8))
+    torch.testing.assert_close(rpe_attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("method", ["product", "cross"])
+def test_scripting_says_which_ways_there_are_instead(method):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), only_module(build_rpe(get_rpe_config(method=method), 4, 1)))
+    with pytest.raises(RuntimeError, match="torch.jit.trace, torch.export or torch.compile"):
+        torch.jit.script(model)

@@ -302,7 +302,7 @@ def test_disk_without_locks_is_noted(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fcntl, "lockf", unsupported)
     with runtime.output_lock(str(tmp_path)):
-        assert "is on a disk without locks (No locks available)" in capsys.readouterr().out
+        assert "is on a disk without locks ([Errno 37] No locks available)" in capsys.readouterr().out
 
 
 # Ranks that hang

@@ -184,12 +184,20 @@ def parse_rpe(text):
 
 # --- Modules ---------------------------------------------------------------------------------------------------------
 
-# an exported program must run without rpe_ops, as in onnxruntime; PyTorch 2.6 cannot tell when it exports
+# PyTorch 2.6 cannot tell when torch.export is at work
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
+def _is_recorded():
+    """Whether torch.export or torch.jit.trace (so also torch.onnx.export, either way) records this call.
+
+    What they record must run without rpe_ops, as in onnxruntime, so it may hold PyTorch's own operators only.
+    """
+    return _is_exporting() or torch.jit.is_tracing()
+
+
 def _use_rpe_ops(device):
-    return HAS_RPE_OPS and not _is_exporting() and (device.type == "cpu" or device.type == "cuda" and rpe_ops.has_cuda)
+    return HAS_RPE_OPS and not _is_recorded() and (device.type == "cpu" or device.type == "cuda" and rpe_ops.has_cuda)
 
 
 def _gather_buckets(lookup, ids):
@@ -205,6 +213,45 @@ def _sum_buckets(attn, ids, num_buckets):
         return rpe_bucket_sum(attn, ids, num_buckets)
     total = attn.new_zeros(*attn.shape[:-1], num_buckets, dtype=torch.promote_types(attn.dtype, torch.float32))
     return total.scatter_add(-1, ids.expand_as(attn), attn.to(total.dtype)).to(attn.dtype)
+
+
+# the most that a suggestion of `skip` assumes: a class token and four registers, as in DINOv2
+_LIKELY_PREFIX_TOKENS = 5
+
+
+def _whole_size(name, value):
+    try:
+        size = operator.index(value)  # torch.compile is to take sizes for constants
+    except TypeError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"the map's {name} is {value!r}; it must be a whole number of tokens, 1 or more")
+    return size
+
+
+def _map_size(length, height, width, skip):
+    """(height, width) of the map of `length` tokens, `skip` of which come before it; square if neither is given.
+
+    Raises: ValueError if there is no such map.
+    """
+    if (height is None) != (width is None):
+        raise ValueError(f"the map's height is {height} and its width {width}; give both, or neither for a square map")
+    square = height is None
+    if square:
+        height = width = math.isqrt(max(length - skip, 0))
+    else:
+        height, width = _whole_size("height", height), _whole_size("width", width)
+    if height > 0 and length == height * width + skip:
+        return height, width
+    if square:
+        height = width = math.isqrt(length)  # which another skip would give
+    prefix = length - height * width
+    if height > 0 and 0 <= prefix <= _LIKELY_PREFIX_TOKENS:
+        raise ValueError(f"{length} tokens on a map of {height}×{width} leave {prefix} prefix tokens, but the encoding "
+                         f"was built with skip={skip}; set skip={prefix}, or give the height and width of the map")
+    kind = "a square map" if square else f"a map of {height}×{width}"
+    raise ValueError(f"{length} tokens do not form {kind} after the prefix tokens (skip={skip}); give the height and "
+                     "width of the map, which is 2-D: fold a video's frames into the batch")
 
 
 class iRPE(nn.Module):
@@ -233,18 +280,12 @@ class iRPE(nn.Module):
             self.lookup_table_weight = nn.Parameter(torch.zeros(heads, *table))
 
     def bucket_ids(self, length, device, height=None, width=None, transposed=False):
-        """Ids (L, L) of the map, or their transpose; without height and width it is square with side ⌊√L⌋.
+        """Ids (L, L) of the map, or their transpose; without height and width it is square with side √(L - skip).
 
-        Raises: ValueError if `length` is not height·width + skip.
+        Raises: ValueError if `length` is not height·width + skip, or a size is not a whole number above 0.
         """
         length = operator.index(length)  # torch.compile is to take sizes for constants
-        if height is None or width is None:
-            height = width = math.isqrt(length)
-        height, width, skip = operator.index(height), operator.index(width), self.config.skip
-        if (prefix := length - height * width) != skip:
-            raise ValueError(f"{length} tokens on a map of {height}×{width} leave {prefix} prefix tokens, but the "
-                             f"encoding was built with skip={skip}; set skip={max(prefix, 0)}, or give the height and "
-                             "width of the map")
+        height, width = _map_size(length, height, width, self.config.skip)
         flip = transposed and torch.compiler.is_compiling()  # which takes two constants of one function for the same
         ids = self._constant_ids(height, width, torch.device(device), transposed and not flip)
         ids = ids[-1 if self.method is METHOD.CROSS_COLS else 0]  # so both axes of a cross are in one
@@ -286,6 +327,11 @@ class iRPE(nn.Module):
             return torch.matmul(_sum_buckets(x, ids, self.num_buckets), self._table)
         return _gather_buckets(torch.matmul(x, self._table), ids)
 
+    def __prepare_scriptable__(self):
+        """What torch.jit.script calls on every module before it compiles one."""
+        raise RuntimeError("torch.jit.script cannot compile iRPE, whose bucket ids Python computes; use "
+                           "torch.jit.trace, torch.export or torch.compile")
+
     def extra_repr(self):
         return f"on={self.on}, method={self.method.value}, num_buckets={self.num_buckets}, {self.config}"
 
@@ -317,21 +363,40 @@ def build_rpe(rpe_config, head_dim, num_heads):
 
 # --- Attention -------------------------------------------------------------------------------------------------------
 
+def _check_self_attention(q, k, v):
+    """Raise ValueError unless q, k and v, (B, H, L, D), are of the same tokens; heads and batches may broadcast."""
+    if torch.jit.is_tracing():  # in which sizes are tensors, and comparing them warns
+        return
+    if q.ndim == 4 and q.shape == k.shape == v.shape:
+        return
+    tensors = (q, k, v)
+    fits = all(x.ndim == 4 and x.shape[2] == q.shape[2] for x in tensors) and q.shape[3] == k.shape[3]
+    for one, other in ((q, k), (q, v), (k, v)):
+        fits = fits and all(a == b or a == 1 or b == 1 for a, b in zip(one.shape[:2], other.shape[:2], strict=True))
+    if not fits:
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+        raise ValueError(f"q, k and v have shapes {shapes}; relative positions are for self-attention on one map: give "
+                         "all three as (batch, heads, tokens, channels) of the same tokens, or leave out rpe_q, rpe_k "
+                         "and rpe_v for cross-attention")
+
+
 def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, width=None, attn_mask=None, dropout_p=0.0):
     """softmax(scale·q·kᵀ + terms on keys and queries + mask)·v + term on values, with scale = D^-1/2.
 
     Args:
         q, k, v: (B, H, L, D), q not yet scaled.
         rpe_q, rpe_k, rpe_v: modules from `build_rpe`, or None.
-        height, width: the map, in tokens; square if not given.
+        height, width: the map, in tokens; square if not given. A map is 2-D: fold a video's frames into the batch.
         attn_mask: as in `scaled_dot_product_attention`: added to the logits, or bool with True where a key may be
             seen; broadcast to (B, H, L, L).
         dropout_p: dropout of the attention; give 0 in evaluation.
     Returns: (B, H, L, D).
+    Raises: ValueError, with modules, if q, k and v are not of one map's tokens or L does not fit the map and skip.
     """
     modules = [module for module in (rpe_q, rpe_k, rpe_v) if module is not None]
     if not modules:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
+    _check_self_attention(q, k, v)
     q, mask, blind = q * q.shape[-1] ** -0.5, attn_mask, None
     if mask is not None:
         if mask.dtype == torch.bool:
@@ -340,7 +405,7 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
         mask = mask.masked_fill(blind, 0)
     ours = all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
     # `terms` say what `forward` computes, unless it is somebody else's
-    if HAS_RPE_OPS and ours and not _is_exporting() and rpe_ops.attention_takes(q, k, v, mask, modules):
+    if HAS_RPE_OPS and ours and not _is_recorded() and rpe_ops.attention_takes(q, k, v, mask, modules):
         terms = [rpe.terms(q.shape[2], q.device, height, width) if rpe else [] for rpe in (rpe_q, rpe_k, rpe_v)]
         out = rpe_ops.attention(q, k, v, *terms, mask, dropout_p)
     else:
@@ -351,7 +416,7 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
         if rpe_v is None:
             out = F.scaled_dot_product_attention(q, k, v, functools.reduce(torch.add, terms), dropout_p, scale=1.0)
             # its strides depend on whether gradients are asked for, which may change after the trace
-            out = out.clone(memory_format=torch.contiguous_format) if _is_exporting() else out
+            out = out.clone(memory_format=torch.contiguous_format) if _is_recorded() else out
         else:
             logits = functools.reduce(torch.add, terms, torch.matmul(q, k.transpose(-2, -1)))
             attn = F.dropout(logits.softmax(-1), dropout_p)

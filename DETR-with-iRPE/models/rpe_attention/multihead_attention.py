@@ -36,6 +36,17 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
                              f"them out; keys and values have embed_dim={self.embed_dim} channels, one for each token")
         self.rpe_q, self.rpe_k, self.rpe_v = build_rpe(rpe_config, self.head_dim, self.num_heads)
         self.to(self.in_proj_weight)  # tables go where device and dtype put the rest
+        # For inference, nn.TransformerEncoderLayer and nn.TransformerEncoder compute attention from the weights without
+        # calling `forward`, unless the attention says that its keys and values have another size.
+        self._qkv_same_embed_dim = False
+
+    def __setstate__(self, state):
+        super().__setstate__({**state, "_qkv_same_embed_dim": False})  # it was True in what older code pickled
+
+    def _reset_parameters(self):
+        self._qkv_same_embed_dim = self.in_proj_weight is not None  # which weights PyTorch is to fill
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = False
 
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
                 average_attn_weights=True, is_causal=False, *, hw=None):
@@ -53,11 +64,15 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             without need_weights).
         Raises: ValueError if L does not fit the map, or arguments have shapes or types other than these.
         """
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise ValueError("query, key or value is a nested tensor, which does not tell the map's size; give a "
+                             "padded one with key_padding_mask (in nn.TransformerEncoder, set use_nested_tensor=False "
+                             "if it was built before its layers got this attention)")
         shapes = [tuple(x.shape) for x in (query, key, value)]
         encoded = self.rpe_q or self.rpe_k or self.rpe_v
         if any(len(shape) != 3 for shape in shapes) or (encoded and not shapes[0] == shapes[1] == shapes[2]):
-            raise ValueError(f"query, key and value have shapes {shapes}: give batches, of three dimensions, and with "
-                             "relative positions all of one shape")
+            raise ValueError(f"query, key and value have shapes {shapes}: give batches, of three dimensions; relative "
+                             "positions are for self-attention on one map, so with them all are of one shape")
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is only a hint about attn_mask: give the causal attn_mask with it")
         if not self.batch_first:
@@ -91,7 +106,8 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
 
     def split_heads(self, x):
         """(B, L, C) → (B, H, L, D)"""
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        # not unflatten, after which torch.onnx.export(..., dynamo=False) takes the batch size for fixed
+        return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _merge_masks(self, key_padding_mask, attn_mask, q):
         mask = None

@@ -1,0 +1,319 @@
+"""Fields of annotations: every wrong type is one sentence when the file is read, what is odd but right is read, and
+what is probably a mistake is noted."""
+import contextlib
+import io
+import json
+import math
+
+import pytest
+import torch
+from pycocotools.cocoeval import COCOeval
+
+import main
+from conftest import load_annotations, parse, save_annotations, small, write_panoptic, write_set
+from datasets import build_dataset
+from datasets.coco import CocoDetection
+from util.runtime import UserError
+
+NAN = math.nan
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A set, also as a panoptic one, that a test may damage."""
+    root = write_set(tmp_path / "set", count=4)
+    for split in ("train", "val"):
+        write_panoptic(root, root / "panoptic", split)
+    return root
+
+
+def instances(root):
+    return root / "annotations" / "instances_val2017.json"
+
+
+def panoptic(root):
+    return root / "panoptic" / "annotations" / "panoptic_val2017.json"
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def read(root, split="val", *flags):
+    return build_dataset(split, parse(*small(root, *flags)))
+
+
+def read_panoptic(root):
+    return read(root, "val", "--dataset_file", "coco_panoptic", "--coco_panoptic_path", root / "panoptic")
+
+
+def refused(function, *arguments):
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong types
+
+WRONG_IDS = [True, "7", -1, 1.5, NAN, math.inf, [7], 2 ** 63]
+WRONG_FLAGS = ["0", "1", 2, -1, 0.5, NAN, [], "false"]
+WRONG_AREAS = ["4", -1, NAN, math.inf, True, [4]]
+WRONG_BOXES = [None, "1, 2, 3, 4", 4, [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, None], [1, 2, 3, "4"], [1, 2, 3, NAN],
+               [1, 2, math.inf, 4], [1, 2, True, 4], [[1], 2, 3, 4], [1, 2, 3, 10 ** 400], {"x": 1}]
+WRONG = {
+    ("images", "id"): [None, *WRONG_IDS], ("images", "file_name"): [None, "", 3, ["a.png"]],
+    ("images", "height"): [None, 0, -5, "40", 40.5, True, NAN], ("images", "width"): [None, 0, -5, "40", 40.5, True],
+    ("categories", "id"): [None, *WRONG_IDS], ("categories", "name"): [3, ["ant"], True],
+    ("annotations", "id"): WRONG_IDS, ("annotations", "image_id"): [None, *WRONG_IDS],
+    ("annotations", "category_id"): [None, *WRONG_IDS], ("annotations", "iscrowd"): WRONG_FLAGS,
+    ("annotations", "difficult"): WRONG_FLAGS, ("annotations", "area"): WRONG_AREAS,
+    ("annotations", "bbox"): WRONG_BOXES, ("annotations", "segmentation"): ["1 2 3", 4, True],
+}
+
+
+@pytest.mark.parametrize(("part", "field"), WRONG, ids=map(".".join, WRONG))
+def test_a_field_of_a_wrong_type_is_named_with_file_entry_and_value(own, part, field):
+    original = load_annotations(own, "val")
+    for value in WRONG[part, field]:
+        entries = [dict(entry) for entry in original[part]]
+        entries[1][field] = value
+        save_annotations(own, "val", {**original, part: entries})
+        sentence = refused(read, own)
+        assert sentence.startswith(f"annotations {instances(own)}: {part}: entry 1"), (value, sentence)
+        assert f": {field} is {value!r}"[:90] in sentence and "; it must be " in sentence
+
+
+@pytest.mark.parametrize(("part", "field"), [("images", "width"), ("annotations", "bbox"), ("categories", "id")])
+def test_a_missing_field_is_named(own, part, field):
+    edit(instances(own), lambda data: data[part][1].pop(field))
+    assert f"{part}: entry 1" in (sentence := refused(read, own)) and f"{field} is None" in sentence
+
+
+@pytest.mark.parametrize("part", ["images", "categories", "annotations"])
+@pytest.mark.parametrize("entry", [None, 3, "a", [1]])
+def test_an_entry_that_is_no_object_is_named(own, part, entry):
+    edit(instances(own), lambda data: data[part].insert(1, entry))
+    assert f"{part}: entry 1 is {entry!r}; it must be an object" in refused(read, own)
+
+
+def test_a_long_value_is_not_shown_whole(own):
+    edit(instances(own), lambda data: data["annotations"][0].update(segmentation="1 2 " * 1000))
+    assert len(refused(read, own)) < 400
+
+
+def test_coordinates_of_polygons_are_numbers_too(own):
+    edit(instances(own), lambda data: data["annotations"][0].update(segmentation=[[1, 2, True, 4, 5, 6]]))
+    assert "polygon [1, 2, True" in refused(read, own, "val", "--masks")
+
+
+@pytest.mark.parametrize(("part", "words"), [("images", "two images have the same id, 7"),
+                                             ("categories", "two categories have the same id, 1")])
+def test_an_id_given_twice_is_named(own, part, words):
+    edit(instances(own), lambda data: data[part].append({**data[part][0], "name": "another"}))
+    assert words in refused(read, own)
+
+
+SEGMENT = {"id": [None, *WRONG_IDS], "category_id": [None, *WRONG_IDS], "iscrowd": WRONG_FLAGS, "area": WRONG_AREAS,
+           "bbox": WRONG_BOXES[1:]}
+
+
+@pytest.mark.parametrize("field", SEGMENT)
+def test_a_field_of_a_segment_of_a_wrong_type_is_named(own, field):
+    original = json.loads(panoptic(own).read_text())
+    for value in SEGMENT[field]:
+        data = json.loads(json.dumps(original))
+        data["annotations"][1]["segments_info"][0][field] = value
+        panoptic(own).write_text(json.dumps(data))
+        sentence = refused(read_panoptic, own)
+        assert sentence.startswith(f"annotations {panoptic(own)}: segments_info of 17.png: segment 0"), sentence
+        assert f": {field} is {value!r}"[:90] in sentence
+
+
+@pytest.mark.parametrize(("part", "field", "values"), [
+    ("categories", "isthing", [None, *WRONG_FLAGS]), ("annotations", "image_id", [None, "7", True]),
+    ("annotations", "file_name", [None, "", 3]), ("annotations", "segments_info", [None, {}, "a"])])
+def test_a_field_of_a_panoptic_file_of_a_wrong_type_is_named(own, part, field, values):
+    original = json.loads(panoptic(own).read_text())
+    for value in values:
+        entries = [dict(entry) for entry in original[part]]
+        entries[1][field] = value
+        panoptic(own).write_text(json.dumps({**original, part: entries}))
+        assert f"{part}: entry 1" in (sentence := refused(read_panoptic, own)) and f"{field} is {value!r}" in sentence
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda entries: entries.append(entries[0]), "image 7 has several annotations"),
+    (lambda entries: entries[0]["segments_info"].append(entries[0]["segments_info"][0]), "7.png have the same id"),
+    (lambda entries: entries[0]["segments_info"].append(3), "segments_info: entry")])
+def test_segments_that_are_there_twice_or_no_objects_are_named(own, change, words):
+    edit(panoptic(own), lambda data: change(data["annotations"]))
+    assert words in refused(read_panoptic, own)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Odd, but right
+
+def measured(dataset):
+    """AP of the objects themselves as detections."""
+    truth = dataset.ground_truth()
+    found = [{"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": entry["bbox"], "score": 0.9}
+             for entry in truth.dataset["annotations"]]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats.tolist()
+
+
+@pytest.mark.parametrize("odd", [
+    {"iscrowd": None, "area": None}, {"iscrowd": False}, {"iscrowd": 0.0}, {"id": None}, {"difficult": None},
+    {"image_id": 7.0, "category_id": 1.0}, {"segmentation": None}, {"extra": "anything"}], ids=str)
+def test_null_means_missing_false_means_0_and_whole_floats_are_ids(own, odd):
+    plain = {"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 20, 30]}
+    results = []
+    for entry in (plain, {**plain, **odd}):
+        edit(instances(own), lambda data, entry=entry: data.update(annotations=[entry]))
+        dataset = CocoDetection(own, "val", lambda *pair: pair)
+        target = dataset[0][1]
+        assert target["boxes"].tolist() == [[1, 2, 21, 32]] and target["labels"].tolist() == [1]
+        entry, = dataset.ground_truth().dataset["annotations"]
+        assert entry["area"] == 600 and entry["iscrowd"] == 0
+        results.append(measured(dataset))
+    assert results[0] == results[1] and results[0][0] == pytest.approx(1)
+
+
+def test_true_means_a_crowd(own):
+    edit(instances(own), lambda data: [entry.update(iscrowd=True) for entry in data["annotations"][:2]])
+    crowds = [entry["iscrowd"] for entry in read(own).ground_truth().dataset["annotations"]]
+    assert crowds[:2] == [1, 1] and sum(len(target["labels"]) for _, target in read(own)) == len(crowds) - 2
+
+
+def test_whole_floats_are_sides_and_ids_of_images(own):
+    def change(data):
+        for image in data["images"]:
+            image.update(id=float(image["id"]), width=float(image["width"]), height=float(image["height"]))
+
+    plain = list(read(own))
+    edit(instances(own), change)
+    for (picture, target), (expected, expected_target) in zip(read(own), plain, strict=True):
+        assert torch.equal(picture, expected) and target["orig_size"].dtype == torch.int64
+        assert all(torch.equal(target[name], expected_target[name]) for name in expected_target)
+
+
+def test_categories_without_a_name_are_called_by_their_id(own):
+    edit(instances(own), lambda data: data.update(categories=[{"id": 1}, {"id": 3, "name": None},
+                                                              {"id": 4, "name": "cat"}]))
+    assert read(own).categories == {1: "1", 3: "3", 4: "cat"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Categories of two files
+
+def run(root, *flags):
+    return main.main(parse(*small(root, *flags)))
+
+
+@pytest.mark.parametrize("flags", [[], ["--masks", "--dataset_file", "coco_panoptic"]])
+def test_ids_that_mean_other_categories_in_training_and_validation_are_named(own, flags):
+    path = panoptic(own) if flags else instances(own)
+    edit(path, lambda data: [data["categories"][i].update(name=name) for i, name in ((0, "bee"), (1, "ant"))])
+    flags = [*flags, "--coco_panoptic_path", own / "panoptic"] if flags else []
+    assert "1 (ant and bee), 3 (bee and ant)" in (sentence := refused(run, own, *flags)) and str(path) in sentence
+    assert "4 (" not in sentence
+
+
+def test_things_in_training_that_are_stuff_in_validation_are_named(own):
+    edit(panoptic(own), lambda data: data["categories"][1].update(isthing=0))
+    assert "categories 3 are things in one of" in refused(
+        run, own, "--masks", "--dataset_file", "coco_panoptic", "--coco_panoptic_path", own / "panoptic")
+
+
+def test_instances_whose_names_differ_from_the_panoptic_ones_are_named(own):
+    edit(instances(own), lambda data: data["categories"][0].update(name="asp"))
+    assert "1 (ant and asp)" in refused(read_panoptic(own).ground_truth)
+
+
+@pytest.mark.parametrize(("flags", "fails"), [(["--eval"], True), (["--epochs", 2], True), (["--finetune"], False)])
+def test_a_checkpoint_of_other_categories_is_named_but_may_be_finetuned(own, tmp_path, flags, fails):
+    run(own, "--output_dir", tmp_path)
+    for split in ("train", "val"):
+        data = load_annotations(own, split)
+        data["categories"][0]["name"] = "asp"
+        save_annotations(own, split, data)
+    flags = ["--resume", tmp_path / "checkpoint.pth", *flags]
+    if fails:
+        assert "1 (ant and asp)" in (sentence := refused(run, own, *flags)) and "checkpoint.pth" in sentence
+    else:
+        run(own, *flags)
+
+
+def test_categories_of_validation_alone_and_without_names_are_no_error(own, capsys):
+    def change(data):
+        data["categories"][0].pop("name")
+        data["categories"].append({"id": 5, "name": "dog"})
+
+    edit(instances(own), change)
+    main.build_datasets(parse(*small(own)))
+    note, = capsys.readouterr().out.splitlines()
+    assert note.startswith("note: 1 categories of ") and "5 (dog): they cannot be learned" in note
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Notes
+
+def notes_of(capsys, root, *flags):
+    capsys.readouterr()
+    main.build_datasets(parse(*small(root, *flags)))
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+
+
+def test_a_set_as_it_should_be_gives_no_note(own, capsys):
+    assert notes_of(capsys, own) == []
+    assert notes_of(capsys, own, "--dataset_file", "coco_panoptic", "--coco_panoptic_path", own / "panoptic") == []
+
+
+@pytest.mark.parametrize("crowds", [False, True])
+def test_a_training_set_without_an_object_is_noted(own, capsys, crowds):
+    data = load_annotations(own, "train")
+    data["annotations"] = [{**entry, "iscrowd": 1} for entry in data["annotations"]] if crowds else []
+    save_annotations(own, "train", data)
+    note, = notes_of(capsys, own)
+    assert "instances_train2017.json has no object" in note and "learns to find nothing" in note
+    note, = notes_of(capsys, own, "--num_classes", 5, "--remove_difficult")
+    assert "has no object" in note
+
+
+def test_boxes_as_shares_of_the_image_are_noted(own, capsys):
+    def change(data):
+        for entry in data["annotations"]:
+            entry["bbox"] = [0.25, 0.5, 0.5, 0.5]
+
+    edit(instances(own), change)
+    note, = notes_of(capsys, own, "--eval")
+    count = sum(not entry["iscrowd"] for entry in load_annotations(own, "val")["annotations"])
+    assert f"{instances(own)}: all {count} boxes lie within 0 ... 1" in note
+    edit(instances(own), lambda data: data["annotations"][0].update(bbox=[0.25, 0.5, 0.5, 1.5]))
+    assert notes_of(capsys, own, "--eval") == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--dataset_file", "coco_panoptic"]])
+def test_more_objects_in_an_image_than_queries_are_noted_with_the_fullest(own, capsys, flags):
+    dataset = read_panoptic(own) if flags else read(own)
+    flags = ["--eval", *flags, "--coco_panoptic_path", own / "panoptic"]
+    counts = [len(target["labels"]) for _, target in dataset]
+    most = dataset.images[counts.index(max(counts))]["file_name"]
+    full = sum(count > max(counts) - 1 for count in counts)
+    note, = notes_of(capsys, own, *flags, "--num_queries", max(counts) - 1)
+    assert f"{full} of 4 images of {dataset.path}" in note and f"{most} with {max(counts)}" in note
+    assert notes_of(capsys, own, *flags, "--num_queries", max(counts)) == []
+
+
+def test_images_that_share_a_file_are_noted(own, capsys):
+    edit(instances(own), lambda data: data["images"].append({**data["images"][0], "id": 4711}))
+    note, = notes_of(capsys, own, "--eval")
+    assert "2 of the images have the same file, 0000.png" in note
