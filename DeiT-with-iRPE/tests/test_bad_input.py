@@ -2,13 +2,14 @@
 import os
 import re
 import shutil
+import signal
 
 import pytest
 import timm
 import torch
 
 import main
-from conftest import TINY, TORCHRUN, finish, parse, small, start, start_processes
+from conftest import TINY, TORCHRUN, altered, finish, parse, small, start, start_processes
 from fill import fill_state_dict
 from rpe_models import create_model
 from runtime import UserError, load_checkpoint
@@ -264,10 +265,14 @@ def test_wrong_flag_is_said_once_under_a_launcher(pictures):
 
 
 def test_killed_process_ends_the_other(pictures):
-    first, second = start_processes(2, "main.py", *small(pictures, "--batch-size", 4, "--epochs", 1000))
-    while not first.stdout.readline().startswith("* Acc@1"):
-        assert first.poll() is None
-    second.kill()
-    code, _, err = finish(first)
-    assert code == 1 and re.fullmatch("error: process 0 of 2: process 1 is lost or hangs in .* step .*\n", err)
-    finish(second)
+    killed = ("after_step = runtime.Run.after_step\n"
+              "def killed(self, progress):\n"
+              "    if runtime.get_rank() == 1 and (self.epoch, progress.done) == (1, 2):\n"
+              f"        os.kill(os.getpid(), {signal.SIGKILL:d})\n"
+              "    after_step(self, progress)\n"
+              "runtime.Run.after_step = killed\n")
+    first, second = start_processes(2, *altered(killed), *small(pictures, "--batch-size", 4, "--epochs", 3))
+    status, _, err = finish(first)
+    assert status == 1
+    assert re.fullmatch("error: process 0 of 2: process 1 is lost or hangs in epoch 1, step 1: .*\n", err)
+    assert finish(second)[0] == -signal.SIGKILL
