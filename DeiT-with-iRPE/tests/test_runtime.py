@@ -1,6 +1,7 @@
 """Errors that a user can read, files that are whole, logs, and processes that find each other."""
 import argparse
 import collections
+import errno
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import urllib.error
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import main
 import runtime
@@ -216,6 +217,47 @@ def test_run_says_one_line_and_ends_with_a_status(capsys, error, status, said):
     with pytest.raises(SystemExit) as caught:
         runtime.run(main, argparse.Namespace())
     assert caught.value.code == status and capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+    RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+    RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nunable to open shared memory object </torch_1> in "
+                 "read-write mode: Too many open files (24)")], ids=str)
+def test_too_many_open_files_are_one_line_with_what_to_do(capsys, error):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        runtime.run(main, argparse.Namespace())
+    said = capsys.readouterr().err
+    assert caught.value.code == 1 and said.startswith("error: too many files are open in ") and said.count("\n") == 1
+    assert "ulimit -n" in said and "--num_workers" in said
+
+
+class EndedBySignal(Dataset):
+    """A set whose loading process the system ends, as with SIGBUS where shared memory is full."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])
+def test_a_loading_process_ended_by_the_system_is_one_line_with_what_to_do(capsys, number):
+    def main(args):
+        list(DataLoader(EndedBySignal(number), num_workers=1))
+
+    with pytest.raises(SystemExit) as caught:
+        runtime.run(main, argparse.Namespace())
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 1 and said.startswith("error: a loading process ended or hangs in ")
+    assert "/dev/shm" in said and "--num_workers" in said
 
 
 def test_full_memory_of_a_gpu_is_said_in_one_line_with_the_step(capsys, monkeypatch):
