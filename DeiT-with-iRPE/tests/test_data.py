@@ -219,6 +219,39 @@ def test_attributes_that_macos_puts_beside_pictures_are_no_pictures(tmp_path, fl
     assert len(contents(build("val", tmp_path, *flags)[0])) == 4
 
 
+@pytest.mark.parametrize("flags", [[], ["--load-tar"]])
+@pytest.mark.parametrize("folder", [".ipynb_checkpoints", "ant/.ipynb_checkpoints", ".Trash/bee"])
+def test_hidden_folders_are_no_classes_and_hold_no_images(tmp_path, capsys, flags, folder):
+    root = tmp_path / ".cache"  # what the data set lies in may be hidden
+    for split in ("train", "val"):
+        write_pictures(root / split, ("ant", "bee"), 2)
+        (root / split / folder).mkdir(parents=True)
+        shutil.copy(root / split / "ant" / "0.png", root / split / folder / "0-checkpoint.png")
+        write_tar(root / f"{split}.tar", root / split, "mnt/.data")
+        dataset, nb_classes = build(split, root, *flags)
+        assert nb_classes == 2 and dataset.classes == ["ant", "bee"] and len(dataset) == 4
+        note, = capsys.readouterr().out.splitlines()
+        assert note.startswith(f"note: 1 images in hidden folders of {root / split}")
+        assert note.endswith(f"{folder}/0-checkpoint.png")
+
+
+def test_an_empty_hidden_folder_is_no_class(tmp_path, capsys):
+    write_pictures(tmp_path / "val", ("ant", "bee"), 2)
+    (tmp_path / "val" / ".ipynb_checkpoints").mkdir()
+    assert build("val", tmp_path)[1] == 2 and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--load-tar"]])
+def test_images_of_kinds_that_are_not_read_are_counted_in_a_note(tmp_path, capsys, flags):
+    write_pictures(tmp_path / "val", ("ant", "bee"), 2)
+    for name in ("a.gif", "b.JFIF", "notes.txt", "._c.heic"):
+        shutil.copy(tmp_path / "val" / "ant" / "0.png", tmp_path / "val" / "bee" / name)
+    write_tar(tmp_path / "val.tar", tmp_path / "val")
+    assert len(build("val", tmp_path, *flags)[0]) == 4
+    note, = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: 2 images in {tmp_path / 'val'}") and "bee/a.gif: save them as one of .jpg" in note
+
+
 # Pictures that cannot be read
 
 @pytest.fixture
