@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import posixpath
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
                               transform)
         return dataset, len(dataset.classes)
     dataset = _build_split(is_train, args, transform)
+    if is_train or args.eval:
+        _note_numbered_classes(dataset.classes, args.data_path)
     if args.data_set == "FOLDER":
         if len(dataset.classes) == 1:
             print_once(f"note: {args.data_path} has a single class, {dataset.classes[0]}, so that there is nothing to "
@@ -62,6 +65,19 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
         print_once(f"note: {len(dataset.classes)} class folders, numbered in the order of their names, and a model of "
                    f"{IMAGENET_CLASSES} classes; --data-set FOLDER counts the classes")
     return dataset, IMAGENET_CLASSES
+
+
+def _note_numbered_classes(classes: list[str], path: str) -> None:
+    """Print a note if names such as 2 and 10, or class2 and class10, are in another order than their numbers."""
+    parts = [re.fullmatch(r"(\D*)([0-9]+)", name) for name in classes]
+    if not all(parts) or len({part[1] for part in parts}) != 1:
+        return
+    ordered = sorted(classes, key=lambda name: int(re.sub(r"\D", "", name)))
+    if differing := [name for name, other in zip(classes, ordered, strict=True) if name != other]:
+        name = differing[0]
+        print_once(f"note: the classes of {path} are numbered in the order of their names as text, so that "
+                   f"{name} has the number {classes.index(name)}, counted from 0: a checkpoint trained elsewhere, as "
+                   "with timm, may count otherwise, and zeros in front (002, 010) make both orders the same")
 
 
 # Transforms
@@ -279,7 +295,7 @@ class ImageFolder(NamedImages, torchvision.datasets.ImageFolder):
 
     @staticmethod
     def class_names(root: str) -> list[str]:
-        """Sorted names of the class folders; empty folders count, as they do for torchvision, and hidden ones do not."""
+        """Sorted names of the class folders; empty folders count, as for torchvision, and hidden ones do not."""
         return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 

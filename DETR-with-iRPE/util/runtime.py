@@ -37,8 +37,8 @@ else:
 
 
 # What to do about a loading process that the system has ended, which does not tell why.
-LOADING_CURE = ("if the machine's memory or its shared memory (df -h /dev/shm; in Docker, --shm-size) was full, a lower "
-                "--num_workers needs less of both")
+LOADING_CURE = ("if the machine's memory or its shared memory (df -h /dev/shm; in Docker, --shm-size) was full, a "
+                "lower --num_workers needs less of both")
 
 
 class UserError(Exception):

@@ -252,6 +252,18 @@ def test_images_of_kinds_that_are_not_read_are_counted_in_a_note(tmp_path, capsy
     assert note.startswith(f"note: 2 images in {tmp_path / 'val'}") and "bee/a.gif: save them as one of .jpg" in note
 
 
+@pytest.mark.parametrize(("classes", "said"), [
+    (["1", "2", "10"], "so that 10 has the number 1, counted from 0"), (["c_2", "c_10"], "so that c_10 has the number 0"),
+    (["01", "02", "10"], None), (["1", "2"], None), (["1", "2", "ten"], None), (["a2", "b10"], None)])
+def test_classes_whose_order_by_name_is_not_that_of_their_numbers_are_noted(tmp_path, capsys, classes, said):
+    for split in ("train", "val"):
+        write_pictures(tmp_path / split, classes, 1)
+    for split, flags, notes in (("train", [], 1), ("val", ["--eval"], 1), ("val", [], 0)):
+        assert build(split, tmp_path, *flags)[0].classes == sorted(classes)
+        out = capsys.readouterr().out
+        assert out.count("note: ") == (notes if said else 0) and (not notes or (said or "") in out)
+
+
 # Pictures that cannot be read
 
 @pytest.fixture

@@ -222,8 +222,8 @@ def test_run_says_one_line_and_ends_with_a_status(capsys, error, status, said):
 @pytest.mark.parametrize("error", [
     OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
     RuntimeError("Too many open files. Communication with the workers is no longer possible."),
-    RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nunable to open shared memory object </torch_1> in "
-                 "read-write mode: Too many open files (24)")], ids=str)
+    RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n"
+                 "unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)")])
 def test_too_many_open_files_are_one_line_with_what_to_do(capsys, error):
     def main(args):
         raise error

@@ -48,7 +48,8 @@ def test_training_writes_the_published_log_and_checkpoint(pictures, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.previous.pth", "checkpoint.pth", "log.txt", "tensorboard"]
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
     assert list(checkpoint) == ["model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args",
-                                "max_accuracy"]
+                                "max_accuracy", "classes"]
+    assert checkpoint["classes"] == ["ant", "bee", "cat"]
     model = create_model(TINY, num_classes=3, img_size=32)
     assert checkpoint["epoch"] == 1 and checkpoint["args"].batch_size == 8
     assert checkpoint["model"].keys() == checkpoint["model_ema"].keys() == model.state_dict().keys()
