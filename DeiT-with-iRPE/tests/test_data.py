@@ -253,7 +253,7 @@ def test_images_of_kinds_that_are_not_read_are_counted_in_a_note(tmp_path, capsy
 
 
 @pytest.mark.parametrize(("classes", "said"), [
-    (["1", "2", "10"], "so that 10 has the number 1, counted from 0"), (["c_2", "c_10"], "so that c_10 has the number 0"),
+    (["1", "2", "10"], "so that 10 has the number 1, counted from 0"), (["c2", "c10"], "so that c10 has the number 0"),
     (["01", "02", "10"], None), (["1", "2"], None), (["1", "2", "ten"], None), (["a2", "b10"], None)])
 def test_classes_whose_order_by_name_is_not_that_of_their_numbers_are_noted(tmp_path, capsys, classes, said):
     for split in ("train", "val"):
