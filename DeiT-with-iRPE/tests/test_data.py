@@ -241,6 +241,14 @@ def test_an_empty_hidden_folder_is_no_class(tmp_path, capsys):
     assert build("val", tmp_path)[1] == 2 and not capsys.readouterr().out
 
 
+def test_images_outside_of_class_folders_are_refused(tmp_path):
+    write_pictures(tmp_path / "all", ("ant",), 2)
+    shutil.move(tmp_path / "all" / "ant", tmp_path / "val")
+    with pytest.raises(UserError) as caught:
+        build("val", tmp_path)
+    assert str(caught.value) == (f"{tmp_path}/val is not a folder of class folders with images: it has no class folder")
+
+
 @pytest.mark.parametrize("flags", [[], ["--load-tar"]])
 def test_images_of_kinds_that_are_not_read_are_counted_in_a_note(tmp_path, capsys, flags):
     write_pictures(tmp_path / "val", ("ant", "bee"), 2)

@@ -6,14 +6,16 @@ import json
 import math
 import os
 import pathlib
+import random
 import re
 import resource
 import signal
 import urllib.error
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import main
 import runtime
@@ -397,6 +399,29 @@ def test_seeds_give_the_same_numbers_again_and_other_numbers_for_another_epoch()
 
 
 # Logs
+
+class Dice(Dataset):
+    """Random numbers of the three generators that augmentations use."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()], dtype=torch.float64)
+
+
+def test_random_numbers_of_loading_processes_differ_by_image_and_epoch_and_not_by_their_number():
+    def draw(workers):
+        sampler, rows = runtime.SeededSampler(DistributedSampler(range(8), 1, 0), seed=0), []
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            rows += DataLoader(runtime.SeededDataset(Dice()), 1, sampler=sampler, num_workers=workers)
+        return torch.cat(rows)
+
+    alone = draw(0)
+    assert all(len(set(column.tolist())) == 16 for column in alone.T)
+    assert torch.equal(alone, draw(2))
+
 
 def test_progress_says_steps_rate_and_means_in_plain_lines(capsys):
     progress = runtime.Progress("epoch 3", range(24), images_per_step=8, shown=("loss", "lr"), lr=0.1)
