@@ -71,7 +71,7 @@ def test_parameters_macs_and_buckets_are_those_of_the_models(row):
 def test_every_test_that_the_list_of_bug_reports_names_exists():
     text = (ROOT / "docs" / "bug_reports.md").read_text(encoding="utf-8")
     sources = {"DeiT": "DeiT-with-iRPE", "DETR": "DETR-with-iRPE"}
-    named = 0
+    named, path = 0, None
     for line in text.splitlines():
         cell = re.search(r"\| (DeiT|DETR) (`test_[^|]*) \|$", line)
         for file, name in re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", cell[2] if cell else ""):
