@@ -3,6 +3,7 @@ import argparse
 import atexit
 import contextlib
 import datetime
+import errno
 import itertools
 import json
 import math
@@ -33,6 +34,11 @@ if __package__:  # DETR keeps this file in a package, DeiT beside its main.py
     from .watchdog import STARTUP_SECONDS, Watchdog
 else:
     from watchdog import STARTUP_SECONDS, Watchdog
+
+
+# What to do about a loading process that the system has ended, which does not tell why.
+LOADING_CURE = ("if the machine's memory or its shared memory (df -h /dev/shm; in Docker, --shm-size) was full, a "
+                "lower --num_workers needs less of both")
 
 
 class UserError(Exception):
@@ -79,8 +85,10 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
     except torch.OutOfMemoryError as error:
         _end(1, f"the GPU's memory is full in {_where}: a smaller batch or mixed precision may fit: {UserError(error)}")
     except Exception as error:  # raised again, or said whole: the end of one of several processes would not say it
+        if _tells_of_open_files(error):
+            _end(1, f"too many files are open in {_where}: raise the limit with ulimit -n, or lower --num_workers")
         if "DataLoader" in str(error):
-            _end(1, f"a loading process ended or hangs in {_where}: {UserError(error)}")
+            _end(1, f"a loading process ended or hangs in {_where}: {UserError(error)}; {LOADING_CURE}")
         if not dist.is_initialized():
             raise
         lost = f"{_missing()} is lost or hangs in {_where}: {UserError(error)}" if _tells_of_loss(error) else None
@@ -102,6 +110,11 @@ def _end(status: int, error: object = "") -> NoReturn:
     if get_world_size() > 1:
         os._exit(status)  # an orderly exit would wait for collectives whose partners are gone
     sys.exit(status)
+
+
+def _tells_of_open_files(error: BaseException) -> bool:
+    # a DataLoader and PyTorch's shared memory raise RuntimeErrors with the system's words instead of an OSError
+    return getattr(error, "errno", None) == errno.EMFILE or os.strerror(errno.EMFILE) in str(error)
 
 
 def _tells_of_loss(error: BaseException | None) -> bool:
