@@ -3,7 +3,6 @@ a time, as most tests use one core.
 
 The last line sums them up: `N passed, N failed, N skipped`.
 """
-import signal
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,6 @@ def run_part(folder, tests):
 
 
 def main():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # & makes programs deaf to it, which tests send to some
     lint = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT).returncode
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(run_part, *zip(*PARTS, strict=True)))

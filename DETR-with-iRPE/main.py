@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import build_dataset, eval_loader, train_loader
-from datasets.coco import check_categories, check_same_sets, note_objects
+from datasets.coco import check_categories, check_same_sets, note_category_ids, note_measures, note_objects
 from engine import evaluate, train_one_epoch
 from models import NUM_CLASSES, build_model, parse_enc_rpe2d
 from models.compiled import compile_detector
@@ -150,6 +150,7 @@ def build_datasets(args):
     for dataset in datasets:
         check_categories(dataset, args.num_classes)
         note_objects(dataset, args.num_queries, learns=dataset is train_set)
+    note_category_ids(max(datasets, key=lambda dataset: dataset.num_classes))
     if train_set:
         check_same_sets(train_set, val_set)
     return train_set, val_set
@@ -227,7 +228,8 @@ def take_weights(state, args):
         if not args.finetune:
             state.check_categories(checkpoint, args.resume)
     elif args.eval:
-        print_once("note: --eval without --resume measures a model with random weights")
+        part = "mask head" if args.frozen_weights else "model"
+        print_once(f"note: --eval without --resume measures a {part} with random weights")
     if place is None:
         state.start_at(args.start_epoch)
     return place or (args.start_epoch, None)
@@ -264,6 +266,8 @@ def train_or_evaluate(args, device):
     epoch, progress = take_weights(state, args)
     loader = None if args.eval else train_loader(train_set, args)
     val_loader, ground_truth = eval_loader(val_set, args), val_set.ground_truth()
+    if ground_truth:
+        note_measures(ground_truth, val_set.instances)
     if args.compile:
         compile_detector(model)
     runtime.init_distributed(args, runtime.step_timeout(args))

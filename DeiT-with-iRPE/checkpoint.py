@@ -2,7 +2,7 @@
 import argparse
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,24 +21,27 @@ from runtime import UserError, key_differences, load_checkpoint, model_weights, 
 
 @dataclass
 class TrainingState:
-    """Everything that changes in training; ``model`` is the bare one, without DistributedDataParallel."""
+    """Everything that changes in training; ``model`` is the bare one, without DistributedDataParallel. ``classes`` are
+    the names of the classes by their numbers."""
     model: nn.Module
     optimizer: torch.optim.Optimizer
     lr_scheduler: Scheduler | None
     loss_scaler: torch.amp.GradScaler
     model_ema: ModelEmaV3 | None
+    classes: Sequence[str] = ()
     max_accuracy: float = 0.0
 
     def save(self, path: str | os.PathLike, epoch: int, args: argparse.Namespace,
              progress: dict[str, Any] | None = None) -> None:
-        """Write the state after ``epoch`` in the format of the released checkpoints, and the best top-1 so far. Within
-        ``epoch`` there is also the ``progress`` in it."""
+        """Write the state after ``epoch`` in the format of the released checkpoints, the best top-1 so far and the
+        names of the classes. Within ``epoch`` there is also the ``progress`` in it."""
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
             raise UserError("the weights are not finite and are not saved")
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "lr_scheduler": _scheduler_state(self.lr_scheduler), "epoch": epoch,
                  "model_ema": self.model_ema.module.state_dict() if self.model_ema else None,
-                 "scaler": self.loss_scaler.state_dict(), "args": args, "max_accuracy": self.max_accuracy}
+                 "scaler": self.loss_scaler.state_dict(), "args": args, "max_accuracy": self.max_accuracy,
+                 "classes": list(self.classes)}
         with replacing(path, keep_previous=True) as file:
             torch.save(state | ({"progress": progress} if progress else {}), file)
 
@@ -51,6 +54,7 @@ class TrainingState:
         """
         checkpoint = load_checkpoint(path)
         weights = load_weights(self.model, checkpoint, path, or_else=", or give it to --finetune for a new head")
+        check_classes(checkpoint, path, self.classes)
         if self.model_ema:
             averages = model_weights(checkpoint, path, "model_ema") if checkpoint.get("model_ema") else weights
             _load(self.model_ema.module, averages, path, " in its 'model_ema'")
@@ -82,6 +86,19 @@ class TrainingState:
         values = {flag: (asked[flag], kept[flag]) for flag in asked if flag in kept}
         _note_values_kept(path, args, checkpoint, epoch, values)
         return epoch, progress
+
+
+def check_classes(checkpoint: Mapping[str, Any], path: str, classes: Sequence[str]) -> None:
+    """Raise ``UserError`` if the checkpoint, where it has names of classes, means others by the data set's numbers."""
+    saved = checkpoint.get("classes") or []
+    if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise UserError(f"checkpoint {path} is damaged: its classes are not a list of names")
+    pairs = zip(saved, classes, strict=False)
+    if differing := [(number, *names) for number, names in enumerate(pairs) if names[0] != names[1]]:
+        number, before, now = differing[0]
+        raise UserError(f"checkpoint {path} was trained on other classes than those of the data set: {len(differing)} "
+                        f"numbers mean another class, such as {number} ({before} and {now}); check --data-set and "
+                        "--data-path, whose train/, if it is there, says how classes are numbered")
 
 
 def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], path: str) -> None:
@@ -220,15 +237,17 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str,
     return weights
 
 
-def load_teacher(teacher: nn.Module, name: str, path: str) -> None:
+def load_teacher(teacher: nn.Module, name: str, path: str, classes: Sequence[str] = ()) -> None:
     """Load the file of ``--teacher-path`` into the ``--teacher-model`` of that name; absolute positions of another
     resolution are interpolated. Raises ``UserError`` if it is another model's, or knows other classes than the data
     set."""
-    weights = model_weights(load_checkpoint(path), path)
+    checkpoint = load_checkpoint(path)
+    weights = model_weights(checkpoint, path)
     if counts := _other_classes(teacher, weights):
         raise UserError(f"the teacher {path} has {counts[0]} classes and the data set {counts[1]}: a teacher must know "
                         "the classes that it teaches; check --data-set and --data-path, or give a --teacher-path that "
                         "was trained on them")
+    check_classes(checkpoint, path, classes)
     _fit_positions(weights, teacher)
     _load(teacher, weights, path, f" than --teacher-model {name}")
 

@@ -7,10 +7,13 @@ read from a file opened anew. The order is torchvision's, so folder and tar give
 import argparse
 import contextlib
 import functools
+import glob
 import io
+import itertools
 import json
 import os
 import posixpath
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,6 +51,8 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
                               transform)
         return dataset, len(dataset.classes)
     dataset = _build_split(is_train, args, transform)
+    if is_train or args.eval:
+        _note_numbered_classes(dataset.classes, args.data_path)
     if args.data_set == "FOLDER":
         if len(dataset.classes) == 1:
             print_once(f"note: {args.data_path} has a single class, {dataset.classes[0]}, so that there is nothing to "
@@ -60,6 +65,19 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
         print_once(f"note: {len(dataset.classes)} class folders, numbered in the order of their names, and a model of "
                    f"{IMAGENET_CLASSES} classes; --data-set FOLDER counts the classes")
     return dataset, IMAGENET_CLASSES
+
+
+def _note_numbered_classes(classes: list[str], path: str) -> None:
+    """Print a note if names such as 2 and 10, or class2 and class10, are in another order than their numbers."""
+    parts = [re.fullmatch(r"(\D*)([0-9]+)", name) for name in classes]
+    if not all(parts) or len({part[1] for part in parts}) != 1:
+        return
+    ordered = sorted(classes, key=lambda name: int(re.sub(r"\D", "", name)))
+    if differing := [name for name, other in zip(classes, ordered, strict=True) if name != other]:
+        name = differing[0]
+        print_once(f"note: the classes of {path} are numbered in the order of their names as text, so that "
+                   f"{name} has the number {classes.index(name)}, counted from 0: a checkpoint trained elsewhere, as "
+                   "with timm, may count otherwise, and zeros in front (002, 010) make both orders the same")
 
 
 # Transforms
@@ -189,9 +207,46 @@ def _build_split(is_train: bool, args: argparse.Namespace, transform: Callable) 
     return kind(val, transform, kind.class_names(train) if has_train else None)
 
 
-def _is_image(path: str) -> bool:
-    # macOS puts a file ._NAME.jpg of attributes beside NAME.jpg, in tars too
-    return path.lower().endswith(IMG_EXTENSIONS) and not posixpath.basename(path).startswith("._")
+# Kinds of images that torchvision's ImageFolder leaves out without a word
+OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpx", ".jxl", ".tga")
+
+
+class Sieve:
+    """Tells the images of a data set from its other files, and remembers for a note which images it has left out.
+
+    Args:
+        top: path of the data set's folder, with which the paths of all files begin.
+    """
+
+    def __init__(self, top: str = "") -> None:
+        self.top = top
+        self.hidden: list[str] = []
+        self.of_other_kinds: list[str] = []
+
+    def is_image(self, path: str) -> bool:
+        """Whether a file is an image of a kind that is read."""
+        name = posixpath.basename(path)
+        if name.startswith("._"):  # macOS puts a file ._NAME.jpg of attributes beside NAME.jpg, in tars too
+            return False
+        if name.lower().endswith(OTHER_IMAGES):
+            self.of_other_kinds.append(path)
+        return name.lower().endswith(IMG_EXTENSIONS)
+
+    def is_visible(self, path: str) -> bool:
+        """Whether an image is in no hidden folder of the data set: .ipynb_checkpoints and the like hold copies."""
+        if "/." in "/" + posixpath.dirname(path[len(self.top):]):
+            self.hidden.append(path)
+            return False
+        return True
+
+    def tell(self, where: str) -> None:
+        """Print a note for each reason for which images of the data set at ``where`` were left out."""
+        if self.hidden:
+            print_once(f"note: {len(self.hidden)} images in hidden folders of {where} are left out, such as "
+                       f"{self.hidden[0]}")
+        if self.of_other_kinds:
+            print_once(f"note: {len(self.of_other_kinds)} images in {where} are left out for their kind, such as "
+                       f"{self.of_other_kinds[0]}: save them as one of {', '.join(IMG_EXTENSIONS)}")
 
 
 def _number_classes(names: list[str], known: list[str] | None, path: str) -> tuple[list[str], dict[str, int]]:
@@ -208,16 +263,25 @@ class ImageFolder(NamedImages, torchvision.datasets.ImageFolder):
     """torchvision's ImageFolder whose classes may be numbered as another folder's, and whose errors name the file."""
 
     def __init__(self, root: str, transform: Callable, known_classes: list[str] | None = None) -> None:
-        self._known_classes = known_classes
+        self._known_classes, self._sieve = known_classes, Sieve(os.path.expanduser(root))
         try:
-            torchvision.datasets.ImageFolder.__init__(self, root, transform, is_valid_file=_is_image)
+            torchvision.datasets.ImageFolder.__init__(self, root, transform, is_valid_file=self._is_ours)
         except OSError as error:
             raise UserError(f"{root} is not a folder of class folders with images: "
                             f"{error.strerror or error}") from error
+        self._sieve.tell(root)
         self.oddities = Oddities(len(self))
 
+    def _is_ours(self, path: str) -> bool:
+        return self._sieve.is_image(path) and self._sieve.is_visible(path)
+
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        return _number_classes(super().find_classes(directory)[0], self._known_classes, directory)
+        names = self.class_names(directory)
+        for hidden in glob.glob(os.path.join(glob.escape(directory), ".*", "**"), recursive=True):
+            self._is_ours(hidden)  # for the note
+        if not names:
+            raise FileNotFoundError("it has no class folder")
+        return _number_classes(names, self._known_classes, directory)
 
     def name(self, i: int) -> str:
         """Image i's path."""
@@ -231,8 +295,8 @@ class ImageFolder(NamedImages, torchvision.datasets.ImageFolder):
 
     @staticmethod
     def class_names(root: str) -> list[str]:
-        """Sorted names of the class folders; empty folders count, as they do for torchvision."""
-        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        """Sorted names of the class folders; empty folders count, as for torchvision, and hidden ones do not."""
+        return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 class ImageTar(NamedImages):
@@ -295,12 +359,17 @@ def _tar_index(path: str) -> TarIndex:
 
 @functools.lru_cache(maxsize=4)
 def _scan_tar(path: str, _mtime: int) -> TarIndex:
-    names, offsets, sizes = [], [], []
+    sieve, names, offsets, sizes = Sieve(), [], [], []
     with open(path, "rb", buffering=0) as file:
-        for name, offset, size in _images(file, path):
+        for name, offset, size in _images(file, path, sieve):
             names.append(name)
             offsets.append(offset)
             sizes.append(size)
+    # folders above all images, as of an absolute path, may be hidden
+    sieve.top = posixpath.commonpath({posixpath.dirname(name) for name in names}) if names else ""
+    visible = [sieve.is_visible(name) for name in names]
+    names, offsets, sizes = (list(itertools.compress(column, visible)) for column in (names, offsets, sizes))
+    sieve.tell(path)
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
     classes, targets = np.unique(_classes_of(names, path), return_inverse=True)
@@ -335,16 +404,16 @@ def _bytes(names: list[str]) -> np.ndarray:
     return np.array([name.encode(errors="surrogateescape") for name in names])
 
 
-def _images(file: BinaryIO, path: str) -> Iterator[tuple[str, int, int]]:
+def _images(file: BinaryIO, path: str, sieve: Sieve) -> Iterator[tuple[str, int, int]]:
     """(name, position in the file, size) of every image; a tar inside the tar counts as a folder."""
     for name, offset, size in _members(file, 0, os.fstat(file.fileno()).st_size, path):
         if name.endswith(".tar"):
             folder = name[:-4]
             for inner, inner_offset, inner_size in _members(file, offset, size, f"{name} in {path}"):
-                if _is_image(inner):
+                if sieve.is_image(inner):
                     inner = inner.removeprefix(posixpath.basename(folder) + "/")  # cat.tar may hold cat/
                     yield f"{folder}/{inner}", inner_offset, inner_size
-        elif _is_image(name):
+        elif sieve.is_image(name):
             yield name, offset, size
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import runtime
-from checkpoint import TrainingState, finetune_from, load_teacher, load_weights, take_model_flags
+from checkpoint import TrainingState, check_classes, finetune_from, load_teacher, load_weights, take_model_flags
 from datasets import build_collate, build_dataset
 from engine import evaluate, train_one_epoch
 from irpe import RPE_GRAMMAR, parse_rpe
@@ -186,9 +187,10 @@ def train_or_evaluate(args: argparse.Namespace, device: torch.device) -> dict[st
         return evaluate_only(args, device)
     train_loader, nb_classes = build_train_loader(args, device)
     val_loader, _ = build_val_loader(args, device)
-    state = build_state(args, build_model(args, nb_classes).to(device))
+    classes = class_names(train_loader.dataset.dataset)
+    state = build_state(args, build_model(args, nb_classes).to(device), classes)
     epoch, progress = resume(args, state)
-    criterion = build_criterion(args, state.model, nb_classes, device)
+    criterion = build_criterion(args, state.model, nb_classes, device, classes)
     compile_model(args, state.model)
     runtime.init_distributed(args, runtime.step_timeout(args))
     log = runtime.RunLog(args.output_dir, epoch if goes_on else None)
@@ -282,6 +284,11 @@ def build_val_loader(args: argparse.Namespace, device: torch.device) -> tuple[Da
     return _loader(args, dataset, device, sampler=ShardSampler(dataset, *shards)), nb_classes
 
 
+def class_names(dataset: Dataset) -> list[str]:
+    """Names of a data set's classes by their numbers."""
+    return [str(name) for name in dataset.classes]
+
+
 def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **options) -> DataLoader:
     return DataLoader(dataset, args.batch_size, num_workers=args.num_workers, worker_init_fn=runtime.own_group,
                       timeout=args.step_timeout if args.num_workers else 0,
@@ -335,9 +342,10 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
     return model
 
 
-def build_criterion(args: argparse.Namespace, model: nn.Module, nb_classes: int,
-                    device: torch.device) -> DistillationLoss:
-    """Loss of (pictures, outputs, targets); with distillation it runs the teacher."""
+def build_criterion(args: argparse.Namespace, model: nn.Module, nb_classes: int, device: torch.device,
+                    classes: Sequence[str] = ()) -> DistillationLoss:
+    """Loss of (images, outputs, targets); with distillation it runs the teacher, which must know the ``classes`` by the
+    same numbers."""
     if _mixes(args):
         base = SoftTargetCrossEntropy()  # the smoothing is in the targets
     elif args.smoothing > 0:
@@ -350,11 +358,11 @@ def build_criterion(args: argparse.Namespace, model: nn.Module, nb_classes: int,
             raise UserError(f"--distillation-type {args.distillation_type} needs a model with a distillation token, "
                             f"which {args.model} has not: use one such as deit_small_distilled_patch16_224")
         model.set_distilled_training(True)
-        teacher = build_teacher(args, nb_classes).to(device)
+        teacher = build_teacher(args, nb_classes, classes).to(device)
     return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
 
 
-def build_teacher(args: argparse.Namespace, nb_classes: int) -> nn.Module:
+def build_teacher(args: argparse.Namespace, nb_classes: int, classes: Sequence[str] = ()) -> nn.Module:
     """The teacher for pictures of ``args.input_size`` with the weights of ``args.teacher_path``, frozen."""
     try:
         try:
@@ -363,7 +371,7 @@ def build_teacher(args: argparse.Namespace, nb_classes: int) -> nn.Module:
             teacher = create_model(args.teacher_model, num_classes=nb_classes)
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"--teacher-model {args.teacher_model} cannot be built: {str(error) or repr(error)}") from error
-    load_teacher(teacher, args.teacher_model, args.teacher_path)
+    load_teacher(teacher, args.teacher_model, args.teacher_path, classes)
     compile_model(args, teacher)
     return teacher.eval().requires_grad_(False)
 
@@ -416,15 +424,15 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) 
     return scheduler
 
 
-def build_state(args: argparse.Namespace, model: nn.Module) -> TrainingState:
-    """Everything that training changes, new."""
+def build_state(args: argparse.Namespace, model: nn.Module, classes: Sequence[str] = ()) -> TrainingState:
+    """Everything that training changes, new; ``classes`` are the names that a checkpoint keeps."""
     optimizer = build_optimizer(args, model)
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
     device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
-    return TrainingState(model, optimizer, build_scheduler(args, optimizer), scaler, ema)
+    return TrainingState(model, optimizer, build_scheduler(args, optimizer), scaler, ema, classes)
 
 
 def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
@@ -439,7 +447,9 @@ def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, f
     loader, nb_classes = build_val_loader(args, device)
     model = build_model(args, nb_classes).to(device)
     if args.resume:
-        load_weights(model, load_checkpoint(args.resume), args.resume)
+        checkpoint = load_checkpoint(args.resume)
+        load_weights(model, checkpoint, args.resume)
+        check_classes(checkpoint, args.resume, class_names(loader.dataset))
     compile_model(args, model)
     runtime.init_distributed(args, runtime.step_timeout(args))
     stats = evaluate(loader, model, device, amp_dtype(args, device))

@@ -114,7 +114,10 @@ class Watchdog:
                                   if silence[rank] >= (self._timeout if count else patience_at_start)]
             if lost:
                 self._lost = lost
-                self._stopped.wait(1.5 * self._interval)  # until the other thread of rank 0 has told the others
+                if self._rank == 0:
+                    # Within one interval the other thread publishes the loss, within the next one the others read it.
+                    # They must have read it before this process ends, which may keep the store.
+                    self._stopped.wait(3 * self._interval)
                 self._on_loss(lost)
                 return
             quiet = quiet + self._interval if patience is self._patience else 0.0

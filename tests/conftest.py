@@ -3,8 +3,10 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 torch.set_num_threads(1)  # threads that wait for each other make small models slow on a machine that does more
+# A shell starts what runs in the background deaf to SIGINT, which the programs that the tests start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+PATIENCE = 1200  # seconds after which a process counts as hanging, which a busy machine must not look like
 TINY, SMALL = (f"deit_{size}_patch16_224_ctx_product_50_shared_k" for size in ("tiny", "small"))
 DETR = "detr_resnet50_rpe_20_product_ctx_1_k"
 CLASSES, PER_CLASS = 8, 3
@@ -25,9 +30,9 @@ HEIGHT, WIDTH = 64, 96  # of the pictures for detection: the least with a map of
 METRICS = ("ap", "ap50", "ap75", "aps", "apm", "apl")
 
 
-def start(*flags):
+def start(*flags, program=("tools/reproduce.py",)):
     """Start reproduce.py on the CPU with one thread; its output is captured."""
-    return subprocess.Popen([sys.executable, "tools/reproduce.py", "--device", "cpu", *map(str, flags)], cwd=ROOT,
+    return subprocess.Popen([sys.executable, *program, "--device", "cpu", *map(str, flags)], cwd=ROOT,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -35,10 +40,30 @@ def start(*flags):
 def finish(process):
     """(exit status, standard output, standard error)"""
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.terminate()
     return process.returncode, out, err
+
+
+def signal_at_start(word, number):
+    """From now on this process sends itself a signal when a command with the word in it has just started, but
+    subprocess.Popen has not returned yet."""
+    class Signalled(subprocess.Popen):
+        def __init__(self, command, *args, **options):
+            super().__init__(command, *args, **options)
+            if any(word in str(part) for part in command):
+                os.kill(os.getpid(), number)
+
+    subprocess.Popen = Signalled
+
+
+def wait_until(condition):
+    """Wait for a state that another process brings about."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def normalized(picture):

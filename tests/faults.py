@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
@@ -34,6 +35,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 SAVE_EVERY = 3
 EPOCHS = 3
+LONGEST = 600  # seconds until a run counts as hanging: far more than it takes, however busy the machine is
 BATCHES = {1: 4, 2: 2}  # pictures a step of each process
 
 
@@ -118,15 +120,22 @@ def train(flags, rank, world_size, port, out):
     runtime.run(program.main, parser.parse_args())
 
 
+def free_port():
+    """A port that stays free until it is used: it is below those that Linux gives to all programs' connections."""
+    while True:
+        port = 10000 + secrets.randbelow(22000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("", port))
+            return port
+
+
 class Victim:
     """One try of a run in `out`, its processes with outputs of their own; they are forked, which saves the imports."""
 
     def __init__(self, flags, out, world_size):
         self.out, self.ledger = Path(out), Path(f"{out}.steps")
         self.before = len(self.steps())
-        with socket.socket() as sock:
-            sock.bind(("localhost", 0))
-            port = sock.getsockname()[1]
+        port = free_port()
         fork = multiprocessing.get_context("fork")
         self.processes = [fork.Process(target=train, args=(flags, rank, world_size, port, out))
                           for rank in range(world_size)]
@@ -139,8 +148,8 @@ class Victim:
     def running(self):
         return all(process.is_alive() for process in self.processes)
 
-    def wait_for(self, condition, limit=300):
-        end = time.monotonic() + limit
+    def wait_for(self, condition):
+        end = time.monotonic() + LONGEST
         while self.running() and not condition() and time.monotonic() < end:
             time.sleep(0.005)
 
@@ -148,11 +157,11 @@ class Victim:
         files = [Path(f"{self.out}.said{rank}") for rank in range(len(self.processes))]
         return [file.read_text() if file.exists() else "" for file in files]
 
-    def finish(self, limit=75):
+    def finish(self):
         """(statuses, seconds until all had ended)"""
         started = time.monotonic()
         for process in self.processes:
-            process.join(max(0.1, limit - (time.monotonic() - started)))
+            process.join(max(0.1, LONGEST - (time.monotonic() - started)))
         seconds = time.monotonic() - started
         for process in self.processes:
             process.kill()
@@ -202,9 +211,9 @@ def strike(victim, kind, rng):
     victim.wait_for(lambda: len(victim.steps()) >= target)
     time.sleep(rng.uniform(0, 0.2))
     if "saving" in kind:
-        victim.wait_for(lambda: Path(victim.out, "checkpoint.pth.tmp").exists(), 20)
+        victim.wait_for(lambda: Path(victim.out, "checkpoint.pth.tmp").exists())
     if "evaluation" in kind:
-        victim.wait_for(lambda: "Test" in victim.said()[0], 20)
+        victim.wait_for(lambda: "Test" in victim.said()[0])
     number = {"kill": signal.SIGKILL, "SIGT": signal.SIGTERM, "SIGU": signal.SIGUSR1}[kind[:4]]
     steps = len(victim.steps()) and int(victim.steps()[-1])
     targets = [rng.choice(victim.processes)] if kind.endswith("one") else victim.processes
@@ -224,7 +233,7 @@ def kill_campaign(codebase, world_size, kills, rng, folder):
     steps_per_epoch = 36 // images
     reference = folder / f"{codebase}_{world_size}_reference"
     whole = Victim(flags, reference, world_size)
-    statuses, _ = whole.finish(900)
+    statuses, _ = whole.finish()
     if any(statuses):
         return {}, 0, 0, [f"the uninterrupted run ended with {statuses}: {whole.said()}"]
     counts, failures, most_lost, longest, chain = dict.fromkeys(KINDS, 0), [], 0, 0, 0
@@ -234,7 +243,7 @@ def kill_campaign(codebase, world_size, kills, rng, folder):
         chain += 1
         victim = Victim(flags, out, world_size)
         if sum(counts.values()) >= kills:
-            statuses, _ = victim.finish(900)
+            statuses, _ = victim.finish()
         else:
             kind = KINDS[sum(counts.values()) % len(KINDS)]
             number, steps = strike(victim, kind, rng)
@@ -244,12 +253,15 @@ def kill_campaign(codebase, world_size, kills, rng, folder):
             longest = max(longest, seconds)
             said = "\n".join(said for said, status in zip(victim.said(), statuses, strict=True)
                              if status != -signal.SIGKILL)  # whose loading processes may cry
-            lost = steps - saved_steps(out, steps_per_epoch, images)
+            saved = saved_steps(out, steps_per_epoch, images)
+            lost = steps - saved
             most_lost = max(most_lost, lost)
             stopped = number != signal.SIGKILL and 75 in statuses
             problems = [text for text, wrong in (
                 (f"{lost} steps lost", lost > (0 if stopped else SAVE_EVERY)), ("a traceback", "Traceback" in said),
-                (f"{seconds:.0f} s until the end", seconds > 70), (f"statuses {statuses}", 0 in statuses)) if wrong]
+                (f"{seconds:.0f} s until the end", seconds > LONGEST),
+                # a process that had done all of the training may have ended before the signal came
+                (f"statuses {statuses}", 0 in statuses and saved < EPOCHS * steps_per_epoch)) if wrong]
             failures += [f"{codebase}, {world_size} processes, {kind}: {problem}\n{said}" for problem in problems]
             if failures and len(failures) > 5:
                 return counts, most_lost, longest, failures
@@ -278,12 +290,12 @@ class Intruder:
 
 
 def outcome(function):
-    """"read", "refused", or what was wrong with it: `function` in a process of its own, which may take a minute."""
+    """"read", "refused", or what was wrong with it: `function` in a process of its own, which must not hang."""
     with tempfile.TemporaryFile("w+") as said:
         sys.stdout.flush()
         child = os.fork()
         if not child:
-            signal.alarm(60)
+            signal.alarm(LONGEST)
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
             status = 4
@@ -434,7 +446,7 @@ def detr_readers(data):
     optimizer = program.build_optimizer(model, args)
     state = program.TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
                                   torch.amp.GradScaler("cpu", enabled=False))
-    return state.resume, files, read
+    return lambda path: state.resume(path, args), files, read
 
 
 def damage_campaign(codebase, count, rng, folder, checkpoint):

@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import ablate
 import numpy as np
@@ -14,13 +13,13 @@ import pytest
 from PIL import Image
 from scipy.stats import ttest_1samp, ttest_rel
 
-from conftest import ROOT
+from conftest import ROOT, finish, wait_until
 
 STUDY = {"recipe": "--epochs 1", "seeds": [0, 1], "baseline": "plain",
          "variants": {"plain": "", "other": "--lr 0.1", "third": "--lr 0.2"},
          "comparisons": {"others are better": ["other third", "plain"], "third is better": ["t*", "*n"]}}
 # stands in for main.py: top-1 is the seed's and the learning rate's, training takes as long as the file `slow` is
-# there, or until SIGTERM, and the evaluation needs what training wrote
+# there, or until SIGTERM, and says so by the file `waits`; the evaluation needs what training wrote
 MAIN = """
 import argparse, json, pathlib, signal, sys, time
 parser = argparse.ArgumentParser()
@@ -39,6 +38,7 @@ signal.signal(signal.SIGTERM, lambda *_: ((args.output_dir / "saved").touch(), s
 if (data / f"broken{args.seed}").exists() and args.lr == 0.2:
     sys.exit("error: the loss is nan")
 while (data / "slow").exists() and args.seed and not args.eval:
+    (args.output_dir / "waits").touch()
     time.sleep(0.05)
 (data / "log").open("a").write(f"{args.seed} {args.lr} {args.eval}\\n")
 if args.eval:
@@ -53,13 +53,14 @@ def place(tmp_path):
         (tmp_path / folder).mkdir()
     (tmp_path / "deit" / "main.py").write_text(MAIN)
     (tmp_path / "study.json").write_text(json.dumps(STUDY))
-    return tmp_path
+    yield tmp_path
+    (tmp_path / "data" / "slow").unlink(missing_ok=True)  # what a failed test has left behind ends then
 
 
-def start(place, *flags):
+def start(place, *flags, change=""):
     """The study in a process and a process group of its own, as a shell starts it."""
-    code = ("import pathlib, sys; sys.path.insert(0, 'tools'); import ablate; ablate.DEIT = pathlib.Path(sys.argv[1]); "
-            "sys.exit(ablate.main(sys.argv[2:]))")
+    code = ("import pathlib, sys; sys.path[:0] = ['tools', 'tests']; import ablate, conftest; "
+            f"ablate.DEIT = pathlib.Path(sys.argv[1]); {change or 'pass'}; sys.exit(ablate.main(sys.argv[2:]))")
     return subprocess.Popen([sys.executable, "-c", code, *map(str, (place / "deit", *given(place), *flags))], cwd=ROOT,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
@@ -95,14 +96,7 @@ def start_slow(place):
     """A study whose two runs of seed 1 wait."""
     (place / "data" / "slow").touch()
     process = start(place, "--jobs", "2")
-    for line in process.stdout:
-        if line.startswith("[3/6]"):
-            break
-    for _ in range(100):
-        if len(list((place / "out").glob("*-seed1/checkpoint.pth"))) == 2:
-            break
-        time.sleep(0.1)
-    time.sleep(1)
+    wait_until(lambda: len(list((place / "out").glob("*-seed1/waits"))) == 2)
     return process
 
 
@@ -110,8 +104,8 @@ def start_slow(place):
 def test_a_stopped_study_tells_its_runs_to_save_and_goes_on_with_those_that_are_not_finished(place, run, number):
     process = start_slow(place)
     os.killpg(process.pid, number)  # as a terminal does
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == "interrupted; the same command goes on where it was stopped\n"
+    status, _, err = finish(process)
+    assert status == 130 and err == "interrupted; the same command goes on where it was stopped\n"
     assert len(list((place / "out").glob("*-seed1/saved"))) == 2
     seconds = {path: json.loads(path.read_text())["seconds"] for path in (place / "out").glob("*-seed1/run.json")}
     assert [len(entry["top1"]["values"]) for entry in results(place)["variants"].values()] == [1, 1, 1]
@@ -126,24 +120,28 @@ def test_a_stopped_study_tells_its_runs_to_save_and_goes_on_with_those_that_are_
     assert [entry["top1"]["values"] for entry in results(place)["variants"].values()] == [[80, 81], [81, 82], [82, 83]]
 
 
+def test_a_signal_while_a_run_starts_does_not_leave_it_behind(place):
+    (place / "data" / "slow").touch()
+    signalled = f"conftest.signal_at_start('plain-seed1', {signal.SIGTERM:d})"
+    status, _, err = finish(start(place, change=signalled))
+    assert status == 130 and err == "interrupted; the same command goes on where it was stopped\n"
+    ablate.reproduce.lock(place / "out").close()
+
+
 def test_runs_that_a_killed_study_left_behind_keep_its_folder(place):
     process = start_slow(place)
     process.kill()
-    process.communicate()
+    finish(process)
     with pytest.raises(ablate.UserError, match="an evaluation that it left behind, is using --output_dir"):
         ablate.reproduce.lock(place / "out")
     (place / "data" / "slow").unlink()
-    for _ in range(100):
-        if len(done(place)) == 8:
-            break
-        time.sleep(0.1)
-    assert len(done(place)) == 8
+    wait_until(lambda: len(done(place)) == 8)
 
 
 def test_a_run_whose_record_cannot_be_written_is_not_started(place):
     (place / "out" / "plain-seed0" / "run.json.tmp").mkdir(parents=True)
-    process = start(place)  # which ignores signals at its end
-    assert "run.json cannot be written" in process.communicate()[1] and process.returncode == 2
+    status, _, err = finish(start(place))
+    assert status == 2 and "run.json cannot be written" in err
     assert not (place / "out" / "plain-seed0" / "output.txt").exists()
 
 

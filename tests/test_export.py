@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 LACKING = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)} (requirements-export.txt)")
@@ -65,7 +65,7 @@ def load_elsewhere(load, program, pictures, folder):
     torch.save(pictures, folder / "pictures.pt")
     subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD.format(load=load), str(program),
                     *(str(folder / f"{name}.pt") for name in ("pictures", "outputs"))],
-                   cwd=folder, check=True, timeout=300)
+                   cwd=folder, check=True, timeout=PATIENCE)
     return torch.load(folder / "outputs.pt")
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 TEXT = (ROOT / "HOW_TO_EQUIP_iRPE.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
@@ -36,7 +36,7 @@ def test_every_block_runs_in_a_fresh_folder_and_prints_what_the_text_says(tmp_pa
     script = "".join(f"{code}\nprint({mark!r}, end='', flush=True)\n" for code, _ in chosen)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, text=True, capture_output=True,
-                          env={**env, "IRPE": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300)
+                          env={**env, "IRPE": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=PATIENCE)
     printed = done.stdout.split(mark)
     for (code, output), said in zip(chosen, printed, strict=False):
         assert said == output, code + done.stderr[-2000:]

@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 TINY, DETR = "deit_tiny_patch16_224_ctx_product_50_shared_k", "detr_resnet50_rpe_20_product_ctx_1_k"
 HEAD = f"""
@@ -30,7 +30,7 @@ def shapes(model):
 def run(folder, code):
     """What Python says to `code` in `folder`."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", HEAD + textwrap.dedent(code)], cwd=folder,
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -66,3 +66,16 @@ def test_parameters_macs_and_buckets_are_those_of_the_models(row):
     else:
         side, _ = map(int, row["buckets"].split("×"))
         assert buckets == {side * side}
+
+
+def test_every_test_that_the_list_of_bug_reports_names_exists():
+    text = (ROOT / "docs" / "bug_reports.md").read_text(encoding="utf-8")
+    sources = {"DeiT": "DeiT-with-iRPE", "DETR": "DETR-with-iRPE"}
+    named, path = 0, None
+    for line in text.splitlines():
+        cell = re.search(r"\| (DeiT|DETR) (`test_[^|]*) \|$", line)
+        for file, name in re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", cell[2] if cell else ""):
+            path = ROOT / sources[cell[1]] / "tests" / file if file else path
+            assert f"def {name}(" in path.read_text(encoding="utf-8"), f"{path.name}::{name}"
+            named += 1
+    assert named > 20

@@ -7,17 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import reproduce
 import torch
 from PIL import Image
 
-from conftest import DETR, ROOT, SMALL, TINY, finish, start
+from conftest import DETR, PATIENCE, ROOT, SMALL, TINY, finish, signal_at_start, start, wait_until
 
 ROW = {"name": TINY, "file": "tiny.pth", "url": "https://example.org/tiny.pth", "params_m": 5.76, "macs_m": 1284,
        "top1": 80.0, "top5": 92.0}
+FOREVER = "while not pathlib.Path('over').exists():\n    time.sleep(0.05)\n"  # the end of the test
 FLAGS = ["--deit_args=--num_workers 0", "--detr_args=--num_workers 0 --short_side 64"]
 
 
@@ -66,12 +66,9 @@ def walk(imagenet, coco, tmp_path_factory):
     table = write_table(root / "table.json", imagenet[2]["top1"] + 0.09, coco[2]["ap"] - 0.05)
     data = ["--imagenet", imagenet[0], "--coco", coco[0], "--output_dir", root / "out", *FLAGS]
     flags = [*data, "--checkpoints", checkpoints, "--table", table]
-    first = start(*flags)
-    for line in first.stdout:
-        if line.startswith("$ cd DETR"):
-            first.send_signal(signal.SIGTERM)
-            break
-    stopped = finish(first), results(root / "out")
+    signalled = ("import sys; sys.path[:0] = ['tools', 'tests']; import conftest, reproduce; "
+                 f"conftest.signal_at_start('--coco_path', {signal.SIGTERM:d}); sys.exit(reproduce.main(sys.argv[1:]))")
+    stopped = finish(start(*flags, program=("-c", signalled))), results(root / "out")
     (checkpoints / "small.pth").unlink()
     return root, data, checkpoints, stopped, finish(start(*flags))
 
@@ -254,7 +251,8 @@ def stub(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "count", lambda *_: {"params": 5, "macs": 6})
     monkeypatch.setattr(reproduce, "command_of", lambda row, args, path: ["python", str(args.checkpoints / "code.py")])
     evaluation(tmp_path, {"acc1": 80.05, "acc5": 92})
-    return tmp_path
+    yield tmp_path
+    (tmp_path / "over").touch()
 
 
 def evaluation(root, stats, after=""):
@@ -271,10 +269,11 @@ def flags_of(root):
 
 
 @contextlib.contextmanager
-def drive(root):
-    """A run in a process of its own, which writes to the file `err`."""
+def drive(root, change=lambda: None):
+    """A run in a process of its own, which calls `change` first and writes to the file `err`."""
     def body():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # to which nohup has made the tests deaf
+        change()
         with open(root / "err", "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
             sys.exit(reproduce.main(["--device", "cpu", *map(str, flags_of(root))]))
 
@@ -282,17 +281,9 @@ def drive(root):
     process.start()
     try:
         yield process
-        process.join(60)
+        process.join(PATIENCE)
     finally:
         process.kill()
-
-
-def wait_for(path):
-    for _ in range(2000):
-        if path.exists():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{path} has not appeared")
 
 
 def test_what_was_measured_is_kept_until_something_changes_and_through_an_error(stub, capsys):
@@ -350,9 +341,9 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_first_evaluation(st
 
 def test_an_output_folder_is_one_runs_alone_also_while_a_killed_runs_evaluation_goes_on(stub, capsys):
     evaluation(stub, {}, "pathlib.Path('pid.tmp').write_text(str(os.getpid())); os.rename('pid.tmp', 'pid')\n"
-                         "time.sleep(60)")
+                         + FOREVER)
     with drive(stub) as process:
-        wait_for(stub / "pid")
+        wait_until((stub / "pid").exists)
         for killed in (False, True):
             if killed:
                 process.kill()
@@ -361,27 +352,46 @@ def test_an_output_folder_is_one_runs_alone_also_while_a_killed_runs_evaluation_
             assert status == 2 and "is using --output_dir" in err
     os.kill(int((stub / "pid").read_text()), signal.SIGKILL)
     evaluation(stub, {"acc1": 80, "acc5": 92})
-    for _ in range(100):  # until the killed process has gone
-        if (status := run(capsys, *flags_of(stub))[0]) != 2:
-            break
-        time.sleep(0.05)
-    assert status == 0
+    wait_until(lambda: run(capsys, *flags_of(stub))[0] == 0)  # when the killed process has gone
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_also_repeated_end_the_evaluation_without_a_traceback(stub, number):
-    evaluation(stub, {}, "def end(*_):\n    pathlib.Path('ending').touch()\n    time.sleep(0.5)\n"
+    evaluation(stub, {}, "def end(*_):\n    pathlib.Path('ending').touch()\n"
+                         "    while not pathlib.Path('repeated').exists():\n        time.sleep(0.01)\n"
                          "    pathlib.Path('ended').touch()\n    sys.exit()\n\n"
-                         "signal.signal(signal.SIGTERM, end)\npathlib.Path('started').touch()\ntime.sleep(60)")
+                         "signal.signal(signal.SIGTERM, end)\npathlib.Path('started').touch()\n" + FOREVER)
     with drive(stub) as process:
-        wait_for(stub / "started")
+        wait_until((stub / "started").exists)
         os.kill(process.pid, number)
-        wait_for(stub / "ending")
+        wait_until((stub / "ending").exists)
         for _ in range(3):
             os.kill(process.pid, number)
+        (stub / "repeated").touch()
     err = (stub / "err").read_text()
     assert process.exitcode == 130 and (stub / "ended").exists()
     assert err.startswith("interrupted; ") and err.count("\n") == 1
+
+
+def test_a_signal_while_an_evaluation_starts_does_not_leave_it_behind(stub):
+    evaluation(stub, {}, FOREVER)
+    with drive(stub, lambda: signal_at_start("code.py", signal.SIGTERM)) as process:
+        pass
+    assert process.exitcode == 130 and (stub / "err").read_text().startswith("interrupted; ")
+    reproduce.lock(stub / "out").close()
+
+
+def test_a_second_signal_is_ignored_while_the_first_one_ends_the_run(monkeypatch):
+    for number in reproduce.STOPPING:
+        monkeypatch.setattr(reproduce, "STOPPING", (number,))
+        before = signal.signal(number, reproduce.stop)
+        try:
+            with pytest.raises(KeyboardInterrupt), reproduce.signals_deferred():
+                signal.raise_signal(number)
+                signal.raise_signal(number)
+            signal.raise_signal(number)
+        finally:
+            signal.signal(number, before)
 
 
 def test_a_closed_pipe_ends_the_run_quietly(stub, monkeypatch, capsys):

@@ -19,7 +19,7 @@ import visualize_rpe
 from PIL import Image
 from torch import nn
 
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config, rpe_attention
 
 H, D, HEIGHT, WIDTH = 2, 4, 3, 4
@@ -180,7 +180,7 @@ def inside():
     with contextlib.ExitStack() as stack:
         processes = {codebase: stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
                      for codebase in SAVE}
-        yield lambda codebase, function, *args: processes[codebase].submit(function, *args).result(timeout=300)
+        yield lambda codebase, function, *args: processes[codebase].submit(function, *args).result(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")

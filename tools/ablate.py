@@ -19,7 +19,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -127,7 +126,8 @@ class Run:
             self.write()  # before the process: what fails here must not leave one behind
             output = open(self.folder / "output.txt", "wb")
         self.started = time.monotonic()
-        with output:  # Ctrl-C must not reach the process, which saves on SIGTERM only: it gets a session of its own
+        # Ctrl-C must not reach the process, which saves on SIGTERM only: it gets a session of its own
+        with output, reproduce.signals_deferred():
             self.process = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], cwd=DEIT, stdout=output,
                                             stderr=subprocess.STDOUT, start_new_session=True,
                                             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -184,8 +184,8 @@ def work(runs, jobs, locked, report):
             time.sleep(0.1)
     finally:
         running = [run for run in running if run.process]
-        for number in reproduce.STOPPING if running else ():
-            signal.signal(number, signal.SIG_IGN)
+        if running:
+            reproduce.ignore_signals()
         for run in running:
             run.process.terminate()
         for run in running:

@@ -14,6 +14,7 @@ Exit status: 0 all rows passed; 1 one was measured beyond its bound, or with --v
 command line is wrong; 3 no such row, but some could not be measured; 130 stopped by a signal or a closed pipe.
 """
 import argparse
+import contextlib
 import fnmatch
 import hashlib
 import importlib.metadata
@@ -221,25 +222,33 @@ def evaluate(row, command, out, locked):
     """Run the command; its metrics by name. What it says goes where ours goes. Raises: UserError if it fails."""
     codebase, path = CODEBASES[row["codebase"]], out / row["name"] / "eval.json"
     path.unlink(missing_ok=True)
-    with subprocess.Popen([sys.executable, *command[1:]], cwd=codebase.folder, stderr=subprocess.PIPE, text=True,
-                          errors="replace", pass_fds=[locked.fileno()]) as process:
-        try:
-            said = ""
-            for line in process.stderr:
-                print(line, end="", file=sys.stderr, flush=True)
-                said += line
-            status = process.wait()
-        finally:
-            if process.poll() is None:  # the launcher kills what has not ended half a minute after it was told to
-                for number in STOPPING:
-                    signal.signal(number, signal.SIG_IGN)
-                process.terminate()
-                process.wait()
+    process = None
+    try:
+        with signals_deferred():
+            process = subprocess.Popen([sys.executable, *command[1:]], cwd=codebase.folder, stderr=subprocess.PIPE,
+                                       text=True, errors="replace", pass_fds=[locked.fileno()])
+        said = ""
+        for line in process.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            said += line
+        status = process.wait()
+    finally:
+        if process:
+            end(process)
     if status or not path.is_file():
         raise UserError(error_in(said) or f"the evaluation ended with status {status} and no result")
     stats = json.loads(path.read_text(encoding="utf-8"))
     values = stats["coco_eval_bbox"] if row["codebase"] == "detr" else (stats["acc1"], stats["acc5"])
     return dict(zip(codebase.metrics, values, strict=False))  # COCO's other six are recalls
+
+
+def end(process):
+    """End a process that still runs; a launcher kills what has not ended half a minute after it was told to."""
+    if process.poll() is None:
+        ignore_signals()
+        process.terminate()
+        process.wait()
+    process.stderr.close()
 
 
 def error_in(said):
@@ -401,11 +410,38 @@ def main(argv=None):
     return guarded(run, parse_args(argv), "interrupted; the same command goes on after the last row that was measured")
 
 
+def ignore_signals():
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stop(*_):
+    """Handle the first signal; a second one must not cut short how the first one ends the processes."""
+    ignore_signals()
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def signals_deferred():
+    """Inside, a signal waits: one that came while a process starts would leave it behind, unknown and running."""
+    arrived = []
+    handlers = {number: handler for number in STOPPING if callable(handler := signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
+
+
 def guarded(run, args, stopped):
     """run(args)'s exit status, or that of a mistake or a signal, which are said in a sentence, a signal's `stopped`."""
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, stop)
     try:
         runtime.need_signals(Path(sys.argv[0]).name, *STOPPING_NAMES)
         return run(args)

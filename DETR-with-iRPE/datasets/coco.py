@@ -36,6 +36,9 @@ from .rle import to_rle
 
 # Rounding lets some boxes of COCO stick out a little; more than that, in more than a few, is a mistake in the file
 TOLERATED_PIXELS, TOLERATED_SHARE = 2.0, 1e-3
+# More areas than this share that no mask in the box can have are a mistake; a mask may be thin, as of a rope
+TOLERATED_AREAS, LEAST_AREA = 0.05, 1e-3
+MOST_DETECTIONS = 100  # of a category in an image, that COCO's numbers count
 PARTS = {"images": {"id": ID, "file_name": FILE_NAME, "height": SIDE, "width": SIDE},
          "categories": {"id": ID, "name": optional(TEXT)}}  # and their fields, in all of COCO's files
 INSTANCES = {"annotations": {
@@ -244,15 +247,19 @@ def check_categories(dataset, num_classes):
 def check_same_categories(ours, path, theirs, other_path):
     """Raise UserError unless categories (id → name) of two files have the same name wherever both name an id.
 
-    A category without a name of its own is called by its id.
+    A category without a name of its own is called by its id. Upper case and spaces at the ends make no other name.
     """
     differing = [number for number in sorted(ours.keys() & theirs.keys())
-                 if ours[number] != theirs[number] and str(number) not in (ours[number], theirs[number])]
+                 if _bare(ours[number]) != _bare(theirs[number]) and str(number) not in (ours[number], theirs[number])]
     if differing:
         shown = ", ".join(f"{number} ({ours[number]} and {theirs[number]})" for number in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UserError(f"categories have other names in {path} than in {other_path}: {shown}{more}; an id must mean "
                         "the same in both: correct one of them")
+
+
+def _bare(name):
+    return name.strip().casefold()
 
 
 def check_same_sets(train_set, val_set):
@@ -285,6 +292,44 @@ def note_objects(dataset, num_queries, learns):
         print_once(f"note: {len(full)} of {len(dataset)} images of {dataset.path} have more objects than the "
                    f"{num_queries} of --num_queries, such as {most['file_name']} with {counts[most['id']]}: the rest "
                    + ("is not learned" if learns else "cannot be found"))
+
+
+def note_measures(ground_truth, path):
+    """Print a note for what makes COCO's numbers other than one may think.
+
+    Args:
+        ground_truth: pycocotools.COCO, as of `CocoSet.ground_truth`.
+        path: of its file.
+    """
+    entries = ground_truth.dataset["annotations"]
+    odd = [entry for entry in entries if not _is_area_in_box(entry)]
+    if len(odd) > TOLERATED_AREAS * len(entries):
+        first = odd[0]
+        print_once(f"note: annotations {path}: the area of {len(odd)} of {len(entries)} objects does not fit the box, "
+                   f"such as {first['area']} for {first['bbox']} (x, y, width, height) in image {first['image_id']}: "
+                   "COCO's numbers for small, medium and large objects go by the area; leave it out to use the boxes'")
+    counts = Counter((entry["image_id"], entry["category_id"]) for entry in entries if not entry["iscrowd"])
+    full = {image_id: count for (image_id, _), count in counts.items() if count > MOST_DETECTIONS}
+    if full:
+        name = ground_truth.imgs[max(full, key=full.get)]["file_name"]
+        print_once(f"note: {len(full)} images of {path} have more than {MOST_DETECTIONS} objects of one category, such "
+                   f"as {name}: COCO's numbers take no more detections of a category in an image, and cannot reach 1")
+
+
+def _is_area_in_box(entry):
+    """Whether an object's area may be that of a mask in its box."""
+    width, height = (max(0, side) for side in entry["bbox"][2:])
+    # masks are drawn to whole pixels, and so may be larger than small boxes
+    return LEAST_AREA * width * height <= entry["area"] <= (width + 2) * (height + 2)
+
+
+def note_category_ids(dataset):
+    """Print a note if the categories' ids are so far apart that most classes have no category."""
+    if dataset.num_classes > 1000 + 10 * len(dataset.categories):
+        highest = max(dataset.categories)
+        print_once(f"note: {dataset.path} has {len(dataset.categories)} categories, but ids up to {highest} "
+                   f"({dataset.categories[highest]}), and the class head has an output for every id: number them from "
+                   "1 to save memory and time")
 
 
 def _clip_boxes(entries, images, path):

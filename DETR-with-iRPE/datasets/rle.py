@@ -13,13 +13,14 @@ def to_rle(segmentation, height, width, name):
 
     Raises: UserError with the name for anything else; pycocotools has no check of its own, and breaks.
     """
-    if isinstance(segmentation, dict):
+    if isinstance(segmentation, dict) and segmentation:
         return _check_rle(segmentation, height, width, name)
     if not (isinstance(segmentation, list) and segmentation):
         raise UserError(f"{name} has the segmentation {segmentation!r}; --masks needs polygons or RLE of every object")
     for polygon in segmentation:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise UserError(f"{name} has the polygon {polygon}; it must be three points or more, as x, y, x, y, ...")
+            raise UserError(f"{name} has the polygon {polygon} in its segmentation, which must be a list of polygons, "
+                            "each of three points or more, as [[x, y, x, y, x, y, ...], ...]")
         # the memory that drawing takes grows with the length of the lines
         if not all(is_number(x) and -1e5 < x < 1e5 for x in polygon):
             raise UserError(f"{name} has the polygon {polygon}; coordinates must be pixels in the image")

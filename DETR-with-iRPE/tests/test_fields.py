@@ -227,6 +227,12 @@ def test_ids_that_mean_other_categories_in_training_and_validation_are_named(own
     assert "4 (" not in sentence
 
 
+def test_upper_case_and_spaces_make_no_other_category(own, capsys):
+    edit(instances(own), lambda data: data["categories"][0].update(name=" Ant"))
+    main.build_datasets(parse(*small(own)))
+    assert capsys.readouterr().out == ""
+
+
 def test_things_in_training_that_are_stuff_in_validation_are_named(own):
     edit(panoptic(own), lambda data: data["categories"][1].update(isthing=0))
     assert "categories 3 are things in one of" in refused(
@@ -317,3 +323,69 @@ def test_images_that_share_a_file_are_noted(own, capsys):
     edit(instances(own), lambda data: data["images"].append({**data["images"][0], "id": 4711}))
     note, = notes_of(capsys, own, "--eval")
     assert "2 of the images have the same file, 0000.png" in note
+
+
+@pytest.mark.parametrize("area", [0, 1, 1e6])
+def test_areas_that_do_not_fit_the_boxes_are_noted(own, capsys, area):
+    """COCO's numbers by size would be of the wrong objects."""
+    edit(instances(own), lambda data: [entry.update(area=area, bbox=[1, 1, 35, 33]) for entry in data["annotations"]])
+    run(own, "--eval")
+    note, = (line for line in capsys.readouterr().out.splitlines() if "the area of" in line)
+    count = len(load_annotations(own, "val")["annotations"])
+    assert note.startswith(f"note: annotations {instances(own)}: the area of {count} of {count} objects does not fit")
+    assert f"{area} for [1, 1, 35, 33]" in note
+    edit(instances(own), lambda data: [entry.pop("area") for entry in data["annotations"]])
+    run(own, "--eval")
+    assert "the area of" not in capsys.readouterr().out
+
+
+def test_areas_of_masks_and_of_a_few_odd_objects_are_not_noted(own, capsys):
+    objects = [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 1, 30, 30], "area": area, "iscrowd": 0}
+               for area in [*[2] * 20, *[900] * 19, 0]]  # a rope, boxes, and one without an area in 40
+    edit(instances(own), lambda data: data.update(annotations=objects))
+    run(own, "--eval")
+    assert "the area of" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "categories", "noted"), [(101, [1], True), (100, [1], False), (150, [1, 3], False)])
+def test_more_objects_of_a_category_than_coco_counts_are_noted(own, capsys, count, categories, noted):
+    objects = [{"id": number, "image_id": 7, "category_id": categories[number % len(categories)],
+                "bbox": [number % 20, number // 20, 3, 3]} for number in range(count)]
+    edit(instances(own), lambda data: data.update(annotations=objects))
+    run(own, "--eval", "--num_queries", 200)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "more than 100 objects of one category" in line]
+    assert len(notes) == noted and all("1 images" in note and "0000.png" in note for note in notes)
+
+
+def test_ids_of_categories_that_are_far_apart_are_noted(own, capsys):
+    def change(data):
+        for entry in (*data["categories"], *data["annotations"]):
+            field = "id" if "name" in entry else "category_id"
+            entry[field] += 5000
+
+    for split in ("train", "val"):
+        data = load_annotations(own, split)
+        change(data)
+        save_annotations(own, split, data)
+    note, = notes_of(capsys, own)
+    assert "has 3 categories, but ids up to 5004 (cat)" in note
+
+
+def test_all_ids_may_begin_at_0(own, capsys):
+    def change(data):
+        for number, entry in enumerate(data["annotations"]):
+            entry.update(id=number, image_id=entry["image_id"] - 7, category_id=entry["category_id"] - 1, iscrowd=0)
+        for entry in data["images"]:
+            entry["id"] -= 7
+        for entry in data["categories"]:
+            entry["id"] -= 1
+
+    edit(instances(own), change)
+    assert measured(read(own))[0] == pytest.approx(1) and notes_of(capsys, own, "--eval") == []
+
+
+def test_evaluation_over_frozen_weights_alone_is_noted(own, tmp_path, capsys):
+    run(own, "--output_dir", tmp_path / "out")
+    capsys.readouterr()
+    run(own, "--eval", "--masks", "--frozen_weights", tmp_path / "out" / "checkpoint.pth")
+    assert "measures a mask head with random weights" in capsys.readouterr().out

@@ -197,9 +197,14 @@ def test_both_spellings_of_the_launchers_flag_are_taken_and_not_shown(program, s
 
 def test_flag_dist_url(monkeypatch):
     asked = []
-    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: asked.append([*args, *kwargs.values()]))
-    monkeypatch.setattr(dist, "new_group", lambda **kwargs: None)
+
+    def rendezvous(url, *args, **kwargs):
+        asked.append(url)
+        raise ValueError("nobody is there")
+
+    monkeypatch.setattr(dist, "rendezvous", rendezvous)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    runtime.init_distributed(parse("--device", "cpu", "--dist_url", "tcp://somewhere:29500"))
-    assert "tcp://somewhere:29500" in asked[0]
+    with pytest.raises(UserError, match="--dist_url tcp://somewhere:29500"):
+        runtime.init_distributed(parse("--device", "cpu", "--dist_url", "tcp://somewhere:29500"))
+    assert asked == ["tcp://somewhere:29500"]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from conftest import PROJECT, parse, small
+from conftest import PATIENCE, PROJECT, free_port, parse, small
 from util.runtime import UserError, load_checkpoint
 
 pytest.importorskip("submitit", reason="submitit is not installed; pip install -r requirements-submitit.txt")
@@ -22,10 +22,10 @@ def epochs(folder):
 def test_job_of_two_processes_trains_and_writes_into_its_folder(coco, tmp_path):
     with open(tmp_path / "said", "w") as said:  # the job, which goes on in the background, keeps it open
         subprocess.run([sys.executable, "run_with_submitit.py", *map(str, small(coco)), "--ngpus", "2", "--job_dir",
-                        tmp_path / "%j"], cwd=PROJECT, stdout=said, stderr=said, check=True, timeout=300,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+                        tmp_path / "%j"], cwd=PROJECT, stdout=said, stderr=said, check=True, timeout=PATIENCE,
+                       env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())})
     number = re.search(r"job (\d+) \(local\)", (tmp_path / "said").read_text())[1]
-    folder, deadline = tmp_path / number, time.monotonic() + 300
+    folder, deadline = tmp_path / number, time.monotonic() + PATIENCE
     while not all((folder / f"{number}_{task}_result.pkl").exists() for task in (0, 1)):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -3,6 +3,7 @@ import argparse
 import atexit
 import contextlib
 import datetime
+import errno
 import itertools
 import json
 import math
@@ -33,6 +34,11 @@ if __package__:  # DETR keeps this file in a package, DeiT beside its main.py
     from .watchdog import STARTUP_SECONDS, Watchdog
 else:
     from watchdog import STARTUP_SECONDS, Watchdog
+
+
+# What to do about a loading process that the system has ended, which does not tell why.
+LOADING_CURE = ("if the machine's memory or its shared memory (df -h /dev/shm; in Docker, --shm-size) was full, a "
+                "lower --num_workers needs less of both")
 
 
 class UserError(Exception):
@@ -79,8 +85,10 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
     except torch.OutOfMemoryError as error:
         _end(1, f"the GPU's memory is full in {_where}: a smaller batch or mixed precision may fit: {UserError(error)}")
     except Exception as error:  # raised again, or said whole: the end of one of several processes would not say it
+        if _tells_of_open_files(error):
+            _end(1, f"too many files are open in {_where}: raise the limit with ulimit -n, or lower --num_workers")
         if "DataLoader" in str(error):
-            _end(1, f"a loading process ended or hangs in {_where}: {UserError(error)}")
+            _end(1, f"a loading process ended or hangs in {_where}: {UserError(error)}; {LOADING_CURE}")
         if not dist.is_initialized():
             raise
         lost = f"{_missing()} is lost or hangs in {_where}: {UserError(error)}" if _tells_of_loss(error) else None
@@ -102,6 +110,11 @@ def _end(status: int, error: object = "") -> NoReturn:
     if get_world_size() > 1:
         os._exit(status)  # an orderly exit would wait for collectives whose partners are gone
     sys.exit(status)
+
+
+def _tells_of_open_files(error: BaseException) -> bool:
+    # a DataLoader and PyTorch's shared memory raise RuntimeErrors with the system's words instead of an OSError
+    return getattr(error, "errno", None) == errno.EMFILE or os.strerror(errno.EMFILE) in str(error)
 
 
 def _tells_of_loss(error: BaseException | None) -> bool:
@@ -179,10 +192,10 @@ def meet(args: argparse.Namespace, step_timeout: float = 60) -> None:
 
 def leave() -> None:
     """Tell the other ranks that this one ends in order, so that they do not miss it."""
-    global _watchdog
+    global _store, _watchdog
     if _watchdog:
         _watchdog.stop()
-        _watchdog = None
+        _watchdog = _store = None  # of a file:// address, the last one to let go of it deletes the file
 
 
 def _end_for_lost(ranks: list[int]) -> NoReturn:
@@ -223,11 +236,20 @@ def init_distributed(args: argparse.Namespace, step_timeout: float = 60) -> torc
             dist.init_process_group(backend, store=_store, rank=args.rank, world_size=args.world_size, device_id=bound,
                                     timeout=datetime.timedelta(hours=1))
             training_group = dist.new_group(timeout=datetime.timedelta(seconds=step_timeout))
-            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # else its threads abort
+            atexit.register(_disconnect)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"the {args.world_size} processes cannot be connected by {backend}: {UserError(error)}") \
-                from error
+            stale = "; a file that an earlier job left must be deleted first" if "file://" in args.dist_url else ""
+            raise UserError(f"the {args.world_size} processes cannot be connected by {backend}: {UserError(error)}"
+                            f"{stale}") from error
     return device
+
+
+def _disconnect() -> None:
+    """End what computing has kept of the other ranks: threads, which would abort at the exit, and the store."""
+    global training_group
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        training_group = None
 
 
 def _launched(torchrun: str, slurm: str, alone: int) -> int:

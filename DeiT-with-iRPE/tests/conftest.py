@@ -1,7 +1,9 @@
 """Generated pictures, tars of them, parsed flags and launched processes for the tests."""
 import argparse
+import contextlib
 import os
 import platform
+import secrets
 import signal
 import socket
 import subprocess
@@ -15,9 +17,12 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)  # threads that wait for each other make small models slow on a machine that does more
+# A shell starts what runs in the background deaf to SIGINT, which the programs that the tests start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT))
 
+PATIENCE = 1200  # seconds after which a process counts as hanging, which a busy machine must not look like
 TINY = "deit_tiny_patch16_224_ctx_product_50_shared_k"
 
 
@@ -99,9 +104,12 @@ def start(*command, **environment):
 
 
 def free_port():
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        return sock.getsockname()[1]
+    """A port that stays free until it is used: it is below those that Linux gives to all programs' connections."""
+    while True:
+        port = 10000 + secrets.randbelow(22000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("", port))
+            return port
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
@@ -119,10 +127,16 @@ def start_processes(world_size, *command):
                   MASTER_ADDR="localhost", MASTER_PORT=str(port)) for rank in range(world_size)]
 
 
+def altered(change):
+    """main.py's program with a change before it runs."""
+    return ("-c", f"import os, sys, time, main, runtime\n{change}\nruntime.run(main.main, runtime.ArgumentParser("
+            "parents=[main.get_args_parser()]).parse_args())")
+
+
 def finish(process):
     """(exit status, standard output, standard error)"""
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.terminate()
     return process.returncode, out, err

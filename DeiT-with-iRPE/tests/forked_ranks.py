@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time  # noqa: F401  for the changes
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -31,14 +32,18 @@ def run_rank(job, rank, output):
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     sys.stdout = open(os.devnull, "w")
-    bad = rank == job["bad_rank"]
-    exec(job["change"], {**globals(), "bad": bad})
+    status = 1
     try:
+        exec(job["change"], {**globals(), "rank": rank, "bad": rank == job["bad_rank"]})
         parser = runtime.ArgumentParser(parents=[main.get_args_parser()])
         runtime.run(main.main, parser.parse_args(job["flags"]))
+        status = 0
     except SystemExit as end:
-        os._exit(end.code or 0)
-    os._exit(0)
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # what follows in this program is the first process's
 
 
 def start_job(job):
@@ -54,24 +59,34 @@ def start_job(job):
 
 
 def end_job(job, started):
-    """Wait for the ranks that are to end, then kill the one that hangs."""
-    statuses = {}
-    for rank in job["ending"]:
-        statuses[rank] = os.waitstatus_to_exitcode(os.waitpid(started[rank][0], 0)[1])
-    for rank in started.keys() - statuses.keys():
-        os.kill(started[rank][0], signal.SIGKILL)
-        os.waitpid(started[rank][0], 0)
+    """Wait for the ranks that are to end, then kill the one that hangs; `started` is empty then."""
     results = {}
-    for rank, status in statuses.items():
-        output = started[rank][1]
+    for rank in job["ending"]:
+        pid, output = started[rank]
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        del started[rank]
         output.seek(0)
         results[rank] = [status, output.read().decode()]
+    kill(started)
     return results
+
+
+def kill(started):
+    """Leave none of these ranks behind, least of all one that hangs."""
+    while started:
+        _, (pid, _) = started.popitem()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    running = {name: start_job(job) for name, job in jobs.items()}
-    results = {name: end_job(job, running[name]) for name, job in jobs.items()}
-    Path(sys.argv[2]).write_text(json.dumps(results))
+    jobs, running = json.loads(Path(sys.argv[1]).read_text()), {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a test that waits no longer
+    try:
+        running.update((name, start_job(job)) for name, job in jobs.items())
+        results = {name: end_job(job, running[name]) for name, job in jobs.items()}
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    finally:
+        for started in running.values():
+            kill(started)

@@ -2,13 +2,14 @@
 import os
 import re
 import shutil
+import signal
 
 import pytest
 import timm
 import torch
 
 import main
-from conftest import TINY, TORCHRUN, finish, parse, small, start, start_processes
+from conftest import TINY, TORCHRUN, altered, finish, parse, small, start, start_processes, write_pictures
 from fill import fill_state_dict
 from rpe_models import create_model
 from runtime import UserError, load_checkpoint
@@ -145,6 +146,7 @@ def permuted(optimizer):
     ("lr_scheduler", lambda scheduler: 3, "is not --sched cosine"),
     ("lr_scheduler", lambda scheduler: {"best": 1.0, "last_epoch": 0}, "is not --sched cosine"),
     ("max_accuracy", lambda accuracy: "x", "the file is damaged"),
+    ("classes", lambda classes: [1, 2, 3], "is damaged: its classes are not a list of names"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_damaged_part_of_a_checkpoint(pictures, trained, tmp_path, key, damage, words):
     checkpoint = load_checkpoint(trained)
@@ -213,6 +215,34 @@ def test_teacher_that_cannot_be_had(pictures, tmp_path):
         refused(pictures, *flags, path, *model))
 
 
+def test_classes_of_other_names_than_the_checkpoints_are_named(pictures, trained, tmp_path):
+    """However many there are; but a new run may begin from them."""
+    write_pictures(tmp_path / "train", ("ant", "cat", "dog"))
+    write_pictures(tmp_path / "val", ("ant", "cat", "dog"), 2)
+    for flags in (["--eval"], ["--epochs", 2]):
+        sentence = refused(tmp_path, "--resume", trained, *flags)
+        assert sentence.startswith(f"checkpoint {trained} was trained on other classes than those of the data set: 2 ")
+        assert "such as 1 (bee and cat)" in sentence
+    main.main(parse(*small(tmp_path, "--finetune", trained)))
+    assert main.main(parse(*small(pictures, "--eval", "--resume", trained)))["acc5"] == 100
+
+
+def test_released_checkpoints_whose_classes_have_no_names_are_read(pictures, trained, tmp_path):
+    checkpoint = load_checkpoint(trained)
+    del checkpoint["classes"]
+    torch.save(checkpoint, tmp_path / "c.pth")
+    for flags in (["--eval"], ["--epochs", 2]):
+        assert main.main(parse(*small(pictures, "--resume", tmp_path / "c.pth", *flags)))["acc5"] == 100
+
+
+def test_teacher_that_numbers_classes_otherwise_is_refused(pictures, tmp_path):
+    weights = timm.create_model("resnet10t", num_classes=3).state_dict()
+    torch.save({"model": weights, "classes": ["bee", "ant", "cat"]}, tmp_path / "c.pth")
+    assert "2 numbers mean another class, such as 0 (bee and ant)" in refused(
+        pictures, "--model", "deit_tiny_distilled_patch16_224", "--distillation-type", "hard", "--teacher-model",
+        "resnet10t", "--teacher-path", tmp_path / "c.pth")
+
+
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "resnet10t"])
 def test_teacher_of_other_classes_is_not_told_to_be_finetuned(pictures, tmp_path, name):
     torch.save({"model": timm.create_model(name, num_classes=10).state_dict()}, tmp_path / "c.pth")
@@ -264,10 +294,14 @@ def test_wrong_flag_is_said_once_under_a_launcher(pictures):
 
 
 def test_killed_process_ends_the_other(pictures):
-    first, second = start_processes(2, "main.py", *small(pictures, "--batch-size", 4, "--epochs", 1000))
-    while not first.stdout.readline().startswith("* Acc@1"):
-        assert first.poll() is None
-    second.kill()
-    code, _, err = finish(first)
-    assert code == 1 and re.fullmatch("error: process 0 of 2: process 1 is lost or hangs in .* step .*\n", err)
-    finish(second)
+    killed = ("after_step = runtime.Run.after_step\n"
+              "def killed(self, progress):\n"
+              "    if runtime.get_rank() == 1 and (self.epoch, progress.done) == (1, 2):\n"
+              f"        os.kill(os.getpid(), {signal.SIGKILL:d})\n"
+              "    after_step(self, progress)\n"
+              "runtime.Run.after_step = killed\n")
+    first, second = start_processes(2, *altered(killed), *small(pictures, "--batch-size", 4, "--epochs", 3))
+    status, _, err = finish(first)
+    assert status == 1
+    assert re.fullmatch("error: process 0 of 2: process 1 is lost or hangs in epoch 1, step 1: .*\n", err)
+    assert finish(second)[0] == -signal.SIGKILL

@@ -219,6 +219,59 @@ def test_attributes_that_macos_puts_beside_pictures_are_no_pictures(tmp_path, fl
     assert len(contents(build("val", tmp_path, *flags)[0])) == 4
 
 
+@pytest.mark.parametrize("flags", [[], ["--load-tar"]])
+@pytest.mark.parametrize("folder", [".ipynb_checkpoints", "ant/.ipynb_checkpoints", ".Trash/bee"])
+def test_hidden_folders_are_no_classes_and_hold_no_images(tmp_path, capsys, flags, folder):
+    root = tmp_path / ".cache"  # what the data set lies in may be hidden
+    for split in ("train", "val"):
+        write_pictures(root / split, ("ant", "bee"), 2)
+        (root / split / folder).mkdir(parents=True)
+        shutil.copy(root / split / "ant" / "0.png", root / split / folder / "0-checkpoint.png")
+        write_tar(root / f"{split}.tar", root / split, "mnt/.data")
+        dataset, nb_classes = build(split, root, *flags)
+        assert nb_classes == 2 and dataset.classes == ["ant", "bee"] and len(dataset) == 4
+        note, = capsys.readouterr().out.splitlines()
+        assert note.startswith(f"note: 1 images in hidden folders of {root / split}")
+        assert note.endswith(f"{folder}/0-checkpoint.png")
+
+
+def test_an_empty_hidden_folder_is_no_class(tmp_path, capsys):
+    write_pictures(tmp_path / "val", ("ant", "bee"), 2)
+    (tmp_path / "val" / ".ipynb_checkpoints").mkdir()
+    assert build("val", tmp_path)[1] == 2 and not capsys.readouterr().out
+
+
+def test_images_outside_of_class_folders_are_refused(tmp_path):
+    write_pictures(tmp_path / "all", ("ant",), 2)
+    shutil.move(tmp_path / "all" / "ant", tmp_path / "val")
+    with pytest.raises(UserError) as caught:
+        build("val", tmp_path)
+    assert str(caught.value) == (f"{tmp_path}/val is not a folder of class folders with images: it has no class folder")
+
+
+@pytest.mark.parametrize("flags", [[], ["--load-tar"]])
+def test_images_of_kinds_that_are_not_read_are_counted_in_a_note(tmp_path, capsys, flags):
+    write_pictures(tmp_path / "val", ("ant", "bee"), 2)
+    for name in ("a.gif", "b.JFIF", "notes.txt", "._c.heic"):
+        shutil.copy(tmp_path / "val" / "ant" / "0.png", tmp_path / "val" / "bee" / name)
+    write_tar(tmp_path / "val.tar", tmp_path / "val")
+    assert len(build("val", tmp_path, *flags)[0]) == 4
+    note, = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: 2 images in {tmp_path / 'val'}") and "bee/a.gif: save them as one of .jpg" in note
+
+
+@pytest.mark.parametrize(("classes", "said"), [
+    (["1", "2", "10"], "so that 10 has the number 1, counted from 0"), (["c2", "c10"], "so that c10 has the number 0"),
+    (["01", "02", "10"], None), (["1", "2"], None), (["1", "2", "ten"], None), (["a2", "b10"], None)])
+def test_classes_whose_order_by_name_is_not_that_of_their_numbers_are_noted(tmp_path, capsys, classes, said):
+    for split in ("train", "val"):
+        write_pictures(tmp_path / split, classes, 1)
+    for split, flags, notes in (("train", [], 1), ("val", ["--eval"], 1), ("val", [], 0)):
+        assert build(split, tmp_path, *flags)[0].classes == sorted(classes)
+        out = capsys.readouterr().out
+        assert out.count("note: ") == (notes if said else 0) and (not notes or (said or "") in out)
+
+
 # Pictures that cannot be read
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 """Runs that are stopped at any moment and go on: nothing is lost, said twice or drawn anew."""
-import contextlib
 import errno
 import fcntl
 import json
@@ -9,8 +8,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ import torch
 import engine
 import main
 import runtime
-from conftest import finish, free_port, parse, small, start, start_processes, write_pictures
+from conftest import altered, finish, free_port, parse, small, start, start_processes, write_pictures
 from runtime import Interrupted, UserError, load_checkpoint
 from test_train import same
 
@@ -229,13 +226,6 @@ def processes(pictures, out, *flags, world_size=2):
     return start_processes(world_size, "main.py", *small(pictures, *FLAGS, "--output_dir", out, *flags))
 
 
-def wait_for_line(process, words):
-    for line in process.stdout:
-        if words in line:
-            return
-    raise AssertionError(process.stderr.read())
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_signal_to_one_of_two_processes_ends_both_after_its_step(pictures, tmp_path, rank):
     signalled = ("after_step = runtime.Run.after_step\n"
@@ -256,10 +246,10 @@ def test_main_process_may_write_for_longer_than_a_step_may_take(pictures, tmp_pa
             "save, saves = checkpoint.TrainingState.save, []\n"
             "def slow(*args):\n"
             "    saves.append(1)\n"
-            "    time.sleep(6 if len(saves) == 1 else 0)\n"
+            "    time.sleep(8 if len(saves) == 1 else 0)\n"
             "    save(*args)\n"
             "checkpoint.TrainingState.save = slow\n")
-    flags = small(pictures, *FLAGS, "--epochs", 1, "--save-every", 2, "--step-timeout", 4, "--output_dir", tmp_path)
+    flags = small(pictures, *FLAGS, "--epochs", 1, "--save-every", 2, "--step-timeout", 6, "--output_dir", tmp_path)
     results = [finish(process) for process in start_processes(2, *altered(slow), *flags)]
     assert [result[0] for result in results] == [0, 0], results
 
@@ -270,21 +260,24 @@ LOCKING = """
 import sys, time, runtime
 with runtime.output_lock(sys.argv[1]):
     print("locked", flush=True)
-    time.sleep(600)
+    time.sleep(10 ** 6)
 """
 
 
 def test_second_job_in_an_output_directory_is_refused_until_the_first_one_is_killed(pictures, tmp_path, capsys):
     first = start("-c", LOCKING, tmp_path)
     assert first.stdout.readline() == "locked\n"
-    for flags in ((), ("--eval",), ("--resume", "auto")):
-        with pytest.raises(UserError) as refused:
-            run(pictures, tmp_path, *flags)
-        assert re.match(rf"--output_dir {tmp_path} is in use by process {first.pid} on {socket.gethostname()}, since "
-                        r"20\d\d-.*: choose another one, or stop that job first$", str(refused.value))
-    assert os.listdir(tmp_path) == [".lock"]
-    first.kill()
-    finish(first)
+    try:
+        for flags in ((), ("--eval",), ("--resume", "auto")):
+            with pytest.raises(UserError) as refused:
+                run(pictures, tmp_path, *flags)
+            place = f"--output_dir {tmp_path} is in use by process {first.pid} on {socket.gethostname()}"
+            assert re.match(rf"{place}, since 20\d\d-.*: choose another one, or stop that job first$",
+                            str(refused.value))
+        assert os.listdir(tmp_path) == [".lock"]
+    finally:
+        first.kill()
+        finish(first)
     run(pictures, tmp_path, "--epochs", 1)
     run(pictures, tmp_path, "--epochs", 1, "--eval")  # a job that has ended in order leaves nothing behind either
     assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 0
@@ -318,21 +311,29 @@ STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
 SLEEP = "time.sleep(10 ** 6)"
 
 
-def at_call(owner, name, call, action):
-    """Code that does `action` on the bad rank in the given call of a function; the first call is 1."""
+# Before its first step a rank hangs when the other one has got as far: they could not tell it from one that never came.
+MEET = ("runtime._store.set(f'there {rank}', ''); "
+        "runtime._store.wait([f'there {1 - rank}'])")
+
+
+def at_call(owner, name, call, action, both="pass"):
+    """Code that does `action` on the bad rank in the given call of a function, after what both do then; the first call
+    is 1."""
     return (f"original, calls = {owner}.{name}, []\n"
             f"def changed(*args, **kwargs):\n"
             f"    calls.append(1)\n"
-            f"    if bad and len(calls) == {call}:\n"
-            f"        {action}\n"
+            f"    if len(calls) == {call}:\n"
+            f"        {both}\n"
+            f"        if bad:\n"
+            f"            {action}\n"
             f"    return original(*args, **kwargs)\n"
             f"{owner}.{name} = changed\n")
 
 
 # phase -> (code that hangs in it, the rank that does, where the other one is when it notices)
 HANGING = {
-    "before_the_first_step": (at_call("main", "build_model", 1, STOP), 1, "its first steps"),
-    "before_the_first_step_on_the_main_rank": (at_call("main", "build_model", 1, STOP), 0, "its first steps"),
+    "before_the_first_step": (at_call("main", "build_model", 1, STOP, MEET), 1, "its first steps"),
+    "before_the_first_step_on_the_main_rank": (at_call("main", "build_model", 1, STOP, MEET), 0, "its first steps"),
     "training": (at_call("engine", "step_optimizer", 3, STOP), 1, "epoch 0, step [12]"),
     "training_asleep": (at_call("engine", "step_optimizer", 3, SLEEP), 0, "epoch 0, step [12]"),
     "evaluation": (at_call("engine", "_batch_sums", 2, STOP), 1, "Test, step"),
@@ -380,16 +381,25 @@ def test_rank_that_never_starts_ends_the_others(ends):
     assert status == 1 and "see whether all 2 processes have started" in said and said.count("\n") == 1, said
 
 
-def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(pictures, tmp_path):
-    process = start("main.py", *small(pictures, *FLAGS, "--epochs", 1000, "--num_workers", 1))
-    wait_for_line(process, "Max accuracy")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while process.poll() is None:
-        with contextlib.suppress(OSError):  # every pass over the data has its own
-            for worker in children.read_text().split():
-                os.kill(int(worker), signal.SIGKILL)
-    status, _, said = finish(process)
-    assert status == 1 and said.startswith("error: a loading process ended or hangs in ") and said.count("\n") == 1
+def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(pictures):
+    killed = ("import torch\n"
+              "def killed(self, index):\n"
+              "    worker = torch.utils.data.get_worker_info()\n"
+              "    in_training = isinstance(worker.dataset, runtime.SeededDataset)\n"
+              "    loaded.append(in_training == {in_training})\n"
+              "    if sum(loaded) == 10:\n"
+              f"        os.kill(os.getpid(), {signal.SIGKILL:d})\n"
+              "    return get(self, index)\n"
+              "arguments = runtime.ArgumentParser(parents=[main.get_args_parser()]).parse_args()\n"
+              "folder, loaded = type(main.build_dataset(True, arguments)[0]), []\n"
+              "get, folder.__getitem__ = folder.__getitem__, killed\n")
+    flags = small(pictures, *FLAGS, "--num_workers", 1)
+    runs = {place: start(*altered(killed.format(in_training=place == "epoch 0, step [0-5]")), *flags)
+            for place in ("epoch 0, step [0-5]", "Test, step [0-5]")}
+    for place, process in runs.items():
+        status, _, said = finish(process)
+        expected = f"error: a loading process ended or hangs in {place}: DataLoader worker "
+        assert status == 1 and re.match(expected, said) and said.count("\n") == 1, said
 
 
 def test_two_launchers_that_meet_train_as_one(pictures, tmp_path):
@@ -408,24 +418,22 @@ def test_two_launchers_that_meet_train_as_one(pictures, tmp_path):
 
 # What other processes, signals and disks do to a run
 
-def altered(change):
-    """main.py's program with a change before it runs."""
-    return ("-c", f"import os, sys, time, main, runtime\n{change}\nruntime.run(main.main, runtime.ArgumentParser("
-            "parents=[main.get_args_parser()]).parse_args())")
-
-
 def test_signal_to_the_whole_group_spares_the_loading_processes(pictures, tmp_path):
     """As torchrun and SLURM send it."""
     signalled = ("os.setsid()\n"
                  "add = runtime.Progress.add\n"
                  "def signalled(self, **values):\n"
-                 "    if self.done == 2:\n"  # when all loading processes have started
+                 "    if self.header == 'epoch 0' and self.done == 2:\n"  # when all loading processes have started
                  "        os.system('kill -TERM 0')\n"  # not by itself: a parent's signal ends them in order
-                 "        time.sleep(1)\n"  # until the end of one would be known
+                 "        while not runtime._caught:\n"
+                 "            time.sleep(0.01)\n"
+                 # Training goes on for longer than what is loaded in advance lasts, which takes processes that live.
+                 "        runtime._caught.clear()\n"
                  "    add(self, **values)\n"
                  "runtime.Progress.add = signalled\n")
-    status, out, err = finish(start(*altered(signalled), *small(pictures, *FLAGS, "--num_workers", 2)))
-    assert status == 75 and "stopped by SIGTERM in epoch 0, step 2" in out and err == "", (out, err)
+    flags = small(pictures, *FLAGS, "--batch-size", 2, "--epochs", 1, "--num_workers", 2)
+    status, out, err = finish(start(*altered(signalled), *flags))
+    assert status == 0 and "epoch 0 [12/12]" in out and err == "", (out, err)
 
 
 def test_processes_that_would_go_on_from_different_places_do_not_train(pictures, straight, tmp_path):
@@ -439,17 +447,24 @@ def test_processes_that_would_go_on_from_different_places_do_not_train(pictures,
 
 
 def test_signal_to_all_in_the_evaluation_ends_all_alike_though_some_have_finished_theirs(pictures, tmp_path):
-    slow = ("steps = runtime.Progress.__iter__\n"
-            "def slow(self):\n"
-            "    for batch in steps(self):\n"
-            "        time.sleep(1.5 if self.header == 'Test' and runtime.get_rank() == 1 else 0)\n"
-            "        yield batch\n"
-            "runtime.Progress.__iter__ = slow\n")
-    pair = start_processes(2, *altered(slow), *small(pictures, *FLAGS, "--output_dir", tmp_path))
-    wait_for_line(pair[0], "Test [3/3]")
-    time.sleep(0.5)  # until it waits for the other one
-    for process in pair:
-        process.send_signal(signal.SIGTERM)
+    signalled = ("import engine, pathlib\n"
+                 "note = pathlib.Path(sys.argv[-1], 'waits')\n"
+                 "steps, add_up = runtime.Progress.__iter__, engine.all_reduce_sum\n"
+                 "def signalled(self):\n"
+                 "    for batch in steps(self):\n"
+                 "        if self.header == 'Test' and runtime.get_rank() == 1:\n"
+                 "            while not note.exists():\n"
+                 "                time.sleep(0.01)\n"
+                 f"            os.kill(int(note.read_text()), {signal.SIGTERM:d})\n"
+                 f"            os.kill(os.getpid(), {signal.SIGTERM:d})\n"
+                 "        yield batch\n"
+                 "def waits(sums):\n"
+                 "    if runtime.get_rank() == 0:\n"
+                 "        note.with_suffix('.tmp').write_text(str(os.getpid()))\n"
+                 "        note.with_suffix('.tmp').rename(note)\n"
+                 "    return add_up(sums)\n"
+                 "runtime.Progress.__iter__, engine.all_reduce_sum = signalled, waits\n")
+    pair = start_processes(2, *altered(signalled), *small(pictures, *FLAGS, "--output_dir", tmp_path))
     results = [finish(process) for process in pair]
     assert [result[0] for result in results] == [75, 75] and "stopped by SIGTERM in Test" in results[0][1], results
     assert load_checkpoint(tmp_path / "checkpoint.pth")["progress"]["images"] == 24

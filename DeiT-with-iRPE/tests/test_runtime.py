@@ -1,18 +1,21 @@
 """Errors that a user can read, files that are whole, logs, and processes that find each other."""
 import argparse
 import collections
+import errno
 import json
 import math
 import os
 import pathlib
+import random
 import re
 import resource
 import signal
 import urllib.error
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import main
 import runtime
@@ -218,6 +221,47 @@ def test_run_says_one_line_and_ends_with_a_status(capsys, error, status, said):
     assert caught.value.code == status and capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize("error", [
+    OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+    RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+    RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n"
+                 "unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)")])
+def test_too_many_open_files_are_one_line_with_what_to_do(capsys, error):
+    def main(args):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        runtime.run(main, argparse.Namespace())
+    said = capsys.readouterr().err
+    assert caught.value.code == 1 and said.startswith("error: too many files are open in ") and said.count("\n") == 1
+    assert "ulimit -n" in said and "--num_workers" in said
+
+
+class EndedBySignal(Dataset):
+    """A set whose loading process the system ends, as with SIGBUS where shared memory is full."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGKILL])
+def test_a_loading_process_ended_by_the_system_is_one_line_with_what_to_do(capsys, number):
+    def main(args):
+        list(DataLoader(EndedBySignal(number), num_workers=1))
+
+    with pytest.raises(SystemExit) as caught:
+        runtime.run(main, argparse.Namespace())
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 1 and said.startswith("error: a loading process ended or hangs in ")
+    assert "/dev/shm" in said and "--num_workers" in said
+
+
 def test_full_memory_of_a_gpu_is_said_in_one_line_with_the_step(capsys, monkeypatch):
     def main(args):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
@@ -297,11 +341,16 @@ def test_cuda_without_a_gpu_suggests_the_cpu():
 
 
 PROGRAM = """
-import argparse, sys, time, torch, runtime
+import argparse, os, pathlib, signal, sys, time, torch, runtime
 case = sys.argv[1]
 def main(args):
     runtime.find_place(args)
     if case == "before":
+        # one that met it long before the other would not wait for that one to say it
+        there = [pathlib.Path(f"{sys.argv[0]}.{rank}") for rank in range(2)]
+        there[args.rank].touch()
+        while not all(path.exists() for path in there):
+            time.sleep(0.01)
         raise runtime.UserError("a mistake of all")
     runtime.init_distributed(args)
     rank, values = runtime.get_rank(), []
@@ -314,9 +363,10 @@ def main(args):
     if case == "bug" and rank == 1:
         raise RuntimeError("a bug")
     if case == "interrupt":
-        time.sleep(60)
+        os.kill(os.getpid(), signal.SIGINT)
     runtime.all_reduce_sum(torch.zeros(1))
-runtime.run(main, argparse.Namespace(device="cpu", world_size=1, dist_url="env://"))
+url, = sys.argv[2:] or ["env://"]
+runtime.run(main, argparse.Namespace(device="cpu", world_size=1, dist_url=url))
 """
 
 
@@ -328,11 +378,14 @@ def test_mistake_that_all_meet_is_said_once_under_a_launcher(tmp_path, case, sai
     assert status != 0 and len(errors) == 1 and errors[0].startswith(f"error: process 0 of 2: {said}")
 
 
+def test_file_at_which_the_ranks_met_is_gone_after_the_run_so_that_the_next_one_can_meet_there(tmp_path):
+    for status, _, err in map(finish, start_processes(2, "-c", PROGRAM, "none", f"file://{tmp_path}/meet")):
+        assert (status, err) == (0, "")
+    assert not list(tmp_path.iterdir())
+
+
 def test_mistake_of_one_process_ends_all_and_is_said_by_itself():
     runs = {case: start_processes(2, "-c", PROGRAM, case) for case in ("none", "interrupt", "alone", "bug")}
-    assert "here [2/2]" in runs["interrupt"][0].stdout.readline()
-    for process in runs["interrupt"]:
-        process.send_signal(signal.SIGINT)
     results = {case: [finish(process) for process in processes] for case, processes in runs.items()}
     assert {case: [status for status, _, _ in ends] for case, ends in results.items()} == {
         "none": [0, 0], "interrupt": [130, 130], "alone": [1, 1], "bug": [1, 1]}
@@ -355,6 +408,29 @@ def test_seeds_give_the_same_numbers_again_and_other_numbers_for_another_epoch()
 
 
 # Logs
+
+class Dice(Dataset):
+    """Random numbers of the three generators that augmentations use."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return torch.tensor([random.random(), np.random.rand(), torch.rand(()).item()], dtype=torch.float64)
+
+
+def test_random_numbers_of_loading_processes_differ_by_image_and_epoch_and_not_by_their_number():
+    def draw(workers):
+        sampler, rows = runtime.SeededSampler(DistributedSampler(range(8), 1, 0), seed=0), []
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            rows += DataLoader(runtime.SeededDataset(Dice()), 1, sampler=sampler, num_workers=workers)
+        return torch.cat(rows)
+
+    alone = draw(0)
+    assert all(len(set(column.tolist())) == 16 for column in alone.T)
+    assert torch.equal(alone, draw(2))
+
 
 def test_progress_says_steps_rate_and_means_in_plain_lines(capsys):
     progress = runtime.Progress("epoch 3", range(24), images_per_step=8, shown=("loss", "lr"), lr=0.1)

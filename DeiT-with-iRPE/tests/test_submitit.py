@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import PROJECT, finish, parse, small, start
+from conftest import PATIENCE, PROJECT, finish, free_port, parse, small, start
 from runtime import UserError, load_checkpoint
 
 pytest.importorskip("submitit", reason="submitit is not installed; pip install -r requirements-submitit.txt")
@@ -44,7 +44,7 @@ def epochs(folder):
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -164,8 +164,9 @@ def test_two_tasks_of_slurm_train_together_and_write_into_the_job_s_folder(slurm
         PROJECT / "run_with_submitit.py", *small(pictures), "--ngpus", 2, "--job_dir", tmp_path / "%j"))
     assert status == 0 and out.startswith("job 77 (slurm)"), said
     environment = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "OMP_NUM_THREADS": "1",
-                   "SLURM_JOB_NODELIST": "localhost", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(["sh", slurm / "script"], env={**os.environ, **environment}, check=True, timeout=300)
+                   "SLURM_JOB_NODELIST": "localhost", "MASTER_PORT": str(free_port()),
+                   "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(["sh", slurm / "script"], env={**os.environ, **environment}, check=True, timeout=PATIENCE)
     args = load_checkpoint(tmp_path / "77" / "checkpoint.pth")["args"]
     assert epochs(tmp_path / "77") == [0] and (args.world_size, args.job_id) == (2, "77")
     assert {f"77_{task}_result.pkl" for task in (0, 1)} <= set(os.listdir(tmp_path / "77"))
@@ -176,7 +177,8 @@ def test_preempted_job_of_two_processes_goes_on_by_itself(pictures, tmp_path):
     with open(tmp_path / "said", "w") as said:  # the controller keeps it open
         subprocess.run([sys.executable, PROJECT / "run_with_submitit.py", *map(str, small(pictures)), "--ngpus", "2",
                         "--epochs", "100000", "--output_dir", "out_%j"], cwd=tmp_path, stdout=said, stderr=said,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+                       env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}, check=True,
+                       timeout=PATIENCE)
     controller = int(re.search(r"job (\d+) \(local\)", (tmp_path / "said").read_text())[1])
     folder = tmp_path / f"out_{controller}"
 

@@ -45,10 +45,12 @@ def test_training_writes_the_published_log_and_checkpoint(pictures, tmp_path):
     names = ["train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"]
     assert [list(line) for line in lines] == [names] * 2 and [line["epoch"] for line in lines] == [0, 1]
     assert {f"test_{name}": value for name, value in test.items()} == {k: lines[1][k] for k in names[2:5]}
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint.previous.pth", "checkpoint.pth", "log.txt", "tensorboard"]
+    files = sorted(set(os.listdir(tmp_path)) - {".lock"})
+    assert files == ["checkpoint.previous.pth", "checkpoint.pth", "log.txt", "tensorboard"]
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
     assert list(checkpoint) == ["model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args",
-                                "max_accuracy"]
+                                "max_accuracy", "classes"]
+    assert checkpoint["classes"] == ["ant", "bee", "cat"]
     model = create_model(TINY, num_classes=3, img_size=32)
     assert checkpoint["epoch"] == 1 and checkpoint["args"].batch_size == 8
     assert checkpoint["model"].keys() == checkpoint["model_ema"].keys() == model.state_dict().keys()
