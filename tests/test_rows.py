@@ -23,8 +23,8 @@ needs_rows = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("triton",
                                 reason="needs Triton and rpe_ops")
 
 
-def run(folder, *args, interpreted="1"):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "IRPE_ATTENTION": "rows", "TRITON_INTERPRET": interpreted,
+def run(folder, *args):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "IRPE_ATTENTION": "rows", "TRITON_INTERPRET": "1",
            "PYTHONPATH": os.pathsep.join(["tests", *filter(None, [os.environ.get("PYTHONPATH")])])}
     return subprocess.run([sys.executable, "-W", "ignore", "-c", *args], cwd=ROOT / folder, env=env,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -37,4 +37,34 @@ def run(folder, *args, interpreted="1"):
 ])
 def test_a_codebase_equals_its_golden_numbers_with_attention_by_rows(folder, tests, words):
     done = run(folder, RUN, tests, "-k", words)
+    assert done.returncode == 0, done.stdout
+
+
+COMPILE = """
+import torch
+from rpe_ops import blockwise
+import rpe_models
+calls, attention = [], blockwise.rows.attention
+blockwise.rows.attention = lambda *args: calls.append(1) or attention(*args)
+from irpe import get_rpe_config
+from rpe_vision_transformer import VisionTransformer
+torch.manual_seed(0)
+model = VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3,
+                          rpe_config=get_rpe_config(skip=1, rpe_on="qkv"))
+for parameter in model.parameters():
+    torch.nn.init.normal_(parameter, std=0.2)
+x = torch.randn(2, 3, 16, 16)
+
+def gradients(function):
+    return [*torch.autograd.grad(function(x).square().sum(), list(model.parameters()))]
+
+torch.testing.assert_close(gradients(torch.compile(model, fullgraph=True, backend="aot_eager")), gradients(model),
+                           rtol=1e-3, atol=1e-4)
+assert len(calls) >= 4, calls
+"""
+
+
+@needs_rows
+def test_a_compiled_model_has_the_same_gradients_in_one_graph():
+    done = run("DeiT-with-iRPE", COMPILE)
     assert done.returncode == 0, done.stdout
