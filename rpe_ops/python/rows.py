@@ -30,16 +30,17 @@ class Tile(NamedTuple):
     num_stages: int = 1
 
 
-KERNELS = ("forward", "queries", "queries, sums", "keys", "keys, sums", "product", "adjoint", "gradient")
 # {(kernel, type, channels up to): tile}, for a benchmark to assign to. Both sizes are powers of two and multiples of
 # 16, and `other` is 16 where attention has sums. From "product" on, `own` are tokens, and `other` a part of M. These
 # are the largest that keep their numbers in registers (benchmarks/rows_ptxas.txt), on an H100 in 128 if they can.
 TILES = {(kernel, *key): tiles[0 if kernel == "forward" else 1 if "queries" in kernel else 2 if "keys" in kernel else 3]
-         for kernel in KERNELS for key, tiles in {
+         for kernel in ("forward", "queries", "queries, sums", "keys", "keys, sums", "product", "adjoint", "gradient")
+         for key, tiles in {
              ("half", 64): (Tile(64, 32), Tile(64, 16), Tile(64, 16), Tile(64, 64)),
              ("half", 128): (Tile(64, 32, 8), Tile(32, 16), Tile(32, 16), Tile(64, 64, 8)),
              ("float32", 64): (Tile(32, 16), Tile(32, 16), Tile(32, 16, 8), Tile(32, 32)),
              ("float32", 128): (Tile(16, 16, 8),) * 4}.items()}
+KERNELS = {kernel: tile for (kernel, *key), tile in TILES.items() if key == ["half", 64]}
 
 
 def tile(kernel: str, dtype: torch.dtype, channels: int) -> Tile:
