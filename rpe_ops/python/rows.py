@@ -561,9 +561,12 @@ class _Call:
 
 
 def _launch(kernel, grid, options, arguments):
+    tensor = next(iter(arguments.values()))
     if not INTERPRETED:
-        torch.library.wrap_triton(kernel)[grid](**arguments, num_warps=options.num_warps, num_stages=options.num_stages)
-    elif not isinstance(arguments["layout"] if "layout" in arguments else arguments["partial"], FakeTensor):
+        with torch.cuda.device_of(tensor):
+            torch.library.wrap_triton(kernel)[grid](**arguments, num_warps=options.num_warps,
+                                                    num_stages=options.num_stages)
+    elif not isinstance(tensor, FakeTensor):
         kernel[grid](**arguments)
 
 
