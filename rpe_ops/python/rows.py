@@ -38,7 +38,7 @@ TILES = {(kernel, *key): tiles[0 if kernel == "forward" else 1 if "queries" in k
          for key, tiles in {
              ("half", 64): (Tile(64, 32), Tile(64, 16), Tile(64, 16), Tile(64, 64)),
              ("half", 128): (Tile(64, 32, 8), Tile(32, 16), Tile(32, 16), Tile(64, 64, 8)),
-             ("float32", 64): (Tile(32, 16), Tile(32, 16), Tile(32, 16, 8), Tile(32, 32)),
+             ("float32", 64): (Tile(32, 16), Tile(32, 16, 8), Tile(16, 16), Tile(32, 32)),
              ("float32", 128): (Tile(16, 16, 8),) * 4}.items()}
 KERNELS = {kernel: tile for (kernel, *key), tile in TILES.items() if key == ["half", 64]}
 
