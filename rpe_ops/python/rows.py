@@ -30,12 +30,17 @@ class Tile(NamedTuple):
     num_stages: int = 1
 
 
-KERNELS = {"forward": Tile(64, 32), "queries": Tile(64, 16), "queries, sums": Tile(64, 16), "keys": Tile(64, 16),
-           "keys, sums": Tile(64, 16), "product": Tile(64, 64), "adjoint": Tile(64, 64), "gradient": Tile(64, 64)}
 # {(kernel, type, channels up to): tile}, for a benchmark to assign to. Both sizes are powers of two and multiples of
-# 16, and `other` is 16 where attention has sums. From "product" on, `own` are tokens, and `other` a part of M.
-TILES = {(kernel, width, channels): tile for kernel, tile in KERNELS.items() for width in ("half", "float32")
-         for channels in (64, 128)}
+# 16, and `other` is 16 where attention has sums. From "product" on, `own` are tokens, and `other` a part of M. These
+# are the largest that keep their numbers in registers (benchmarks/rows_ptxas.txt), on an H100 in 128 if they can.
+TILES = {(kernel, *key): tiles[0 if kernel == "forward" else 1 if "queries" in kernel else 2 if "keys" in kernel else 3]
+         for kernel in ("forward", "queries", "queries, sums", "keys", "keys, sums", "product", "adjoint", "gradient")
+         for key, tiles in {
+             ("half", 64): (Tile(64, 32), Tile(64, 16), Tile(64, 16), Tile(64, 64)),
+             ("half", 128): (Tile(64, 32, 8), Tile(32, 16), Tile(32, 16), Tile(64, 64, 8)),
+             ("float32", 64): (Tile(32, 16), Tile(32, 16, 8), Tile(16, 16), Tile(32, 32)),
+             ("float32", 128): (Tile(16, 16, 8),) * 4}.items()}
+KERNELS = {kernel: tile for (kernel, *key), tile in TILES.items() if key == ["half", 64]}
 
 
 def tile(kernel: str, dtype: torch.dtype, channels: int) -> Tile:
@@ -556,9 +561,12 @@ class _Call:
 
 
 def _launch(kernel, grid, options, arguments):
+    tensor = next(iter(arguments.values()))
     if not INTERPRETED:
-        torch.library.wrap_triton(kernel)[grid](**arguments, num_warps=options.num_warps, num_stages=options.num_stages)
-    elif not isinstance(arguments["layout"] if "layout" in arguments else arguments["partial"], FakeTensor):
+        with torch.cuda.device_of(tensor):
+            torch.library.wrap_triton(kernel)[grid](**arguments, num_warps=options.num_warps,
+                                                    num_stages=options.num_stages)
+    elif not isinstance(tensor, FakeTensor):
         kernel[grid](**arguments)
 
 
