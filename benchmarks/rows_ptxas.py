@@ -24,11 +24,11 @@ TARGETS = {80: "A100", 90: "H100"}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PLACES = ("k", "qkv")
 CHANNELS = (32, 64, 128)  # 48 is padded to 64, 96 to 128
-TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8",
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1",
          torch.int32: "*i32", torch.int64: "*i64"}
 
 
-def launches(dtype, channels, places, masked, dropout_p, height=14, width=14):
+def launches(dtype, channels, places, masked, dropout_p, height=14, width=14, bias=False):
     """{kernel's name: (kernel, its tile, its arguments)} of a forward and backward pass, which are not run."""
     found = {}
 
@@ -47,10 +47,11 @@ def launches(dtype, channels, places, masked, dropout_p, height=14, width=14):
                               ).permute(2, 0, 3, 1, 4)
         index = [torch.arange(1 - size, size).clamp(-3, 3) + 3 for size in (height, width)]
         layout = row_layout((index[0][:, None] * 7 + index[1])[None], 1, 50)
+        shapes = ((50,), (50,), ()) if bias else ((channels, 50), (channels, 50), (50, channels))
         tables = [[torch.zeros(1, *shape, requires_grad=True)] * (place in places)
-                  for place, shape in zip("qkv", ((channels, 50), (channels, 50), (50, channels)), strict=True)]
+                  for place, shape in zip("qkv", shapes, strict=True)]
         mask = torch.zeros(2, 1, 1, height * width + 1, dtype=torch.bool) if masked else None
-        rows.attention(q, k, v, *tables, *layout, False, mask, dropout_p).sum().backward()
+        rows.attention(q, k, v, *tables, *layout, bias, mask, dropout_p).sum().backward()
     finally:
         rows._launch = launch
     return found

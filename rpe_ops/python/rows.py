@@ -165,8 +165,8 @@ def _logits(x, y, own, other, own_products, other_products, layout, shape, scale
             value = tl.load(mask + other_token * mask_other)[None, :]
         else:
             value = tl.load(mask + (token[:, None] * mask_own + other_token[None, :] * mask_other))
-        if mask.dtype.element_ty == tl.uint8:
-            logits = tl.where(value != 0, logits, float("-inf"))
+        if mask.dtype.element_ty == tl.int1:
+            logits = tl.where(value, logits, float("-inf"))
         else:
             logits += value.to(tl.float32)
     return tl.where(inside[None, :], logits, float("-inf"))
@@ -377,8 +377,10 @@ def _of_column(block, column, group, planes, heads, groups, length, rows, column
 def _channels(x, x_at, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr):
     """(tokens, channels); for a bias one channel, of 1."""
     if BIAS:
-        return tl.where(x_at[:, None] * 0 + tl.arange(0, BLOCK_D)[None, :] == 0, 1.0, 0.0)
-    return _load(x, x_at, CHANNELS, BLOCK_D)
+        tile = tl.where(x_at[:, None] * 0 + tl.arange(0, BLOCK_D)[None, :] == 0, 1.0, 0.0)
+    else:  # not after a return: Triton compiles what follows one in an `if`, and the types of both would have to agree
+        tile = _load(x, x_at, CHANNELS, BLOCK_D)
+    return tile
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -484,9 +486,7 @@ class _Call:
         padded, groups = triton.cdiv(columns, 16) * 16, tables[0].shape[0]
         self.q, self.places, self.size, self.bias = q, places, classes * padded, bias
         self.tables = [table.contiguous() for table in tables]
-        if mask is not None:
-            mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).expand(*q.shape[:3], length)
-        self.mask = mask
+        self.mask = mask = None if mask is None else mask.expand(*q.shape[:3], length)
         self.values = {
             "layout": layout, "rows": rows, "columns": columns, "prefix": prefix, "row_step": row_step,
             "column_step": column_step, "padded": padded, "size": self.size, "count": columns + (prefix > 0),

@@ -264,6 +264,16 @@ def test_it_compiles_without_spilled_registers(arch, dtype, places):
     assert len(lines) == 7 and all(int(line.split()[-2]) == 0 for line in lines), lines
 
 
+def test_a_bias_compiles_in_half_precision():
+    made = in_benchmarks("""
+import torch, rows_ptxas
+for name, (kernel, tile, arguments) in rows_ptxas.launches(torch.float16, 64, "qk", True, 0.0, bias=True).items():
+    rows_ptxas.compiled(kernel, tile, arguments, 90)
+    print(name)
+""").split()
+    assert made == ["product", "forward", "queries", "keys", "gradient", "collect"]
+
+
 COMPILE = """
 import collections, json, torch, triton
 from torch._dynamo.backends.common import aot_autograd
@@ -322,4 +332,6 @@ def test_torch_compile_sees_the_kernels_and_what_they_write_to():
     assert [changed for _, changed in kernels[1]] == [
         ["products"], ["deltas", "grads", "sums"], ["grads", "sums"], ["x_0"], ["partial"], ["grads"]]
     others = collections.Counter(name for graph in (forward, backward) for name, _ in graph)
-    assert not [name for name in others if any(word in name for word in ("clone", "copy", "zero", "full", "cat"))]
+    # a view of bool as another type is more than the compiler of PyTorch 2.11 can do
+    unwanted = "clone", "copy", "zero", "full", "cat", "view.dtype"
+    assert not [name for name in others if any(word in name for word in unwanted)]
