@@ -337,9 +337,11 @@ def variations(tile, fixed_other):
 def candidates(args):
     """[(terms on, kernel, tile)] of DeiT-S in half precision."""
     from rpe_ops import rows
-    chosen = []
-    for on in ("k", "qkv"):
+    chosen, unused = [], {"k": ("queries", "keys, sums"), "qkv": ("queries", "keys")}
+    for on in unused:
         for kernel, tile in rows.KERNELS.items():
+            if kernel in unused[on]:
+                continue
             tile = rows.TILES[kernel, args.width(), 64] if (kernel, args.width(), 64) in rows.TILES else tile
             chosen += [(on, kernel, candidate) for candidate in variations(tile, "sums" in kernel)]
     return chosen[:2] if args.tiny else chosen

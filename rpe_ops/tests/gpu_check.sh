@@ -15,6 +15,7 @@ if [ "${1:-}" = --tiny ]; then
     tiny=1
     shift
 fi
+[ -z "${1:-}" ] || set -- "$(realpath -m "$1")" # before the folder changes
 cd "$(dirname "$0")/.."
 scratch=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$scratch"' EXIT
@@ -65,10 +66,10 @@ if [ -z "$tiny" ]; then
 fi
 touch "$scratch/free"
 stage "steps, kernels, memory, tilings, goals"
+tail -n +1 --pid="$times" -f "$scratch/times" # as it comes, so that what is measured is kept if time runs out
 if ! wait "$times"; then
     failed=1
     tail -n 20 "$scratch/notes"
 fi
-cat "$scratch/times"
 stage "end: $([ $failed = 0 ] && echo "nothing failed" || echo "something FAILED")"
 exit $failed
