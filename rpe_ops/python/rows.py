@@ -236,6 +236,8 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
     those of them with the table on values, and the queries leave their `deltas`, Σ over keys of p·(gradient of p), to
     the keys. `grads` are those of keys, queries and values, (3, B, L, H, D): of what the tables on q, k, v meet.
     """
+    # torch.compile hands numbers over as float64
+    scale, dropout_p = tl.cast(scale, tl.float32), tl.cast(dropout_p, tl.float32)
     shape = (rows, columns, prefix, row_step, column_step, chunks, padded, size)
     blocks = tl.cdiv(chunks, OWN // 16)
     plane, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * (OWN // 16)
@@ -404,7 +406,7 @@ def _product_kernel(x_0, x_1, x_2, table_0, table_1, table_2, table_3, table_4, 
     by_channel, by_bucket = tl.where(by_value, 1, buckets), tl.where(by_value, CHANNELS, 1)
     table = _chosen(place, table_0, table_1, table_2) + group * CHANNELS * buckets + channel * by_channel
     other_table = _chosen(place, table_3, table_4, table_5) + group * CHANNELS * buckets + channel * by_channel
-    factor = tl.where(by_value, 1.0, scale)
+    factor = tl.where(by_value, 1.0, tl.cast(scale, tl.float32))  # float64 from torch.compile
     products += place.to(tl.int64) * planes * groups * length * size
     total = tl.zeros((OWN, BLOCK_D), tl.float32)
     for start in range(0, size, OTHER):
@@ -472,7 +474,8 @@ def _collect_kernel(partial, layout, grads, groups, columns, ids, buckets, size,
     by_value = place == on_values
     grads += ((place * tables + table) * groups + group) * CHANNELS * buckets
     grads += channel * tl.where(by_value, 1, buckets) + bucket * tl.where(by_value, CHANNELS, 1)
-    tl.store(grads, (tl.sum(total, 0) * tl.where(by_value, 1.0, scale)).to(grads.dtype.element_ty),
+    factor = tl.where(by_value, 1.0, tl.cast(scale, tl.float32))
+    tl.store(grads, (tl.sum(total, 0) * factor).to(grads.dtype.element_ty),
              mask=channel < CHANNELS)
 
 

@@ -274,6 +274,22 @@ for name, (kernel, tile, arguments) in rows_ptxas.launches(torch.float16, 64, "q
     assert made == ["product", "forward", "queries", "keys", "gradient", "collect"]
 
 
+def test_kernels_compile_as_torch_compile_asks_for_them():
+    """With numbers in float64, and every integer of 1 as a constant."""
+    made = in_benchmarks("""
+import torch, triton, rows_ptxas
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+for name, (kernel, tile, arguments) in rows_ptxas.launches(torch.float16, 64, "qkv", True, 0.1).items():
+    types, constants, aligned = rows_ptxas.specialised(kernel, arguments)
+    ones = {name: 1 for name, value in arguments.items() if type(value) is int and value == 1}
+    types |= {name: "fp64" for name, kind in types.items() if kind == "fp32"} | dict.fromkeys(ones, "constexpr")
+    program = triton.compile(ASTSource(kernel, types, constants | ones, aligned), target=GPUTarget("cuda", 90, 32))
+    print(name, program.asm["ptx"].count("mul.f64"))
+""").splitlines()
+    assert len(made) == 7 and all(line.endswith(" 0") for line in made), made
+
+
 COMPILE = """
 import collections, json, torch, triton
 from torch._dynamo.backends.common import aot_autograd
