@@ -85,7 +85,7 @@ def get_args_parser():
     add("--output_dir", default="", help="where checkpoints and logs go; nothing is written without it")
     add("--device", default="cuda")
     add("--compile", action="store_true",
-        help="torch.compile what fits pictures of all sizes: the backbone, the decoder, and of the encoder what is not "
+        help="torch.compile what fits images of all sizes: the backbone, the decoder, and of the encoder what is not "
         "attention with relative positions; needs a C++ compiler, and on a GPU Triton")
     add("--seed", default=42, type=int)
     add("--resume", default="", help="checkpoint (file or URL) to go on from, or to evaluate; auto "

@@ -5,7 +5,7 @@ from .rpe_attention.irpe import iRPE
 
 
 def compile_detector(model):
-    """Compile, in place, what can be compiled once for pictures of all sizes; the names of the weights stay.
+    """Compile, in place, what can be compiled once for images of all sizes; the names of the weights stay.
 
     That is the backbone, the decoder, and the encoder: all of it without relative positions, and with them what follows
     the attention in each layer. The attention itself stays eager there, since the ids of its buckets are constants of

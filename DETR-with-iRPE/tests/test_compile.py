@@ -1,4 +1,4 @@
-"""--compile: the same results and checkpoints, few compilations for pictures of many sizes."""
+"""--compile: the same results and checkpoints, few compilations for images of many sizes."""
 import pytest
 import torch
 
@@ -48,7 +48,7 @@ def detector(*flags):
 
 
 def pictures(height, width):
-    """Two pictures of different sizes, padded."""
+    """Two images of different sizes, padded."""
     generator = torch.Generator().manual_seed(height * width)
     return nested_tensor_from_tensor_list([torch.rand(3, height, width, generator=generator),
                                            torch.rand(3, height - 9, width - 3, generator=generator)])
@@ -64,7 +64,7 @@ def gradients(model, samples):
 # the backbone, the decoder; the encoder, or with relative positions what follows the attention of its first layer,
 # whose tokens are a transposed map, and of the others
 @pytest.mark.parametrize(("flags", "count"), [(["--enc_rpe2d", ""], 3), ([], 4)])
-def test_pictures_of_new_sizes_are_not_compiled_again_and_give_the_same_gradients(graphs, flags, count):
+def test_images_of_new_sizes_are_not_compiled_again_and_give_the_same_gradients(graphs, flags, count):
     compiled, plain = detector(*flags), detector(*flags)
     compile_detector(compiled)
     assert list(compiled.state_dict()) == list(plain.state_dict())
