@@ -730,7 +730,7 @@ class Progress:
     def _steps(self) -> Iterator:
         global _where
         started, first = time.perf_counter(), self.done
-        for batch in self.loader:
+        for batch in self._batches():
             _where = f"{self.header}, step {self.done}"
             if self.run:  # a sample's numbers end with 0, a process's with its own
                 seed_everything(self.run.args.seed, self.run.epoch, self.done, 1 + get_rank())
@@ -743,6 +743,18 @@ class Progress:
                 self.run.after_step(self)
             elif _caught:
                 raise Interrupted(_caught[0])
+
+    def _batches(self) -> Iterator:
+        """The loader's batches. PyTorch has no error of its own for a worker that ends while it hands one over."""
+        batches = iter(self.loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (ConnectionError, EOFError) as error:
+                raise RuntimeError(f"DataLoader worker ended while it handed over a batch: {error!r}") from error
+            yield batch
 
     def add(self, **values: torch.Tensor) -> None:
         """Take one step's 0-d tensors; they are read when the next line is due, since the GPU would wait for that, as

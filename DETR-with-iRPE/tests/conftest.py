@@ -10,11 +10,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-# MKL rounds differently on every generation of processors. Its AVX-512 products move some activations of the mask head
-# across the kink of a ReLU, and with them four golden gradients of norm 1e-5 by 2e-3. Its code for all processors
-# agrees with them to 2e-6. MKL reads this when it is loaded.
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
-
 import numpy as np
 import pytest
 import torch

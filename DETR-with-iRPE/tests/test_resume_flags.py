@@ -21,7 +21,7 @@ FOLLOWED = {
     "dice_loss_coef": [2], "eos_coef": [0.2], "dataset_file": ["coco_panoptic"], "coco_path": ["x"],
     "coco_panoptic_path": ["x"], "remove_difficult": [], "short_side": [64], "num_workers": [1],
     "eval_batch_size": [1], "output_dir": ["x"], "device": ["cpu"], "seed": [7], "save_every": [3],
-    "step_timeout": [7]}
+    "step_timeout": [7], "compile": []}
 HELD = {"lr": [1e-3], "lr_backbone": [1e-3], "weight_decay": [0.1], "lr_drop": [3]}
 NO_PART_OF_TRAINING = {"resume", "finetune", "eval", "world_size", "dist_url", "local_rank"}
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import main
 import models
-from conftest import parse, small
+from conftest import PROJECT, finish, parse, small, start
 from engine import named_losses
 from fill import fill_state_dict, image
 from models.detr import SetCriterion
@@ -101,11 +101,21 @@ def test_losses_equal_the_released_ones(name):
     assert losses["loss"].item() == pytest.approx(SEGM[name]["total"], rel=1e-4)
 
 
+def gradient_norms(name):
+    """Norms of the golden configuration's gradients."""
+    gradients = run(name)[3]
+    return {key: gradients[key].norm().item() for key in SEGM[name]["grads"]}
+
+
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_gradients_equal_the_released_ones(name):
-    gradients = run(name)[3]
-    found = {key: gradients[key].norm().item() for key in SEGM[name]["grads"]}
-    assert found == pytest.approx(SEGM[name]["grads"], rel=1e-3)
+    """In a process of its own, since MKL reads when it is loaded which instructions to use. Its AVX-512 products move
+    some activations of the mask head across the kink of a ReLU, and with them, on an Intel Xeon, four of segm_k's
+    gradients of norm 1e-5 by 2e-3; with AVX2 they agree to 2e-6. Other processors ignore the setting."""
+    code = f"import json, test_segmentation; print(json.dumps(test_segmentation.gradient_norms({name!r})))"
+    status, out, said = finish(start(PROJECT / "tests" / "run_code.py", code, MKL_CBWR="AVX2"))
+    assert status == 0, said
+    assert json.loads(out.splitlines()[-1]) == pytest.approx(SEGM[name]["grads"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

@@ -31,7 +31,8 @@ FOLLOWED = {
     "teacher_model": ["x"], "teacher_path": ["x"], "distillation_type": ["soft"], "distillation_alpha": [0.1],
     "distillation_tau": [2], "data_path": ["x"], "data_set": ["FOLDER"], "inat_category": ["class"],
     "output_dir": ["x"], "device": ["cpu"], "amp_dtype": ["bfloat16"], "save_every": [3], "step_timeout": [7],
-    "dist_eval": None, "num_workers": [1], "pin_mem": None}
+    "dist_eval": None, "num_workers": [1], "pin_mem": None,
+    "compile": []}
 HELD = {"lr": [0.01], "epochs": [20], "weight_decay": [0.3], "opt_betas": [0.7, 0.8], "opt_eps": [1e-3],
         "momentum": [0.7], "warmup_epochs": [6], "warmup_lr": [1e-3], "min_lr": [1e-3], "decay_epochs": [2],
         "decay_rate": [0.1], "patience_epochs": [4], "cooldown_epochs": [4], "lr_noise": [0.2, 0.7],
