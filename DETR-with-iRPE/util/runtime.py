@@ -745,7 +745,7 @@ class Progress:
                 raise Interrupted(_caught[0])
 
     def _batches(self) -> Iterator:
-        """The loader's batches. PyTorch has no error of its own for a worker that ends while it hands one over."""
+        """The loader's batches. What a worker leaves that ends while it hands one over, is told as its end."""
         batches = iter(self.loader)
         while True:
             try:
@@ -753,6 +753,7 @@ class Progress:
             except StopIteration:
                 return
             except (ConnectionError, EOFError) as error:
+                time.sleep(5)  # PyTorch raises an error here that names the worker, as soon as it learns of its end
                 raise RuntimeError(f"DataLoader worker ended while it handed over a batch: {error!r}") from error
             yield batch
 
