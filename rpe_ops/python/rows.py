@@ -49,12 +49,19 @@ def tile(kernel: str, dtype: torch.dtype, channels: int) -> Tile:
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], prefix: int) -> bool:
-    """Whether `attention` is for this call: q, k, v of one shape, at most 128 channels and 16 prefix tokens, tables of
-    one type, on a GPU (or, under Triton's interpreter, on the CPU), with Triton 3.3 or newer."""
+    """Whether `attention` is for this call: q, k, v of one shape and type, at most 128 channels and 16 prefix tokens,
+    tables of one type for these heads and channels, on a GPU (or, under Triton's interpreter, on the CPU), with Triton
+    3.3 or newer."""
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
     return (q.device.type == ("cpu" if INTERPRETED else "cuda") and q.shape == k.shape == v.shape and q.numel() > 0
             and q.shape[3] <= 128 and prefix <= 16 and dtype in (torch.float16, torch.bfloat16, torch.float32)
-            and len({table.dtype for table in tables}) == 1 and hasattr(tl, "tuple"))
+            and q.dtype == k.dtype == v.dtype and len({table.dtype for table in tables}) == 1
+            and all(_fits(table, *q.shape[1::2]) for table in tables) and hasattr(tl, "tuple"))
+
+
+def _fits(table: Tensor, heads: int, channels: int) -> bool:
+    """Whether a table is for so many heads and channels; that of a bias, (H', buckets), has no channels."""
+    return len(table) in (1, heads) and (table.dim() == 2 or channels in table.shape[1:])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, tables_q: list[Tensor], tables_k: list[Tensor], tables_v: list[Tensor],

@@ -209,6 +209,9 @@ def test_it_says_which_calls_it_takes(monkeypatch):
     for wrong in ((q, q[:, :, :3], q), (q, q, q[..., :4]), [torch.zeros(1, 1, 3, 129, device=DEVICE).half()] * 3,
                   [q.double()] * 3, [q[:0]] * 3):
         assert not take(*wrong, [table], 1)
+    for wrong in (torch.zeros(1, 7, 50), torch.zeros(3, 8, 50), torch.zeros(3, 50)):  # of other channels or heads
+        assert not take(q, q, q, [wrong.to(DEVICE)], 1)
+    assert not take(q, q.half(), q, [table], 1)
     assert not take(q, q, q, [table], 17) and not take(q, q, q, [table, table.half()], 1)
 
 
