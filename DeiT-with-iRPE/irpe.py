@@ -549,11 +549,7 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
     ours = all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
     ours = ours and HAS_RPE_OPS and not _is_recorded()
     if ours and _goes_by_rows(q, k, v, modules, attn_mask):
-        config, tables = modules[0].config, [rpe.tables if rpe else [] for rpe in (rpe_q, rpe_k, rpe_v)]
-        size = _map_size(operator.index(q.shape[2]), height, width, config.skip)
-        key = config.method, *size, config.skip, config.piecewise, q.device
-        return rpe_ops.blockwise.rows.attention(q, k, v, *tables, _constant_row_layout(*key), _constant_row_sizes(*key),
-                                                config.mode == "bias", attn_mask, dropout_p)
+        return _attention_by_rows(q, k, v, (rpe_q, rpe_k, rpe_v), height, width, attn_mask, dropout_p)
     q, mask, blind = q * q.shape[-1] ** -0.5, attn_mask, None
     if mask is not None:
         if mask.dtype == torch.bool:
@@ -564,16 +560,30 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
         terms = [rpe.terms(q.shape[2], q.device, height, width) if rpe else [] for rpe in (rpe_q, rpe_k, rpe_v)]
         out = rpe_ops.attention(q, k, v, *terms, mask, dropout_p)
     else:
-        terms = [rpe_k and rpe_k(q, height, width),
-                 rpe_q and rpe_q(k * q.shape[-1] ** -0.5, height, width).transpose(-2, -1), mask]
-        terms = [term for term in terms if term is not None]
-        # without a term on values PyTorch's attention does the rest, and takes what is added to the logits as its mask
-        if rpe_v is None:
-            out = F.scaled_dot_product_attention(q, k, v, add_terms(terms), dropout_p, scale=1.0)
-            # its strides depend on whether gradients are asked for, which may change after the trace
-            out = out.clone(memory_format=torch.contiguous_format) if _is_recorded() else out
-        else:
-            logits = functools.reduce(torch.add, terms, torch.matmul(q, k.transpose(-2, -1)))
-            attn = F.dropout(logits.softmax(-1), dropout_p)
-            out = torch.matmul(attn, v) + rpe_v(attn, height, width)
+        out = _composed_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p)
     return out if mask is None else out.masked_fill(blind, 0)
+
+
+def _attention_by_rows(q, k, v, modules, height, width, attn_mask, dropout_p):
+    """The attention of `rpe_ops.rows`; q is not scaled, and modules are those on queries, keys and values, or None."""
+    config = next(module.config for module in modules if module is not None)
+    tables = [module.tables if module is not None else [] for module in modules]
+    size = _map_size(operator.index(q.shape[2]), height, width, config.skip)
+    key = config.method, *size, config.skip, config.piecewise, q.device
+    return rpe_ops.blockwise.rows.attention(q, k, v, *tables, _constant_row_layout(*key), _constant_row_sizes(*key),
+                                            config.mode == "bias", attn_mask, dropout_p)
+
+
+def _composed_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p):
+    """Attention from the modules' own terms and PyTorch's operators; q is scaled, and the mask is added."""
+    terms = [rpe_k and rpe_k(q, height, width),
+             rpe_q and rpe_q(k * q.shape[-1] ** -0.5, height, width).transpose(-2, -1), mask]
+    terms = [term for term in terms if term is not None]
+    if rpe_v is not None:
+        logits = functools.reduce(torch.add, terms, torch.matmul(q, k.transpose(-2, -1)))
+        attn = F.dropout(logits.softmax(-1), dropout_p)
+        return torch.matmul(attn, v) + rpe_v(attn, height, width)
+    # without a term on values PyTorch's attention does the rest, and takes what is added to the logits as its mask
+    out = F.scaled_dot_product_attention(q, k, v, add_terms(terms), dropout_p, scale=1.0)
+    # its strides depend on whether gradients are asked for, which may change after the trace
+    return out.clone(memory_format=torch.contiguous_format) if _is_recorded() else out
