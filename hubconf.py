@@ -3,6 +3,7 @@
 A codebase is imported when one of its models, or what `torch.hub.help` says of it, is asked for; so the DeiT models
 need no pycocotools and DETR no timm.
 """
+
 import functools
 import importlib.util
 import pathlib
@@ -40,8 +41,10 @@ def _hubconf(folder):
     try:
         spec.loader.exec_module(module)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"the models of {folder} need {error.name}, which is not installed: "
-                                  "pip install -r requirements.txt", name=error.name) from error
+        raise ModuleNotFoundError(
+            f"the models of {folder} need {error.name}, which is not installed: pip install -r requirements.txt",
+            name=error.name,
+        ) from error
     return module
 
 

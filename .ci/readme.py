@@ -1,7 +1,8 @@
 """Rewrite the codebases' model zoos, between `<!-- released -->` and `<!-- end -->`, from tools/released.json.
 
-    python .ci/readme.py
+python .ci/readme.py
 """
+
 import json
 import re
 from pathlib import Path
@@ -10,11 +11,26 @@ ROOT = Path(__file__).resolve().parent.parent
 READMES = {"deit": ROOT / "DeiT-with-iRPE" / "README.md", "detr": ROOT / "DETR-with-iRPE" / "README.md"}
 # column → the row's entry under it, as a format
 TABLES = {
-    "deit": {"name": "{name}", "#Params (M)": "{params_m:.2f}", "MACs (M)": "{macs_m}", "top-1": "{top1:.1f}",
-             "top-5": "{top5:.1f}", "file": "[.pth]({url})"},
-    "detr": {"enc_rpe2d": "{enc_rpe2d}", "buckets": "{buckets}", "epochs": "{epochs}", "AP": "{ap:.3f}",
-             "AP50": "{ap50:.3f}", "AP75": "{ap75:.3f}", "APS": "{aps:.3f}", "APM": "{apm:.3f}", "APL": "{apl:.3f}",
-             "file": "[{file}]({url})"},
+    "deit": {
+        "name": "{name}",
+        "#Params (M)": "{params_m:.2f}",
+        "MACs (M)": "{macs_m}",
+        "top-1": "{top1:.1f}",
+        "top-5": "{top5:.1f}",
+        "file": "[.pth]({url})",
+    },
+    "detr": {
+        "enc_rpe2d": "{enc_rpe2d}",
+        "buckets": "{buckets}",
+        "epochs": "{epochs}",
+        "AP": "{ap:.3f}",
+        "AP50": "{ap50:.3f}",
+        "AP75": "{ap75:.3f}",
+        "APS": "{aps:.3f}",
+        "APM": "{apm:.3f}",
+        "APL": "{apl:.3f}",
+        "file": "[{file}]({url})",
+    },
 }
 
 

@@ -1,4 +1,5 @@
 """The two loops: one epoch of training, and evaluation over a whole data set."""
+
 import math
 import statistics
 
@@ -29,8 +30,18 @@ def named_losses(criterion, losses):
     return {"loss": sum(weighted.values()), **weighted, **bare}
 
 
-def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, loss_scaler, max_norm=0.0,
-                    amp_dtype=torch.float32, run=None):
+def train_one_epoch(
+    model,
+    criterion,
+    data_loader,
+    optimizer,
+    device,
+    epoch,
+    loss_scaler,
+    max_norm=0.0,
+    amp_dtype=torch.float32,
+    run=None,
+):
     """Train over the loader once.
 
     Args:
@@ -42,8 +53,15 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
     """
     model.train()
     criterion.train()
-    progress = Progress(f"epoch {epoch}", data_loader, data_loader.batch_size * get_world_size(), SHOWN, run,
-                        lr=optimizer.param_groups[0]["lr"], lr_backbone=optimizer.param_groups[-1]["lr"])
+    progress = Progress(
+        f"epoch {epoch}",
+        data_loader,
+        data_loader.batch_size * get_world_size(),
+        SHOWN,
+        run,
+        lr=optimizer.param_groups[0]["lr"],
+        lr_backbone=optimizer.param_groups[-1]["lr"],
+    )
     for samples, targets in progress:
         samples, targets = to_device(samples, targets, device)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
@@ -62,8 +80,9 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, los
 
 
 @torch.inference_mode()
-def evaluate(model, criterion, postprocessors, data_loader, ground_truth, device, amp_dtype=torch.float32,
-             output_dir=""):
+def evaluate(
+    model, criterion, postprocessors, data_loader, ground_truth, device, amp_dtype=torch.float32, output_dir=""
+):
     """Losses, COCO's numbers and panoptic quality over every picture of the set, counted once.
 
     Args:
@@ -129,13 +148,19 @@ def _average(gathered, amp_dtype):
     batches = sorted((batch for batches in gathered for batch in batches), key=lambda batch: batch[0])
     columns = {name: [values[name] for _, _, values in batches] for name in batches[0][2]}
     pictures = [count for _, count, _ in batches]
-    means = {name: sum(value * count for value, count in zip(column, pictures, strict=True)) / sum(pictures)
-             for name, column in columns.items()}
-    print_once("Averaged stats: " + "  ".join(
-        f"{name}: {statistics.median(column):.4f} ({means[name]:.4f})" for name, column in columns.items()))
+    means = {
+        name: sum(value * count for value, count in zip(column, pictures, strict=True)) / sum(pictures)
+        for name, column in columns.items()
+    }
+    print_once(
+        "Averaged stats: "
+        + "  ".join(f"{name}: {statistics.median(column):.4f} ({means[name]:.4f})" for name, column in columns.items())
+    )
     if not math.isfinite(means["loss"]):
-        raise UserError(f"the loss of the evaluation is {means['loss']}: the weights or --amp_dtype "
-                        f"{str(amp_dtype).removeprefix('torch.')} give outputs that are not finite")
+        raise UserError(
+            f"the loss of the evaluation is {means['loss']}: the weights or --amp_dtype "
+            f"{str(amp_dtype).removeprefix('torch.')} give outputs that are not finite"
+        )
     return means
 
 

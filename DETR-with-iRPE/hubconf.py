@@ -4,6 +4,7 @@ Every entry takes `pretrained` (load the released weights), `num_classes` (highe
 `return_postprocessor` (give (model, PostProcess) rather than the model), and returns the model in evaluation mode.
 Those for panoptic segmentation take `threshold` too, the least probability of a query that PostProcessPanoptic keeps.
 """
+
 import importlib
 import pathlib
 import sys
@@ -19,8 +20,12 @@ def _import_siblings(*names):
     """
     folder = pathlib.Path(__file__).resolve().parent
     own = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
-    foreign = {name for name in own if name in sys.modules and not pathlib.Path(
-        getattr(sys.modules[name], "__file__", None) or "/").resolve().is_relative_to(folder)}
+    foreign = {
+        name
+        for name in own
+        if name in sys.modules
+        and not pathlib.Path(getattr(sys.modules[name], "__file__", None) or "/").resolve().is_relative_to(folder)
+    }
 
     def take():
         return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in foreign}
@@ -49,9 +54,12 @@ def _build(flags, url, pretrained, num_classes):
     if pretrained:
         cached = f"{torch.hub.get_dir()}/checkpoints/{url.rpartition('/')[2]}"
         _checkpoint.load_weights(
-            model, _runtime.load_checkpoint(url), url,
+            model,
+            _runtime.load_checkpoint(url),
+            url,
             classes_cure="leave num_classes out for the released model, or pretrained for one of other classes",
-            model_cure=f"remove {cached} to have the file fetched anew")
+            model_cure=f"remove {cached} to have the file fetched anew",
+        )
     return model.eval(), postprocessors
 
 
@@ -75,27 +83,43 @@ def _panoptic(description, url, *flags):
     return entry
 
 
-detr_resnet50 = _detector(
-    "DETR with ResNet-50, 500 epochs: 42.0 AP on COCO val2017.", _DETR + "detr-r50-e632da11.pth")
+detr_resnet50 = _detector("DETR with ResNet-50, 500 epochs: 42.0 AP on COCO val2017.", _DETR + "detr-r50-e632da11.pth")
 detr_resnet50_dc5 = _detector(
-    "DETR-DC5 with ResNet-50 (dilated last stage): 43.3 AP.", _DETR + "detr-r50-dc5-f0fb7ef5.pth", "--dilation")
+    "DETR-DC5 with ResNet-50 (dilated last stage): 43.3 AP.", _DETR + "detr-r50-dc5-f0fb7ef5.pth", "--dilation"
+)
 detr_resnet101 = _detector(
-    "DETR with ResNet-101: 43.5 AP.", _DETR + "detr-r101-2c7b67e5.pth", "--backbone", "resnet101")
+    "DETR with ResNet-101: 43.5 AP.", _DETR + "detr-r101-2c7b67e5.pth", "--backbone", "resnet101"
+)
 detr_resnet101_dc5 = _detector(
-    "DETR-DC5 with ResNet-101: 44.9 AP.", _DETR + "detr-r101-dc5-a2e86def.pth", "--backbone", "resnet101", "--dilation")
+    "DETR-DC5 with ResNet-101: 44.9 AP.", _DETR + "detr-r101-dc5-a2e86def.pth", "--backbone", "resnet101", "--dilation"
+)
 detr_resnet50_rpe_19_product_ctx_1_k = _detector(
     "DETR with ResNet-50 and iRPE on keys, 7×7 buckets, 150 epochs: 40.9 AP.",
-    _IRPE + "rpe-1.9-product-ctx-1-k.pth", "--enc_rpe2d", "rpe-1.9-product-ctx-1-k")
+    _IRPE + "rpe-1.9-product-ctx-1-k.pth",
+    "--enc_rpe2d",
+    "rpe-1.9-product-ctx-1-k",
+)
 detr_resnet50_rpe_20_product_ctx_1_k = _detector(
     "DETR with ResNet-50 and iRPE on keys, 9×9 buckets, 150 epochs: 41.0 AP.",
-    _IRPE + "rpe-2.0-product-ctx-1-k.pth", "--enc_rpe2d", "rpe-2.0-product-ctx-1-k")
+    _IRPE + "rpe-2.0-product-ctx-1-k.pth",
+    "--enc_rpe2d",
+    "rpe-2.0-product-ctx-1-k",
+)
 detr_resnet50_rpe_20_product_ctx_1_k_300epochs = _detector(
     "DETR with ResNet-50 and iRPE on keys, 9×9 buckets, 300 epochs: 42.2 AP.",
-    _IRPE + "rpe-2.0-product-ctx-1-k_300epochs.pth", "--enc_rpe2d", "rpe-2.0-product-ctx-1-k")
+    _IRPE + "rpe-2.0-product-ctx-1-k_300epochs.pth",
+    "--enc_rpe2d",
+    "rpe-2.0-product-ctx-1-k",
+)
 detr_resnet50_panoptic = _panoptic(
-    "DETR with ResNet-50 and a mask head: 43.4 PQ on COCO val2017.", _DETR + "detr-r50-panoptic-00ce5173.pth")
+    "DETR with ResNet-50 and a mask head: 43.4 PQ on COCO val2017.", _DETR + "detr-r50-panoptic-00ce5173.pth"
+)
 detr_resnet50_dc5_panoptic = _panoptic(
-    "DETR-DC5 with ResNet-50 and a mask head: 44.6 PQ.", _DETR + "detr-r50-dc5-panoptic-da08f1b1.pth", "--dilation")
+    "DETR-DC5 with ResNet-50 and a mask head: 44.6 PQ.", _DETR + "detr-r50-dc5-panoptic-da08f1b1.pth", "--dilation"
+)
 detr_resnet101_panoptic = _panoptic(
-    "DETR with ResNet-101 and a mask head: 45.1 PQ.", _DETR + "detr-r101-panoptic-40021d53.pth", "--backbone",
-    "resnet101")
+    "DETR with ResNet-101 and a mask head: 45.1 PQ.",
+    _DETR + "detr-r101-panoptic-40021d53.pth",
+    "--backbone",
+    "resnet101",
+)

@@ -1,4 +1,5 @@
 """Train DETR with iRPE on a set in COCO's format, or evaluate it."""
+
 import argparse
 import datetime
 import json
@@ -30,19 +31,36 @@ def get_args_parser():
     add("--epochs", default=300, type=int)
     add("--lr_drop", default=200, type=int, help="the rates fall to a tenth after every so many epochs")
     add("--clip_max_norm", default=0.1, type=float, help="bound on the gradient's norm, 0 for none")
-    add("--amp_dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-        help="mixed precision in this type; float32 switches it off")
+    add(
+        "--amp_dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="mixed precision in this type; float32 switches it off",
+    )
     add("--no_augmentation", action="store_true", help="train on the pictures as evaluation sees them")
-    add("--eval_every", default=1, type=int, metavar="EPOCHS",
-        help="evaluate after every so many epochs, and after the last")
+    add(
+        "--eval_every",
+        default=1,
+        type=int,
+        metavar="EPOCHS",
+        help="evaluate after every so many epochs, and after the last",
+    )
 
     add = parser.add_argument_group("model").add_argument
     add("--backbone", default="resnet50", help="resnet18, resnet34, resnet50 or resnet101")
-    add("--no_pretrained_backbone", action="store_true",
-        help="start the backbone from random weights and train all of it, batch norm included")
+    add(
+        "--no_pretrained_backbone",
+        action="store_true",
+        help="start the backbone from random weights and train all of it, batch norm included",
+    )
     add("--dilation", action="store_true", help="DC5: dilate the last stage instead of its stride")
-    add("--last_stride", default=2, type=int, choices=(1, 2),
-        help="stride of the backbone's last stage; 1 gives a finer map (16 pixels a token, not 32)")
+    add(
+        "--last_stride",
+        default=2,
+        type=int,
+        choices=(1, 2),
+        help="stride of the backbone's last stage; 1 gives a finer map (16 pixels a token, not 32)",
+    )
     add("--position_embedding", default="sine", choices=("sine", "learned"))
     add("--enc_layers", default=6, type=int)
     add("--dec_layers", default=6, type=int)
@@ -53,11 +71,15 @@ def get_args_parser():
     add("--num_queries", default=100, type=int, help="the most objects found in a picture")
     add("--pre_norm", action="store_true")
     add("--enc_rpe2d", default="", help="relative positions in the encoder, as rpe-2.0-product-ctx-1-k")
-    add("--num_classes", type=int,
-        help="highest category id + 1; read from the annotations if not given, and at least 250 for coco_panoptic")
+    add(
+        "--num_classes",
+        type=int,
+        help="highest category id + 1; read from the annotations if not given, and at least 250 for coco_panoptic",
+    )
     add("--masks", action="store_true", help="draw a mask for every object")
-    add("--frozen_weights", type=str, metavar="FILE",
-        help="with --masks: the detector under them, which stays as it is")
+    add(
+        "--frozen_weights", type=str, metavar="FILE", help="with --masks: the detector under them, which stays as it is"
+    )
 
     add = parser.add_argument_group("loss").add_argument
     add("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses for the earlier decoder layers")
@@ -75,26 +97,45 @@ def get_args_parser():
     add("--coco_path", type=str, help="the folder with annotations/, train2017 and val2017")
     add("--coco_panoptic_path", type=str, help="the folder with annotations/, panoptic_train2017 and panoptic_val2017")
     add("--remove_difficult", action="store_true", help="train without objects marked difficult")
-    add("--short_side", default=800, type=int,
-        help="of the pictures in evaluation; the sizes of training scale with it")
+    add(
+        "--short_side", default=800, type=int, help="of the pictures in evaluation; the sizes of training scale with it"
+    )
     add("--num_workers", default=4, type=int)
-    add("--eval_batch_size", type=int,
-        help="pictures a batch in evaluation, --batch_size if not given; 1 pads none of them")
+    add(
+        "--eval_batch_size",
+        type=int,
+        help="pictures a batch in evaluation, --batch_size if not given; 1 pads none of them",
+    )
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="", help="where checkpoints and logs go; nothing is written without it")
     add("--device", default="cuda")
-    add("--compile", action="store_true",
+    add(
+        "--compile",
+        action="store_true",
         help="torch.compile what fits images of all sizes: the backbone, the decoder, and of the encoder what is not "
-        "attention with relative positions; needs a C++ compiler, and on a GPU Triton")
+        "attention with relative positions; needs a C++ compiler, and on a GPU Triton",
+    )
     add("--seed", default=42, type=int)
-    add("--resume", default="", help="checkpoint (file or URL) to go on from, or to evaluate; auto "
-        "takes the last one in --output_dir, and starts anew if there is none")
+    add(
+        "--resume",
+        default="",
+        help="checkpoint (file or URL) to go on from, or to evaluate; auto "
+        "takes the last one in --output_dir, and starts anew if there is none",
+    )
     add("--save_every", default=0, type=int, metavar="STEPS", help="save within an epoch too, after so many steps")
-    add("--step_timeout", default=60, type=int, metavar="SECONDS",
-        help="a process that waits so long in a training step for another, or for a picture, ends the run")
-    add("--finetune", action="store_true",
-        help="start a new run from the weights of --resume, with a new class head if it needs one")
+    add(
+        "--step_timeout",
+        default=60,
+        type=int,
+        metavar="SECONDS",
+        help="a process that waits so long in a training step for another, or for a picture, ends the run",
+    )
+    add(
+        "--finetune",
+        action="store_true",
+        help="start a new run from the weights of --resume, with a new class head if it needs one",
+    )
     add("--start_epoch", default=0, type=int)
     add("--eval", action="store_true")
     add("--world_size", default=1, type=int)
@@ -107,25 +148,56 @@ def get_args_parser():
 def check_args(args, needs_data=True):
     """Raise UserError for flags that cannot work, before anything is read or built."""
     if args.dataset_file not in NUM_CLASSES:
-        raise UserError(f"--dataset_file {args.dataset_file} is not known: coco reads any set in COCO's format, and "
-                        "coco_panoptic any in its panoptic format")
+        raise UserError(
+            f"--dataset_file {args.dataset_file} is not known: coco reads any set in COCO's format, and "
+            "coco_panoptic any in its panoptic format"
+        )
     if needs_data and not args.coco_path:
         raise UserError("--coco_path is missing: the folder with annotations/, train2017 and val2017")
     if needs_data and args.dataset_file == "coco_panoptic" and not args.coco_panoptic_path:
-        raise UserError("--coco_panoptic_path is missing: the folder with annotations/, panoptic_train2017 and "
-                        "panoptic_val2017")
+        raise UserError(
+            "--coco_panoptic_path is missing: the folder with annotations/, panoptic_train2017 and panoptic_val2017"
+        )
     if args.frozen_weights and not args.masks:
-        raise UserError("--frozen_weights is the detector under masks: add --masks to learn them, or say --resume FILE "
-                        "--finetune to go on training the detector")
+        raise UserError(
+            "--frozen_weights is the detector under masks: add --masks to learn them, or say --resume FILE "
+            "--finetune to go on training the detector"
+        )
     if args.finetune and args.resume in ("", "auto"):
         raise UserError("--finetune needs the weights to start from: say --resume FILE")
-    for name in ("batch_size", "short_side", "dec_layers", "num_queries", "eval_every", "lr_drop", "hidden_dim",
-                 "nheads", "dim_feedforward", "eval_batch_size", "step_timeout"):
+    for name in (
+        "batch_size",
+        "short_side",
+        "dec_layers",
+        "num_queries",
+        "eval_every",
+        "lr_drop",
+        "hidden_dim",
+        "nheads",
+        "dim_feedforward",
+        "eval_batch_size",
+        "step_timeout",
+    ):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    for name in ("enc_layers", "num_workers", "start_epoch", "epochs", "seed", "save_every", "lr",
-                 "lr_backbone", "weight_decay", "dropout", "clip_max_norm", "eos_coef", "bbox_loss_coef",
-                 "giou_loss_coef", "mask_loss_coef", "dice_loss_coef"):
+    for name in (
+        "enc_layers",
+        "num_workers",
+        "start_epoch",
+        "epochs",
+        "seed",
+        "save_every",
+        "lr",
+        "lr_backbone",
+        "weight_decay",
+        "dropout",
+        "clip_max_norm",
+        "eos_coef",
+        "bbox_loss_coef",
+        "giou_loss_coef",
+        "mask_loss_coef",
+        "dice_loss_coef",
+    ):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 0")
     if args.dropout > 1:
@@ -160,9 +232,13 @@ def build_optimizer(model, args):
     """AdamW, the backbone at its own rate."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return torch.optim.AdamW(
-        [{"params": [p for name, p in trained if "backbone" not in name]},
-         {"params": [p for name, p in trained if "backbone" in name], "lr": args.lr_backbone}],
-        lr=args.lr, weight_decay=args.weight_decay)
+        [
+            {"params": [p for name, p in trained if "backbone" not in name]},
+            {"params": [p for name, p in trained if "backbone" in name], "lr": args.lr_backbone},
+        ],
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+    )
 
 
 def save_precision(measured, output_dir, names):
@@ -170,8 +246,12 @@ def save_precision(measured, output_dir, names):
     if not (measured and output_dir):
         return
     arrays = {name: torch.from_numpy(measured.eval[name]) for name in ("precision", "recall", "scores")}
-    axes = {"iou_thresholds": measured.params.iouThrs, "recall_thresholds": measured.params.recThrs,
-            "category_ids": measured.params.catIds, "max_detections": measured.params.maxDets}
+    axes = {
+        "iou_thresholds": measured.params.iouThrs,
+        "recall_thresholds": measured.params.recThrs,
+        "category_ids": measured.params.catIds,
+        "max_detections": measured.params.maxDets,
+    }
     arrays.update({name: torch.as_tensor(values) for name, values in axes.items()})
     for path in (Path(output_dir, name) for name in names):
         with runtime.writing(path.parent):
@@ -192,19 +272,31 @@ def train(run, state, criterion, postprocessors, val_loader, ground_truth, devic
     """All epochs, each followed by an evaluation, a line of the log and a checkpoint."""
     args, model = run.args, state.model
     if args.distributed:
-        model = DistributedDataParallel(model, [device] if device.type == "cuda" else None,
-                                        process_group=runtime.training_group)
+        model = DistributedDataParallel(
+            model, [device] if device.type == "cuda" else None, process_group=runtime.training_group
+        )
     amp_dtype = getattr(torch, args.amp_dtype)
     n_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     for epoch in run.epochs():
-        trained = train_one_epoch(model, criterion, run.loader, state.optimizer, device, epoch, state.loss_scaler,
-                                  args.clip_max_norm, amp_dtype, run)
+        trained = train_one_epoch(
+            model,
+            criterion,
+            run.loader,
+            state.optimizer,
+            device,
+            epoch,
+            state.loss_scaler,
+            args.clip_max_norm,
+            amp_dtype,
+            run,
+        )
         share_buffers(state.model)
         state.lr_scheduler.step()
         values = {f"train_{name}": value for name, value in trained.items()}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            stats, measured = evaluate(state.model, criterion, postprocessors, val_loader, ground_truth, device,
-                                       amp_dtype, args.output_dir)
+            stats, measured = evaluate(
+                state.model, criterion, postprocessors, val_loader, ground_truth, device, amp_dtype, args.output_dir
+            )
             names = ["eval/latest.pth"] + [f"eval/{epoch:03}.pth"] * (epoch % 50 == 0)
             try:
                 save_precision(measured, args.output_dir, names)
@@ -218,8 +310,12 @@ def take_weights(state, args):
     """Bring the state to where the flags say that the run starts; returns the epoch and what has been done of it."""
     place = None
     if args.frozen_weights and not args.resume:
-        load_weights(state.model.detr, runtime.load_checkpoint(args.frozen_weights), args.frozen_weights,
-                     classes_cure=f"{CLASSES_CURE}, or give --frozen_weights a detector of this set")
+        load_weights(
+            state.model.detr,
+            runtime.load_checkpoint(args.frozen_weights),
+            args.frozen_weights,
+            classes_cure=f"{CLASSES_CURE}, or give --frozen_weights a detector of this set",
+        )
     if args.resume and not (args.eval or args.finetune):
         place = state.resume(args.resume, args)
     elif args.resume:
@@ -260,9 +356,13 @@ def train_or_evaluate(args, device):
     model.to(device)
     criterion.to(device)
     optimizer = build_optimizer(model, args)
-    state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
-                          torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "float16"),
-                          (train_set or val_set).categories)
+    state = TrainingState(
+        model,
+        optimizer,
+        torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
+        torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "float16"),
+        (train_set or val_set).categories,
+    )
     epoch, progress = take_weights(state, args)
     loader = None if args.eval else train_loader(train_set, args)
     val_loader, ground_truth = eval_loader(val_set, args), val_set.ground_truth()
@@ -274,8 +374,16 @@ def train_or_evaluate(args, device):
     if args.eval:
         if args.output_dir and "panoptic" in postprocessors:
             runtime.prepare_output_dir(os.path.join(args.output_dir, "panoptic_eval"))  # these files are asked for
-        stats, measured = evaluate(model, criterion, postprocessors, val_loader, ground_truth, device,
-                                   getattr(torch, args.amp_dtype), args.output_dir)
+        stats, measured = evaluate(
+            model,
+            criterion,
+            postprocessors,
+            val_loader,
+            ground_truth,
+            device,
+            getattr(torch, args.amp_dtype),
+            args.output_dir,
+        )
         save_precision(measured, args.output_dir, ["eval.pth"])
         if args.output_dir and runtime.get_rank() == 0:
             path = Path(args.output_dir, "eval.json")

@@ -7,6 +7,7 @@ that lost a node goes on from its last checkpoint. What else a cluster asks for,
 the environment (SBATCH_ACCOUNT).
 Where there is no SLURM, the job runs in the background of this machine.
 """
+
 import argparse
 import copy
 import os
@@ -26,16 +27,26 @@ except ModuleNotFoundError:
 
 def get_parser() -> argparse.ArgumentParser:
     """Parser of main.py's flags and the job's."""
-    parser = runtime.ArgumentParser("run_with_submitit.py", parents=[main.get_args_parser()], description=__doc__,
-                                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runtime.ArgumentParser(
+        "run_with_submitit.py",
+        parents=[main.get_args_parser()],
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument_group("job").add_argument
     add("--ngpus", default=8, type=int, help="GPUs of each node, a process for each; with --device cpu only processes")
     add("--nodes", default=1, type=int, help="machines of the cluster")
     add("--timeout", default=2 * 24 * 60, type=int, help="minutes until the job is requeued")
     add("--partition", type=str, metavar="NAME", help="of the cluster; its default if not given")
-    add("--job_dir", default="outputs/%j", type=str, metavar="DIR",
+    add(
+        "--job_dir",
+        default="outputs/%j",
+        type=str,
+        metavar="DIR",
         help="folder of the job's logs, on a disk that all nodes see, and --output_dir if that is not given; "
-             "%%j is the job's number in both")
+        "%%j is the job's number in both",
+    )
     return parser
 
 
@@ -80,8 +91,10 @@ def submit(args: argparse.Namespace) -> None:
         raise runtime.UserError("jobs are submitted with submitit, which is not installed: pip install submitit")
     runtime.need_signals("a job", *runtime.STOPPING)
     if runtime.get_world_size() > 1:
-        raise runtime.UserError("the job starts its processes itself, --ngpus on each of --nodes: run "
-                                "run_with_submitit.py with python, without a launcher")
+        raise runtime.UserError(
+            "the job starts its processes itself, --ngpus on each of --nodes: run "
+            "run_with_submitit.py with python, without a launcher"
+        )
     main.check_args(args)
     for name in ("ngpus", "nodes", "timeout"):
         if getattr(args, name) < 1:
@@ -91,9 +104,14 @@ def submit(args: argparse.Namespace) -> None:
         with runtime.writing(f"--job_dir {args.job_dir}"):
             executor = submitit.AutoExecutor(args.job_dir, slurm_max_num_timeout=30)
             executor.update_parameters(
-                name=Path(__file__).resolve().parent.name, nodes=args.nodes, tasks_per_node=args.ngpus,
+                name=Path(__file__).resolve().parent.name,
+                nodes=args.nodes,
+                tasks_per_node=args.ngpus,
                 gpus_per_node=args.ngpus if args.device.startswith("cuda") else None,
-                cpus_per_task=max(1, args.num_workers), timeout_min=args.timeout, slurm_partition=args.partition)
+                cpus_per_task=max(1, args.num_workers),
+                timeout_min=args.timeout,
+                slurm_partition=args.partition,
+            )
             job = executor.submit(Trainer(args))
     except (submitit.core.utils.FailedJobError, ValueError) as error:  # sbatch refuses, or more nodes without SLURM
         raise runtime.UserError(f"the job cannot be submitted: {error}") from error

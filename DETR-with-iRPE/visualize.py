@@ -5,6 +5,7 @@
 Boxes, with masks where the model has them, and panoptic maps. The model's flags come from the checkpoint where it has
 them (those of training runs do), else from the command line.
 """
+
 import argparse
 import io
 import sys
@@ -33,19 +34,43 @@ try:
 except ModuleNotFoundError:
     sys.exit("error: pictures are drawn with matplotlib, which is not installed: pip install matplotlib")
 
-MODEL_FLAGS = ("backbone", "dilation", "last_stride", "position_embedding", "enc_layers", "dec_layers",
-               "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "enc_rpe2d", "short_side", "masks",
-               "dataset_file", "is_thing_map")
+MODEL_FLAGS = (
+    "backbone",
+    "dilation",
+    "last_stride",
+    "position_embedding",
+    "enc_layers",
+    "dec_layers",
+    "dim_feedforward",
+    "hidden_dim",
+    "nheads",
+    "num_queries",
+    "pre_norm",
+    "enc_rpe2d",
+    "short_side",
+    "masks",
+    "dataset_file",
+    "is_thing_map",
+)
 
 
 def parser(defaults=None):
-    result = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     parents=[get_args_parser()], allow_abbrev=False)
+    result = runtime.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[get_args_parser()],
+        allow_abbrev=False,
+    )
     result.set_defaults(**(defaults or {}))
     result.add_argument("--image", nargs="+", required=True, metavar="FILE")
     result.add_argument("--threshold", type=float, default=0.7, help="lowest score that is drawn")
-    result.add_argument("--attention", nargs=2, type=float, metavar=("X", "Y"),
-                        help="also draw the encoder's attention from this point of each picture, in pixels")
+    result.add_argument(
+        "--attention",
+        nargs=2,
+        type=float,
+        metavar=("X", "Y"),
+        help="also draw the encoder's attention from this point of each picture, in pixels",
+    )
     result.add_argument("--layer", type=int, default=-1, help="encoder layer of --attention; -1 is the last")
     return result
 
@@ -78,8 +103,9 @@ def encoder_attention(model, samples, layer):
     attention = layers[layer].self_attn
     plain = RPEMultiheadAttention(attention.embed_dim, attention.num_heads, batch_first=True).eval().to(samples.device)
     plain.load_state_dict(attention.state_dict(), strict=False)
-    hook = attention.register_forward_pre_hook(lambda module, inputs, named: seen.update(inputs=inputs[:4], **named),
-                                               with_kwargs=True)
+    hook = attention.register_forward_pre_hook(
+        lambda module, inputs, named: seen.update(inputs=inputs[:4], **named), with_kwargs=True
+    )
     model(samples)
     hook.remove()
     return [module(*seen["inputs"], hw=seen["hw"])[1][0] for module in (attention, plain)], seen["hw"]
@@ -103,7 +129,7 @@ def draw_detections(picture, found, names, threshold):
 def draw_panoptic(picture, found, names):
     """Every pixel in the colour of its segment, with names: the figure, and how many segments there are."""
     figure, (axes,) = _canvas(picture, 1)
-    ids = np.asarray(Image.open(io.BytesIO(found["png_string"]))) @ np.array([1, 256, 256 ** 2])
+    ids = np.asarray(Image.open(io.BytesIO(found["png_string"]))) @ np.array([1, 256, 256**2])
     for number, segment in enumerate(found["segments_info"]):
         mask, label, color = ids == segment["id"], segment["category_id"], colormaps["tab10"](number % 10)
         _tint(axes, mask, color)
@@ -123,8 +149,13 @@ def draw_attention(picture, maps, hw, point):
     figure, axes = _canvas(picture, 2)
     top = max(weights[token].max().item() for weights in maps)
     for ax, weights, title in zip(axes, maps, ("with iRPE", "without its term"), strict=True):
-        ax.imshow(weights[token].view(height, width).numpy(force=True), alpha=0.6, vmin=0, vmax=top,
-                  extent=(0, picture.width, picture.height, 0))
+        ax.imshow(
+            weights[token].view(height, width).numpy(force=True),
+            alpha=0.6,
+            vmin=0,
+            vmax=top,
+            extent=(0, picture.width, picture.height, 0),
+        )
         ax.plot(x, y, "r+", markersize=12, markeredgewidth=2)
         ax.set_title(title)
     return figure, f"from pixel {x:g}, {y:g}"
@@ -144,8 +175,16 @@ def _tint(axes, mask, color):
 
 
 def _write(axes, x, y, text, color, **alignment):
-    axes.text(x, y, text, color="white", fontsize=8, parse_math=False, **alignment,
-              bbox={"facecolor": color, "edgecolor": "none", "pad": 1})
+    axes.text(
+        x,
+        y,
+        text,
+        color="white",
+        fontsize=8,
+        parse_math=False,
+        **alignment,
+        bbox={"facecolor": color, "edgecolor": "none", "pad": 1},
+    )
 
 
 def drawings(model, picture, postprocessors, names, args, device):
@@ -170,8 +209,10 @@ def main(args, argv=None):
         raise UserError("--resume FILE and --output_dir DIR are needed: the checkpoint, and where pictures go")
     stems = [Path(file).stem for file in args.image]
     if repeated := [stem for stem in stems if stems.count(stem) > 1]:
-        raise UserError(f"two pictures of --image are named {repeated[0]}, and so would be their drawings: draw them "
-                        "into different folders")
+        raise UserError(
+            f"two pictures of --image are named {repeated[0]}, and so would be their drawings: draw them "
+            "into different folders"
+        )
     device = runtime.init_distributed(args)
     runtime.prepare_output_dir(args.output_dir)
     args, model, postprocessors, names = load_model(args, argv)
@@ -179,8 +220,10 @@ def main(args, argv=None):
     for stem, file in zip(stems, args.image, strict=True):
         picture, turned = read_picture(Path(file), f"image {file}", lambda image: (to_rgb(image), orientation(image)))
         if turned != 1:
-            print_once(f"note: image {file} has the EXIF orientation {turned} and is drawn as it is stored: rotate the "
-                       "file if that is wrong")
+            print_once(
+                f"note: image {file} has the EXIF orientation {turned} and is drawn as it is stored: rotate the "
+                "file if that is wrong"
+            )
         for kind, figure, words in drawings(model, picture, postprocessors, names, args, device):
             path = Path(args.output_dir, f"{stem}_{kind}.png")
             figure.savefig(path)

@@ -1,4 +1,5 @@
 """What a checkpoint holds and how it comes back: resuming a run, or starting another model from its weights."""
+
 import argparse
 import math
 import os
@@ -23,6 +24,7 @@ from runtime import UserError, key_differences, load_checkpoint, model_weights, 
 class TrainingState:
     """Everything that changes in training; ``model`` is the bare one, without DistributedDataParallel. ``classes`` are
     the names of the classes by their numbers."""
+
     model: nn.Module
     optimizer: torch.optim.Optimizer
     lr_scheduler: Scheduler | None
@@ -31,17 +33,24 @@ class TrainingState:
     classes: Sequence[str] = ()
     max_accuracy: float = 0.0
 
-    def save(self, path: str | os.PathLike, epoch: int, args: argparse.Namespace,
-             progress: dict[str, Any] | None = None) -> None:
+    def save(
+        self, path: str | os.PathLike, epoch: int, args: argparse.Namespace, progress: dict[str, Any] | None = None
+    ) -> None:
         """Write the state after ``epoch`` in the format of the released checkpoints, the best top-1 so far and the
         names of the classes. Within ``epoch`` there is also the ``progress`` in it."""
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
             raise UserError("the weights are not finite and are not saved")
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "lr_scheduler": _scheduler_state(self.lr_scheduler), "epoch": epoch,
-                 "model_ema": self.model_ema.module.state_dict() if self.model_ema else None,
-                 "scaler": self.loss_scaler.state_dict(), "args": args, "max_accuracy": self.max_accuracy,
-                 "classes": list(self.classes)}
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": _scheduler_state(self.lr_scheduler),
+            "epoch": epoch,
+            "model_ema": self.model_ema.module.state_dict() if self.model_ema else None,
+            "scaler": self.loss_scaler.state_dict(),
+            "args": args,
+            "max_accuracy": self.max_accuracy,
+            "classes": list(self.classes),
+        }
         with replacing(path, keep_previous=True) as file:
             torch.save(state | ({"progress": progress} if progress else {}), file)
 
@@ -79,8 +88,9 @@ class TrainingState:
             epoch, progress = runtime.resume_point(checkpoint)
             kept = _kept_values(self.optimizer, self.lr_scheduler)
         except _MISFITS as error:
-            raise UserError(f"the schedule in {path} is not --sched {args.sched}, or the file is damaged: "
-                            f"{error}") from error
+            raise UserError(
+                f"the schedule in {path} is not --sched {args.sched}, or the file is damaged: {error}"
+            ) from error
         if isinstance(self.lr_scheduler, PlateauLRScheduler) and epoch <= self.lr_scheduler.warmup_t:
             del kept["lr"]  # the rest of the warm-up leads to the rate of the flags
         values = {flag: (asked[flag], kept[flag]) for flag in asked if flag in kept}
@@ -96,9 +106,11 @@ def check_classes(checkpoint: Mapping[str, Any], path: str, classes: Sequence[st
     pairs = zip(saved, classes, strict=False)
     if differing := [(number, *names) for number, names in enumerate(pairs) if names[0] != names[1]]:
         number, before, now = differing[0]
-        raise UserError(f"checkpoint {path} was trained on other classes than those of the data set: {len(differing)} "
-                        f"numbers mean another class, such as {number} ({before} and {now}); check --data-set and "
-                        "--data-path, whose train/, if it is there, says how classes are numbered")
+        raise UserError(
+            f"checkpoint {path} was trained on other classes than those of the data set: {len(differing)} "
+            f"numbers mean another class, such as {number} ({before} and {now}); check --data-set and "
+            "--data-path, whose train/, if it is there, says how classes are numbered"
+        )
 
 
 def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], path: str) -> None:
@@ -114,21 +126,36 @@ def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], pa
         if not isinstance(before, (kind, type(None))):
             raise UserError(f"checkpoint {path} is damaged: its {flag} is {before!r}")
         if before is not None and now and now != before:
-            raise UserError(f"{path} was trained with {flag} {before or 'left out'}, not with {now}: leave it out"
-                            + ("" if args.eval else ", or use --finetune for a new run from its weights"))
+            raise UserError(
+                f"{path} was trained with {flag} {before or 'left out'}, not with {now}: leave it out"
+                + ("" if args.eval else ", or use --finetune for a new run from its weights")
+            )
         setattr(args, name, now or before or kind())
 
 
 # A resumed run follows main.py's flags but for --lr, the schedule's length in --epochs (see _kept_values) and the flags
 # in these three tables: their values come from the checkpoint. Of --seed that is the schedule's noise alone.
 # Flags that the optimizer holds: the names of their values in the groups of timm's optimizers.
-OPTIMIZER_FLAGS = {"weight_decay": ("weight_decay",), "opt_betas": ("betas", "beta1"), "opt_eps": ("eps",),
-                   "momentum": ("momentum",)}
+OPTIMIZER_FLAGS = {
+    "weight_decay": ("weight_decay",),
+    "opt_betas": ("betas", "beta1"),
+    "opt_eps": ("eps",),
+    "momentum": ("momentum",),
+}
 # Flags that the schedule holds: the names of their values in timm's schedules, or in PyTorch's plateau in one of them.
-SCHEDULE_FLAGS = {"warmup_epochs": ("warmup_t",), "warmup_lr": ("warmup_lr_init",), "min_lr": ("lr_min", "min_lrs"),
-                  "decay_epochs": ("decay_t",), "decay_rate": ("decay_rate", "power", "factor"),
-                  "patience_epochs": ("patience",), "cooldown_epochs": ("cooldown",), "lr_noise": ("noise_range_t",),
-                  "lr_noise_pct": ("noise_pct",), "lr_noise_std": ("noise_std",), "seed": ("noise_seed",)}
+SCHEDULE_FLAGS = {
+    "warmup_epochs": ("warmup_t",),
+    "warmup_lr": ("warmup_lr_init",),
+    "min_lr": ("lr_min", "min_lrs"),
+    "decay_epochs": ("decay_t",),
+    "decay_rate": ("decay_rate", "power", "factor"),
+    "patience_epochs": ("patience",),
+    "cooldown_epochs": ("cooldown",),
+    "lr_noise": ("noise_range_t",),
+    "lr_noise_pct": ("noise_pct",),
+    "lr_noise_std": ("noise_std",),
+    "seed": ("noise_seed",),
+}
 # Flags that only say how a run begins, and the values that ask for nothing.
 START_FLAGS = {"pretrained": False, "finetune": "", "start_epoch": 0}
 
@@ -157,34 +184,57 @@ def _kept_values(optimizer: torch.optim.Optimizer, scheduler: Scheduler | None) 
     return values | {flag: held[name] for flag, names in SCHEDULE_FLAGS.items() for name in names if name in held}
 
 
-def _note_values_kept(path: str, args: argparse.Namespace, checkpoint: Mapping[str, Any], epoch: int | None,
-                      values: Mapping[str, tuple[Any, Any]]) -> None:
+def _note_values_kept(
+    path: str,
+    args: argparse.Namespace,
+    checkpoint: Mapping[str, Any],
+    epoch: int | None,
+    values: Mapping[str, tuple[Any, Any]],
+) -> None:
     """Note the flags that are not followed: of ``values``, (what they say, what is kept), and of ``START_FLAGS``."""
     values = values | runtime.start_values_kept(args, checkpoint, START_FLAGS, epoch)
     images = args.batch_size * args.world_size
-    words = {"lr": f" scaled to {images} images a step", "epochs": " for the learning-rate schedule",
-             "lr_noise": " in epochs", "seed": " for --lr-noise", "pretrained": " for the first weights",
-             "finetune": " for the first weights"}
+    words = {
+        "lr": f" scaled to {images} images a step",
+        "epochs": " for the learning-rate schedule",
+        "lr_noise": " in epochs",
+        "seed": " for --lr-noise",
+        "pretrained": " for the first weights",
+        "finetune": " for the first weights",
+    }
     names = {flag: flag if flag == "start_epoch" else flag.replace("_", "-") for flag in values}
     runtime.note_values_kept(
-        path, {f"--{names[flag]}{words.get(flag, '')}": pair for flag, pair in values.items()},
+        path,
+        {f"--{names[flag]}{words.get(flag, '')}": pair for flag, pair in values.items()},
         f"A new run follows the command line: leave --resume out, or say --finetune {path} in its place to start from "
-        "these weights")
+        "these weights",
+    )
 
 
 # What the libraries raise for states that are not theirs.
 _MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 # Entries of an optimizer's groups that say how it computes, not what; they came and went with PyTorch's versions.
-_NO_HYPERPARAMETERS = {"params", "param_names", "initial_lr", "foreach", "fused", "capturable", "differentiable",
-                       "maximize", "decoupled_weight_decay"}
+_NO_HYPERPARAMETERS = {
+    "params",
+    "param_names",
+    "initial_lr",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+    "maximize",
+    "decoupled_weight_decay",
+}
 
 
 def _check_same_flags(saved: Any, args: argparse.Namespace, path: str) -> None:
     for name in ("opt", "sched"):
         before, now = getattr(saved, name, None), getattr(args, name)
         if before is not None and str(before).lower() != now.lower():
-            raise UserError(f"{path} was trained with --{name} {before} and cannot go on with --{name} {now}: use the "
-                            "same, or --finetune for a new run from its weights")
+            raise UserError(
+                f"{path} was trained with --{name} {before} and cannot go on with --{name} {now}: use the "
+                "same, or --finetune for a new run from its weights"
+            )
 
 
 def _check_hyperparameters(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -196,8 +246,10 @@ def _check_hyperparameters(optimizer: torch.optim.Optimizer, state: dict[str, An
 
 def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     if len(state["param_groups"]) != len(optimizer.param_groups):
-        raise ValueError(f"it has {len(state['param_groups'])} groups of weights instead of "
-                         f"{len(optimizer.param_groups)}, as where only one of both has --weight-decay 0")
+        raise ValueError(
+            f"it has {len(state['param_groups'])} groups of weights instead of "
+            f"{len(optimizer.param_groups)}, as where only one of both has --weight-decay 0"
+        )
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
         for name in ("exp_avg", "momentum_buffer"):  # the others are not of the parameter's shape in all optimizers
@@ -209,8 +261,11 @@ def _scheduler_state(scheduler: Scheduler | None) -> dict[str, Any] | None:
     if not isinstance(scheduler, PlateauLRScheduler):
         return scheduler and scheduler.state_dict()
     # timm leaves out the counters that decide when the next decay comes
-    return {**scheduler.state_dict(), "plateau": scheduler.lr_scheduler.state_dict(),
-            "restore_lr": scheduler.restore_lr}
+    return {
+        **scheduler.state_dict(),
+        "plateau": scheduler.lr_scheduler.state_dict(),
+        "restore_lr": scheduler.restore_lr,
+    }
 
 
 def _load_scheduler_state(scheduler: Scheduler, state: dict[str, Any]) -> None:
@@ -222,8 +277,9 @@ def _load_scheduler_state(scheduler: Scheduler, state: dict[str, Any]) -> None:
         scheduler.restore_lr = state["restore_lr"]
 
 
-def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str,
-                 or_else: str = "") -> dict[str, torch.Tensor]:
+def load_weights(
+    model: nn.Module, checkpoint: Mapping[str, Any], path: str, or_else: str = ""
+) -> dict[str, torch.Tensor]:
     """Load a checkpoint of this very model, and return its weights.
 
     Raises ``UserError`` that says which keys differ, or that the numbers of classes do, with ``or_else`` for what can
@@ -231,8 +287,10 @@ def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str,
     """
     weights = model_weights(checkpoint, path)
     if counts := _other_classes(model, weights):
-        raise UserError(f"checkpoint {path} has {counts[0]} classes and the data set {counts[1]}: "
-                        f"check --data-set and --data-path{or_else}")
+        raise UserError(
+            f"checkpoint {path} has {counts[0]} classes and the data set {counts[1]}: "
+            f"check --data-set and --data-path{or_else}"
+        )
     _load(model, weights, path)
     return weights
 
@@ -244,9 +302,11 @@ def load_teacher(teacher: nn.Module, name: str, path: str, classes: Sequence[str
     checkpoint = load_checkpoint(path)
     weights = model_weights(checkpoint, path)
     if counts := _other_classes(teacher, weights):
-        raise UserError(f"the teacher {path} has {counts[0]} classes and the data set {counts[1]}: a teacher must know "
-                        "the classes that it teaches; check --data-set and --data-path, or give a --teacher-path that "
-                        "was trained on them")
+        raise UserError(
+            f"the teacher {path} has {counts[0]} classes and the data set {counts[1]}: a teacher must know "
+            "the classes that it teaches; check --data-set and --data-path, or give a --teacher-path that "
+            "was trained on them"
+        )
     check_classes(checkpoint, path, classes)
     _fit_positions(weights, teacher)
     _load(teacher, weights, path, f" than --teacher-model {name}")
@@ -261,8 +321,10 @@ def finetune_from(model: nn.Module, path: str) -> None:
     weights, expected = model_weights(load_checkpoint(path), path), model.state_dict()
     heads = _heads_of_other_classes(model, expected, weights)
     if heads:
-        print_once(f"finetune: new {', '.join(heads)}, for {len(expected[heads[0]])} classes instead of "
-                   f"{len(weights[heads[0]])}")
+        print_once(
+            f"finetune: new {', '.join(heads)}, for {len(expected[heads[0]])} classes instead of "
+            f"{len(weights[heads[0]])}"
+        )
     tables = [key for key in expected if "lookup_table" in key and key not in weights]
     if tables:
         print_once(f"finetune: {path} lacks {len(tables)} tables of the relative positions; they start at zero")
@@ -273,20 +335,30 @@ def finetune_from(model: nn.Module, path: str) -> None:
 def _load(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str, where: str = "") -> None:
     if differences := key_differences(model.state_dict(), weights):
         side = _map_side(weights, model)
-        hint = (f"; its map is that of --input-size {side * model.patch_embed.patch_size[0]}"
-                if side and weights["pos_embed"].shape[1] != model.pos_embed.shape[1] else "")
+        hint = (
+            f"; its map is that of --input-size {side * model.patch_embed.patch_size[0]}"
+            if side and weights["pos_embed"].shape[1] != model.pos_embed.shape[1]
+            else ""
+        )
         raise UserError(f"checkpoint {path} belongs to another model{where}: {differences}{hint}")
     model.load_state_dict(weights)
 
 
-def _heads_of_other_classes(model: nn.Module, expected: Mapping[str, torch.Tensor],
-                            weights: Mapping[str, torch.Tensor]) -> list[str]:
+def _heads_of_other_classes(
+    model: nn.Module, expected: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> list[str]:
     """Keys of the classifiers that differ from the checkpoint's in nothing but the number of classes."""
     names = model.pretrained_cfg.get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
-    return [key for key, value in expected.items() if key.startswith(prefixes) and key in weights
-            and value.ndim == weights[key].ndim and len(value) != len(weights[key])
-            and value.shape[1:] == weights[key].shape[1:]]
+    return [
+        key
+        for key, value in expected.items()
+        if key.startswith(prefixes)
+        and key in weights
+        and value.ndim == weights[key].ndim
+        and len(value) != len(weights[key])
+        and value.shape[1:] == weights[key].shape[1:]
+    ]
 
 
 def _other_classes(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
@@ -318,4 +390,5 @@ def _fit_positions(weights: dict[str, torch.Tensor], model: nn.Module) -> None:
         height, width = model.patch_embed.grid_size
         print_once(f"positions interpolated from {side}×{side} to {height}×{width}")
         weights["pos_embed"] = resample_abs_pos_embed(
-            weights["pos_embed"], (height, width), num_prefix_tokens=_prefix_positions(model))
+            weights["pos_embed"], (height, width), num_prefix_tokens=_prefix_positions(model)
+        )

@@ -4,6 +4,7 @@ Tars are read by a small reader of its own. timm's ReaderImageInTar keeps a pick
 open tarfile, whose position forked workers share; here the headers are scanned once into arrays, and each image is
 read from a file opened anew. The order is torchvision's, so folder and tar give equal results.
 """
+
 import argparse
 import contextlib
 import functools
@@ -47,23 +48,30 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
     if args.data_set == "CIFAR":
         return _build_cifar(args.data_path, is_train, transform), 100
     if args.data_set in ("INAT", "INAT19"):
-        dataset = INaturalist(args.data_path, is_train, 2018 if args.data_set == "INAT" else 2019, args.inat_category,
-                              transform)
+        dataset = INaturalist(
+            args.data_path, is_train, 2018 if args.data_set == "INAT" else 2019, args.inat_category, transform
+        )
         return dataset, len(dataset.classes)
     dataset = _build_split(is_train, args, transform)
     if is_train or args.eval:
         _note_numbered_classes(dataset.classes, args.data_path)
     if args.data_set == "FOLDER":
         if len(dataset.classes) == 1:
-            print_once(f"note: {args.data_path} has a single class, {dataset.classes[0]}, so that there is nothing to "
-                       "learn: --data-path must be the folder whose train/ and val/ hold a folder for each class")
+            print_once(
+                f"note: {args.data_path} has a single class, {dataset.classes[0]}, so that there is nothing to "
+                "learn: --data-path must be the folder whose train/ and val/ hold a folder for each class"
+            )
         return dataset, len(dataset.classes)
     if len(dataset.classes) > IMAGENET_CLASSES:
-        raise UserError(f"{args.data_path} has {len(dataset.classes)} classes and --data-set IMNET means "
-                        f"{IMAGENET_CLASSES}: say --data-set FOLDER to count them")
+        raise UserError(
+            f"{args.data_path} has {len(dataset.classes)} classes and --data-set IMNET means "
+            f"{IMAGENET_CLASSES}: say --data-set FOLDER to count them"
+        )
     if len(dataset.classes) < IMAGENET_CLASSES:
-        print_once(f"note: {len(dataset.classes)} class folders, numbered in the order of their names, and a model of "
-                   f"{IMAGENET_CLASSES} classes; --data-set FOLDER counts the classes")
+        print_once(
+            f"note: {len(dataset.classes)} class folders, numbered in the order of their names, and a model of "
+            f"{IMAGENET_CLASSES} classes; --data-set FOLDER counts the classes"
+        )
     return dataset, IMAGENET_CLASSES
 
 
@@ -75,12 +83,15 @@ def _note_numbered_classes(classes: list[str], path: str) -> None:
     ordered = sorted(classes, key=lambda name: int(re.sub(r"\D", "", name)))
     if differing := [name for name, other in zip(classes, ordered, strict=True) if name != other]:
         name = differing[0]
-        print_once(f"note: the classes of {path} are numbered in the order of their names as text, so that "
-                   f"{name} has the number {classes.index(name)}, counted from 0: a checkpoint trained elsewhere, as "
-                   "with timm, may count otherwise, and zeros in front (002, 010) make both orders the same")
+        print_once(
+            f"note: the classes of {path} are numbered in the order of their names as text, so that "
+            f"{name} has the number {classes.index(name)}, counted from 0: a checkpoint trained elsewhere, as "
+            "with timm, may count otherwise, and zeros in front (002, 010) make both orders the same"
+        )
 
 
 # Transforms
+
 
 def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Image.Image], Any]:
     """Transform of one image to a normalized (3, ``args.input_size``, ``args.input_size``) tensor.
@@ -96,23 +107,39 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Image
         if own_size:
             transform.transforms[0] = transforms.RandomCrop(size, padding=4)
         return transform
-    resize = [] if own_size else [
-        without_ends, transforms.Resize(size * 256 // 224, transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(size)]
-    return transforms.Compose([*resize, transforms.ToTensor(),
-                               transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    resize = (
+        []
+        if own_size
+        else [
+            without_ends,
+            transforms.Resize(size * 256 // 224, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+        ]
+    )
+    return transforms.Compose(
+        [*resize, transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    )
 
 
 def _train_transform(args: argparse.Namespace) -> transforms.Compose:
     try:
         transform = create_transform(
-            args.input_size, is_training=True, scale=(args.min_crop, 1.0), hflip=args.hflip,
-            color_jitter=args.color_jitter, auto_augment=None if args.aa in ("", "none") else args.aa,
+            args.input_size,
+            is_training=True,
+            scale=(args.min_crop, 1.0),
+            hflip=args.hflip,
+            color_jitter=args.color_jitter,
+            auto_augment=None if args.aa in ("", "none") else args.aa,
             interpolation=args.train_interpolation,
-            re_prob=0.0 if args.resplit else args.reprob, re_mode=args.remode, re_count=args.recount)
+            re_prob=0.0 if args.resplit else args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+        )
     except (AssertionError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"--aa {args.aa!r}, --train-interpolation {args.train_interpolation!r} or --remode "
-                        f"{args.remode!r} is unknown to timm: {str(error) or repr(error)}") from error
+        raise UserError(
+            f"--aa {args.aa!r}, --train-interpolation {args.train_interpolation!r} or --remode "
+            f"{args.remode!r} is unknown to timm: {str(error) or repr(error)}"
+        ) from error
     crop = transform.transforms[0]
     transform.transforms[0] = RandomResizedCrop(crop.size, crop.scale, crop.ratio, args.train_interpolation)
     return transform
@@ -150,6 +177,7 @@ def _collate_and_erase(erase: RandomErasing, samples: list) -> Any:
 
 
 # Images
+
 
 @contextlib.contextmanager
 def naming(name: str, action: str = "read") -> Iterator[None]:
@@ -194,6 +222,7 @@ class NamedImages(Dataset):
 
 # Class folders, in a folder or in a tar
 
+
 def _build_split(is_train: bool, args: argparse.Namespace, transform: Callable) -> Dataset:
     """DIR/train or DIR/val, or their tars; the classes of validation are numbered as in training."""
     train, val = (os.path.join(args.data_path, split + (".tar" if args.load_tar else "")) for split in ("train", "val"))
@@ -234,7 +263,7 @@ class Sieve:
 
     def is_visible(self, path: str) -> bool:
         """Whether an image is in no hidden folder of the data set: .ipynb_checkpoints and the like hold copies."""
-        if "/." in "/" + posixpath.dirname(path[len(self.top):]):
+        if "/." in "/" + posixpath.dirname(path[len(self.top) :]):
             self.hidden.append(path)
             return False
         return True
@@ -242,11 +271,14 @@ class Sieve:
     def tell(self, where: str) -> None:
         """Print a note for each reason for which images of the data set at ``where`` were left out."""
         if self.hidden:
-            print_once(f"note: {len(self.hidden)} images in hidden folders of {where} are left out, such as "
-                       f"{self.hidden[0]}")
+            print_once(
+                f"note: {len(self.hidden)} images in hidden folders of {where} are left out, such as {self.hidden[0]}"
+            )
         if self.of_other_kinds:
-            print_once(f"note: {len(self.of_other_kinds)} images in {where} are left out for their kind, such as "
-                       f"{self.of_other_kinds[0]}: save them as one of {', '.join(IMG_EXTENSIONS)}")
+            print_once(
+                f"note: {len(self.of_other_kinds)} images in {where} are left out for their kind, such as "
+                f"{self.of_other_kinds[0]}: save them as one of {', '.join(IMG_EXTENSIONS)}"
+            )
 
 
 def _number_classes(names: list[str], known: list[str] | None, path: str) -> tuple[list[str], dict[str, int]]:
@@ -267,8 +299,9 @@ class ImageFolder(NamedImages, torchvision.datasets.ImageFolder):
         try:
             torchvision.datasets.ImageFolder.__init__(self, root, transform, is_valid_file=self._is_ours)
         except OSError as error:
-            raise UserError(f"{root} is not a folder of class folders with images: "
-                            f"{error.strerror or error}") from error
+            raise UserError(
+                f"{root} is not a folder of class folders with images: {error.strerror or error}"
+            ) from error
         self._sieve.tell(root)
         self.oddities = Oddities(len(self))
 
@@ -342,6 +375,7 @@ class ImageTar(NamedImages):
 @dataclass(frozen=True)
 class TarIndex:
     """Where the images of a tar are: sorted class names, and per image its name, position, size and class."""
+
     classes: list[str]
     names: np.ndarray  # (N,) bytes
     offsets: np.ndarray  # (N,) int64
@@ -375,8 +409,13 @@ def _scan_tar(path: str, _mtime: int) -> TarIndex:
     classes, targets = np.unique(_classes_of(names, path), return_inverse=True)
     folders, files = zip(*(posixpath.split(name) for name in names), strict=True)
     order = np.lexsort((_bytes(files), _bytes(folders), targets))  # the order of torchvision's ImageFolder
-    return TarIndex([str(name) for name in classes], _bytes(names)[order], np.array(offsets, np.int64)[order],
-                    np.array(sizes, np.int64)[order], targets[order])
+    return TarIndex(
+        [str(name) for name in classes],
+        _bytes(names)[order],
+        np.array(offsets, np.int64)[order],
+        np.array(sizes, np.int64)[order],
+        targets[order],
+    )
 
 
 def _classes_of(names: list[str], path: str) -> list[str]:
@@ -392,11 +431,12 @@ def _classes_of(names: list[str], path: str) -> list[str]:
     holders = {name.partition("/")[0] for name in inner if name.count("/") == 1}
     for name, class_name in zip(names, classes, strict=True):
         if class_name not in holders:
-            raise UserError(f"{name} in {path} lies too deep, as folder {class_name} has no image of its own: "
-                            f"{layout}")
+            raise UserError(f"{name} in {path} lies too deep, as folder {class_name} has no image of its own: {layout}")
     if len(holders) == 1 and (deeper := [name for name, rest in zip(names, inner, strict=True) if rest.count("/") > 1]):
-        raise UserError(f"all images in {path} lie in one class folder, {classes[0]}, and some deeper, such as "
-                        f"{deeper[0]}: {layout}")
+        raise UserError(
+            f"all images in {path} lie in one class folder, {classes[0]}, and some deeper, such as "
+            f"{deeper[0]}: {layout}"
+        )
     return classes
 
 
@@ -422,8 +462,10 @@ def _members(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tupl
     links = {}
     for member in _headers(file, start, size, label):
         if member.issym() or member.issparse():
-            raise UserError(f"{member.name} in tar {label} is a {'symbolic link' if member.issym() else 'sparse file'},"
-                            " which is not read: make the tar anew with --dereference and without --sparse")
+            raise UserError(
+                f"{member.name} in tar {label} is a {'symbolic link' if member.issym() else 'sparse file'},"
+                " which is not read: make the tar anew with --dereference and without --sparse"
+            )
         if member.isreg():
             yield _clean(member.name), member.offset_data, member.size
         elif member.islnk():
@@ -431,8 +473,11 @@ def _members(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tupl
     if not links:
         return
     targets = set(links.values())  # looked up in a second pass, as the places of a million files would take much memory
-    places = {name: (member.offset_data, member.size) for member in _headers(file, start, size, label)
-              if member.isreg() and (name := _clean(member.name)) in targets}
+    places = {
+        name: (member.offset_data, member.size)
+        for member in _headers(file, start, size, label)
+        if member.isreg() and (name := _clean(member.name)) in targets
+    }
     for name, target in links.items():
         if target not in places:
             raise UserError(f"{name} in tar {label} is a hard link to {target}, which is not in it: make the tar anew")
@@ -460,6 +505,7 @@ def _headers(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tarf
 
 # CIFAR and iNaturalist
 
+
 class CIFAR100(torchvision.datasets.CIFAR100):
     """torchvision's CIFAR-100, whose errors name the image by its number."""
 
@@ -476,8 +522,10 @@ def _build_cifar(root: str, is_train: bool, transform: Callable) -> Dataset:
     try:
         return CIFAR100(root, is_train, transform)
     except RuntimeError as error:
-        raise UserError(f"CIFAR-100 is not whole under {os.path.join(root, CIFAR100.base_folder)}: fetch "
-                        f"{CIFAR100.url} and unpack it in {root}") from error
+        raise UserError(
+            f"CIFAR-100 is not whole under {os.path.join(root, CIFAR100.base_folder)}: fetch "
+            f"{CIFAR100.url} and unpack it in {root}"
+        ) from error
 
 
 class INaturalist(NamedImages):
@@ -494,16 +542,20 @@ class INaturalist(NamedImages):
         listing = _read_json(path)
         self.root, self.transform = root, transform
         try:
-            categories = {category.get("id", number): category[level] for number, category in
-                          enumerate(_read_json(os.path.join(root, "categories.json")))}
+            categories = {
+                category.get("id", number): category[level]
+                for number, category in enumerate(_read_json(os.path.join(root, "categories.json")))
+            }
             self.classes = sorted(set(categories.values()))
             files = {image["id"]: os.fspath(image["file_name"]) for image in listing["images"]}
             index = {name: number for number, name in enumerate(self.classes)}
-            self.samples = [(files[entry["image_id"]], index[categories[entry["category_id"]]])
-                            for entry in listing["annotations"]]
+            self.samples = [
+                (files[entry["image_id"]], index[categories[entry["category_id"]]]) for entry in listing["annotations"]
+            ]
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} and categories.json beside it do not fit together or lack --inat-category "
-                            f"{level!r}: {error!r}") from error
+            raise UserError(
+                f"{path} and categories.json beside it do not fit together or lack --inat-category {level!r}: {error!r}"
+            ) from error
         self.oddities = Oddities(len(self))
 
     def __len__(self) -> int:

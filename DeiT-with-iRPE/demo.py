@@ -5,6 +5,7 @@
 The 1,797 digits of 8×8 pixels come with scikit-learn; they are written to DIR/digits as class folders, so that
 main.py reads them as any other data set. Every fifth picture is held out.
 """
+
 import argparse
 import re
 import shlex
@@ -47,12 +48,55 @@ def main(args):
     out = Path(args.output_dir).resolve()
     write_digits(out / "digits")
     (out / "log.txt").unlink(missing_ok=True)  # of an earlier demo
-    common = ["--model", MODEL, "--data-set", "FOLDER", "--data-path", str(out / "digits"), "--input-size", "48",
-              "--batch-size", "32", "--device", "cpu", "--num_workers", "0"]
-    trained = run_main([*common, "--output_dir", str(out), "--epochs", str(args.epochs), "--lr", "1e-2",
-                        "--warmup-epochs", "2", "--clip-grad", "1", "--drop-path", "0", "--hflip", "0", "--min-crop",
-                        "0.8", "--color-jitter", "0", "--aa", "none", "--no-repeated-aug", "--mixup", "0",
-                        "--cutmix", "0", "--reprob", "0", "--no-model-ema"])
+    common = [
+        "--model",
+        MODEL,
+        "--data-set",
+        "FOLDER",
+        "--data-path",
+        str(out / "digits"),
+        "--input-size",
+        "48",
+        "--batch-size",
+        "32",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+    ]
+    trained = run_main(
+        [
+            *common,
+            "--output_dir",
+            str(out),
+            "--epochs",
+            str(args.epochs),
+            "--lr",
+            "1e-2",
+            "--warmup-epochs",
+            "2",
+            "--clip-grad",
+            "1",
+            "--drop-path",
+            "0",
+            "--hflip",
+            "0",
+            "--min-crop",
+            "0.8",
+            "--color-jitter",
+            "0",
+            "--aa",
+            "none",
+            "--no-repeated-aug",
+            "--mixup",
+            "0",
+            "--cutmix",
+            "0",
+            "--reprob",
+            "0",
+            "--no-model-ema",
+        ]
+    )
     evaluated = run_main([*common, "--eval", "--resume", str(out / "checkpoint.pth")])
     subprocess.run([sys.executable, PLOT_LOG, out / "log.txt", "--output", out / "curve.png"], check=True)
     print(f"top-1 {trained[0]} % after training, {evaluated[0]} % from the checkpoint; curves in {out / 'curve.png'}")

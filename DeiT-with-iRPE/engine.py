@@ -1,4 +1,5 @@
 """The two loops: one training epoch, and evaluation over a whole data set."""
+
 from collections.abc import Callable
 
 import torch
@@ -11,11 +12,20 @@ from images import notes_on
 from runtime import Progress, Run, UserError, all_reduce_sum, gather, get_world_size, print_once, step_optimizer
 
 
-def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: DataLoader,
-                    optimizer: torch.optim.Optimizer, device: torch.device, epoch: int,
-                    loss_scaler: torch.amp.GradScaler, max_norm: float | None = None,
-                    model_ema: ModelEmaV3 | None = None, mixup_fn: Callable | None = None,
-                    amp_dtype: torch.dtype = torch.float32, run: Run | None = None) -> dict[str, float]:
+def train_one_epoch(
+    model: nn.Module,
+    criterion: nn.Module,
+    data_loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    epoch: int,
+    loss_scaler: torch.amp.GradScaler,
+    max_norm: float | None = None,
+    model_ema: ModelEmaV3 | None = None,
+    mixup_fn: Callable | None = None,
+    amp_dtype: torch.dtype = torch.float32,
+    run: Run | None = None,
+) -> dict[str, float]:
     """Train over the loader once.
 
     Args:
@@ -28,8 +38,13 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: DataLoa
     Raises: UserError on all processes when the loss of one is not finite, or the gradients never are.
     """
     model.train()
-    progress = Progress(f"epoch {epoch}", data_loader, data_loader.batch_size * get_world_size(), run=run,
-                        lr=optimizer.param_groups[0]["lr"])
+    progress = Progress(
+        f"epoch {epoch}",
+        data_loader,
+        data_loader.batch_size * get_world_size(),
+        run=run,
+        lr=optimizer.param_groups[0]["lr"],
+    )
     for images, targets in progress:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if mixup_fn is not None:
@@ -50,8 +65,9 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, data_loader: DataLoa
 
 
 @torch.no_grad()
-def evaluate(data_loader: DataLoader, model: nn.Module, device: torch.device,
-             amp_dtype: torch.dtype = torch.float32) -> dict[str, float]:
+def evaluate(
+    data_loader: DataLoader, model: nn.Module, device: torch.device, amp_dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
     """Cross-entropy, top-1 and top-5 accuracy (%) over every picture of the set, counted once.
 
     The loader's sampler decides who does what: if it is a ``ShardSampler`` over several processes their sums are
@@ -76,8 +92,10 @@ def evaluate(data_loader: DataLoader, model: nn.Module, device: torch.device,
         raise UserError("there are no pictures to evaluate on")
     stats = {"loss": loss / images, "acc1": 100 * correct1 / images, "acc5": 100 * correct5 / images}
     if not torch.isfinite(sums).all():
-        raise UserError(f"the loss of the evaluation is {stats['loss']}: the weights or --amp-dtype {amp_dtype} give "
-                        "outputs that are not finite")
+        raise UserError(
+            f"the loss of the evaluation is {stats['loss']}: the weights or --amp-dtype {amp_dtype} give "
+            "outputs that are not finite"
+        )
     print_once(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
     return stats
 

@@ -1,9 +1,10 @@
 """Train and evaluate DeiT with iRPE.
 
-    torchrun --nproc_per_node=8 main.py --model NAME --data-path DIR --output_dir OUT
-    python -m torch.distributed.launch --nproc_per_node=8 --use_env main.py ... --eval --resume OUT/checkpoint.pth
-    python main.py ... --device cpu
+torchrun --nproc_per_node=8 main.py --model NAME --data-path DIR --output_dir OUT
+python -m torch.distributed.launch --nproc_per_node=8 --use_env main.py ... --eval --resume OUT/checkpoint.pth
+python main.py ... --device cpu
 """
+
 import argparse
 import json
 import math
@@ -39,8 +40,13 @@ from samplers import RASampler, ShardSampler
 class KeyValues(ParseKwargs):
     """timm's action for key=value ..., with one sentence for what is not."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str],
-                 option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: list[str],
+        option_string: str | None = None,
+    ) -> None:
         try:
             super().__call__(parser, namespace, values, option_string)
         except (SyntaxError, ValueError) as error:
@@ -56,12 +62,27 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--epochs", default=300, type=int)
 
     # Model
-    add("--model", default="deit_base_patch16_224", type=str, metavar="NAME",
-        help="deit_{size}_patch16_{res}_{bias|ctx}_{method}_{buckets}_{shared|unshared}_{q|k|v|qk|...}, or timm's name")
-    add("--rpe", default="", metavar="rpe-{ratio}-{method}-{mode}-{shared_head}-{on}",
-        help="iRPE in a ViT whose name has none, as rpe-1.9-product-ctx-1-k; with --resume the checkpoint's")
-    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE",
-        help="arguments of timm's model, as patch_size=4 depth=6; with --resume the checkpoint's")
+    add(
+        "--model",
+        default="deit_base_patch16_224",
+        type=str,
+        metavar="NAME",
+        help="deit_{size}_patch16_{res}_{bias|ctx}_{method}_{buckets}_{shared|unshared}_{q|k|v|qk|...}, or timm's name",
+    )
+    add(
+        "--rpe",
+        default="",
+        metavar="rpe-{ratio}-{method}-{mode}-{shared_head}-{on}",
+        help="iRPE in a ViT whose name has none, as rpe-1.9-product-ctx-1-k; with --resume the checkpoint's",
+    )
+    add(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=KeyValues,
+        metavar="KEY=VALUE",
+        help="arguments of timm's model, as patch_size=4 depth=6; with --resume the checkpoint's",
+    )
     add("--pretrained", action="store_true", help="start from the released weights")
     add("--input-size", default=224, type=int, help="side of the pictures, and of the model's map, in pixels")
     add("--drop", type=float, default=0.0, metavar="P", help="dropout after positions, attention and both MLP layers")
@@ -124,26 +145,54 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     # Data
     add("--data-path", default="/datasets01/imagenet_full_size/061417/", type=str, help="folder of train/ and val/")
-    add("--data-set", default="IMNET", choices=["CIFAR", "IMNET", "INAT", "INAT19", "FOLDER"], type=str,
-        help="FOLDER is IMNET with the classes counted")
-    add("--inat-category", default="name", type=str,
-        choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"])
+    add(
+        "--data-set",
+        default="IMNET",
+        choices=["CIFAR", "IMNET", "INAT", "INAT19", "FOLDER"],
+        type=str,
+        help="FOLDER is IMNET with the classes counted",
+    )
+    add(
+        "--inat-category",
+        default="name",
+        type=str,
+        choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"],
+    )
 
     # Run
-    add("--output_dir", default="",
-        help="folder of checkpoint.pth, log.txt and tensorboard/, with --eval of eval.json; none by default")
+    add(
+        "--output_dir",
+        default="",
+        help="folder of checkpoint.pth, log.txt and tensorboard/, with --eval of eval.json; none by default",
+    )
     add("--device", default="cuda", help="cuda or cpu")
-    add("--amp-dtype", default=None, choices=["float32", "bfloat16", "float16"],
-        help="of mixed precision; by default float16 on CUDA and float32 (none) on CPU")
-    add("--compile", action="store_true",
+    add(
+        "--amp-dtype",
+        default=None,
+        choices=["float32", "bfloat16", "float16"],
+        help="of mixed precision; by default float16 on CUDA and float32 (none) on CPU",
+    )
+    add(
+        "--compile",
+        action="store_true",
         help="torch.compile the whole model (and the teacher): slow first steps, then faster ones; needs a C++ "
-        "compiler, and on a GPU Triton")
+        "compiler, and on a GPU Triton",
+    )
     add("--seed", default=0, type=int)
-    add("--resume", default="", help="checkpoint or URL to go on from, or to evaluate; auto takes the last one in "
-        "--output_dir, and starts anew if there is none")
+    add(
+        "--resume",
+        default="",
+        help="checkpoint or URL to go on from, or to evaluate; auto takes the last one in "
+        "--output_dir, and starts anew if there is none",
+    )
     add("--save-every", default=0, type=int, metavar="STEPS", help="save within an epoch too, after so many steps")
-    add("--step-timeout", default=60, type=int, metavar="SECONDS",
-        help="a process that waits so long in a training step for another, or for a picture, ends the run")
+    add(
+        "--step-timeout",
+        default=60,
+        type=int,
+        metavar="SECONDS",
+        help="a process that waits so long in a training step for another, or for a picture, ends the run",
+    )
     add("--start_epoch", default=0, type=int, metavar="N", help="where --resume does not say")
     add("--eval", action="store_true", help="only evaluate")
     add("--dist-eval", action="store_true", default=True, help="share the evaluation out (the default)")
@@ -200,19 +249,50 @@ def train_or_evaluate(args: argparse.Namespace, device: torch.device) -> dict[st
 
 # Checks
 _RANGES = {
-    "batch_size": (1, None), "epochs": (1, None), "input_size": (1, None), "drop": (0, 0.999),
-    "drop_path": (0, 0.999), "model_ema_decay": (0, 1), "opt_eps": (0, None), "clip_grad": (1e-9, None),
-    "momentum": (0, 1), "weight_decay": (0, None), "lr": (0, None), "min_lr": (0, None), "warmup_lr": (0, None),
-    "decay_rate": (0, 1), "lr_noise_pct": (0.001, None), "lr_noise_std": (0, None),
-    "warmup_epochs": (0, None), "decay_epochs": (1e-9, None), "cooldown_epochs": (0, None),
-    "patience_epochs": (0, None), "color_jitter": (0, None), "hflip": (0, 1), "min_crop": (0.001, 1),
-    "smoothing": (0, 0.999), "reprob": (0, 1), "recount": (1, None), "mixup": (0, None), "cutmix": (0, None),
-    "mixup_prob": (0, 1), "mixup_switch_prob": (0, 1), "distillation_alpha": (0, 1), "distillation_tau": (1e-9, None),
-    "seed": (0, None), "start_epoch": (0, None), "num_workers": (0, None), "world_size": (1, None),
-    "save_every": (0, None), "step_timeout": (1, None),
+    "batch_size": (1, None),
+    "epochs": (1, None),
+    "input_size": (1, None),
+    "drop": (0, 0.999),
+    "drop_path": (0, 0.999),
+    "model_ema_decay": (0, 1),
+    "opt_eps": (0, None),
+    "clip_grad": (1e-9, None),
+    "momentum": (0, 1),
+    "weight_decay": (0, None),
+    "lr": (0, None),
+    "min_lr": (0, None),
+    "warmup_lr": (0, None),
+    "decay_rate": (0, 1),
+    "lr_noise_pct": (0.001, None),
+    "lr_noise_std": (0, None),
+    "warmup_epochs": (0, None),
+    "decay_epochs": (1e-9, None),
+    "cooldown_epochs": (0, None),
+    "patience_epochs": (0, None),
+    "color_jitter": (0, None),
+    "hflip": (0, 1),
+    "min_crop": (0.001, 1),
+    "smoothing": (0, 0.999),
+    "reprob": (0, 1),
+    "recount": (1, None),
+    "mixup": (0, None),
+    "cutmix": (0, None),
+    "mixup_prob": (0, 1),
+    "mixup_switch_prob": (0, 1),
+    "distillation_alpha": (0, 1),
+    "distillation_tau": (1e-9, None),
+    "seed": (0, None),
+    "start_epoch": (0, None),
+    "num_workers": (0, None),
+    "world_size": (1, None),
+    "save_every": (0, None),
+    "step_timeout": (1, None),
 }
-_NAMES = {"mixup_mode": ("batch", "pair", "elem"), "remode": ("pixel", "rand", "const"),
-          "train_interpolation": ("bicubic", "bilinear", "random")}
+_NAMES = {
+    "mixup_mode": ("batch", "pair", "elem"),
+    "remode": ("pixel", "rand", "const"),
+    "train_interpolation": ("bicubic", "bilinear", "random"),
+}
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -220,8 +300,10 @@ def check_args(args: argparse.Namespace) -> None:
     for name, (low, high) in _RANGES.items():
         value = getattr(args, name)
         if value is not None and not (low <= value < math.inf and (high is None or value <= high)):
-            raise UserError(f"{_flag(name)} {value} is out of range: it must be "
-                            + (f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"))
+            raise UserError(
+                f"{_flag(name)} {value} is out of range: it must be "
+                + (f"at least {low:g}" if high is None else f"from {low:g} to {high:g}")
+            )
     for name, allowed in _NAMES.items():
         if getattr(args, name) not in allowed:
             raise UserError(f"{_flag(name)} {getattr(args, name)!r} is unknown: it must be one of {', '.join(allowed)}")
@@ -232,24 +314,32 @@ def check_args(args: argparse.Namespace) -> None:
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights: leave one out")
     if not args.eval and _mixes(args) and args.batch_size % 2:
-        raise UserError(f"--batch-size {args.batch_size} is odd, and mixup mixes pairs: use an even one, or --mixup 0 "
-                        "--cutmix 0")
+        raise UserError(
+            f"--batch-size {args.batch_size} is odd, and mixup mixes pairs: use an even one, or --mixup 0 --cutmix 0"
+        )
     if not args.eval and args.distillation_type != "none" and not args.teacher_path:
-        raise UserError(f"--distillation-type {args.distillation_type} needs the teacher's weights: "
-                        "--teacher-path FILE")
+        raise UserError(
+            f"--distillation-type {args.distillation_type} needs the teacher's weights: --teacher-path FILE"
+        )
 
 
 def _check_lists(args: argparse.Namespace) -> None:
     minmax, noise = args.cutmix_minmax, args.lr_noise
-    if minmax is not None and not (len(minmax) == 2 and 0 <= minmax[0] <= minmax[1] <= 1
-                                   and int(args.input_size * minmax[0]) < int(args.input_size * minmax[1])):
-        raise UserError(f"--cutmix-minmax {minmax} must be two shares of the side, at least a pixel apart, such as "
-                        "0.2 0.8")
+    if minmax is not None and not (
+        len(minmax) == 2
+        and 0 <= minmax[0] <= minmax[1] <= 1
+        and int(args.input_size * minmax[0]) < int(args.input_size * minmax[1])
+    ):
+        raise UserError(
+            f"--cutmix-minmax {minmax} must be two shares of the side, at least a pixel apart, such as 0.2 0.8"
+        )
     if noise is not None and not (len(noise) <= 2 and all(map(math.isfinite, noise)) and noise == sorted(noise)):
         raise UserError(f"--lr-noise {noise} must be one or two rising parts of the epochs, such as 0.4 0.9")
     if noise is not None and args.lr_noise_pct < 0.001 * args.lr_noise_std:  # timm draws until one is small enough
-        raise UserError(f"--lr-noise-pct {args.lr_noise_pct} is too small a bound for --lr-noise-std "
-                        f"{args.lr_noise_std}: it must be at least a thousandth of it")
+        raise UserError(
+            f"--lr-noise-pct {args.lr_noise_pct} is too small a bound for --lr-noise-std "
+            f"{args.lr_noise_std}: it must be at least a thousandth of it"
+        )
 
 
 def _flag(name: str) -> str:
@@ -262,6 +352,7 @@ def _mixes(args: argparse.Namespace) -> bool:
 
 # Data
 
+
 def build_train_loader(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, int]:
     """Loader of full batches for this process, and the number of classes."""
     dataset, nb_classes = build_dataset(True, args)
@@ -270,10 +361,18 @@ def build_train_loader(args: argparse.Namespace, device: torch.device) -> tuple[
     else:
         sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=True, seed=args.seed)
     if len(sampler) < args.batch_size:
-        raise UserError(f"--batch-size {args.batch_size} is more than the {len(sampler)} pictures that each of "
-                        f"{get_world_size()} processes sees in an epoch: make it smaller")
-    loader = _loader(args, runtime.SeededDataset(dataset), device, sampler=runtime.SeededSampler(sampler, args.seed),
-                     drop_last=True, collate_fn=build_collate(args))
+        raise UserError(
+            f"--batch-size {args.batch_size} is more than the {len(sampler)} pictures that each of "
+            f"{get_world_size()} processes sees in an epoch: make it smaller"
+        )
+    loader = _loader(
+        args,
+        runtime.SeededDataset(dataset),
+        device,
+        sampler=runtime.SeededSampler(sampler, args.seed),
+        drop_last=True,
+        collate_fn=build_collate(args),
+    )
     return loader, nb_classes
 
 
@@ -290,17 +389,31 @@ def class_names(dataset: Dataset) -> list[str]:
 
 
 def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **options) -> DataLoader:
-    return DataLoader(dataset, args.batch_size, num_workers=args.num_workers, worker_init_fn=runtime.own_group,
-                      timeout=args.step_timeout if args.num_workers else 0,
-                      pin_memory=args.pin_mem and device.type == "cuda", **options)
+    return DataLoader(
+        dataset,
+        args.batch_size,
+        num_workers=args.num_workers,
+        worker_init_fn=runtime.own_group,
+        timeout=args.step_timeout if args.num_workers else 0,
+        pin_memory=args.pin_mem and device.type == "cuda",
+        **options,
+    )
 
 
 # Model, loss, optimizer
 
 # arguments of a model that flags of their own say
-_SAID_BY = {"img_size": "--input-size", "pos_drop_rate": "--drop", "proj_drop_rate": "--drop",
-            "drop_path_rate": "--drop-path", "num_classes": "--data-set", "pretrained": "--pretrained",
-            "rpe_config": "--rpe", "checkpoint_path": "--finetune", "in_chans": "the pictures, which are RGB,"}
+_SAID_BY = {
+    "img_size": "--input-size",
+    "pos_drop_rate": "--drop",
+    "proj_drop_rate": "--drop",
+    "drop_path_rate": "--drop-path",
+    "num_classes": "--data-set",
+    "pretrained": "--pretrained",
+    "rpe_config": "--rpe",
+    "checkpoint_path": "--finetune",
+    "in_chans": "the pictures, which are RGB,",
+}
 # what timm raises for arguments that are not a model's
 _UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -317,33 +430,44 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         rpe_config = parse_rpe(args.rpe) if args.rpe else None
     except ValueError as error:
         raise UserError(f"--rpe {args.rpe}: {error}; it must be {RPE_GRAMMAR}, as rpe-1.9-product-ctx-1-k") from error
-    return {"rpe_config": rpe_config, "img_size": args.input_size, "pos_drop_rate": args.drop,
-            "proj_drop_rate": args.drop, "drop_path_rate": args.drop_path, **args.model_kwargs}
+    return {
+        "rpe_config": rpe_config,
+        "img_size": args.input_size,
+        "pos_drop_rate": args.drop,
+        "proj_drop_rate": args.drop,
+        "drop_path_rate": args.drop_path,
+        **args.model_kwargs,
+    }
 
 
 def build_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
     """The named model for ``args.input_size`` pixels, started as the flags say."""
     try:
-        model = create_model(args.model, args.pretrained and not args.resume, num_classes=nb_classes,
-                             **model_arguments(args))
+        model = create_model(
+            args.model, args.pretrained and not args.resume, num_classes=nb_classes, **model_arguments(args)
+        )
     except _UNBUILDABLE as error:
         kwargs = "".join(f" {name}={value}" for name, value in args.model_kwargs.items())
-        raise UserError(f"--model {args.model}{kwargs} cannot be built for {args.input_size} pixels: "
-                        f"{str(error) or repr(error)}") from error
+        raise UserError(
+            f"--model {args.model}{kwargs} cannot be built for {args.input_size} pixels: {str(error) or repr(error)}"
+        ) from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is None:
         raise UserError(f"--model {args.model} has no patches of one size, as a ViT has, and cannot be trained here")
     patch = math.lcm(*to_2tuple(patch))
     if args.input_size % patch:
-        raise UserError(f"--input-size {args.input_size} is no multiple of the {patch} pixels of a patch: "
-                        f"use {max(1, args.input_size // patch) * patch}")
+        raise UserError(
+            f"--input-size {args.input_size} is no multiple of the {patch} pixels of a patch: "
+            f"use {max(1, args.input_size // patch) * patch}"
+        )
     if args.finetune and not args.resume:
         finetune_from(model, args.finetune)
     return model
 
 
-def build_criterion(args: argparse.Namespace, model: nn.Module, nb_classes: int, device: torch.device,
-                    classes: Sequence[str] = ()) -> DistillationLoss:
+def build_criterion(
+    args: argparse.Namespace, model: nn.Module, nb_classes: int, device: torch.device, classes: Sequence[str] = ()
+) -> DistillationLoss:
     """Loss of (images, outputs, targets); with distillation it runs the teacher, which must know the ``classes`` by the
     same numbers."""
     if _mixes(args):
@@ -355,8 +479,10 @@ def build_criterion(args: argparse.Namespace, model: nn.Module, nb_classes: int,
     teacher = None
     if args.distillation_type != "none":
         if not hasattr(model, "set_distilled_training"):
-            raise UserError(f"--distillation-type {args.distillation_type} needs a model with a distillation token, "
-                            f"which {args.model} has not: use one such as deit_small_distilled_patch16_224")
+            raise UserError(
+                f"--distillation-type {args.distillation_type} needs a model with a distillation token, "
+                f"which {args.model} has not: use one such as deit_small_distilled_patch16_224"
+            )
         model.set_distilled_training(True)
         teacher = build_teacher(args, nb_classes, classes).to(device)
     return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
@@ -388,8 +514,16 @@ def compile_model(args: argparse.Namespace, model: nn.Module) -> None:
 def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
     if not _mixes(args):
         return None
-    return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-                 label_smoothing=args.smoothing, num_classes=nb_classes)
+    return Mixup(
+        args.mixup,
+        args.cutmix,
+        args.cutmix_minmax,
+        args.mixup_prob,
+        args.mixup_switch_prob,
+        args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=nb_classes,
+    )
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
@@ -399,13 +533,17 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(options))
         betas = create_optimizer_v2(nn.Linear(1, 1), args.opt, args.lr).defaults.get("betas")
     except (ValueError, TypeError, AssertionError, IndexError) as error:
-        raise UserError(f"--opt {args.opt} is unknown to timm or does not take --opt-betas {args.opt_betas}: "
-                        f"{str(error) or repr(error)}") from error
+        raise UserError(
+            f"--opt {args.opt} is unknown to timm or does not take --opt-betas {args.opt_betas}: "
+            f"{str(error) or repr(error)}"
+        ) from error
     if args.opt_betas and betas and len(betas) != len(args.opt_betas):
         raise UserError(f"--opt-betas {args.opt_betas} must be {len(betas)} numbers for --opt {args.opt}")
     if getattr(optimizer, "is_second_order", False):
-        raise UserError(f"--opt {args.opt} needs second derivatives, which fused attention does not have: choose "
-                        "another, such as adamw")
+        raise UserError(
+            f"--opt {args.opt} needs second derivatives, which fused attention does not have: choose "
+            "another, such as adamw"
+        )
     return optimizer
 
 
@@ -442,6 +580,7 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 
 # Runs
 
+
 def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Evaluate ``args.resume``, or the model as it was made; with ``args.output_dir`` also writes eval.json there."""
     loader, nb_classes = build_val_loader(args, device)
@@ -464,45 +603,78 @@ def resume(args: argparse.Namespace, state: TrainingState) -> tuple[int, dict | 
     """Bring the state to where ``args.resume`` stopped; returns the epoch to train and what has been done of it."""
     old = os.path.join(args.output_dir, "checkpoint.pth")
     if args.output_dir and not args.resume and os.path.exists(old):
-        print_once(f"note: {old} of an earlier run will be replaced after the first epoch; to go on from it, stop and "
-                   f"say --resume {old}")
+        print_once(
+            f"note: {old} of an earlier run will be replaced after the first epoch; to go on from it, stop and "
+            f"say --resume {old}"
+        )
     place = state.resume(args.resume, args) if args.resume else None
     if place is None and args.start_epoch and state.lr_scheduler:
         state.lr_scheduler.step(args.start_epoch - 1)
     return place or (args.start_epoch, None)
 
 
-def train(run: runtime.Run, device: torch.device, state: TrainingState, criterion: nn.Module, val_loader: DataLoader,
-          nb_classes: int) -> dict[str, float]:
+def train(
+    run: runtime.Run,
+    device: torch.device,
+    state: TrainingState,
+    criterion: nn.Module,
+    val_loader: DataLoader,
+    nb_classes: int,
+) -> dict[str, float]:
     """Train up to ``args.epochs``; after each epoch evaluate, save and log. Returns the last evaluation."""
     args, loader = run.args, run.loader
     model, mixup, dtype = state.model, build_mixup(args, nb_classes), amp_dtype(args, device)
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print_once(f"{args.model}: {n_parameters / 1e6:.2f} M parameters, {nb_classes} classes, "
-               f"{len(loader.dataset.dataset)} pictures, {len(loader)} steps of "
-               f"{args.batch_size} x {args.world_size} an epoch, from epoch {run.epoch} to {args.epochs}")
+    print_once(
+        f"{args.model}: {n_parameters / 1e6:.2f} M parameters, {nb_classes} classes, "
+        f"{len(loader.dataset.dataset)} pictures, {len(loader)} steps of "
+        f"{args.batch_size} x {args.world_size} an epoch, from epoch {run.epoch} to {args.epochs}"
+    )
     if args.distributed:
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                        process_group=runtime.training_group)
+        model = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, process_group=runtime.training_group
+        )
     started, test = time.time(), {}
     if run.epoch >= args.epochs:
         print_once(f"epoch {run.epoch} is behind the last of --epochs {args.epochs}: nothing to train")
     for epoch in run.epochs():
-        stats = train_one_epoch(model, criterion, loader, state.optimizer, device, epoch, state.loss_scaler,
-                                args.clip_grad, state.model_ema, mixup, dtype, run)
+        stats = train_one_epoch(
+            model,
+            criterion,
+            loader,
+            state.optimizer,
+            device,
+            epoch,
+            state.loss_scaler,
+            args.clip_grad,
+            state.model_ema,
+            mixup,
+            dtype,
+            run,
+        )
         test = evaluate(val_loader, state.model, device, dtype)
         if state.lr_scheduler:
             state.lr_scheduler.step(epoch, test["acc1"])
         state.max_accuracy = max(state.max_accuracy, test["acc1"])
-        run.save(row={"train_lr": stats["lr"], "train_loss": stats["loss"],
-                      **{f"test_{name}": value for name, value in test.items()},
-                      "epoch": epoch, "n_parameters": n_parameters})
+        run.save(
+            row={
+                "train_lr": stats["lr"],
+                "train_loss": stats["loss"],
+                **{f"test_{name}": value for name, value in test.items()},
+                "epoch": epoch,
+                "n_parameters": n_parameters,
+            }
+        )
         print_once(f"Max accuracy: {state.max_accuracy:.2f}%")
     print_once(f"Training time {time.strftime('%H:%M:%S', time.gmtime(time.time() - started))}")
     return test
 
 
 if __name__ == "__main__":
-    parser = runtime.ArgumentParser("main.py", parents=[get_args_parser()], description=__doc__,
-                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runtime.ArgumentParser(
+        "main.py",
+        parents=[get_args_parser()],
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     runtime.run(main, parser.parse_args())

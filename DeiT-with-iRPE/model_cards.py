@@ -1,8 +1,9 @@
 """What names of models stand for.
 
-    python model_cards.py --list [PATTERN]
-    python model_cards.py --describe NAME
+python model_cards.py --list [PATTERN]
+python model_cards.py --describe NAME
 """
+
 import argparse
 import fnmatch
 import json
@@ -57,8 +58,10 @@ def matching(pattern):
     glob = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     if names := [name for name in NAMES if fnmatch.fnmatchcase(name, glob)]:
         return names
-    raise UserError(f"no name in the list fits {pattern!r}; --list alone shows all, and --describe any name of the "
-                    f"form {rpe_models.GRAMMAR}")
+    raise UserError(
+        f"no name in the list fits {pattern!r}; --list alone shows all, and --describe any name of the "
+        f"form {rpe_models.GRAMMAR}"
+    )
 
 
 def list_models(pattern):
@@ -70,10 +73,14 @@ def list_models(pattern):
         model = outline(name)
         buckets = name.split("_")[6] if name not in models.__all__ else "-"
         top1, top5 = (released.get(name, {}).get(key, "-") for key in ("top1", "top5"))
-        print(f"{name:{width}}  {count_parameters(model) / 1e6:10.2f}  {count_macs(model) / 1e6:8.0f}  {buckets:>7}  "
-              f"{top1!s:>5}  {top5!s:>5}")
-    print("parameters and MACs are counted here, buckets are those that a 14×14 map uses, top-1 and top-5 are the "
-          "authors', in % of ImageNet-1K's validation set")
+        print(
+            f"{name:{width}}  {count_parameters(model) / 1e6:10.2f}  {count_macs(model) / 1e6:8.0f}  {buckets:>7}  "
+            f"{top1!s:>5}  {top5!s:>5}"
+        )
+    print(
+        "parameters and MACs are counted here, buckets are those that a 14×14 map uses, top-1 and top-5 are the "
+        "authors', in % of ImageNet-1K's validation set"
+    )
 
 
 def encoding_lines(config, attention, side):
@@ -89,10 +96,16 @@ def encoding_lines(config, attention, side):
         ("where", f"{places} ({config.rpe_on})"),
         ("heads", "share their table" if config.shared_head else "have a table each (unshared)"),
         ("ratio", f"{config.ratio:g}: alpha {alpha}, beta {beta}, gamma {gamma}"),
-        ("buckets", f"{rpe_models.count_used_buckets(config.method.value, config.ratio)} used on a 14×14 map, "
-                    f"{used} on this one"),
-        *((f"table{'s' * (len(tables) > 1)}" if number == 0 else "", f"{key} {shape} in each layer")
-          for number, (key, shape) in enumerate(tables))]
+        (
+            "buckets",
+            f"{rpe_models.count_used_buckets(config.method.value, config.ratio)} used on a 14×14 map, "
+            f"{used} on this one",
+        ),
+        *(
+            (f"table{'s' * (len(tables) > 1)}" if number == 0 else "", f"{key} {shape} in each layer")
+            for number, (key, shape) in enumerate(tables)
+        ),
+    ]
 
 
 def describe(name):
@@ -107,16 +120,27 @@ def describe(name):
     block, (side, _) = model.blocks[0], model.patch_embed.grid_size
     numbers = released_numbers().get(name, {})
     lines = [
-        ("model", f"DeiT-{name.split('_')[1]}: width {model.embed_dim}, depth {len(model.blocks)}, "
-                  f"{block.attn.num_heads} heads of {block.attn.head_dim} channels"),
-        ("picture", f"{16 * side}×{16 * side} pixels in patches of 16: a map of {side}×{side} tokens after "
-                    f"{model.num_prefix_tokens} prefix token{'s' * (model.num_prefix_tokens > 1)}"),
+        (
+            "model",
+            f"DeiT-{name.split('_')[1]}: width {model.embed_dim}, depth {len(model.blocks)}, "
+            f"{block.attn.num_heads} heads of {block.attn.head_dim} channels",
+        ),
+        (
+            "picture",
+            f"{16 * side}×{16 * side} pixels in patches of 16: a map of {side}×{side} tokens after "
+            f"{model.num_prefix_tokens} prefix token{'s' * (model.num_prefix_tokens > 1)}",
+        ),
         *(encoding_lines(parsed.rpe_config, block.attn, side) if parsed else [("method", "none, without iRPE")]),
         ("parameters", f"{count_parameters(model):,}"),
         ("MACs", f"{count_macs(model) / 1e6:.0f} M, counted here"),
-        ("released", "{params_m} M parameters, {macs_m} M MACs, top-1 {top1} %, top-5 {top5} %".format(**numbers)
-            if numbers else "no numbers in this repository"),
-        ("checkpoint", model.pretrained_cfg["url"] or "none released")]
+        (
+            "released",
+            "{params_m} M parameters, {macs_m} M MACs, top-1 {top1} %, top-5 {top5} %".format(**numbers)
+            if numbers
+            else "no numbers in this repository",
+        ),
+        ("checkpoint", model.pretrained_cfg["url"] or "none released"),
+    ]
     print(name)
     for what, value in lines:
         print(f"  {what:10}  {value}")
@@ -132,8 +156,12 @@ def main(args):
 if __name__ == "__main__":
     parser = ArgumentParser("model_cards.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--list", nargs="?", const="", metavar="PATTERN",
-                        help="known names that a glob or a part of a name fits, with parameters, MACs, buckets and "
-                             "released numbers")
+    action.add_argument(
+        "--list",
+        nargs="?",
+        const="",
+        metavar="PATTERN",
+        help="known names that a glob or a part of a name fits, with parameters, MACs, buckets and released numbers",
+    )
     action.add_argument("--describe", metavar="NAME", help="what any name with iRPE, or a baseline's, encodes")
     run(main, parser.parse_args())

@@ -1,4 +1,5 @@
 """The DeiT baselines: timm's own models, started as DeiT starts them and, on request, with iRPE in every block."""
+
 import timm
 import torch
 from timm.models import deit as timm_deit
@@ -7,9 +8,19 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from rpe_vision_transformer import equip_irpe
 from runtime import UserError, key_differences, load_checkpoint, model_weights
 
-__all__ = [f"deit_{variant}" for variant in (
-    "tiny_patch16_224", "small_patch16_224", "base_patch16_224", "base_patch16_384", "tiny_distilled_patch16_224",
-    "small_distilled_patch16_224", "base_distilled_patch16_224", "base_distilled_patch16_384")]
+__all__ = [
+    f"deit_{variant}"
+    for variant in (
+        "tiny_patch16_224",
+        "small_patch16_224",
+        "base_patch16_224",
+        "base_patch16_384",
+        "tiny_distilled_patch16_224",
+        "small_distilled_patch16_224",
+        "base_distilled_patch16_224",
+        "base_distilled_patch16_384",
+    )
+]
 
 
 def load_pretrained(model, url):
@@ -24,8 +35,10 @@ def load_pretrained(model, url):
         if key.startswith("head") and key in weights and weights[key].shape != value.shape:
             weights[key] = value
     if differences := key_differences(own, weights):
-        raise UserError(f"{url} belongs to another model ({differences}): remove what is in "
-                        f"{torch.hub.get_dir()}/checkpoints to have it fetched anew")
+        raise UserError(
+            f"{url} belongs to another model ({differences}): remove what is in "
+            f"{torch.hub.get_dir()}/checkpoints to have it fetched anew"
+        )
     model.load_state_dict(weights)
 
 
@@ -54,8 +67,10 @@ def _baseline(name):
         return build_deit(name, pretrained, rpe_config, **kwargs)
 
     model.__name__ = model.__qualname__ = name
-    model.__doc__ = (f"timm's {name}; with `rpe_config`, iRPE in every block; with `pretrained`, the released weights "
-                     "of the plain model. Other arguments are timm's.")
+    model.__doc__ = (
+        f"timm's {name}; with `rpe_config`, iRPE in every block; with `pretrained`, the released weights "
+        "of the plain model. Other arguments are timm's."
+    )
     return model
 
 

@@ -5,6 +5,7 @@ buckets, shared by the heads, on queries and keys. `parse_name` reads such a nam
 nine names of the public implementation are registered with timm when this module is imported. `model_cards.py` lists
 and describes them.
 """
+
 import difflib
 import functools
 import re
@@ -19,28 +20,37 @@ from rpe_vision_transformer import equip_irpe
 from runtime import UserError
 
 RELEASES = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/"
-RELEASED = ("deit_tiny_patch16_224_ctx_product_50_shared_k",
-            "deit_small_patch16_224_ctx_product_50_shared_k",
-            "deit_small_patch16_224_ctx_product_50_shared_qk",
-            "deit_small_patch16_224_ctx_product_50_shared_qkv",
-            "deit_base_patch16_224_ctx_product_50_shared_k",
-            "deit_base_patch16_224_ctx_product_50_shared_qkv")
-UNRELEASED = ("deit_small_patch16_224_ctx_euc_20_shared_k",
-              "deit_small_patch16_224_ctx_quant_51_shared_k",
-              "deit_small_patch16_224_ctx_cross_56_shared_k")
+RELEASED = (
+    "deit_tiny_patch16_224_ctx_product_50_shared_k",
+    "deit_small_patch16_224_ctx_product_50_shared_k",
+    "deit_small_patch16_224_ctx_product_50_shared_qk",
+    "deit_small_patch16_224_ctx_product_50_shared_qkv",
+    "deit_base_patch16_224_ctx_product_50_shared_k",
+    "deit_base_patch16_224_ctx_product_50_shared_qkv",
+)
+UNRELEASED = (
+    "deit_small_patch16_224_ctx_euc_20_shared_k",
+    "deit_small_patch16_224_ctx_quant_51_shared_k",
+    "deit_small_patch16_224_ctx_cross_56_shared_k",
+)
 
 # the ratios behind the bucket counts in the published names
 PUBLISHED_RATIOS = {("euc", 20): 20, ("quant", 51): 33, ("cross", 56): 20, ("product", 50): 1.9}
 
-GRAMMAR = "deit_{tiny|small|base}_patch16_{resolution}_{bias|ctx}_{euc|quant|cross|product}_{buckets}_" \
-          "{shared|unshared}_{q|k|v|qk|kv|qv|qkv}"
-_NAME = re.compile(r"deit_(tiny|small|base)_patch16_([0-9]{1,5})_(bias|ctx)_(euc|quant|cross|product)_([0-9]{1,5})_"
-                   r"(shared|unshared)_(q|k|v|qk|kv|qv|qkv)")
+GRAMMAR = (
+    "deit_{tiny|small|base}_patch16_{resolution}_{bias|ctx}_{euc|quant|cross|product}_{buckets}_"
+    "{shared|unshared}_{q|k|v|qk|kv|qv|qkv}"
+)
+_NAME = re.compile(
+    r"deit_(tiny|small|base)_patch16_([0-9]{1,5})_(bias|ctx)_(euc|quant|cross|product)_([0-9]{1,5})_"
+    r"(shared|unshared)_(q|k|v|qk|kv|qv|qkv)"
+)
 
 
 @dataclass(frozen=True)
 class DeiTName:
     """What a name encodes: `size` tiny, small or base, `resolution` in pixels, and the encoding."""
+
     size: str
     resolution: int
     rpe_config: RPEConfig
@@ -49,8 +59,9 @@ class DeiTName:
 def count_used_buckets(method, ratio, side=14):
     """Buckets that a square map with a class token really uses (cross: both tables); on 14×14 the number in a name."""
     tables = ("cross_rows", "cross_cols") if method == "cross" else (method,)
-    return sum(len(get_bucket_ids_2d(table, side, side, 1, ratio, 2 * ratio, 8 * ratio)[0].unique())
-               for table in tables)
+    return sum(
+        len(get_bucket_ids_2d(table, side, side, 1, ratio, 2 * ratio, 8 * ratio)[0].unique()) for table in tables
+    )
 
 
 @functools.lru_cache
@@ -72,8 +83,10 @@ def ratio_of(method, buckets):
     if (method, buckets) in PUBLISHED_RATIOS:
         return PUBLISHED_RATIOS[method, buckets]
     if buckets not in _ratios(method):
-        raise ValueError(f"no {method} mapping of a 14×14 map uses {buckets} buckets; "
-                         f"it can use {', '.join(map(str, sorted(_ratios(method))))}")
+        raise ValueError(
+            f"no {method} mapping of a 14×14 map uses {buckets} buckets; "
+            f"it can use {', '.join(map(str, sorted(_ratios(method))))}"
+        )
     return _ratios(method)[buckets]
 
 
@@ -89,8 +102,10 @@ def parse_name(name):
     size, resolution, mode, method, buckets, shared, rpe_on = match.groups()
     resolution = int(resolution)
     if resolution % 16 or not resolution:
-        raise ValueError(f"model name {name!r} asks for {resolution}×{resolution} pixels, "
-                         "which patches of 16 do not divide; use a multiple of 16")
+        raise ValueError(
+            f"model name {name!r} asks for {resolution}×{resolution} pixels, "
+            "which patches of 16 do not divide; use a multiple of 16"
+        )
     try:
         ratio = ratio_of(method, int(buckets))
         config = get_rpe_config(ratio, method, mode, shared == "shared", skip=1, rpe_on=rpe_on)
@@ -134,8 +149,10 @@ def create_model(name, pretrained=False, rpe_config=None, **kwargs):
         return build_named(name, pretrained, **kwargs)
     if not timm.is_model(name):
         near = near_names(name)
-        raise ValueError(f"model {name!r} is unknown; " + (f"did you mean {', '.join(near)}?" if near
-                                                           else f"names with iRPE are {GRAMMAR}"))
+        raise ValueError(
+            f"model {name!r} is unknown; "
+            + (f"did you mean {', '.join(near)}?" if near else f"names with iRPE are {GRAMMAR}")
+        )
     try:
         model = timm.create_model(name, pretrained, **kwargs)
     except TypeError:  # an argument that this kind of model lacks; that it cannot have iRPE says more, if so
@@ -146,8 +163,14 @@ def create_model(name, pretrained=False, rpe_config=None, **kwargs):
 
 
 def _cfg(resolution, url=""):
-    return {**timm.get_pretrained_cfg("deit_base_patch16_224").to_dict(), "url": url, "hf_hub_id": None, "tag": None,
-            "architecture": None, "input_size": (3, resolution, resolution)}
+    return {
+        **timm.get_pretrained_cfg("deit_base_patch16_224").to_dict(),
+        "url": url,
+        "hf_hub_id": None,
+        "tag": None,
+        "architecture": None,
+        "input_size": (3, resolution, resolution),
+    }
 
 
 def _register(name):
@@ -159,7 +182,8 @@ def _register(name):
     globals()[name] = register_model(model)
 
 
-default_cfgs = generate_default_cfgs({
-    name: _cfg(224, f"{RELEASES}{name}.pth" if name in RELEASED else "") for name in (*RELEASED, *UNRELEASED)})
+default_cfgs = generate_default_cfgs(
+    {name: _cfg(224, f"{RELEASES}{name}.pth" if name in RELEASED else "") for name in (*RELEASED, *UNRELEASED)}
+)
 for _name in (*RELEASED, *UNRELEASED):
     _register(_name)

@@ -1,4 +1,5 @@
 """iRPE in timm's vision transformers: attention classes, and one function that puts them into a model."""
+
 import dataclasses
 import math
 
@@ -34,8 +35,10 @@ class MapSizes:
         height, width = output.shape[1:3] if output.ndim == 4 else patch_embed.grid_size
         before = self.by_tokens.get(height * width, (height, width))
         if before != (height, width) and self.model[0].grad_checkpointing and torch.is_grad_enabled():
-            raise ValueError(f"maps of {before[0]}×{before[1]} and {height}×{width} tokens under gradient "
-                             "checkpointing, which could not tell them apart; switch it off, or use one shape")
+            raise ValueError(
+                f"maps of {before[0]}×{before[1]} and {height}×{width} tokens under gradient "
+                "checkpointing, which could not tell them apart; switch it off, or use one shape"
+            )
         self.by_tokens[height * width] = height, width
 
 
@@ -54,7 +57,8 @@ class _Terms:
         """Build the encoding, on the device and in the type of this attention."""
         self.head_dim = self.proj.in_features // self.num_heads
         self.rpe_q, self.rpe_k, self.rpe_v = (
-            rpe and rpe.to(self.proj.weight) for rpe in build_rpe(rpe_config, self.head_dim, self.num_heads))
+            rpe and rpe.to(self.proj.weight) for rpe in build_rpe(rpe_config, self.head_dim, self.num_heads)
+        )
         self.map_sizes = map_sizes or MapSizes()
         self.skip = rpe_config.skip if rpe_config else 0
 
@@ -70,8 +74,9 @@ class _Terms:
             # ones would depend on where the query (on queries: the key) is, and not on the offset and content alone.
             attn_mask, rpe_q, rpe_k = self.logit_terms(q, k, height, width, attn_mask), None, None
             q, k = self.rotate(q, rope).type_as(v), self.rotate(k, rope).type_as(v)
-        out = rpe_attention(q, k, v, rpe_q, rpe_k, self.rpe_v, height, width, attn_mask,
-                            self.attn_drop.p if self.training else 0.0)
+        out = rpe_attention(
+            q, k, v, rpe_q, rpe_k, self.rpe_v, height, width, attn_mask, self.attn_drop.p if self.training else 0.0
+        )
         out = out.transpose(1, 2).flatten(2)
         # newer releases of timm, and the Eva class, may scale or gate the heads' output
         if getattr(self, "norm", None) is not None:
@@ -128,8 +133,7 @@ class RPEAttentionRope(_Terms, AttentionRope):
     """timm's AttentionRope with iRPE; see `_Terms`."""
 
 
-_EQUIPPED = {timm_vit.Attention: RPEAttention, AttentionRope: RPEAttentionRope,
-             timm_eva.EvaAttention: RPEEvaAttention}
+_EQUIPPED = {timm_vit.Attention: RPEAttention, AttentionRope: RPEAttentionRope, timm_eva.EvaAttention: RPEEvaAttention}
 
 
 def equip_irpe(model, rpe_config):
@@ -147,16 +151,20 @@ def equip_irpe(model, rpe_config):
     if rpe_config is None:
         return model
     if not isinstance(model, (timm_vit.VisionTransformer, timm_eva.Eva)):
-        raise TypeError(f"{type(model).__name__} is neither a VisionTransformer nor an Eva of timm, the two kinds that "
-                        "equip_irpe knows; give its own attention the modules of irpe.build_rpe and compute it with "
-                        "irpe.rpe_attention")
+        raise TypeError(
+            f"{type(model).__name__} is neither a VisionTransformer nor an Eva of timm, the two kinds that "
+            "equip_irpe knows; give its own attention the modules of irpe.build_rpe and compute it with "
+            "irpe.rpe_attention"
+        )
     attentions = [getattr(block, "attn", None) for block in model.blocks]
     for attn in attentions:
         if isinstance(attn, _Terms):
             raise ValueError("the model already has iRPE; build a plain one and equip that")
         if type(attn) not in _EQUIPPED:
-            raise TypeError(f"a block's attention is {attn and type(attn).__name__}; equip_irpe knows timm's "
-                            f"{', '.join(sorted(kind.__name__ for kind in _EQUIPPED))} only")
+            raise TypeError(
+                f"a block's attention is {attn and type(attn).__name__}; equip_irpe knows timm's "
+                f"{', '.join(sorted(kind.__name__ for kind in _EQUIPPED))} only"
+            )
     if getattr(model.patch_drop, "prob", 0):
         raise ValueError("the model drops patches, and iRPE needs the whole map; build it with patch_drop_rate=0")
     rpe_config = dataclasses.replace(rpe_config, skip=model.num_prefix_tokens)

@@ -1,4 +1,5 @@
 """What a training program needs around any model: readable errors, processes that meet, whole files, and logs."""
+
 import argparse
 import atexit
 import contextlib
@@ -37,8 +38,10 @@ else:
 
 
 # What to do about a loading process that the system has ended, which does not tell why.
-LOADING_CURE = ("if the machine's memory or its shared memory (df -h /dev/shm; in Docker, --shm-size) was full, a "
-                "lower --num_workers needs less of both")
+LOADING_CURE = (
+    "if the machine's memory or its shared memory (df -h /dev/shm; in Docker, --shm-size) was full, a "
+    "lower --num_workers needs less of both"
+)
 
 
 class UserError(Exception):
@@ -140,12 +143,15 @@ def _missing() -> str:
 
 # Processes
 
+
 def need_signals(task: str, *names: str) -> None:
     """Raise ``UserError`` on a system without signals of these names that ``task`` needs, as Windows is one."""
     missing = [name for name in names if not hasattr(signal, name)]
     if missing:
-        raise UserError(f"{task} needs the signals {' and '.join(names)}, and {platform.system()} lacks "
-                        f"{' and '.join(missing)}: use Linux, on Windows in WSL; main.py --eval works without them")
+        raise UserError(
+            f"{task} needs the signals {' and '.join(names)}, and {platform.system()} lacks "
+            f"{' and '.join(missing)}: use Linux, on Windows in WSL; main.py --eval works without them"
+        )
 
 
 def find_place(args: argparse.Namespace) -> torch.device:
@@ -154,8 +160,9 @@ def find_place(args: argparse.Namespace) -> torch.device:
     torchrun says it, or SLURM. Sets ``args.rank``, ``args.world_size``, ``args.distributed``; raises ``UserError``.
     """
     if args.world_size > 1 and get_world_size() == 1:
-        raise UserError(f"--world_size {args.world_size} without a launcher: start with "
-                        f"torchrun --nproc_per_node={args.world_size}")
+        raise UserError(
+            f"--world_size {args.world_size} without a launcher: start with torchrun --nproc_per_node={args.world_size}"
+        )
     args.rank, args.world_size, args.distributed = get_rank(), get_world_size(), get_world_size() > 1
     try:
         device = torch.device(args.device)
@@ -166,8 +173,10 @@ def find_place(args: argparse.Namespace) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         cause = str(error).partition("\n")[0]
-        raise UserError(f"--device {args.device} cannot be used ({cause}): start as many processes as there are GPUs, "
-                        "or choose another, such as --device cpu") from error
+        raise UserError(
+            f"--device {args.device} cannot be used ({cause}): start as many processes as there are GPUs, "
+            "or choose another, such as --device cpu"
+        ) from error
     return device
 
 
@@ -185,9 +194,11 @@ def meet(args: argparse.Namespace, step_timeout: float = 60) -> None:
         _store, _, _ = next(dist.rendezvous(args.dist_url, args.rank, args.world_size, timeout=patience))
         _watchdog = Watchdog(_store, args.rank, args.world_size, step_timeout, _end_for_lost, _end_for_hang)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"the others cannot be joined at --dist_url {args.dist_url} ({UserError(error)}): see whether "
-                        f"all {args.world_size} processes have started; without torchrun say tcp://HOST:PORT with the "
-                        "first machine's name; if they start far apart raise the step timeout") from error
+        raise UserError(
+            f"the others cannot be joined at --dist_url {args.dist_url} ({UserError(error)}): see whether "
+            f"all {args.world_size} processes have started; without torchrun say tcp://HOST:PORT with the "
+            "first machine's name; if they start far apart raise the step timeout"
+        ) from error
 
 
 def leave() -> None:
@@ -233,14 +244,21 @@ def init_distributed(args: argparse.Namespace, step_timeout: float = 60) -> torc
     if args.distributed and not dist.is_initialized():
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         try:
-            dist.init_process_group(backend, store=_store, rank=args.rank, world_size=args.world_size, device_id=bound,
-                                    timeout=datetime.timedelta(hours=1))
+            dist.init_process_group(
+                backend,
+                store=_store,
+                rank=args.rank,
+                world_size=args.world_size,
+                device_id=bound,
+                timeout=datetime.timedelta(hours=1),
+            )
             training_group = dist.new_group(timeout=datetime.timedelta(seconds=step_timeout))
             atexit.register(_disconnect)
         except (RuntimeError, ValueError) as error:
             stale = "; a file that an earlier job left must be deleted first" if "file://" in args.dist_url else ""
-            raise UserError(f"the {args.world_size} processes cannot be connected by {backend}: {UserError(error)}"
-                            f"{stale}") from error
+            raise UserError(
+                f"the {args.world_size} processes cannot be connected by {backend}: {UserError(error)}{stale}"
+            ) from error
     return device
 
 
@@ -325,8 +343,10 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # a missing compiler, header, library or Triton each raises its own kind
         cause = str(error).partition("\n")[0]
-        raise UserError(f"--compile cannot be used, since torch.compile fails on {device} ({cause}): install a C++ "
-                        "compiler such as g++, on a GPU also Triton, or leave --compile out") from error
+        raise UserError(
+            f"--compile cannot be used, since torch.compile fails on {device} ({cause}): install a C++ "
+            "compiler such as g++, on a GPU also Triton, or leave --compile out"
+        ) from error
 
 
 def step_timeout(args: argparse.Namespace) -> float:
@@ -335,6 +355,7 @@ def step_timeout(args: argparse.Namespace) -> float:
 
 
 # Random numbers and order: functions of where training is, so that it goes on anywhere as if it had never stopped
+
 
 def seed_everything(*numbers: int) -> None:
     """Seed Python, NumPy and PyTorch from non-negative integers, such as (seed, epoch, step, process)."""
@@ -381,6 +402,7 @@ class SeededSampler(Sampler[tuple[int, ...]]):
 
 # Files
 
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
     """Where the file cannot be written inside, a ``UserError`` names it."""
@@ -426,14 +448,18 @@ def _lock(file: TextIO, path: str) -> None:
     """
     try:
         import fcntl  # which Windows lacks, where evaluation works all the same
+
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
-        raise UserError(f"--output_dir {path} is in use by {file.read() or 'another job'}: choose another one, or stop "
-                        "that job first") from error
+        raise UserError(
+            f"--output_dir {path} is in use by {file.read() or 'another job'}: choose another one, or stop "
+            "that job first"
+        ) from error
     except (ModuleNotFoundError, OSError) as error:
-        print_once(f"note: --output_dir {path} is on a disk without locks ({error}): make sure that no other job uses "
-                   "it")
+        print_once(
+            f"note: --output_dir {path} is on a disk without locks ({error}): make sure that no other job uses it"
+        )
         return
     with writing(f"output directory {path}"):
         file.truncate(0)
@@ -491,9 +517,14 @@ def newest_checkpoint(output_dir: str, needed: bool = False) -> str:
 
 # what kept command lines hold; only one flavour of paths can be made here, so both come back as pure ones, and their
 # module has two names in Python's versions
-_ALLOWED = [argparse.Namespace, *((cls, f"{module}.{cls.__name__.removeprefix('Pure')}")
-                                  for module in ("pathlib", "pathlib._local")
-                                  for cls in (pathlib.PurePosixPath, pathlib.PureWindowsPath))]
+_ALLOWED = [
+    argparse.Namespace,
+    *(
+        (cls, f"{module}.{cls.__name__.removeprefix('Pure')}")
+        for module in ("pathlib", "pathlib._local")
+        for cls in (pathlib.PurePosixPath, pathlib.PureWindowsPath)
+    ),
+]
 
 
 def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
@@ -515,8 +546,9 @@ def load_checkpoint(path_or_url: str | os.PathLike) -> dict:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror or error}: {cure}") from error
     except Exception as error:  # changed bytes have raised ten kinds
         if name := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"checkpoint {path} is refused: it needs {name[1]} to be read, which could run foreign "
-                            "code") from error
+            raise UserError(
+                f"checkpoint {path} is refused: it needs {name[1]} to be read, which could run foreign code"
+            ) from error
         raise UserError(f"checkpoint {path} is truncated, damaged or none of PyTorch's: {cure}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
@@ -547,12 +579,15 @@ def note_values_kept(path: str | os.PathLike, values: Mapping[str, tuple[Any, An
     shown = {flag: tuple(map(_shown, pair)) for flag, pair in values.items()}  # rates may differ in the last bit
     differing = [f"{flag}: {kept}, not {now}" for flag, (now, kept) in shown.items() if now != kept]
     if differing:
-        print_once(f"note: {path} is resumed with what its run began with, not with all that the command line says: "
-                   f"{'; '.join(differing)}. {cure}")
+        print_once(
+            f"note: {path} is resumed with what its run began with, not with all that the command line says: "
+            f"{'; '.join(differing)}. {cure}"
+        )
 
 
-def start_values_kept(args: argparse.Namespace, checkpoint: Mapping[str, Any], flags: Mapping[str, Any],
-                      epoch: int | None) -> dict[str, tuple[Any, Any]]:
+def start_values_kept(
+    args: argparse.Namespace, checkpoint: Mapping[str, Any], flags: Mapping[str, Any], epoch: int | None
+) -> dict[str, tuple[Any, Any]]:
     """Values for ``note_values_kept`` of flags that only say how a run begins, if they ask for what the run in the
     checkpoint did not begin with.
 
@@ -593,8 +628,12 @@ def key_differences(expected: Mapping[str, torch.Tensor], found: Mapping[str, to
     differences = {
         "missing": [key for key in expected if key not in found],
         "unexpected": [key for key in found if key not in expected],
-        "of another shape": [f"{key} is {tuple(found[key].shape)} instead of {tuple(value.shape)}"
-                             for key, value in expected.items() if key in found and found[key].shape != value.shape]}
+        "of another shape": [
+            f"{key} is {tuple(found[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in found and found[key].shape != value.shape
+        ],
+    }
     return ", ".join(f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in differences.items() if keys)
 
 
@@ -619,13 +658,22 @@ class Run(contextlib.ExitStack):
         loader: of ``SeededSampler``'s samples.
     """
 
-    def __init__(self, args: argparse.Namespace, log: "RunLog", save: Callable[..., None], epoch: int,
-                 progress: dict | None, loader: DataLoader) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        log: "RunLog",
+        save: Callable[..., None],
+        epoch: int,
+        progress: dict | None,
+        loader: DataLoader,
+    ) -> None:
         super().__init__()
         places = gather((epoch, progress and progress["images"]))
         if len(set(places)) > 1:
-            raise UserError(f"the processes would go on from different places (epoch, pictures), {places}: they must "
-                            "all see the same files in --output_dir, or in --resume")
+            raise UserError(
+                f"the processes would go on from different places (epoch, pictures), {places}: they must "
+                "all see the same files in --output_dir, or in --resume"
+            )
         self.args, self.log, self._save, self.loader, self.failure = args, log, save, loader, None
         self.epoch, self.progress, self.images_per_step = epoch, progress, loader.batch_size * get_world_size()
         _caught.clear()
@@ -701,14 +749,22 @@ class Run(contextlib.ExitStack):
 
 # Logs
 
+
 class Progress:
     """One pass over a loader: gives its batches, and every 20 steps and at the end prints a line of steps, time left,
     images/s, GPU memory, and of the values ``shown`` (or all) the mean of the last 20 steps and, in brackets, of all.
     ``constants`` are the same in all steps. In training ``run`` says where to begin; each step has its random numbers.
     """
 
-    def __init__(self, header: str, loader: Sized, images_per_step: float, shown: Iterable[str] = (),
-                 run: Run | None = None, **constants: float) -> None:
+    def __init__(
+        self,
+        header: str,
+        loader: Sized,
+        images_per_step: float,
+        shown: Iterable[str] = (),
+        run: Run | None = None,
+        **constants: float,
+    ) -> None:
         self.header, self.loader, self.images_per_step, self.shown = header, loader, images_per_step, shown
         self.run, self.done = run, run.first_step if run else 0
         self.values = {name: [value] for name, value in constants.items()} | (run.progress["values"] if run else {})
@@ -776,8 +832,10 @@ class Progress:
             for name, value in zip(self._unread[0], row, strict=True):
                 if not math.isfinite(value):
                     more = self.run.describe(step, {name: value, "lr": self.values["lr"][0]}) if self.run else ""
-                    raise UserError(f"{name} is {value} at {self.header}, step {step}: training stops; a lower --lr or "
-                                    f"gradient clipping may help, and what was saved is still there{more}")
+                    raise UserError(
+                        f"{name} is {value} at {self.header}, step {step}: training stops; a lower --lr or "
+                        f"gradient clipping may help, and what was saved is still there{more}"
+                    )
                 self.values.setdefault(name, []).append(value)
         self._unread.clear()
 
@@ -799,9 +857,11 @@ def step_optimizer(loss_scaler: torch.amp.GradScaler, optimizer: torch.optim.Opt
     Raises ``UserError`` when it has come down without end: then the gradients are not finite at any scale.
     """
     # read before the step, which waits for the gradients anyway: read after it, it would wait for the optimizer too
-    if loss_scaler.get_scale() < 2 ** -14:  # 2¹⁶ at the start: 31 halvings; 1 if disabled
-        raise UserError("the gradients are not finite in float16 at any scale of the loss: training stops; bfloat16 "
-                        "or float32, or a lower --lr, may help, and what was saved is still there")
+    if loss_scaler.get_scale() < 2**-14:  # 2¹⁶ at the start: 31 halvings; 1 if disabled
+        raise UserError(
+            "the gradients are not finite in float16 at any scale of the loss: training stops; bfloat16 "
+            "or float32, or a lower --lr, may help, and what was saved is still there"
+        )
     loss_scaler.step(optimizer)
     loss_scaler.update()
 
@@ -844,6 +904,7 @@ class RunLog:
 
     def _write_scalars(self) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and evaluation has no use for it
+
         folder = self.path.with_name("tensorboard")
         # what earlier writers left from here on is hidden
         with writing(folder), SummaryWriter(str(folder), purge_step=self.scalars[0][2]) as board:

@@ -1,4 +1,5 @@
 """Which pictures a process sees, and in which order."""
+
 from collections.abc import Iterator, Sized
 
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -14,11 +15,16 @@ class RASampler(RepeatAugSampler):
     fewer than 256 pictures. Call ``set_epoch`` before each epoch.
     """
 
-    def __init__(self, dataset: Sized, num_replicas: int | None = None, rank: int | None = None,
-                 shuffle: bool = True) -> None:
-        super().__init__(dataset, get_world_size() if num_replicas is None else num_replicas,
-                         get_rank() if rank is None else rank, shuffle,
-                         selected_round=256 if len(dataset) >= 256 else 0)  # older timm would select nothing
+    def __init__(
+        self, dataset: Sized, num_replicas: int | None = None, rank: int | None = None, shuffle: bool = True
+    ) -> None:
+        super().__init__(
+            dataset,
+            get_world_size() if num_replicas is None else num_replicas,
+            get_rank() if rank is None else rank,
+            shuffle,
+            selected_round=256 if len(dataset) >= 256 else 0,
+        )  # older timm would select nothing
 
 
 class ShardSampler(Sampler[int]):

@@ -5,6 +5,7 @@
 Every round runs each model once, in turn, so that a change of the machine's speed meets all of them; printed are the
 medians of a round's ratios. Memory is the peak of a process that trains one step, of CUDA's allocator on a GPU.
 """
+
 import argparse
 import datetime
 import resource
@@ -69,14 +70,26 @@ def ratios(train, args):
             seconds = step(model, optimizer, *data, train, args)
             if round_ >= 2:  # the first two warm up
                 times[name].append(seconds)
-    return {name: (statistics.median(own), statistics.median(a / b for a, b in zip(own, times[PEER], strict=True)))
-            for name, own in times.items()}
+    return {
+        name: (statistics.median(own), statistics.median(a / b for a, b in zip(own, times[PEER], strict=True)))
+        for name, own in times.items()
+    }
 
 
 def peak_memory(name, args):
     """MiB at the peak of two training steps, measured in a process of its own."""
-    command = [sys.executable, __file__, "--memory-of", name, "--device", args.device, "--batch-size",
-               str(args.batch_size), "--amp-dtype", args.amp_dtype]
+    command = [
+        sys.executable,
+        __file__,
+        "--memory-of",
+        name,
+        "--device",
+        args.device,
+        "--batch-size",
+        str(args.batch_size),
+        "--amp-dtype",
+        args.amp_dtype,
+    ]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -86,8 +99,11 @@ def print_own_peak(args):
     for _ in range(2):
         step(model, optimizer, *data, True, args)
     on_gpu = args.device == "cuda"
-    print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else
-          resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    print(
+        torch.cuda.max_memory_allocated() / 2**20
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    )
 
 
 def main():
@@ -100,17 +116,21 @@ def main():
     args = parser.parse_args()
     if args.memory_of:
         return print_own_peak(args)
-    print(f"{datetime.date.today()}  {machine(args.device)}\ntorch {torch.__version__}, timm {timm.__version__}, "
-          f"{torch.get_num_threads()} threads, batch {args.batch_size}, {args.amp_dtype}, {args.rounds} rounds, "
-          f"rpe_ops {'in use' if getattr(irpe, 'HAS_RPE_OPS', False) else 'absent'}\n")
+    print(
+        f"{datetime.date.today()}  {machine(args.device)}\ntorch {torch.__version__}, timm {timm.__version__}, "
+        f"{torch.get_num_threads()} threads, batch {args.batch_size}, {args.amp_dtype}, {args.rounds} rounds, "
+        f"rpe_ops {'in use' if getattr(irpe, 'HAS_RPE_OPS', False) else 'absent'}\n"
+    )
     # memory first: a child's peak starts at what its parent held when it was forked
     memory = {name: peak_memory(name, args) for name in (PEER, *MODELS)}
     inference, training = ratios(False, args), ratios(True, args)
     print(f"{'':50}{'inference':>16}{'training':>18}{'peak memory':>20}")
     for name in (PEER, *MODELS):
-        columns = (f"{inference[name][0] * 1e3:8.0f} ms ×{inference[name][1]:5.2f}",
-                   f"{training[name][0] * 1e3:8.0f} ms ×{training[name][1]:5.2f}",
-                   f"{memory[name]:8.0f} MiB ×{memory[name] / memory[PEER]:5.2f}")
+        columns = (
+            f"{inference[name][0] * 1e3:8.0f} ms ×{inference[name][1]:5.2f}",
+            f"{training[name][0] * 1e3:8.0f} ms ×{training[name][1]:5.2f}",
+            f"{memory[name]:8.0f} MiB ×{memory[name] / memory[PEER]:5.2f}",
+        )
         print(f"{name:50}{''.join(f'{column:>19}' for column in columns)}")
 
 

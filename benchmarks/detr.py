@@ -7,6 +7,7 @@ picture padded by a quarter; its peer gets the same mask, and no weights are ask
 with matching, losses and AdamW. Every round runs each variant once, in turn, so that a change of the machine's speed
 meets all of them; printed are medians of times and of a round's ratios.
 """
+
 import argparse
 import datetime
 import statistics
@@ -31,6 +32,7 @@ ENCODINGS = {where: f"rpe-2.0-product-ctx-1-{where}" for where in ("k", "qk", "q
 
 def attention_variants(args):
     """Name → function of `train` that runs the variant once, forward or forward and backward."""
+
     def variant(module, call):
         module.to(args.device)
 
@@ -41,6 +43,7 @@ def attention_variants(args):
             if train:
                 module.zero_grad()
                 out.backward(grad)
+
         return run
 
     generator = torch.Generator().manual_seed(0)
@@ -48,23 +51,28 @@ def attention_variants(args):
     x, pos, grad = (torch.randn(BATCH, length, 256, generator=generator).to(args.device) for _ in range(3))
     query, value = (x + pos).requires_grad_(), x.requires_grad_()
     padding = torch.zeros(BATCH, HEIGHT, WIDTH, dtype=torch.bool, device=args.device)
-    padding[1, :, WIDTH - WIDTH // 4:] = True
+    padding[1, :, WIDTH - WIDTH // 4 :] = True
     padding = padding.flatten(1)
     added = torch.zeros(BATCH, length, device=args.device).masked_fill_(padding, -torch.inf)  # once for all layers
-    variants = {"nn.MultiheadAttention": variant(
-        nn.MultiheadAttention(256, 8, batch_first=True),
-        lambda module: module(query, query, value, key_padding_mask=padding, need_weights=False)[0])}
+    variants = {
+        "nn.MultiheadAttention": variant(
+            nn.MultiheadAttention(256, 8, batch_first=True),
+            lambda module: module(query, query, value, key_padding_mask=padding, need_weights=False)[0],
+        )
+    }
     for where, text in ENCODINGS.items():
         module = RPEMultiheadAttention(256, 8, batch_first=True, rpe_config=parse_enc_rpe2d(text))
         for table in (p for name, p in module.named_parameters() if "lookup_table" in name):
             nn.init.xavier_uniform_(table)
         variants[f"iRPE on {where}"] = variant(
-            module, lambda module: module(query, query, value, added, need_weights=False, hw=(HEIGHT, WIDTH))[0])
+            module, lambda module: module(query, query, value, added, need_weights=False, hw=(HEIGHT, WIDTH))[0]
+        )
     return variants
 
 
 def step_variants(args):
     """Name → function that makes one training step of DETR-R50."""
+
     def variant(text):
         flags = ["--enc_rpe2d", text, "--device", args.device, "--resume", "x"]  # no pretrained weights are fetched
         model_args = detr_main.get_args_parser().parse_args(flags)
@@ -82,13 +90,19 @@ def step_variants(args):
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), model_args.clip_max_norm)
             optimizer.step()
+
         return run
 
     generator = torch.Generator().manual_seed(0)
     pictures = [torch.randn(3, 32 * HEIGHT, 32 * width, generator=generator) for width in (WIDTH, WIDTH - WIDTH // 4)]
     samples = nested_tensor_from_tensor_list(pictures).to(args.device)
-    targets = [{"labels": torch.randint(1, 91, (7,), generator=generator).to(args.device),
-                "boxes": (torch.rand(7, 4, generator=generator) * 0.3 + 0.3).to(args.device)} for _ in pictures]
+    targets = [
+        {
+            "labels": torch.randint(1, 91, (7,), generator=generator).to(args.device),
+            "boxes": (torch.rand(7, 4, generator=generator) * 0.3 + 0.3).to(args.device),
+        }
+        for _ in pictures
+    ]
     return {"DETR-R50": variant(""), **{f"iRPE on {where}": variant(ENCODINGS[where]) for where in ("k", "qkv")}}
 
 
@@ -121,8 +135,10 @@ def main():
     parser.add_argument("--model-rounds", type=int, default=5, help="of the whole step; 0 leaves it out")
     parser.add_argument("--amp-dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     args = parser.parse_args()
-    print(f"{datetime.date.today()}  {machine(args.device)}\ntorch {torch.__version__}, {torch.get_num_threads()} "
-          f"threads, {args.amp_dtype}, rpe_ops {'in use' if getattr(irpe, 'HAS_RPE_OPS', False) else 'absent'}")
+    print(
+        f"{datetime.date.today()}  {machine(args.device)}\ntorch {torch.__version__}, {torch.get_num_threads()} "
+        f"threads, {args.amp_dtype}, rpe_ops {'in use' if getattr(irpe, 'HAS_RPE_OPS', False) else 'absent'}"
+    )
     attention = attention_variants(args)
     for name, train in (("inference", False), ("training", True)):
         print(f"\none encoder attention, {HEIGHT}×{WIDTH} tokens, batch {BATCH}, {name}, {args.rounds} rounds")

@@ -1,7 +1,8 @@
 """Copy a few pictures of a set in COCO's format into both splits of a new one, for a model to learn by heart.
 
-    python benchmarks/detr_subset.py COCO_PATH FOLDER [--images 4] [--most 4] [--repeat 25]
+python benchmarks/detr_subset.py COCO_PATH FOLDER [--images 4] [--most 4] [--repeat 25]
 """
+
 import argparse
 import json
 import shutil
@@ -17,14 +18,24 @@ def copy_subset(coco_path, folder, images=4, most=4, repeat=25):
     objects = {}
     for entry in data["annotations"]:
         objects.setdefault(entry["image_id"], []).append(entry)
-    chosen = [image for image in sorted(data["images"], key=lambda image: image["id"])
-              if 1 <= len(objects.get(image["id"], [])) <= most
-              and all(not entry["iscrowd"] and entry["area"] > 32 ** 2 for entry in objects[image["id"]])][:images]
+    chosen = [
+        image
+        for image in sorted(data["images"], key=lambda image: image["id"])
+        if 1 <= len(objects.get(image["id"], [])) <= most
+        and all(not entry["iscrowd"] and entry["area"] > 32**2 for entry in objects[image["id"]])
+    ][:images]
     for split, times in (("train2017", repeat), ("val2017", 1)):
         copies = [(image, image["id"] * times + copy) for image in chosen for copy in range(times)]
-        subset = {"images": [{**image, "id": new_id} for image, new_id in copies], "categories": data["categories"],
-                  "annotations": [{**entry, "image_id": new_id, "id": number} for number, (entry, new_id) in enumerate(
-                      ((entry, new_id) for image, new_id in copies for entry in objects[image["id"]]), start=1)]}
+        subset = {
+            "images": [{**image, "id": new_id} for image, new_id in copies],
+            "categories": data["categories"],
+            "annotations": [
+                {**entry, "image_id": new_id, "id": number}
+                for number, (entry, new_id) in enumerate(
+                    ((entry, new_id) for image, new_id in copies for entry in objects[image["id"]]), start=1
+                )
+            ],
+        }
         for part in (split, "annotations"):
             Path(folder, part).mkdir(parents=True, exist_ok=True)
         Path(folder, "annotations", f"instances_{split}.json").write_text(json.dumps(subset))

@@ -6,6 +6,7 @@ and the peak of memory, over the plain model's (timm's, or an encoder without re
 them, and compiled. At the end the goals are compared with what was measured. `--device cpu --tiny` tries all of it
 without a GPU.
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -21,12 +22,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {  # name: images, and timm's name or the map of an encoder
-    "DeiT-S": (128, "deit_small_patch16_224"), "DETR encoder, 25x34": (2, (25, 34)),
-    "DeiT-B": (128, "deit_base_patch16_224"), "DETR encoder, 35x40": (2, (35, 40))}
+    "DeiT-S": (128, "deit_small_patch16_224"),
+    "DETR encoder, 25x34": (2, (25, 34)),
+    "DeiT-B": (128, "deit_base_patch16_224"),
+    "DETR encoder, 35x40": (2, (35, 40)),
+}
 TINY_MODELS = {"DeiT-S": (1, "deit_small_patch16_224"), "DETR encoder, 1x2": (2, (1, 2))}
 WAYS = [("plain", ""), ("composed", "k"), ("rows", "k"), ("composed", "qkv"), ("rows", "qkv")]
-TINY_WAYS = {"DeiT-S": [("plain", ""), ("rows", "k")],  # of which the interpreter takes long
-             "DETR encoder, 1x2": [("plain", ""), ("composed", "qkv")]}
+TINY_WAYS = {
+    "DeiT-S": [("plain", ""), ("rows", "k")],  # of which the interpreter takes long
+    "DETR encoder, 1x2": [("plain", ""), ("composed", "qkv")],
+}
 TOGETHER = 10  # processes that compile and warm up at the same time: one DeiT in five ways takes at most 55 GB
 GOALS = {("k", "kernels"): 1.12, ("qkv", "kernels"): 1.35, ("k", "memory"): 1.02, ("qkv", "memory"): 1.12}
 SLACK = 0.03  # of the compiled model's time over the plain one's, to the ratio of the kernels
@@ -35,6 +41,7 @@ SLACK = 0.03  # of the compiled model's time over the plain one's, to the ratio 
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """A model to be timed: a way of attention with terms on some places."""
+
     model: str
     way: str
     on: str
@@ -47,6 +54,7 @@ class Subject:
 @dataclasses.dataclass
 class Measurement:
     """Of a step: milliseconds of its kernels, their number, milliseconds on the clock, MiB at the peak."""
+
     kernels: float = 0.0
     launches: int = 0
     wall: list[float] = dataclasses.field(default_factory=list)
@@ -54,6 +62,7 @@ class Measurement:
 
 
 # --- What is timed, in a process of its own --------------------------------------------------------------------------
+
 
 def deit_step(subject, args):
     """(model, function of a callable model that does a training step of a DeiT)"""
@@ -64,6 +73,7 @@ def deit_step(subject, args):
 
     from irpe import get_rpe_config
     from rpe_vision_transformer import equip_irpe
+
     batch, name = models(args)[subject.model]
     options = {"img_size": 16, "depth": 1, "embed_dim": 16, "num_heads": 1} if args.tiny else {}
     model = timm.create_model(name, **options)
@@ -81,6 +91,7 @@ def encoder_step(subject, args):
 
     from models.rpe_attention.irpe import get_rpe_config
     from models.transformer import Encoder, EncoderLayer
+
     batch, (height, width) = models(args)[subject.model]
     channels, heads, layers = (16, 1, 1) if args.tiny else (256, 8, 6)
     config = get_rpe_config(2.0, rpe_on=subject.on) if subject.on else None
@@ -88,7 +99,7 @@ def encoder_step(subject, args):
     model.to(args.device)
     tokens, positions = torch.randn(2, batch, height * width, channels, device=args.device)
     padding = torch.zeros(batch, height, width, device=args.device)
-    padding[1, :, width * 3 // 4:] = -torch.inf
+    padding[1, :, width * 3 // 4 :] = -torch.inf
     padding = padding.flatten(1)
     return model, lambda forward: forward(tokens, positions, padding, (height, width)).square().mean()
 
@@ -98,6 +109,7 @@ class Runner:
 
     def __init__(self, subject, args):
         import torch
+
         self.torch, self.args = torch, args
         torch.manual_seed(0)
         self.model, self.loss = (encoder_step if "DETR" in subject.model else deit_step)(subject, args)
@@ -179,7 +191,7 @@ class Runner:
         self.torch.cuda.reset_peak_memory_stats()
         self.step(mode)
         self.synchronize()
-        return self.torch.cuda.max_memory_allocated() / 2 ** 20
+        return self.torch.cuda.max_memory_allocated() / 2**20
 
 
 def profile(function, device):
@@ -187,14 +199,18 @@ def profile(function, device):
     import torch
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
+
     on_gpu = device == "cuda"
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiler:
         function()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     # a named region has a time on the GPU too, that of the kernels in it
-    events = [event for event in profiler.key_averages()
-              if event.device_type == kind and not getattr(event, "is_user_annotation", False)]
+    events = [
+        event
+        for event in profiler.key_averages()
+        if event.device_type == kind and not getattr(event, "is_user_annotation", False)
+    ]
     time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     return sum(getattr(event, time_of) for event in events) / 1e3, sum(event.count for event in events)
 
@@ -252,11 +268,12 @@ class Worker:
 
 def start_workers(args):
     """Workers of all subjects, compiled some at a time and then ready to be timed, unless they failed."""
-    subjects = [Subject(model, way, on) for model in models(args)
-                for way, on in (TINY_WAYS[model] if args.tiny else WAYS)]
+    subjects = [
+        Subject(model, way, on) for model in models(args) for way, on in (TINY_WAYS[model] if args.tiny else WAYS)
+    ]
     workers = []
     for first in range(0, len(subjects), TOGETHER):
-        started = [Worker(subject, args) for subject in subjects[first:first + TOGETHER]]
+        started = [Worker(subject, args) for subject in subjects[first : first + TOGETHER]]
         for worker in started:
             worker.answer()
         workers += started
@@ -269,8 +286,10 @@ def time_workers(workers, args):
     for model in models(args):
         ours = [worker for worker in workers if worker.subject.model == model]
         for mode in ("eager", "compiled"):
-            measured = [(worker, Measurement(*(worker.ask("kernels", mode) or ()), memory=worker.ask("memory", mode)))
-                        for worker in ours]
+            measured = [
+                (worker, Measurement(*(worker.ask("kernels", mode) or ()), memory=worker.ask("memory", mode)))
+                for worker in ours
+            ]
             for _ in range(args.rounds):
                 for worker, measurement in measured:
                     measurement.wall.append(worker.ask("wall", mode))
@@ -289,17 +308,21 @@ def report(found, args):
             plain = found.get((Subject(model, "plain", ""), mode))
             if plain is None:
                 continue
-            print(f"\n{model}, batch {models(args)[model][0]}, {args.type_name}, {mode}\n"
-                  "                  kernels, ms  x plain  launches  wall, ms  x plain  peak MiB  x plain")
+            print(
+                f"\n{model}, batch {models(args)[model][0]}, {args.type_name}, {mode}\n"
+                "                  kernels, ms  x plain  launches  wall, ms  x plain  peak MiB  x plain"
+            )
             for (subject, its_mode), it in found.items():
                 if subject.model != model or its_mode != mode:
                     continue
                 wall = statistics.median(a / b for a, b in zip(it.wall, plain.wall, strict=True))
                 ratio = {"kernels": it.kernels / plain.kernels, "wall": wall, "memory": it.memory / plain.memory}
                 ratios[model, mode, subject.way, subject.on] = ratio
-                print(f"  {subject.name:15}{it.kernels:12.2f}{ratio['kernels']:9.2f}{it.launches:10}"
-                      f"{statistics.median(it.wall):10.2f}{ratio['wall']:9.2f}{it.memory:10.0f}{ratio['memory']:9.2f}",
-                      flush=True)
+                print(
+                    f"  {subject.name:15}{it.kernels:12.2f}{ratio['kernels']:9.2f}{it.launches:10}"
+                    f"{statistics.median(it.wall):10.2f}{ratio['wall']:9.2f}{it.memory:10.0f}{ratio['memory']:9.2f}",
+                    flush=True,
+                )
     return ratios
 
 
@@ -320,23 +343,36 @@ def compare_with_goals(ratios):
         compare(f"rows on {on}, peak memory", rows["memory"], GOALS[on, "memory"])
         if composed:
             compare(f"rows on {on}, eager wall time; composed's is the limit", rows["wall"], composed["wall"])
-        compare(f"rows on {on}, compiled wall time; the kernels' ratio is the limit", compiled["wall"],
-                compiled["kernels"] + SLACK)
+        compare(
+            f"rows on {on}, compiled wall time; the kernels' ratio is the limit",
+            compiled["wall"],
+            compiled["kernels"] + SLACK,
+        )
 
 
 # --- Tilings ---------------------------------------------------------------------------------------------------------
 
+
 def variations(tile, fixed_other):
     """The tile, and those that differ from it in one thing."""
-    others = {"own": (32, 64, 128), "other": () if fixed_other else (16, 32, 64), "num_warps": (2, 4, 8),
-              "num_stages": (1, 2, 3)}
-    return [tile] + [tile._replace(**{name: value}) for name, values in others.items() for value in values
-                     if value != getattr(tile, name)]
+    others = {
+        "own": (32, 64, 128),
+        "other": () if fixed_other else (16, 32, 64),
+        "num_warps": (2, 4, 8),
+        "num_stages": (1, 2, 3),
+    }
+    return [tile] + [
+        tile._replace(**{name: value})
+        for name, values in others.items()
+        for value in values
+        if value != getattr(tile, name)
+    ]
 
 
 def candidates(args):
     """[(terms on, kernel, tile)] of DeiT-S in half precision."""
     from rpe_ops import rows
+
     chosen, unused = [], {"k": ("queries", "keys, sums"), "qkv": ("queries", "keys")}
     for on in unused:
         for kernel, tile in rows.KERNELS.items():
@@ -355,10 +391,10 @@ def one_attention(on, args):
     import torch
 
     from irpe import build_rpe, get_rpe_config, rpe_attention
+
     assert rpe_ops.ATTENTION == "rows"  # which the environment has to say before the first import
     batch, heads, side, channels = (1, 1, 1, 16) if args.tiny else (128, 6, 14, 64)
-    modules = [rpe and rpe.to(args.device) for rpe in
-               build_rpe(get_rpe_config(skip=1, rpe_on=on), channels, heads)]
+    modules = [rpe and rpe.to(args.device) for rpe in build_rpe(get_rpe_config(skip=1, rpe_on=on), channels, heads)]
     length = side * side + 1
     x = torch.randn(batch, length, 3, heads, channels, device=args.device, dtype=args.dtype(), requires_grad=True)
     grad = torch.randn(batch, heads, length, channels, device=args.device, dtype=args.dtype())
@@ -369,12 +405,14 @@ def one_attention(on, args):
             rpe_attention(*x.permute(2, 0, 3, 1, 4), *modules).backward(grad)
         if args.device == "cuda":
             torch.cuda.synchronize()
+
     return run
 
 
 def with_tile(run, kernel, tile, args):
     """Run with another tile for a kernel; returns None, or why it cannot be had."""
     from rpe_ops import rows
+
     key = kernel, args.width(), 64
     before = rows.TILES[key]
     rows.TILES[key] = tile
@@ -398,8 +436,9 @@ def time_tilings(tilings, args):
     print(f"\nTilings: {shape}; each differs from the first in one thing")
     runs = {on: one_attention(on, args) for on in dict.fromkeys(on for on, *_ in tilings)}
     for on, kernel, tile in tilings:
-        name = (f"  {on:4}{kernel:15}own {tile.own:3} other {tile.other:2} warps {tile.num_warps} "
-                f"stages {tile.num_stages}")
+        name = (
+            f"  {on:4}{kernel:15}own {tile.own:3} other {tile.other:2} warps {tile.num_warps} stages {tile.num_stages}"
+        )
 
         def several(run=runs[on]):
             for _ in range(1 if args.tiny else 5):
@@ -427,11 +466,13 @@ def compiling_beside(tilings, args):
 
 # --- The whole -------------------------------------------------------------------------------------------------------
 
+
 class Arguments(argparse.Namespace):
     """The command line; workers get it too."""
 
     def dtype(self):
         import torch
+
         return getattr(torch, self.type_name)
 
     def width(self):
@@ -447,9 +488,12 @@ def header(args):
     import torch
     import triton
     from machine import machine
+
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return (f"{datetime.date.today()}, {machine(args.device)}, PyTorch {torch.__version__}, Triton "
-            f"{triton.__version__}, commit {commit.stdout.strip() or 'unknown'}, {args.rounds} rounds")
+    return (
+        f"{datetime.date.today()}, {machine(args.device)}, PyTorch {torch.__version__}, Triton "
+        f"{triton.__version__}, commit {commit.stdout.strip() or 'unknown'}, {args.rounds} rounds"
+    )
 
 
 def wait_for(path, seconds=600):
@@ -479,8 +523,9 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes and no compiler, to try the script itself")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME",
-                        help=f"of {', '.join(MODELS)}")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}"
+    )
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--type", dest="type_name", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
@@ -499,6 +544,7 @@ if __name__ == "__main__":
         if args.device == "cpu":
             args.type_name = "bfloat16"
     import torch
+
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: --device cuda needs a GPU and PyTorch finds none: say --device cpu --tiny to try it")
     main(args)

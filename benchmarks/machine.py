@@ -1,4 +1,5 @@
 """What a benchmark ran on."""
+
 import os
 import platform
 from pathlib import Path
@@ -13,4 +14,5 @@ def machine(device):
     if device == "cpu":
         return name
     import torch  # which takes seconds
+
     return f"{torch.cuda.get_device_name()} ({name})"

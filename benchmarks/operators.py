@@ -70,8 +70,12 @@ def contestants(batch, heads, ids, buckets, device, dtype):
         check(name, functions["forward"][name](), reference.rpe_index(x, ids), 0.0)
         # PyTorch's own ways add half types in those, rpe_ops in float32
         accumulator = torch.promote_types(dtype, torch.float32) if name == "rpe_ops" else dtype
-        check(name, functions["backward"][name](), reference.rpe_bucket_sum(p.double(), ids, buckets),
-              adding_error(p, ids, buckets, accumulator))
+        check(
+            name,
+            functions["backward"][name](),
+            reference.rpe_bucket_sum(p.double(), ids, buckets),
+            adding_error(p, ids, buckets, accumulator),
+        )
     for direction in functions.values():
         direction["copy_"] = lambda: other.copy_(p)
     return functions
@@ -91,10 +95,12 @@ def adding_error(p, ids, buckets, accumulator):
 
 def cpu_timer(function):
     """A function that runs `function` once and returns the seconds it took."""
+
     def run():
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
+
     return run
 
 
@@ -113,6 +119,7 @@ def cuda_timer(function):
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / CALLS
+
     return run
 
 
@@ -141,9 +148,11 @@ def report(shape, direction, seconds, device):
     copies = ratio(seconds["rpe_ops"], seconds["copy_"])
     speedup = min(ratio(seconds[way], seconds["rpe_ops"]) for way in ("gather", "flatten"))
     goal = GOALS[device][direction]
-    print(f"  rpe_ops: {copies:.2f} copies (goal: at most {goal}: {'met' if copies <= goal else 'MISSED'}), "
-          f"{speedup:.2f} times faster than PyTorch's faster way"
-          + (f" (goal: at least {FASTER}: {'met' if speedup >= FASTER else 'MISSED'})" if device == "cpu" else ""))
+    print(
+        f"  rpe_ops: {copies:.2f} copies (goal: at most {goal}: {'met' if copies <= goal else 'MISSED'}), "
+        f"{speedup:.2f} times faster than PyTorch's faster way"
+        + (f" (goal: at least {FASTER}: {'met' if speedup >= FASTER else 'MISSED'})" if device == "cpu" else "")
+    )
 
 
 def keep_memory():
@@ -167,8 +176,10 @@ def main(args):
     keep_memory()
     torch.set_num_threads(args.threads)
     dtypes = [torch.float32] if args.device == "cpu" else [torch.float32, torch.float16, torch.bfloat16]
-    print(f"{date.today()}, {machine(args.device)}, {args.threads} threads, PyTorch {torch.__version__}, "
-          f"{args.rounds} rounds")
+    print(
+        f"{date.today()}, {machine(args.device)}, {args.threads} threads, PyTorch {torch.__version__}, "
+        f"{args.rounds} rounds"
+    )
     for name, batch, heads, (height, width), skip, alpha in SHAPES:
         ids, buckets = product_ids(height, width, skip, alpha)
         for dtype in dtypes:

@@ -2,6 +2,7 @@
 
 Triton compiles what a call would launch, for GPUs that need not be here, and its assembler says what the code takes.
 """
+
 import argparse
 import concurrent.futures
 import itertools
@@ -24,8 +25,14 @@ TARGETS = {80: "A100", 90: "H100"}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PLACES = ("k", "qkv")
 CHANNELS = (32, 64, 128)  # 48 is padded to 64, 96 to 128
-TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1",
-         torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.bool: "*i1",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 def launches(dtype, channels, places, masked, dropout_p, height=14, width=14, bias=False):
@@ -43,13 +50,16 @@ def launches(dtype, channels, places, masked, dropout_p, height=14, width=14, bi
     launch, rows._launch = rows._launch, record
     try:
         # as DeiT-S has it: q, k and v lie in one tensor, with a class token; seven classes of offsets on both axes
-        q, k, v = torch.zeros(2, height * width + 1, 3, 6, channels, dtype=dtype, requires_grad=True
-                              ).permute(2, 0, 3, 1, 4)
+        q, k, v = torch.zeros(2, height * width + 1, 3, 6, channels, dtype=dtype, requires_grad=True).permute(
+            2, 0, 3, 1, 4
+        )
         index = [torch.arange(1 - size, size).clamp(-3, 3) + 3 for size in (height, width)]
         layout = row_layout((index[0][:, None] * 7 + index[1])[None], 1, 50)
         shapes = ((50,), (50,), ()) if bias else ((channels, 50), (channels, 50), (50, channels))
-        tables = [[torch.zeros(1, *shape, requires_grad=True)] * (place in places)
-                  for place, shape in zip("qkv", shapes, strict=True)]
+        tables = [
+            [torch.zeros(1, *shape, requires_grad=True)] * (place in places)
+            for place, shape in zip("qkv", shapes, strict=True)
+        ]
         mask = torch.zeros(2, 1, 1, height * width + 1, dtype=torch.bool) if masked else None
         rows.attention(q, k, v, *tables, *layout, bias, mask, dropout_p).sum().backward()
     finally:
@@ -74,8 +84,11 @@ def specialised(kernel, arguments):
 
 def compiled(kernel, options, arguments, arch):
     """What Triton makes of a launch."""
-    return triton.compile(ASTSource(kernel, *specialised(kernel, arguments)), target=GPUTarget("cuda", arch, 32),
-                          options={"num_warps": options.num_warps, "num_stages": options.num_stages})
+    return triton.compile(
+        ASTSource(kernel, *specialised(kernel, arguments)),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": options.num_warps, "num_stages": options.num_stages},
+    )
 
 
 def resources(program, arch):
@@ -83,9 +96,19 @@ def resources(program, arch):
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(program.asm["ptx"])
-        said = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", f"-arch=sm_{arch}{'a' if arch >= 90 else ''}",
-                               str(ptx), "-o", str(ptx.with_suffix(".cubin"))], capture_output=True, text=True,
-                              check=True).stderr
+        said = subprocess.run(
+            [
+                triton.knobs.nvidia.ptxas.path,
+                "-v",
+                f"-arch=sm_{arch}{'a' if arch >= 90 else ''}",
+                str(ptx),
+                "-o",
+                str(ptx.with_suffix(".cubin")),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
     registers = int(re.search(r"Used (\d+) registers", said)[1])
     return registers, sum(map(int, re.findall(r"(\d+) bytes spill", said))), program.metadata.shared
 
@@ -96,15 +119,19 @@ def measure(case):
     lines = []
     for name, (kernel, options, arguments) in launches(DTYPES[dtype], channels, places, rest, 0.1 * rest).items():
         registers, spilled, shared = resources(compiled(kernel, options, arguments, arch), arch)
-        lines.append(f"sm_{arch} {dtype:9}{channels:4}  {places:4} {'mask, dropout' if rest else '':14}{name:8}"
-                     f"{options.own:5} x {options.other:3}{options.num_warps:6}{options.num_stages:7}{registers:10}"
-                     f"{spilled:8}{shared:8}")
+        lines.append(
+            f"sm_{arch} {dtype:9}{channels:4}  {places:4} {'mask, dropout' if rest else '':14}{name:8}"
+            f"{options.own:5} x {options.other:3}{options.num_warps:6}{options.num_stages:7}{registers:10}"
+            f"{spilled:8}{shared:8}"
+        )
     return lines
 
 
 def main(args):
-    print(f"Triton {triton.__version__}; tiles of own x other tokens; spilled and shared are bytes\n"
-          f"arch  type  channels  on{'':20}kernel    tile   warps stages registers spilled  shared")
+    print(
+        f"Triton {triton.__version__}; tiles of own x other tokens; spilled and shared are bytes\n"
+        f"arch  type  channels  on{'':20}kernel    tile   warps stages registers spilled  shared"
+    )
     cases = list(itertools.product(args.arch, args.dtype, args.channels, args.places, (False, True)))
     with concurrent.futures.ProcessPoolExecutor(args.processes) as pool:
         for lines in pool.map(measure, cases):

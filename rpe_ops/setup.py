@@ -20,8 +20,10 @@ from setuptools.command.install import install
 try:
     import torch
 except ModuleNotFoundError:
-    sys.exit("rpe_ops is built against the PyTorch it runs with: install PyTorch first, then run "
-             "pip install --no-build-isolation --no-deps ./rpe_ops")
+    sys.exit(
+        "rpe_ops is built against the PyTorch it runs with: install PyTorch first, then run "
+        "pip install --no-build-isolation --no-deps ./rpe_ops"
+    )
 
 os.chdir(Path(__file__).resolve().parent)  # paths of sources are relative
 VERSION = re.search(r'"(.+)"', Path("python/_version.py").read_text())[1]
@@ -37,6 +39,7 @@ def find_cuda_home() -> str | None:
     if home:
         os.environ["CUDA_HOME"] = home
     from torch.utils import cpp_extension  # reads CUDA_HOME, and knows the usual places
+
     return cpp_extension.CUDA_HOME
 
 
@@ -87,8 +90,13 @@ def extension():
     sources = ["csrc/rpe_ops.cpp", "csrc/cpu.cpp"] + (["csrc/cuda.cpp", "csrc/cuda_kernels.cu"] if CUDA else [])
     cxx = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fvisibility=hidden"]
     return (CUDAExtension if CUDA else CppExtension)(
-        "rpe_ops._C", sources, include_dirs=["csrc"], define_macros=[("RPE_OPS_CUDA", None)] if CUDA else [],
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]}, py_limited_api=True)
+        "rpe_ops._C",
+        sources,
+        include_dirs=["csrc"],
+        define_macros=[("RPE_OPS_CUDA", None)] if CUDA else [],
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
+        py_limited_api=True,
+    )
 
 
 setup(

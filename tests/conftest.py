@@ -1,4 +1,5 @@
 """Sample sets and checkpoints of the real architectures, with scores computed here, for the tests of reproduce.py."""
+
 import contextlib
 import io
 import json
@@ -32,9 +33,14 @@ METRICS = ("ap", "ap50", "ap75", "aps", "apm", "apl")
 
 def start(*flags, program=("tools/reproduce.py",)):
     """Start reproduce.py on the CPU with one thread; its output is captured."""
-    return subprocess.Popen([sys.executable, *program, "--device", "cpu", *map(str, flags)], cwd=ROOT,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, *program, "--device", "cpu", *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process):
@@ -49,6 +55,7 @@ def finish(process):
 def signal_at_start(word, number):
     """From now on this process sends itself a signal when a command with the word in it has just started, but
     subprocess.Popen has not returned yet."""
+
     class Signalled(subprocess.Popen):
         def __init__(self, command, *args, **options):
             super().__init__(command, *args, **options)
@@ -118,8 +125,10 @@ def detect(model, picture, image_id):
     scores, labels = found["pred_logits"][0].softmax(-1)[:, :-1].max(-1)
     x, y, w, h = (found["pred_boxes"][0] * torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])).double().unbind(-1)
     boxes = torch.stack([x - w / 2, y - h / 2, w, h], 1)
-    return [{"image_id": image_id, "category_id": label, "score": score, "bbox": box}
-            for label, score, box in zip(labels.tolist(), scores.tolist(), boxes.tolist(), strict=True)]
+    return [
+        {"image_id": image_id, "category_id": label, "score": score, "bbox": box}
+        for label, score, box in zip(labels.tolist(), scores.tolist(), boxes.tolist(), strict=True)
+    ]
 
 
 def annotate(detections, random):
@@ -130,9 +139,15 @@ def annotate(detections, random):
         left, top = np.clip([x, y], 0, [WIDTH - 4, HEIGHT - 4])
         right, bottom = np.clip([x + w, y + h], [left + 3, top + 3], [WIDTH, HEIGHT])
         wrong = random.rand() < 0.3
-        objects.append({"category_id": 1 + detection["category_id"] % 89 if wrong else detection["category_id"],
-                        "bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top),
-                        "image_id": detection["image_id"], "iscrowd": 0})
+        objects.append(
+            {
+                "category_id": 1 + detection["category_id"] % 89 if wrong else detection["category_id"],
+                "bbox": [left, top, right - left, bottom - top],
+                "area": (right - left) * (bottom - top),
+                "image_id": detection["image_id"],
+                "iscrowd": 0,
+            }
+        )
     return objects
 
 

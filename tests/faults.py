@@ -7,6 +7,7 @@ same command line, `--resume auto` in it, until it ends; then its weights, optim
 never stopped, to the bit. A kill may lose no more steps than `--save-every` says, a signal none. Damaged files must be
 refused in one sentence, or read. The last line is the number of failures, which is also the exit status.
 """
+
 import argparse
 import contextlib
 import copy
@@ -42,6 +43,7 @@ BATCHES = {1: 4, 2: 2}  # pictures a step of each process
 # ---------------------------------------------------------------------------------------------------------------------
 # Small data
 
+
 def write_classes(root):
     """Class folders of random pictures, and their tars."""
     pixels = np.random.RandomState(0)
@@ -65,14 +67,30 @@ def write_coco(root):
         images, objects = [], []
         for number in range(count):
             Image.fromarray(pixels.randint(0, 255, (48, 40, 3), np.uint8)).save(
-                Path(root, f"{split}2017", f"{number}.png"))
+                Path(root, f"{split}2017", f"{number}.png")
+            )
             images.append({"id": number, "file_name": f"{number}.png", "height": 48, "width": 40})
-            objects += [{"id": len(objects) + k, "image_id": number, "category_id": 1 + k, "iscrowd": 0, "area": 200,
-                         "bbox": [2, 3, 20, 10 + k], "segmentation": [[2, 3, 22, 3, 22, 13]]}
-                        for k in range(1 + number % 2)]
-        Path(root, "annotations", f"instances_{split}2017.json").write_text(json.dumps({
-            "images": images, "annotations": objects,
-            "categories": [{"id": 1, "name": "ant"}, {"id": 2, "name": "bee"}]}))
+            objects += [
+                {
+                    "id": len(objects) + k,
+                    "image_id": number,
+                    "category_id": 1 + k,
+                    "iscrowd": 0,
+                    "area": 200,
+                    "bbox": [2, 3, 20, 10 + k],
+                    "segmentation": [[2, 3, 22, 3, 22, 13]],
+                }
+                for k in range(1 + number % 2)
+            ]
+        Path(root, "annotations", f"instances_{split}2017.json").write_text(
+            json.dumps(
+                {
+                    "images": images,
+                    "annotations": objects,
+                    "categories": [{"id": 1, "name": "ant"}, {"id": 2, "name": "bee"}],
+                }
+            )
+        )
     with zipfile.ZipFile(Path(root, "val2017.zip"), "w") as archive:
         for file in sorted(Path(root, "val2017").iterdir()):
             archive.write(file, f"val2017/{file.name}")
@@ -80,17 +98,72 @@ def write_coco(root):
 
 
 def deit_flags(data, world_size=1):
-    return ["--model", "test_vit", "--input-size", 32, "--data-set", "FOLDER", "--data-path", data, "--batch-size",
-            BATCHES[world_size], "--epochs", EPOCHS, "--lr", 0.05, "--warmup-epochs", 1, "--drop", 0.1, "--device",
-            "cpu", "--num_workers", 1, "--save-every", SAVE_EVERY]
+    return [
+        "--model",
+        "test_vit",
+        "--input-size",
+        32,
+        "--data-set",
+        "FOLDER",
+        "--data-path",
+        data,
+        "--batch-size",
+        BATCHES[world_size],
+        "--epochs",
+        EPOCHS,
+        "--lr",
+        0.05,
+        "--warmup-epochs",
+        1,
+        "--drop",
+        0.1,
+        "--device",
+        "cpu",
+        "--num_workers",
+        1,
+        "--save-every",
+        SAVE_EVERY,
+    ]
 
 
 def detr_flags(data, world_size=1):
-    return ["--coco_path", data, "--backbone", "resnet18", "--no_pretrained_backbone", "--lr_backbone", 0,
-            "--short_side", 48, "--hidden_dim", 16, "--nheads", 2, "--enc_layers", 1, "--dec_layers", 1,
-            "--dim_feedforward", 16, "--num_queries", 5, "--enc_rpe2d", "rpe-2.0-product-ctx-1-k", "--batch_size",
-            BATCHES[world_size], "--epochs", EPOCHS, "--lr_drop", 2, "--device", "cpu", "--num_workers", 1,
-            "--save_every", SAVE_EVERY]
+    return [
+        "--coco_path",
+        data,
+        "--backbone",
+        "resnet18",
+        "--no_pretrained_backbone",
+        "--lr_backbone",
+        0,
+        "--short_side",
+        48,
+        "--hidden_dim",
+        16,
+        "--nheads",
+        2,
+        "--enc_layers",
+        1,
+        "--dec_layers",
+        1,
+        "--dim_feedforward",
+        16,
+        "--num_queries",
+        5,
+        "--enc_rpe2d",
+        "rpe-2.0-product-ctx-1-k",
+        "--batch_size",
+        BATCHES[world_size],
+        "--epochs",
+        EPOCHS,
+        "--lr_drop",
+        2,
+        "--device",
+        "cpu",
+        "--num_workers",
+        1,
+        "--save_every",
+        SAVE_EVERY,
+    ]
 
 
 CODEBASES = {"DeiT-with-iRPE": (write_classes, deit_flags), "DETR-with-iRPE": (write_coco, detr_flags)}
@@ -99,13 +172,15 @@ CODEBASES = {"DeiT-with-iRPE": (write_classes, deit_flags), "DETR-with-iRPE": (w
 # ---------------------------------------------------------------------------------------------------------------------
 # Kills
 
+
 def train(flags, rank, world_size, port, out):
     """As main.py in a process of its own; every step that the main process has finished is noted in OUT.steps."""
     said = os.open(f"{out}.said{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
-                      WORLD_SIZE=str(world_size))
+    os.environ.update(
+        MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
+    )
     runtime, after_step = program.runtime, program.runtime.Run.after_step
 
     def noted(run, progress):
@@ -137,8 +212,9 @@ class Victim:
         self.before = len(self.steps())
         port = free_port()
         fork = multiprocessing.get_context("fork")
-        self.processes = [fork.Process(target=train, args=(flags, rank, world_size, port, out))
-                          for rank in range(world_size)]
+        self.processes = [
+            fork.Process(target=train, args=(flags, rank, world_size, port, out)) for rank in range(world_size)
+        ]
         for process in self.processes:
             process.start()
 
@@ -185,8 +261,11 @@ def differences(first, second, where=""):
     if isinstance(first, torch.Tensor):
         return [] if torch.equal(first, second) else [where]
     if isinstance(first, dict):
-        return [] if first.keys() != second.keys() else [
-            found for key in first for found in differences(first[key], second[key], f"{where}.{key}")]
+        return (
+            []
+            if first.keys() != second.keys()
+            else [found for key in first for found in differences(first[key], second[key], f"{where}.{key}")]
+        )
     if isinstance(first, (list, tuple)):
         return [found for a, b in zip(first, second, strict=True) for found in differences(a, b, where)]
     return [] if first == second else [where]
@@ -201,8 +280,15 @@ def compare(reference, out):
     return found + ["log.txt"] * (logs[0] != logs[1])
 
 
-KINDS = ("kill -9 of all", "kill -9 of one", "SIGTERM to all", "SIGTERM to one", "SIGUSR1 to all",
-         "kill -9 while saving", "SIGTERM in evaluation or start")
+KINDS = (
+    "kill -9 of all",
+    "kill -9 of one",
+    "SIGTERM to all",
+    "SIGTERM to one",
+    "SIGUSR1 to all",
+    "kill -9 while saving",
+    "SIGTERM in evaluation or start",
+)
 
 
 def strike(victim, kind, rng):
@@ -251,24 +337,32 @@ def kill_campaign(codebase, world_size, kills, rng, folder):
         if any(statuses):
             counts[kind] += 1
             longest = max(longest, seconds)
-            said = "\n".join(said for said, status in zip(victim.said(), statuses, strict=True)
-                             if status != -signal.SIGKILL)  # whose loading processes may cry
+            said = "\n".join(
+                said for said, status in zip(victim.said(), statuses, strict=True) if status != -signal.SIGKILL
+            )  # whose loading processes may cry
             saved = saved_steps(out, steps_per_epoch, images)
             lost = steps - saved
             most_lost = max(most_lost, lost)
             stopped = number != signal.SIGKILL and 75 in statuses
-            problems = [text for text, wrong in (
-                (f"{lost} steps lost", lost > (0 if stopped else SAVE_EVERY)), ("a traceback", "Traceback" in said),
-                (f"{seconds:.0f} s until the end", seconds > LONGEST),
-                # a process that had done all of the training may have ended before the signal came
-                (f"statuses {statuses}", 0 in statuses and saved < EPOCHS * steps_per_epoch)) if wrong]
+            problems = [
+                text
+                for text, wrong in (
+                    (f"{lost} steps lost", lost > (0 if stopped else SAVE_EVERY)),
+                    ("a traceback", "Traceback" in said),
+                    (f"{seconds:.0f} s until the end", seconds > LONGEST),
+                    # a process that had done all of the training may have ended before the signal came
+                    (f"statuses {statuses}", 0 in statuses and saved < EPOCHS * steps_per_epoch),
+                )
+                if wrong
+            ]
             failures += [f"{codebase}, {world_size} processes, {kind}: {problem}\n{said}" for problem in problems]
             if failures and len(failures) > 5:
                 return counts, most_lost, longest, failures
             continue
         found = compare(reference, out)
         failures += [f"{codebase}, {world_size} processes, after {chain - 1} kills: other {', '.join(found)}"] * bool(
-            found)
+            found
+        )
         shutil.rmtree(out)
         victim.ledger.unlink()
         chain = 0
@@ -290,7 +384,7 @@ class Intruder:
 
 
 def outcome(function):
-    """"read", "refused", or what was wrong with it: `function` in a process of its own, which must not hang."""
+    """ "read", "refused", or what was wrong with it: `function` in a process of its own, which must not hang."""
     with tempfile.TemporaryFile("w+") as said:
         sys.stdout.flush()
         child = os.fork()
@@ -321,7 +415,7 @@ def outcome(function):
 def damage_bytes(content, rng):
     """The content cut, or with a few bytes changed."""
     if rng.random() < 0.3:
-        return content[:rng.randrange(len(content))]
+        return content[: rng.randrange(len(content))]
     damaged = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         damaged[rng.randrange(len(damaged))] ^= rng.randint(1, 255)
@@ -361,6 +455,7 @@ def damaged_checkpoints(path, count, rng, resume):
                 found = differences(original, program.runtime.load_checkpoint(str(damaged)))
                 if [part for part in found if part != ".args"]:
                     raise ValueError(f"other {found} were read")
+
         yield f"checkpoint, {kind}", outcome(read)
 
 
@@ -381,6 +476,7 @@ def damaged_sets(files, count, rng, read):
 
 def deit_readers(data):
     """(what reads a checkpoint as training does, files of sets, what reads the set that a file is of)"""
+
     def parse(*flags):
         parser = argparse.ArgumentParser(parents=[program.get_args_parser()])
         return parser.parse_args(list(map(str, [*deit_flags(data), *flags])))
@@ -391,12 +487,18 @@ def deit_readers(data):
     names = sorted(str(path.relative_to(data)) for path in Path(data, "train").rglob("*.png"))
     Image.open(Path(data, names[0])).save(Path(data, "train", "ant", "0.jpg"))
     for split in ("train", "val"):
-        Path(data, f"{split}2018.json").write_text(json.dumps({
-            "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
-            "annotations": [{"image_id": number, "category_id": number % 3} for number in range(len(names))]}))
+        Path(data, f"{split}2018.json").write_text(
+            json.dumps(
+                {
+                    "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
+                    "annotations": [{"image_id": number, "category_id": number % 3} for number in range(len(names))],
+                }
+            )
+        )
     Path(data, "categories.json").write_text(json.dumps([{"id": number, "name": str(number)} for number in range(3)]))
-    files = [Path(data, name) for name in ("train.tar", "train2018.json", "categories.json", names[0],
-                                           "train/ant/0.jpg")]
+    files = [
+        Path(data, name) for name in ("train.tar", "train2018.json", "categories.json", names[0], "train/ant/0.jpg")
+    ]
 
     def read(file):
         flags = {".tar": ["--load-tar"], ".json": ["--data-set", "INAT"]}.get(file.suffix, [])
@@ -419,17 +521,32 @@ def detr_readers(data):
             ids[:20, :, 0], ids[20:, :, 0] = 1, 2
             Image.fromarray(ids).save(Path(folder, f"panoptic_{split}2017", image["file_name"]))
         Path(folder, "annotations").mkdir(exist_ok=True)
-        Path(folder, "annotations", f"panoptic_{split}2017.json").write_text(json.dumps({
-            "images": instances["images"], "categories": [{"id": 1, "name": "a", "isthing": 1},
-                                                          {"id": 2, "name": "b", "isthing": 0}],
-            "annotations": [{"image_id": image["id"], "file_name": image["file_name"],
-                             "segments_info": [{"id": k, "category_id": k, "iscrowd": 0, "area": 800} for k in (1, 2)]}
-                            for image in instances["images"]]}))
+        Path(folder, "annotations", f"panoptic_{split}2017.json").write_text(
+            json.dumps(
+                {
+                    "images": instances["images"],
+                    "categories": [{"id": 1, "name": "a", "isthing": 1}, {"id": 2, "name": "b", "isthing": 0}],
+                    "annotations": [
+                        {
+                            "image_id": image["id"],
+                            "file_name": image["file_name"],
+                            "segments_info": [{"id": k, "category_id": k, "iscrowd": 0, "area": 800} for k in (1, 2)],
+                        }
+                        for image in instances["images"]
+                    ],
+                }
+            )
+        )
     for picture in Path(data, "val2017").iterdir():
         picture.unlink()  # read from the zip
-    files = [data / "train2017" / "0.png", data / "val2017.zip", data / "annotations" / "instances_train2017.json",
-             data / "annotations" / "instances_val2017.json", folder / "annotations" / "panoptic_train2017.json",
-             folder / "panoptic_train2017" / "1.png"]
+    files = [
+        data / "train2017" / "0.png",
+        data / "val2017.zip",
+        data / "annotations" / "instances_train2017.json",
+        data / "annotations" / "instances_val2017.json",
+        folder / "annotations" / "panoptic_train2017.json",
+        folder / "panoptic_train2017" / "1.png",
+    ]
 
     def parse(*flags):
         return parser.parse_args(list(map(str, [*detr_flags(data), *flags])))
@@ -444,8 +561,12 @@ def detr_readers(data):
     args = parse("--num_classes", 3)
     model, _, _ = program.build_model(args)
     optimizer = program.build_optimizer(model, args)
-    state = program.TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
-                                  torch.amp.GradScaler("cpu", enabled=False))
+    state = program.TrainingState(
+        model,
+        optimizer,
+        torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
+        torch.amp.GradScaler("cpu", enabled=False),
+    )
     return lambda path: state.resume(path, args), files, read
 
 
@@ -454,14 +575,15 @@ def damage_campaign(codebase, count, rng, folder, checkpoint):
     data = CODEBASES[codebase][0](folder / "damaged")
     resume, files, read = (deit_readers if codebase.startswith("DeiT") else detr_readers)(data)
     failures, counts = [], {}
-    for kind, words in (*damaged_checkpoints(checkpoint, count, rng, resume),
-                        *damaged_sets(files, count, rng, read)):
+    for kind, words in (*damaged_checkpoints(checkpoint, count, rng, resume), *damaged_sets(files, count, rng, read)):
         label = words if words in ("read", "refused") else "failed"
         counts.setdefault(kind, dict.fromkeys(("refused", "read", "failed"), 0))[label] += 1
         failures += [f"{codebase}: {kind}: {words}"] * (label == "failed")
     for kind, results in sorted(counts.items()):
-        print(f"{codebase}, damaged {kind}: " + ", ".join(f"{number} {label}" for label, number in results.items()),
-              flush=True)
+        print(
+            f"{codebase}, damaged {kind}: " + ", ".join(f"{number} {label}" for label, number in results.items()),
+            flush=True,
+        )
     return failures
 
 
@@ -473,8 +595,12 @@ def main():
     parser.add_argument("--only", choices=CODEBASES, nargs="+", default=list(CODEBASES))
     args = parser.parse_args()
     if len(args.only) > 1:
-        sys.exit(sum(subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", codebase]).returncode
-                     for codebase in args.only))
+        sys.exit(
+            sum(
+                subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", codebase]).returncode
+                for codebase in args.only
+            )
+        )
     enter(args.only[0])
     with tempfile.TemporaryDirectory() as folder:
         failures = campaign(args.only[0], args, Path(folder))
@@ -489,6 +615,7 @@ def enter(codebase):
     sys.path.insert(0, str(ROOT / codebase))
     sys.modules.pop("main", None)
     import main as program
+
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
 
@@ -497,12 +624,15 @@ def campaign(codebase, args, folder):
     """All of it, for a codebase; returns the failures and prints what was counted."""
     failures = []
     for world_size in (1, 2):
-        counts, lost, longest, found = kill_campaign(codebase, world_size, args.kills // 2,
-                                                     random.Random(args.seed + world_size), folder)
+        counts, lost, longest, found = kill_campaign(
+            codebase, world_size, args.kills // 2, random.Random(args.seed + world_size), folder
+        )
         kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        print(f"{codebase}, {world_size} process(es), saving every {SAVE_EVERY} steps: {sum(counts.values())} kills "
-              f"({kinds}); at most {lost} steps lost, ended after at most {longest:.0f} s; {len(found)} failures",
-              flush=True)
+        print(
+            f"{codebase}, {world_size} process(es), saving every {SAVE_EVERY} steps: {sum(counts.values())} kills "
+            f"({kinds}); at most {lost} steps lost, ended after at most {longest:.0f} s; {len(found)} failures",
+            flush=True,
+        )
         failures += found
     checkpoint = folder / f"{codebase}_1_reference" / "checkpoint.pth"
     return failures + damage_campaign(codebase, args.damaged, random.Random(args.seed), folder, checkpoint)

@@ -1,4 +1,5 @@
 """ablate.py: runs that are stopped, fail, go on and are counted, and the intervals of what they found."""
+
 import json
 import os
 import re
@@ -15,9 +16,13 @@ from scipy.stats import ttest_1samp, ttest_rel
 
 from conftest import ROOT, finish, wait_until
 
-STUDY = {"recipe": "--epochs 1", "seeds": [0, 1], "baseline": "plain",
-         "variants": {"plain": "", "other": "--lr 0.1", "third": "--lr 0.2"},
-         "comparisons": {"others are better": ["other third", "plain"], "third is better": ["t*", "*n"]}}
+STUDY = {
+    "recipe": "--epochs 1",
+    "seeds": [0, 1],
+    "baseline": "plain",
+    "variants": {"plain": "", "other": "--lr 0.1", "third": "--lr 0.2"},
+    "comparisons": {"others are better": ["other third", "plain"], "third is better": ["t*", "*n"]},
+}
 # stands in for main.py: top-1 is the seed's and the learning rate's, training takes as long as the file `slow` is
 # there, or until SIGTERM, and says so by the file `waits`; the evaluation needs what training wrote
 MAIN = """
@@ -59,10 +64,18 @@ def place(tmp_path):
 
 def start(place, *flags, change=""):
     """The study in a process and a process group of its own, as a shell starts it."""
-    code = ("import pathlib, sys; sys.path[:0] = ['tools', 'tests']; import ablate, conftest; "
-            f"ablate.DEIT = pathlib.Path(sys.argv[1]); {change or 'pass'}; sys.exit(ablate.main(sys.argv[2:]))")
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, (place / "deit", *given(place), *flags))], cwd=ROOT,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    code = (
+        "import pathlib, sys; sys.path[:0] = ['tools', 'tests']; import ablate, conftest; "
+        f"ablate.DEIT = pathlib.Path(sys.argv[1]); {change or 'pass'}; sys.exit(ablate.main(sys.argv[2:]))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, (place / "deit", *given(place), *flags))],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 @pytest.fixture
@@ -79,8 +92,18 @@ def run(place, capsys, monkeypatch):
 
 
 def given(place):
-    return ("--study", place / "study.json", "--data-path", place / "data", "--test-path", place / "test", "--device",
-            "cpu", "--output_dir", place / "out")
+    return (
+        "--study",
+        place / "study.json",
+        "--data-path",
+        place / "data",
+        "--test-path",
+        place / "test",
+        "--device",
+        "cpu",
+        "--output_dir",
+        place / "out",
+    )
 
 
 def results(place):
@@ -113,7 +136,7 @@ def test_a_stopped_study_tells_its_runs_to_save_and_goes_on_with_those_that_are_
     (place / "data" / "slow").unlink()
     status, out, err = run("--jobs", "2")
     assert status == 0, err
-    assert len(done(place)) == 12 and {seed for seed, *_ in done(place)[len(before):]} == {"1"}
+    assert len(done(place)) == 12 and {seed for seed, *_ in done(place)[len(before) :]} == {"1"}
     assert "seed 0" not in out and all("failed" not in record for record in results(place)["runs"])
     assert f"OMP_NUM_THREADS={max(1, len(os.sched_getaffinity(0)) // 2)} python" in out
     assert len(seconds) == 2 and all(json.loads(path.read_text())["seconds"] > seconds[path] > 0 for path in seconds)
@@ -148,7 +171,8 @@ def test_a_run_whose_record_cannot_be_written_is_not_started(place):
 def test_seeds_are_done_one_after_another_so_that_a_part_is_balanced(place, run):
     assert run()[0] == 0
     assert [(seed, rate) for seed, rate, evaluated in done(place) if evaluated == "True"] == [
-        (seed, rate) for seed in "01" for rate in ("0", "0.1", "0.2")]
+        (seed, rate) for seed in "01" for rate in ("0", "0.1", "0.2")
+    ]
 
 
 def test_a_failed_run_is_reported_not_counted_and_tried_again(place, run):
@@ -173,10 +197,10 @@ def test_intervals_are_those_of_scipys_t_tests(n):
     top1 = {name: dict(enumerate(random.normal(80, 1, n))) for name in "abc"}
     columns = {name: [*values.values()] for name, values in top1.items()}
     for values, truth in (
-            (ablate.summary(columns["a"]), ttest_1samp(columns["a"], 0)),
-            (ablate.difference(top1, ["b"], ["a"]), ttest_rel(columns["b"], columns["a"])),
-            (ablate.difference(top1, ["b", "c"], ["a"]),
-             ttest_rel(np.mean([columns["b"], columns["c"]], 0), columns["a"]))):
+        (ablate.summary(columns["a"]), ttest_1samp(columns["a"], 0)),
+        (ablate.difference(top1, ["b"], ["a"]), ttest_rel(columns["b"], columns["a"])),
+        (ablate.difference(top1, ["b", "c"], ["a"]), ttest_rel(np.mean([columns["b"], columns["c"]], 0), columns["a"])),
+    ):
         low, high = truth.confidence_interval(0.95)
         assert values["mean"] - values["half"] == pytest.approx(low, abs=1e-9)
         assert values["mean"] + values["half"] == pytest.approx(high, abs=1e-9)
@@ -191,16 +215,19 @@ def test_differences_take_the_seeds_that_all_have():
     assert ablate.cells(ablate.difference({"a": {0: 80.0}, "b": {0: 71.0}}, ["b"], ["a"])) == ("-9.00", "-")
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"seeds": []}, "must have a seed"),
-    ({"seeds": [0, 1, 1]}, "must have a seed, each once"),
-    ({"baseline": "none"}, "a baseline that is one of its variants"),
-    ({"variants": {"plain": "", "a b": ""}, "comparisons": {}}, "has a variant 'a b'"),
-    ({"comparisons": {"x": ["plain", "y*"]}}, "a comparison of 'y*', which matches no variant"),
-    ({"recipe": 5}, "cannot be read in the form of ablate_fashion.json"),
-    ({"variants": {"plain": None}, "comparisons": {}}, "cannot be read in the form of ablate_fashion.json"),
-    ({"recipe": "'"}, "No closing quotation"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seeds": []}, "must have a seed"),
+        ({"seeds": [0, 1, 1]}, "must have a seed, each once"),
+        ({"baseline": "none"}, "a baseline that is one of its variants"),
+        ({"variants": {"plain": "", "a b": ""}, "comparisons": {}}, "has a variant 'a b'"),
+        ({"comparisons": {"x": ["plain", "y*"]}}, "a comparison of 'y*', which matches no variant"),
+        ({"recipe": 5}, "cannot be read in the form of ablate_fashion.json"),
+        ({"variants": {"plain": None}, "comparisons": {}}, "cannot be read in the form of ablate_fashion.json"),
+        ({"recipe": "'"}, "No closing quotation"),
+    ],
+)
 def test_a_study_that_cannot_be_used_is_refused_in_a_sentence(change, said, place, run):
     (place / "study.json").write_text(json.dumps({**STUDY, **change}))
     status, _, err = run()
@@ -231,14 +258,28 @@ def test_a_run_by_its_printed_commands_gives_the_same_top1_again(tmp_path):
             for number in range(16):
                 pixels = random.randint(0, 60, (8, 8)) + 60 * label
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
-    recipe = ("--model vit_tiny_patch16_224 --input-size 8 --model-kwargs patch_size=4 embed_dim=8 depth=1 num_heads=1 "
-              "--epochs 1 --batch-size 8 --num_workers 0")
-    (tmp_path / "study.json").write_text(json.dumps({
-        "recipe": recipe, "seeds": [0], "baseline": "none", "comparisons": {},
-        "variants": {"none": "", "iRPE": "--rpe rpe-1.9-product-ctx-1-k"}}))
+    recipe = (
+        "--model vit_tiny_patch16_224 --input-size 8 --model-kwargs patch_size=4 embed_dim=8 depth=1 num_heads=1 "
+        "--epochs 1 --batch-size 8 --num_workers 0"
+    )
+    (tmp_path / "study.json").write_text(
+        json.dumps(
+            {
+                "recipe": recipe,
+                "seeds": [0],
+                "baseline": "none",
+                "comparisons": {},
+                "variants": {"none": "", "iRPE": "--rpe rpe-1.9-product-ctx-1-k"},
+            }
+        )
+    )
     flags = ["--study", tmp_path / "study.json", "--data-path", tmp_path / "data", "--device", "cpu", "--jobs", "2"]
-    finished = subprocess.run([sys.executable, "tools/ablate.py", *flags, "--output_dir", tmp_path / "out"], cwd=ROOT,
-                              capture_output=True, text=True)
+    finished = subprocess.run(
+        [sys.executable, "tools/ablate.py", *flags, "--output_dir", tmp_path / "out"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     printed = [line for line in finished.stdout.splitlines() if line.startswith("$ ") and "iRPE-seed0" in line]
     assert len(printed) == 2
@@ -246,8 +287,14 @@ def test_a_run_by_its_printed_commands_gives_the_same_top1_again(tmp_path):
     for line in printed:
         place, command = re.fullmatch(r"\$ cd (\S+) && (.*)", line).groups()
         threads, _, *rest = shlex.split(command)
-        subprocess.run([sys.executable, *rest], cwd=ROOT / place, check=True, capture_output=True,
-                       env={**os.environ, "OMP_NUM_THREADS": threads.partition("=")[2]})
-    first, again = (json.loads((tmp_path / folder / "iRPE-seed0" / "eval.json").read_text())
-                    for folder in ("before", "out"))
+        subprocess.run(
+            [sys.executable, *rest],
+            cwd=ROOT / place,
+            check=True,
+            capture_output=True,
+            env={**os.environ, "OMP_NUM_THREADS": threads.partition("=")[2]},
+        )
+    first, again = (
+        json.loads((tmp_path / folder / "iRPE-seed0" / "eval.json").read_text()) for folder in ("before", "out")
+    )
     assert again == first

@@ -1,4 +1,5 @@
 """Exported and traced models agree with eager PyTorch at batch sizes other than the recorded one, without rpe_ops."""
+
 import importlib.util
 import subprocess
 import sys
@@ -34,8 +35,9 @@ def fill(model):
 
 def load_deit(where, **kwargs):
     torch.manual_seed(0)
-    return fill(torch.hub.load(str(ROOT), f"deit_small_patch16_224_ctx_product_50_shared_{where}", source="local",
-                               **kwargs))
+    return fill(
+        torch.hub.load(str(ROOT), f"deit_small_patch16_224_ctx_product_50_shared_{where}", source="local", **kwargs)
+    )
 
 
 def load_detr(masks=False):
@@ -47,7 +49,7 @@ def load_detr(masks=False):
         model = torch.hub.load(str(ROOT), "detr_resnet50_panoptic", source="local")
         model.detr.transformer, detr = detr.transformer, model.detr
         with torch.no_grad():  # as if trained: a mask shows where its query looks more than what the backbone sees
-            model.mask_head.lay1.weight[:, -detr.transformer.nhead:].mul_(100)
+            model.mask_head.lay1.weight[:, -detr.transformer.nhead :].mul_(100)
             for number in (1, 2, 3):
                 model.mask_head.get_submodule(f"adapter{number}").weight.mul_(0.01)
     for part in (detr.transformer.encoder, detr.transformer.decoder):
@@ -63,9 +65,20 @@ def export(model, pictures):
 def load_elsewhere(load, program, pictures, folder):
     """What the program in a file computes; `load` is the expression that loads it."""
     torch.save(pictures, folder / "pictures.pt")
-    subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD.format(load=load), str(program),
-                    *(str(folder / f"{name}.pt") for name in ("pictures", "outputs"))],
-                   cwd=folder, check=True, timeout=PATIENCE)
+    subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            LOAD.format(load=load),
+            str(program),
+            *(str(folder / f"{name}.pt") for name in ("pictures", "outputs")),
+        ],
+        cwd=folder,
+        check=True,
+        timeout=PATIENCE,
+    )
     return torch.load(folder / "outputs.pt")
 
 
@@ -76,6 +89,7 @@ def run_elsewhere(program, pictures, folder):
 
 def onnx_session(file):
     import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(file, options)
@@ -83,8 +97,10 @@ def onnx_session(file):
 
 def run_onnx(program, pictures, folder, names):
     import onnx
-    torch.onnx.export(program, f=folder / "model.onnx", dynamo=True, input_names=["pictures"], output_names=names,
-                      verbose=False)
+
+    torch.onnx.export(
+        program, f=folder / "model.onnx", dynamo=True, input_names=["pictures"], output_names=names, verbose=False
+    )
     domains = {node.domain for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node}
     assert domains <= {"", "ai.onnx"}, domains
     session = onnx_session(folder / "model.onnx")
@@ -157,8 +173,9 @@ def test_detr_in_onnxruntime_at_other_batch_sizes(detr, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # torch.jit.trace, and with it the older torch.onnx.export(..., dynamo=False)
 
-ignore_deprecation = pytest.mark.filterwarnings("ignore:.*deprecated", "ignore:.*legacy TorchScript",
-                                                "ignore::torch.jit.TracerWarning")
+ignore_deprecation = pytest.mark.filterwarnings(
+    "ignore:.*deprecated", "ignore:.*legacy TorchScript", "ignore::torch.jit.TracerWarning"
+)
 
 
 def load_irpe():
@@ -217,7 +234,8 @@ RECORDED = {
     "quant": (lambda: fill(Attention("quant", "ctx", True)), (16, 96)),
     "cross": (lambda: fill(Attention("cross", "ctx", False)), (16, 96)),
     "product": (lambda: fill(Attention("product", "ctx", False)), (16, 96)),
-    "bias": (lambda: fill(Attention("cross", "bias", True)), (16, 96))}
+    "bias": (lambda: fill(Attention("cross", "bias", True)), (16, 96)),
+}
 
 
 @ignore_deprecation
@@ -246,11 +264,19 @@ def test_a_trace_runs_where_nothing_but_pytorch_is(tmp_path):
 @pytest.mark.parametrize("name", RECORDED)
 def test_the_older_onnx_export_agrees_at_other_batch_sizes(name, tmp_path):
     import onnx
+
     model, example, batch = record(name)
     with torch.no_grad():
         outputs = [f"output{number}" for number in range(len(as_list(model(example))))]
-    torch.onnx.export(model, (example,), str(tmp_path / "model.onnx"), dynamo=False, input_names=["x"],
-                      output_names=outputs, dynamic_axes={name: {0: "batch"} for name in ["x", *outputs]})
+    torch.onnx.export(
+        model,
+        (example,),
+        str(tmp_path / "model.onnx"),
+        dynamo=False,
+        input_names=["x"],
+        output_names=outputs,
+        dynamic_axes={name: {0: "batch"} for name in ["x", *outputs]},
+    )
     assert {node.domain for node in onnx.load(tmp_path / "model.onnx").graph.node} <= {"", "ai.onnx"}
     session = onnx_session(tmp_path / "model.onnx")
     for x in (example, batch):

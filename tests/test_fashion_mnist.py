@@ -1,4 +1,5 @@
 """fashion_mnist.py on a small made set, whose pictures say by their pixels which they are."""
+
 import argparse
 import gzip
 
@@ -16,8 +17,10 @@ def source(tmp_path):
     for prefix, count in (("train", 50), ("t10k", 20)):
         numbers = np.arange(count, dtype=np.uint8)
         pictures = np.broadcast_to(numbers[:, None, None] + 100, (count, 28, 28))
-        for name, content in (("images-idx3", bytes(16) + pictures.tobytes()),
-                              ("labels-idx1", bytes(8) + (numbers % 10).tobytes())):
+        for name, content in (
+            ("images-idx3", bytes(16) + pictures.tobytes()),
+            ("labels-idx1", bytes(8) + (numbers % 10).tobytes()),
+        ):
             (tmp_path / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
     return tmp_path
 
@@ -32,8 +35,10 @@ def test_the_parts_share_no_picture_and_each_is_in_the_folder_of_its_class(sourc
     run(source)
     names = sorted(path.name for path in (source / "out" / "test" / "val").iterdir())
     assert len(names) == 10 and {"T-shirt-or-top", "Ankle-boot"} <= {*names}
-    parts = {part: {path: np.asarray(Image.open(path)) for path in (source / "out" / part).rglob("*.png")}
-             for part in ("tune/train", "tune/val", "test/val")}
+    parts = {
+        part: {path: np.asarray(Image.open(path)) for path in (source / "out" / part).rglob("*.png")}
+        for part in ("tune/train", "tune/val", "test/val")
+    }
     assert [len(pictures) for pictures in parts.values()] == [30, 20, 20]
     numbers = [int(picture[16, 16]) - 100 for part in ("tune/train", "tune/val") for picture in parts[part].values()]
     assert sorted(numbers) == [*range(50)]
@@ -50,8 +55,9 @@ def test_pictures_without_labels_are_refused(source):
         run(source)
 
 
-@pytest.mark.parametrize("content", [
-    b"no gzip", gzip.compress(bytes(16 + 28 * 28 + 5)), gzip.compress(bytes(16))[:10] + bytes([7] * 20)])
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(bytes(16 + 28 * 28 + 5)), gzip.compress(bytes(16))[:10] + bytes([7] * 20)]
+)
 def test_a_file_that_cannot_be_read_is_named(source, content):
     (source / "train-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(UserError, match="train-images-idx3-ubyte.gz cannot be read .* put the data set's four .gz"):

@@ -1,4 +1,5 @@
 """A short version of the campaign of faults.py."""
+
 import subprocess
 import sys
 

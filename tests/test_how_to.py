@@ -1,4 +1,5 @@
 """Every block of HOW_TO_EQUIP_iRPE.md runs, in order, in a folder that holds only what the text said to copy."""
+
 import importlib.util
 import os
 import re
@@ -35,8 +36,14 @@ def test_every_block_runs_in_a_fresh_folder_and_prints_what_the_text_says(tmp_pa
     mark = "\n--- end of block ---\n"
     script = "".join(f"{code}\nprint({mark!r}, end='', flush=True)\n" for code, _ in chosen)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=tmp_path, text=True, capture_output=True,
-                          env={**env, "IRPE": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=PATIENCE)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env={**env, "IRPE": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=PATIENCE,
+    )
     printed = done.stdout.split(mark)
     for (code, output), said in zip(chosen, printed, strict=False):
         assert said == output, code + done.stderr[-2000:]

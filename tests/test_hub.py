@@ -1,4 +1,5 @@
 """The top-level hubconf.py: both codebases' models from one folder; each test a fresh process in a fresh folder."""
+
 import subprocess
 import sys
 import textwrap
@@ -29,14 +30,21 @@ def shapes(model):
 
 def run(folder, code):
     """What Python says to `code` in `folder`."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", HEAD + textwrap.dedent(code)], cwd=folder,
-                          capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HEAD + textwrap.dedent(code)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_all_models_of_both_codebases_are_listed_with_their_own_docstrings_and_no_other_name(tmp_path):
-    run(tmp_path, """
+    run(
+        tmp_path,
+        """
         names = seen_by_hub(ROOT, torch.hub.list)
         assert "timm" not in sys.modules and "pycocotools" not in sys.modules  # to list them imports neither codebase
         own = {name: codebase for codebase, folder in FOLDERS.items() for name in seen_by_hub(folder, torch.hub.list)
@@ -45,7 +53,8 @@ def test_all_models_of_both_codebases_are_listed_with_their_own_docstrings_and_n
         for name in names:
             text = seen_by_hub(ROOT, torch.hub.help, name)
             assert len(text) > 20 and text == seen_by_hub(FOLDERS[own[name]], torch.hub.help, name)
-    """)
+    """,
+    )
 
 
 def test_both_load_in_one_process_beside_foreign_modules_of_the_same_names(tmp_path):
@@ -54,29 +63,37 @@ def test_both_load_in_one_process_beside_foreign_modules_of_the_same_names(tmp_p
         (tmp_path / name / "__init__.py").write_text(f"whose = 'the caller, {name}'")
         (tmp_path / name / "misc.py").write_text("whose = 'the caller, misc'")
     (tmp_path / "main.py").write_text("whose = 'the caller, main'")
-    run(tmp_path, """
+    run(
+        tmp_path,
+        """
         import main, models, util.misc
         before = [main, models, util, util.misc]
         for name in (TINY, DETR, TINY):
             assert shapes(load(ROOT, name)) == shapes(load(FOLDERS[name[:4]], name))
         import main, models, util.misc
         assert [main, models, util, util.misc] == before and models.whose == "the caller, models"
-    """)
+    """,
+    )
 
 
 def test_arguments_reach_the_model(tmp_path):
-    run(tmp_path, """
+    run(
+        tmp_path,
+        """
         deit = torch.hub.load(ROOT, TINY, source="local", num_classes=7, img_size=32)
         assert deit.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
         detr, postprocess = torch.hub.load(ROOT, DETR, source="local", num_classes=5, return_postprocessor=True)
         found = detr(torch.zeros(1, 3, 64, 96))
         assert found["pred_logits"].shape == (1, 100, 6) and len(postprocess(found, torch.tensor([[64, 96]]))) == 1
-    """)
+    """,
+    )
 
 
 @pytest.mark.parametrize("package, works, lacks", [("pycocotools", TINY, DETR), ("timm", DETR, TINY)])
 def test_a_codebase_loads_without_the_packages_of_the_other_and_its_own_are_named(tmp_path, package, works, lacks):
-    run(tmp_path, f"""
+    run(
+        tmp_path,
+        f"""
         class Missing:
             def find_spec(self, name, path=None, target=None):
                 if name.partition(".")[0] == {package!r}:
@@ -90,4 +107,5 @@ def test_a_codebase_loads_without_the_packages_of_the_other_and_its_own_are_name
             assert "need {package}, which is not installed" in str(error), error
         else:
             raise AssertionError("{package} is not needed")
-    """)
+    """,
+    )

@@ -1,4 +1,5 @@
 """tools/plot_log.py on made logs of both codebases."""
+
 import json
 import runpy
 import sys
@@ -15,15 +16,27 @@ OFFICIAL = ROOT.parent / "shared" / "data" / "official-logs"
 
 
 def deit(scores, loss=2.0):
-    return [{"train_lr": 1e-3 / (epoch + 1), "train_loss": loss, "test_loss": loss / 2, "test_acc1": score,
-             "test_acc5": 99.0, "epoch": epoch, "n_parameters": 5} for epoch, score in enumerate(scores)]
+    return [
+        {
+            "train_lr": 1e-3 / (epoch + 1),
+            "train_loss": loss,
+            "test_loss": loss / 2,
+            "test_acc1": score,
+            "test_acc5": 99.0,
+            "epoch": epoch,
+            "n_parameters": 5,
+        }
+        for epoch, score in enumerate(scores)
+    ]
 
 
 def detr(scores):
     """Rows of epochs, of which those with a score were evaluated."""
-    return [{"train_lr": 1e-4, "train_loss": 9.0, "train_loss_bbox": 0.1, "epoch": epoch}
-            | ({} if score is None else {"test_loss": 8.0, "test_coco_eval_bbox": [score, *[0.5] * 11]})
-            for epoch, score in enumerate(scores)]
+    return [
+        {"train_lr": 1e-4, "train_loss": 9.0, "train_loss_bbox": 0.1, "epoch": epoch}
+        | ({} if score is None else {"test_loss": 8.0, "test_coco_eval_bbox": [score, *[0.5] * 11]})
+        for epoch, score in enumerate(scores)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -45,25 +58,34 @@ def verdicts(capsys, *flags):
 
 def test_a_run_leaves_the_first_log_at_the_first_epoch_beyond_the_margin(capsys):
     logs = write("paper.txt", deit([10, 20, 30, 40, 50, 60])), write("run.txt", deit([10.9, 19, 31.5, 40, 47, 60.5]))
-    line, = verdicts(capsys, *logs)
-    assert line == ("run.txt leaves the reference's top-1 by more than 1 at epoch 2 (31.50, not 30.00) and is outside "
-                    "at 2 of 6 epochs, last at 4; at the end, epoch 5, it is +0.50")
-    line, = verdicts(capsys, *logs, "--margin", 3)
-    assert line == ("run.txt is within 3 of the reference's top-1 at all epochs of both, 6; the largest difference is "
-                    "-3.00, at epoch 4")
+    (line,) = verdicts(capsys, *logs)
+    assert line == (
+        "run.txt leaves the reference's top-1 by more than 1 at epoch 2 (31.50, not 30.00) and is outside "
+        "at 2 of 6 epochs, last at 4; at the end, epoch 5, it is +0.50"
+    )
+    (line,) = verdicts(capsys, *logs, "--margin", 3)
+    assert line == (
+        "run.txt is within 3 of the reference's top-1 at all epochs of both, 6; the largest difference is "
+        "-3.00, at epoch 4"
+    )
 
 
 def test_detrs_ap_is_compared_in_points_where_both_measured_it(capsys):
     logs = write("a.txt", detr([0.1, 0.2, 0.3, 0.4, 0.5])), write("b.txt", detr([None, 0.205, None, 0.42]))
-    line, = verdicts(capsys, *logs)
-    assert line == ("b.txt leaves the reference's AP by more than 1 at epoch 3 (42.00, not 40.00) and is outside at 1 "
-                    "of 2 epochs, last at 3; at the end, epoch 3, it is +2.00")
+    (line,) = verdicts(capsys, *logs)
+    assert line == (
+        "b.txt leaves the reference's AP by more than 1 at epoch 3 (42.00, not 40.00) and is outside at 1 "
+        "of 2 epochs, last at 3; at the end, epoch 3, it is +2.00"
+    )
     assert plot_log.read_log("b.txt")["train_loss"] == {0: 9, 1: 9, 2: 9, 3: 9}
 
 
 def test_logs_without_a_common_epoch_are_said_to_have_none_and_what_is_not_a_number_is_outside(capsys):
-    logs = (write("a.txt", deit([1, 2, 3])), write("later.txt", deit(range(9))[7:]),
-            write("nan.txt", deit([1, float("nan"), 3])))
+    logs = (
+        write("a.txt", deit([1, 2, 3])),
+        write("later.txt", deit(range(9))[7:]),
+        write("nan.txt", deit([1, float("nan"), 3])),
+    )
     later, nan = verdicts(capsys, *logs)
     assert later == "later.txt has no epoch with top-1 in common with the reference"
     assert nan.startswith("nan.txt leaves the reference's top-1 by more than 1 at epoch 1 (nan, not 2.00)")
@@ -78,17 +100,25 @@ def test_the_program_ends_with_a_picture_and_status_0_or_with_one_sentence_and_s
     assert Path("new/curves.png").read_bytes().startswith(b"\x89PNG") and "b.txt is within" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="^1$"):
         run("none.txt")
-    assert capsys.readouterr() == ("", "error: log none.txt cannot be read: [Errno 2] No such file or directory: "
-                                       "'none.txt'\n")
+    assert capsys.readouterr() == (
+        "",
+        "error: log none.txt cannot be read: [Errno 2] No such file or directory: 'none.txt'\n",
+    )
 
 
 def test_the_figure_shows_every_column_and_the_difference():
-    logs = {name: plot_log.read_log(write(name, deit(scores, loss)))
-            for name, scores, loss in (("a", [1, 2, 3, 4], 3.0), ("_b", [2, 4, 6], 5.0))}
+    logs = {
+        name: plot_log.read_log(write(name, deit(scores, loss)))
+        for name, scores, loss in (("a", [1, 2, 3, 4], 3.0), ("_b", [2, 4, 6], 5.0))
+    }
     figure = plot_log.draw(logs, "top-1", 0.5)
     drawn = [[(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] for axes in figure.axes]
-    assert drawn[0] == [([0, 1, 2, 3], [3.0] * 4), ([0, 1, 2, 3], [1.5] * 4), ([0, 1, 2], [5.0] * 3),
-                        ([0, 1, 2], [2.5] * 3)]
+    assert drawn[0] == [
+        ([0, 1, 2, 3], [3.0] * 4),
+        ([0, 1, 2, 3], [1.5] * 4),
+        ([0, 1, 2], [5.0] * 3),
+        ([0, 1, 2], [2.5] * 3),
+    ]
     assert drawn[1] == [([0, 1, 2, 3], [1, 2, 3, 4]), ([0, 1, 2], [2, 4, 6])]
     assert drawn[2][1] == ([0, 1, 2], [1e-3, 5e-4, 1e-3 / 3])
     assert ([0, 1, 2], [1, 2, 3]) in drawn[3]
@@ -120,22 +150,38 @@ def test_a_cut_off_last_line_is_left_out_and_named(capsys):
 WHOLE = "".join(json.dumps(row) + "\n" for row in deit([1, 2]))
 
 
-@pytest.mark.parametrize("content, words", [
-    ("", "log.txt has no epoch with"), ("hello\n", "line 1 of log.txt is not one of a log.txt"),
-    (WHOLE[:20], "line 1 of"), (WHOLE[:-60] + "\n" + WHOLE, "line 2 of"), ("[1, 2]\n", "line 1 of"), ("5\n", "line 1"),
-    ('{"test_acc1": 1}\n', "line 1 of"), ('{"epoch": 4, "test_acc1": "high"}\n', "line 1 of"),
-    ('{"epoch": 4, "test_coco_eval_bbox": []}\n', "line 1 of"), ('{"epoch": 0, "loss": 1}\n', "test_acc1 of DeiT or"),
-    (b"\xff\xfe\x00\x80", "log.txt cannot be read")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "log.txt has no epoch with"),
+        ("hello\n", "line 1 of log.txt is not one of a log.txt"),
+        (WHOLE[:20], "line 1 of"),
+        (WHOLE[:-60] + "\n" + WHOLE, "line 2 of"),
+        ("[1, 2]\n", "line 1 of"),
+        ("5\n", "line 1"),
+        ('{"test_acc1": 1}\n', "line 1 of"),
+        ('{"epoch": 4, "test_acc1": "high"}\n', "line 1 of"),
+        ('{"epoch": 4, "test_coco_eval_bbox": []}\n', "line 1 of"),
+        ('{"epoch": 0, "loss": 1}\n', "test_acc1 of DeiT or"),
+        (b"\xff\xfe\x00\x80", "log.txt cannot be read"),
+    ],
+)
 def test_what_is_no_log_is_refused_in_a_sentence(content, words):
     Path("log.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(drawing.runtime.UserError, match=words):
         plot_log.read_log("log.txt")
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["detr.txt"], "deit.txt is a log of top-1 and detr.txt is not"),
-    (["--margin", "-1"], "--margin"), (["--margin", "nan"], "--margin"),
-    (["--output", "x.pdf"], "x.pdf must be a .png"), (["--output", "deit.txt/x.png"], "x.png cannot be written")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["detr.txt"], "deit.txt is a log of top-1 and detr.txt is not"),
+        (["--margin", "-1"], "--margin"),
+        (["--margin", "nan"], "--margin"),
+        (["--output", "x.pdf"], "x.pdf must be a .png"),
+        (["--output", "deit.txt/x.png"], "x.png cannot be written"),
+    ],
+)
 def test_mistakes_are_one_sentence_and_draw_nothing(flags, words):
     write("deit.txt", deit([1]))
     write("detr.txt", detr([0.1]))
@@ -155,5 +201,6 @@ def test_the_released_logs_are_read_whole(capsys):
     logs = sorted(OFFICIAL.glob("*.txt"))
     lines = verdicts(capsys, *logs)
     assert len(lines) == len(logs) - 1 and all("of 300 epochs" in line for line in lines)
-    assert plot_log.read_log(OFFICIAL / "deit_small_patch16_224_ctx_product_50_shared_qkv.txt")["top-1"][299] \
-        == pytest.approx(81.202, abs=1e-4)
+    assert plot_log.read_log(OFFICIAL / "deit_small_patch16_224_ctx_product_50_shared_qkv.txt")["top-1"][
+        299
+    ] == pytest.approx(81.202, abs=1e-4)

@@ -1,4 +1,5 @@
 """The READMEs' tables are released.json's, and released.json says what the code does."""
+
 import importlib.util
 import json
 import re
@@ -35,6 +36,7 @@ def test_the_code_knows_the_released_names_files_and_urls():
     load(ROOT / "DeiT-with-iRPE" / "hubconf.py")  # leaves the modules that it needed importable
     from rpe_models import RELEASED as names
     from rpe_models import RELEASES, default_cfgs
+
     assert [row["name"] for row in RELEASED["deit"]] == list(names)
     for row in RELEASED["deit"]:
         assert row["file"] == f"{row['name']}.pth" and row["url"] == RELEASES + row["file"]
@@ -49,7 +51,7 @@ def test_detrs_rows_are_entries_of_its_hubconf_and_fetch_their_url(monkeypatch):
         entry = getattr(hubconf, row["name"])
         entry(pretrained=True)
         assert asked[-1] == (["--enc_rpe2d", row["enc_rpe2d"]], row["url"])
-        ap, = re.findall(r"([\d.]+) AP", entry.__doc__)
+        (ap,) = re.findall(r"([\d.]+) AP", entry.__doc__)
         assert float(ap) == pytest.approx(100 * row["ap"])
         assert f"{row['epochs']} epochs" in entry.__doc__ and f"{row['buckets']} buckets" in entry.__doc__
     assert len({row["url"] for row in ROWS}) == 9

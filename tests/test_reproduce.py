@@ -1,4 +1,5 @@
 """reproduce.py end to end, against scores that conftest.py computes from the models' outputs."""
+
 import contextlib
 import hashlib
 import json
@@ -15,8 +16,15 @@ from PIL import Image
 
 from conftest import DETR, PATIENCE, ROOT, SMALL, TINY, finish, signal_at_start, start, wait_until
 
-ROW = {"name": TINY, "file": "tiny.pth", "url": "https://example.org/tiny.pth", "params_m": 5.76, "macs_m": 1284,
-       "top1": 80.0, "top5": 92.0}
+ROW = {
+    "name": TINY,
+    "file": "tiny.pth",
+    "url": "https://example.org/tiny.pth",
+    "params_m": 5.76,
+    "macs_m": 1284,
+    "top1": 80.0,
+    "top5": 92.0,
+}
 FOREVER = "while not pathlib.Path('over').exists():\n    time.sleep(0.05)\n"  # the end of the test
 FLAGS = ["--deit_args=--num_workers 0", "--detr_args=--num_workers 0 --short_side 64"]
 
@@ -24,12 +32,34 @@ FLAGS = ["--deit_args=--num_workers 0", "--detr_args=--num_workers 0 --short_sid
 def write_table(path, top1, average_precision):
     """The table of three rows."""
     url, aps = "https://example.org/", {name: 0.5 for name in ("ap50", "ap75", "aps", "apm", "apl")}
-    path.write_text(json.dumps({
-        "deit": [{**ROW, "top1": top1},
-                 {"name": SMALL, "file": "small.pth", "url": url + "small.pth", "params_m": 22.09, "macs_m": 4659,
-                  "top1": 80.9, "top5": 95.4}],
-        "detr": [{"name": DETR, "enc_rpe2d": "rpe-2.0-product-ctx-1-k", "file": "detr.pth", "url": url + "detr.pth",
-                  "ap": average_precision, **aps}]}))
+    path.write_text(
+        json.dumps(
+            {
+                "deit": [
+                    {**ROW, "top1": top1},
+                    {
+                        "name": SMALL,
+                        "file": "small.pth",
+                        "url": url + "small.pth",
+                        "params_m": 22.09,
+                        "macs_m": 4659,
+                        "top1": 80.9,
+                        "top5": 95.4,
+                    },
+                ],
+                "detr": [
+                    {
+                        "name": DETR,
+                        "enc_rpe2d": "rpe-2.0-product-ctx-1-k",
+                        "file": "detr.pth",
+                        "url": url + "detr.pth",
+                        "ap": average_precision,
+                        **aps,
+                    }
+                ],
+            }
+        )
+    )
     return path
 
 
@@ -50,6 +80,7 @@ def run(capsys, *flags):
 # ---------------------------------------------------------------------------------------------------------------------
 # With the models themselves
 
+
 @pytest.fixture(scope="module")
 def walk(imagenet, coco, tmp_path_factory):
     """A walk that was stopped in its last row and then went on: its folder, flags, and what the two runs said.
@@ -66,8 +97,10 @@ def walk(imagenet, coco, tmp_path_factory):
     table = write_table(root / "table.json", imagenet[2]["top1"] + 0.09, coco[2]["ap"] - 0.05)
     data = ["--imagenet", imagenet[0], "--coco", coco[0], "--output_dir", root / "out", *FLAGS]
     flags = [*data, "--checkpoints", checkpoints, "--table", table]
-    signalled = ("import sys; sys.path[:0] = ['tools', 'tests']; import conftest, reproduce; "
-                 f"conftest.signal_at_start('--coco_path', {signal.SIGTERM:d}); sys.exit(reproduce.main(sys.argv[1:]))")
+    signalled = (
+        "import sys; sys.path[:0] = ['tools', 'tests']; import conftest, reproduce; "
+        f"conftest.signal_at_start('--coco_path', {signal.SIGTERM:d}); sys.exit(reproduce.main(sys.argv[1:]))"
+    )
     stopped = finish(start(*flags, program=("-c", signalled))), results(root / "out")
     (checkpoints / "small.pth").unlink()
     return root, data, checkpoints, stopped, finish(start(*flags))
@@ -94,10 +127,15 @@ def test_reports_say_how_each_number_was_measured(walk, imagenet):
     root, _, checkpoints = walk[:3]
     text = (root / "out" / "results.md").read_text()
     row = results(root / "out")[TINY]
-    for expected in ("small.pth, to be had from https://example.org/small.pth", torch.__version__, row["device"],
-                     "cd DeiT-with-iRPE && python -m torch.distributed.run --standalone --nproc_per_node 1 main.py",
-                     hashlib.sha256((checkpoints / "tiny.pth").read_bytes()).hexdigest(), row["date"],
-                     f"| {TINY} | {imagenet[2]['top1']:.2f} ({imagenet[2]['top1'] + 0.09:g}) |"):
+    for expected in (
+        "small.pth, to be had from https://example.org/small.pth",
+        torch.__version__,
+        row["device"],
+        "cd DeiT-with-iRPE && python -m torch.distributed.run --standalone --nproc_per_node 1 main.py",
+        hashlib.sha256((checkpoints / "tiny.pth").read_bytes()).hexdigest(),
+        row["date"],
+        f"| {TINY} | {imagenet[2]['top1']:.2f} ({imagenet[2]['top1'] + 0.09:g}) |",
+    ):
         assert expected in text, expected
     lines = [line for line in text.splitlines() if line.startswith("| deit") or line.startswith("| detr")]
     assert [line.rsplit("|")[-2].strip() for line in lines] == ["**pass**", "**missing**", "**fail**"]
@@ -131,8 +169,9 @@ def test_verify_catches_a_wrong_shape_a_missing_key_and_a_damaged_file(imagenet,
     torch.save({"model": {key: value for key, value in weights.items() if key != "norm.bias"}}, tmp_path / "key.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "key.pth").read_bytes()[:-5000])
     (tmp_path / "folder.pth").mkdir()
-    (tmp_path / "table.json").write_text(json.dumps(
-        {"deit": [{**ROW, "file": f"{name}.pth"} for name in ("shape", "key", "cut", "folder")]}))
+    (tmp_path / "table.json").write_text(
+        json.dumps({"deit": [{**ROW, "file": f"{name}.pth"} for name in ("shape", "key", "cut", "folder")]})
+    )
     status, out, _ = run(capsys, "--checkpoints", tmp_path, "--verify", "--table", tmp_path / "table.json")
     shape, key, cut, folder = out.splitlines()
     assert status == 1
@@ -145,25 +184,30 @@ def test_verify_catches_a_wrong_shape_a_missing_key_and_a_damaged_file(imagenet,
 # ---------------------------------------------------------------------------------------------------------------------
 # Without an evaluation
 
-@pytest.mark.parametrize(("flags", "said"), [
-    ([], "no data to measure on: say --imagenet DIR and --coco DIR"),
-    (["--only", "deit_huge"], "--only deit_huge names no row; rows are deit_tiny"),
-    (["--imagenet", "tests"], "--imagenet tests has no val and no val.tar"),
-    (["--coco", "tests"], "--coco tests has no annotations/instances_val2017.json"),
-    (["--checkpoints", "nowhere"], "--checkpoints nowhere is not a folder"),
-    (["--nproc", "0"], "--nproc 0 must be at least 1"),
-    (["--table", "nowhere.json"], "--table nowhere.json cannot be read"),
-    (["--device", "gpu"], "invalid choice: 'gpu'"),
-    (["--nproc", "many"], "invalid int value: 'many'; --help"),
-])
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "no data to measure on: say --imagenet DIR and --coco DIR"),
+        (["--only", "deit_huge"], "--only deit_huge names no row; rows are deit_tiny"),
+        (["--imagenet", "tests"], "--imagenet tests has no val and no val.tar"),
+        (["--coco", "tests"], "--coco tests has no annotations/instances_val2017.json"),
+        (["--checkpoints", "nowhere"], "--checkpoints nowhere is not a folder"),
+        (["--nproc", "0"], "--nproc 0 must be at least 1"),
+        (["--table", "nowhere.json"], "--table nowhere.json cannot be read"),
+        (["--device", "gpu"], "invalid choice: 'gpu'"),
+        (["--nproc", "many"], "invalid int value: 'many'; --help"),
+    ],
+)
 def test_a_mistake_is_said_in_one_sentence_before_anything_is_written(flags, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(reproduce.ROOT)
     status, _, err = run(capsys, "--checkpoints", tmp_path, "--output_dir", tmp_path / "out", *flags)
     assert status == 2 and said in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"deit": 5}', '{"deit": [7]}', '{"deit": [{"name": "x"}]}',
-                                     json.dumps({"detr": [ROW]})])
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"deit": 5}', '{"deit": [7]}', '{"deit": [{"name": "x"}]}', json.dumps({"detr": [ROW]})]
+)
 def test_a_table_of_another_form_is_refused_in_a_sentence(content, tmp_path):
     (tmp_path / "table.json").write_text(content)
     with pytest.raises(reproduce.UserError, match="table.json"):
@@ -177,24 +221,45 @@ def test_a_coco_without_pictures_is_noticed_before_anything_is_written(tmp_path,
     assert status == 2 and "no val2017 and no val2017.zip" in err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("said", "expected"), [
-    ("Traceback (most recent call last):\n[rank1]: ValueError: this\nx.ChildFailedError: \n=====", "ValueError: this"),
-    ("error: process 0 of 2: another process is lost: gloo\nerror: process 1 of 2: 7.png cannot be read\n",
-     "process 1 of 2: 7.png cannot be read"),
-    ("error: process 1 of 2: Traceback (most recent call last):\n  File\nKeyError: 7\n", "KeyError: 7"),
-    ("error: process 0 of 2: another process is lost: gloo\nx.y.ChildFailedError:",
-     "process 0 of 2: another process is lost: gloo"),
-    ("a.b.errors.ChildFailedError: \n  exitcode  : -9 (pid: 12)\n  traceback : Signal 9 (SIGKILL) received by PID 12\n",
-     "Signal 9 (SIGKILL)"),
-    ("a warning", ""),
-])
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (
+            "Traceback (most recent call last):\n[rank1]: ValueError: this\nx.ChildFailedError: \n=====",
+            "ValueError: this",
+        ),
+        (
+            "error: process 0 of 2: another process is lost: gloo\nerror: process 1 of 2: 7.png cannot be read\n",
+            "process 1 of 2: 7.png cannot be read",
+        ),
+        ("error: process 1 of 2: Traceback (most recent call last):\n  File\nKeyError: 7\n", "KeyError: 7"),
+        (
+            "error: process 0 of 2: another process is lost: gloo\nx.y.ChildFailedError:",
+            "process 0 of 2: another process is lost: gloo",
+        ),
+        (
+            "a.b.errors.ChildFailedError: \n  exitcode  : -9 (pid: 12)\n"
+            "  traceback : Signal 9 (SIGKILL) received by PID 12\n",
+            "Signal 9 (SIGKILL)",
+        ),
+        ("a warning", ""),
+    ],
+)
 def test_the_error_of_an_evaluation_is_told_from_the_launchers_report(said, expected):
     assert reproduce.error_in(said) == expected
 
 
-@pytest.mark.parametrize(("statuses", "expected"), [
-    (["pass", "pass"], 0), (["pass", "fail", "missing"], 1), (["pass", "missing"], 3), (["no data", "pass"], 3),
-    (["error", "pass"], 3), (["error", "fail"], 1)])
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        (["pass", "pass"], 0),
+        (["pass", "fail", "missing"], 1),
+        (["pass", "missing"], 3),
+        (["no data", "pass"], 3),
+        (["error", "pass"], 3),
+        (["error", "fail"], 1),
+    ],
+)
 def test_exit_status_tells_passed_failed_and_incomplete_apart(statuses, expected, monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "read_table", lambda _: [{"name": status, "file": status} for status in statuses])
     monkeypatch.setattr(reproduce, "verify", lambda row, _: (row["name"], ""))
@@ -203,9 +268,10 @@ def test_exit_status_tells_passed_failed_and_incomplete_apart(statuses, expected
 
 def test_a_tar_is_read_where_imagenet_is_not_unpacked_and_flags_are_handed_on(tmp_path):
     (tmp_path / "val.tar").touch()
-    args = reproduce.parse_args(["--checkpoints", "c", "--imagenet", str(tmp_path), "--deit_args=--batch-size 256",
-                                 "--nproc", "8"])
-    row, = reproduce.select(reproduce.read_table(args.table), [TINY])
+    args = reproduce.parse_args(
+        ["--checkpoints", "c", "--imagenet", str(tmp_path), "--deit_args=--batch-size 256", "--nproc", "8"]
+    )
+    (row,) = reproduce.select(reproduce.read_table(args.table), [TINY])
     command = reproduce.command_of(row, args, tmp_path / row["file"])
     assert "--load-tar" in command and command[command.index("--batch-size") + 1] == "256"
     assert command[command.index("--nproc_per_node") + 1] == "8"
@@ -239,6 +305,7 @@ def test_a_difference_at_the_bound_passes():
 # ---------------------------------------------------------------------------------------------------------------------
 # With an evaluation that only writes its eval.json
 
+
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
     """A folder with data, a checkpoint and a table of one row, whose model and evaluation are replaced."""
@@ -260,17 +327,27 @@ def evaluation(root, stats, after=""):
     (root / "checkpoints" / "code.py").write_text(
         "import json, os, pathlib, signal, sys, time\n"
         f"os.chdir({str(root)!r})\n"
-        f"pathlib.Path('out', {TINY!r}, 'eval.json').write_text({json.dumps(stats)!r})\n" + after)
+        f"pathlib.Path('out', {TINY!r}, 'eval.json').write_text({json.dumps(stats)!r})\n" + after
+    )
 
 
 def flags_of(root):
-    return ["--imagenet", root, "--checkpoints", root / "checkpoints", "--table", root / "table.json", "--output_dir",
-            root / "out"]
+    return [
+        "--imagenet",
+        root,
+        "--checkpoints",
+        root / "checkpoints",
+        "--table",
+        root / "table.json",
+        "--output_dir",
+        root / "out",
+    ]
 
 
 @contextlib.contextmanager
 def drive(root, change=lambda: None):
     """A run in a process of its own, which calls `change` first and writes to the file `err`."""
+
     def body():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # to which nohup has made the tests deaf
         change()
@@ -340,8 +417,9 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_first_evaluation(st
 
 
 def test_an_output_folder_is_one_runs_alone_also_while_a_killed_runs_evaluation_goes_on(stub, capsys):
-    evaluation(stub, {}, "pathlib.Path('pid.tmp').write_text(str(os.getpid())); os.rename('pid.tmp', 'pid')\n"
-                         + FOREVER)
+    evaluation(
+        stub, {}, "pathlib.Path('pid.tmp').write_text(str(os.getpid())); os.rename('pid.tmp', 'pid')\n" + FOREVER
+    )
     with drive(stub) as process:
         wait_until((stub / "pid").exists)
         for killed in (False, True):
@@ -357,10 +435,14 @@ def test_an_output_folder_is_one_runs_alone_also_while_a_killed_runs_evaluation_
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_also_repeated_end_the_evaluation_without_a_traceback(stub, number):
-    evaluation(stub, {}, "def end(*_):\n    pathlib.Path('ending').touch()\n"
-                         "    while not pathlib.Path('repeated').exists():\n        time.sleep(0.01)\n"
-                         "    pathlib.Path('ended').touch()\n    sys.exit()\n\n"
-                         "signal.signal(signal.SIGTERM, end)\npathlib.Path('started').touch()\n" + FOREVER)
+    evaluation(
+        stub,
+        {},
+        "def end(*_):\n    pathlib.Path('ending').touch()\n"
+        "    while not pathlib.Path('repeated').exists():\n        time.sleep(0.01)\n"
+        "    pathlib.Path('ended').touch()\n    sys.exit()\n\n"
+        "signal.signal(signal.SIGTERM, end)\npathlib.Path('started').touch()\n" + FOREVER,
+    )
     with drive(stub) as process:
         wait_until((stub / "started").exists)
         os.kill(process.pid, number)
@@ -409,14 +491,16 @@ def test_a_closed_pipe_ends_the_run_quietly(stub, monkeypatch, capsys):
 
 
 def test_system_without_a_signal_that_stops_the_tools_is_told_so(tmp_path):
-    program = ("import signal, sys\n"
-               "del signal.SIGHUP\n"
-               "sys.modules['fcntl'] = None\n"  # as on Windows, where this cannot be imported either
-               "sys.path.insert(0, 'tools')\n"
-               "import ablate, reproduce\n"
-               "sys.argv[0] = 'TOOL.py'\n"
-               "print(ablate.main(['--data-path', sys.argv[1], '--output_dir', sys.argv[1]]),\n"
-               "      reproduce.main(['--checkpoints', sys.argv[1], '--output_dir', sys.argv[1]]))\n")
+    program = (
+        "import signal, sys\n"
+        "del signal.SIGHUP\n"
+        "sys.modules['fcntl'] = None\n"  # as on Windows, where this cannot be imported either
+        "sys.path.insert(0, 'tools')\n"
+        "import ablate, reproduce\n"
+        "sys.argv[0] = 'TOOL.py'\n"
+        "print(ablate.main(['--data-path', sys.argv[1], '--output_dir', sys.argv[1]]),\n"
+        "      reproduce.main(['--checkpoints', sys.argv[1], '--output_dir', sys.argv[1]]))\n"
+    )
     ended = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "2 2\n")
     for line in ended.stderr.splitlines():

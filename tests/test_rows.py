@@ -1,4 +1,5 @@
 """Both codebases' golden tests with attention by rows of the map, under Triton's interpreter."""
+
 import importlib.util
 import os
 import subprocess
@@ -19,22 +20,37 @@ for key, tile in rows.TILES.items():  # the interpreter's time goes by tiles
     rows.TILES[key] = tile._replace(own=256, other=16 if "sums" in key[0] else 256)
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]) or not calls)
 """
-needs_rows = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("triton", "rpe_ops"))),
-                                reason="needs Triton and rpe_ops")
+needs_rows = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("triton", "rpe_ops"))), reason="needs Triton and rpe_ops"
+)
 
 
 def run(folder, *args):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "IRPE_ATTENTION": "rows", "TRITON_INTERPRET": "1",
-           "PYTHONPATH": os.pathsep.join(["tests", *filter(None, [os.environ.get("PYTHONPATH")])])}
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", *args], cwd=ROOT / folder, env=env,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "IRPE_ATTENTION": "rows",
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(["tests", *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", *args],
+        cwd=ROOT / folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @needs_rows
-@pytest.mark.parametrize("folder, tests, words", [
-    ("DeiT-with-iRPE", "tests/test_models.py", "logits_equal and deit_tiny and product_50_shared_k-rpe_ops"),
-    ("DETR-with-iRPE", "tests/test_golden.py", "rpe-2.0-product-ctx-1-k and (outputs or losses or gradients)"),
-])
+@pytest.mark.parametrize(
+    "folder, tests, words",
+    [
+        ("DeiT-with-iRPE", "tests/test_models.py", "logits_equal and deit_tiny and product_50_shared_k-rpe_ops"),
+        ("DETR-with-iRPE", "tests/test_golden.py", "rpe-2.0-product-ctx-1-k and (outputs or losses or gradients)"),
+    ],
+)
 def test_a_codebase_equals_its_golden_numbers_with_attention_by_rows(folder, tests, words):
     done = run(folder, RUN, tests, "-k", words)
     assert done.returncode == 0, done.stdout

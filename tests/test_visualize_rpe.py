@@ -1,5 +1,6 @@
 """Maps of learned encodings against loops over pairs of tokens, and tools/visualize_rpe.py on checkpoints of both
 codebases, whose modules have the same names: each has a process of its own."""
+
 import argparse
 import contextlib
 import io
@@ -25,8 +26,12 @@ from irpe import build_rpe, get_bucket_ids_2d, get_rpe_config, rpe_attention
 H, D, HEIGHT, WIDTH = 2, 4, 3, 4
 POSITIONS = [(row, column) for row in range(HEIGHT) for column in range(WIDTH)]
 # every valid combination on q and k, and v in contextual mode
-CASES = [(method, mode, shared, on, skip) for method in ("euc", "quant", "cross", "product") for shared in (True, False)
-         for mode, on, skip in (("bias", "q", 0), ("bias", "k", 1), ("ctx", "q", 2), ("ctx", "k", 1), ("ctx", "v", 1))]
+CASES = [
+    (method, mode, shared, on, skip)
+    for method in ("euc", "quant", "cross", "product")
+    for shared in (True, False)
+    for mode, on, skip in (("bias", "q", 0), ("bias", "k", 1), ("ctx", "q", 2), ("ctx", "k", 1), ("ctx", "v", 1))
+]
 PROGRAM = ROOT / "tools" / "visualize_rpe.py"
 
 
@@ -80,7 +85,7 @@ def test_means_are_those_of_the_scaled_vectors_of_all_tokens_but_the_prefix():
     torch.manual_seed(0)
     layer, pictures = Layer(), [torch.randn(3 * H * D, 3, 4), torch.randn(3 * H * D, 5, 2)]
     means, size = visualize_rpe.mean_inputs(layer, [layer.rpe_q, layer.rpe_k, layer.rpe_v], pictures)
-    q, k, _ = torch.cat([picture.flatten(1) for picture in pictures], 1).mean(1).div(D ** 0.5).view(3, H, D)
+    q, k, _ = torch.cat([picture.flatten(1) for picture in pictures], 1).mean(1).div(D**0.5).view(3, H, D)
     assert size == (3, 4) and set(means) == {layer.rpe_q, layer.rpe_k}
     torch.testing.assert_close(means[layer.rpe_q], k)
     torch.testing.assert_close(means[layer.rpe_k], q)
@@ -93,7 +98,7 @@ def test_every_panel_shows_its_layer_and_head_on_one_scale_around_zero(heads, la
     shown = torch.stack([torch.from_numpy(axes.images[0].get_array().data) for axes in panels])
     order = torch.stack(maps) if heads >= layers else torch.stack(maps).transpose(0, 1)
     torch.testing.assert_close(shown, order.flatten(0, 1))
-    (low, high), = {axes.images[0].get_clim() for axes in panels}
+    ((low, high),) = {axes.images[0].get_clim() for axes in panels}
     assert low == -high and 0 < (shown.abs() > high).float().mean() <= 0.005
     names = {panels[0].get_ylabel(), panels[0].get_title()} - {""}
     assert names == {"layer 0", "head 0"} - ({"head 0"} if heads == 1 else set())
@@ -108,6 +113,7 @@ def test_norms_are_drawn_from_their_least_value_up_and_zeros_in_the_middle_of_th
 
 
 # The program
+
 
 def draw(*flags):
     """(exit status, standard output, standard error) of the program."""
@@ -151,23 +157,57 @@ def save(path, model, args, attention):
 def save_deit(path, name, side, data_path, has_args=True, is_constant=True):
     from main import get_args_parser
     from rpe_models import create_model
+
     args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(
-        ["--model", name, "--input-size", str(side), "--data-set", "FOLDER", "--data-path", str(data_path)])
-    return save(path, create_model(name, num_classes=3, img_size=side), args if has_args else None,
-                "qkv." if is_constant else "")
+        ["--model", name, "--input-size", str(side), "--data-set", "FOLDER", "--data-path", str(data_path)]
+    )
+    return save(
+        path,
+        create_model(name, num_classes=3, img_size=side),
+        args if has_args else None,
+        "qkv." if is_constant else "",
+    )
 
 
-DETR_FLAGS = ["--backbone", "resnet18", "--no_pretrained_backbone", "--hidden_dim", "16", "--nheads", "2",
-              "--enc_layers", "2", "--dec_layers", "1", "--dim_feedforward", "16", "--num_queries", "5"]
+DETR_FLAGS = [
+    "--backbone",
+    "resnet18",
+    "--no_pretrained_backbone",
+    "--hidden_dim",
+    "16",
+    "--nheads",
+    "2",
+    "--enc_layers",
+    "2",
+    "--dec_layers",
+    "1",
+    "--dim_feedforward",
+    "16",
+    "--num_queries",
+    "5",
+]
 
 
 def save_detr(path, encoding, side, data_path, has_args=True, is_constant=True, flags=()):
     sys.path.insert(0, str(ROOT / "DETR-with-iRPE"))
     from main import get_args_parser
     from models import build_model
+
     args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args(
-        [*DETR_FLAGS, *flags, "--enc_rpe2d", encoding, "--short_side", str(side), "--coco_path", str(data_path),
-         "--num_classes", "5", "--eval"])
+        [
+            *DETR_FLAGS,
+            *flags,
+            "--enc_rpe2d",
+            encoding,
+            "--short_side",
+            str(side),
+            "--coco_path",
+            str(data_path),
+            "--num_classes",
+            "5",
+            "--eval",
+        ]
+    )
     return save(path, build_model(args)[0], args if has_args else None, "in_proj_" if is_constant else "")
 
 
@@ -178,8 +218,10 @@ SAVE, DRAW = {"deit": save_deit, "detr": save_detr}, {"deit": draw_quickly, "det
 def inside():
     """Calls a function in the process that has a codebase's modules."""
     with contextlib.ExitStack() as stack:
-        processes = {codebase: stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
-                     for codebase in SAVE}
+        processes = {
+            codebase: stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+            for codebase in SAVE
+        }
         yield lambda codebase, function, *args: processes[codebase].submit(function, *args).result(timeout=PATIENCE)
 
 
@@ -194,8 +236,9 @@ def data(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
         coco["images"].append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
-        coco["annotations"].append({"id": number, "image_id": number, "category_id": 1, "bbox": [1, 2, 30, 40],
-                                    "area": 1200, "iscrowd": 0})
+        coco["annotations"].append(
+            {"id": number, "image_id": number, "category_id": 1, "bbox": [1, 2, 30, 40], "area": 1200, "iscrowd": 0}
+        )
     (root / "annotations").mkdir()
     (root / "annotations" / "instances_val2017.json").write_text(json.dumps(coco))
     return root
@@ -226,22 +269,30 @@ def expected_ranges(weights, heads, ids):
 
 
 def printed_ranges(out):
-    return {Path(path).name: (float(low), float(high))
-            for path, low, high in re.findall(r"^(\S+): from (\S+) to (\S+) ", out, re.MULTILINE)}
+    return {
+        Path(path).name: (float(low), float(high))
+        for path, low, high in re.findall(r"^(\S+): from (\S+) to (\S+) ", out, re.MULTILINE)
+    }
 
 
 def used(ratio, height, width, method="product"):
     return get_bucket_ids_2d(method, height, width, 0, ratio, 2 * ratio, 8 * ratio)[0].unique().numpy()
 
 
-@pytest.mark.parametrize("codebase, encoding, side, heads, ids", [
-    ("deit", "deit_tiny_patch16_48_ctx_product_50_unshared_qkv", 48, 3, used(1.9, 3, 3)),
-    ("detr", "rpe-2.0-product-ctx-0-qkv", 64, 2, used(2.0, 2, 3))])  # 64 × 96 pixels are the first picture
+@pytest.mark.parametrize(
+    "codebase, encoding, side, heads, ids",
+    [
+        ("deit", "deit_tiny_patch16_48_ctx_product_50_unshared_qkv", 48, 3, used(1.9, 3, 3)),
+        ("detr", "rpe-2.0-product-ctx-0-qkv", 64, 2, used(2.0, 2, 3)),
+    ],
+)  # 64 × 96 pixels are the first picture
 def test_a_trained_checkpoint_is_drawn_with_pictures_of_its_validation_set(
-        inside, data, tmp_path, codebase, encoding, side, heads, ids):
+    inside, data, tmp_path, codebase, encoding, side, heads, ids
+):
     weights = inside(codebase, SAVE[codebase], tmp_path / "x.pth", encoding, side, data)
-    status, out, err = inside(codebase, DRAW[codebase], "--resume", tmp_path / "x.pth", "--output_dir",
-                              tmp_path / "new" / "out")
+    status, out, err = inside(
+        codebase, DRAW[codebase], "--resume", tmp_path / "x.pth", "--output_dir", tmp_path / "new" / "out"
+    )
     assert status == 0, err
     expected = expected_ranges(weights, heads, ids)
     assert printed_ranges(out) == {name: pytest.approx(values, rel=6e-3) for name, values in expected.items()}
@@ -250,20 +301,28 @@ def test_a_trained_checkpoint_is_drawn_with_pictures_of_its_validation_set(
         assert words in out
 
 
-@pytest.mark.parametrize("codebase, encoding, side", [
-    ("deit", "deit_tiny_patch16_48_ctx_cross_56_shared_k", 48), ("detr", "rpe-2.0-cross-ctx-1-k", 64)])
+@pytest.mark.parametrize(
+    "codebase, encoding, side",
+    [("deit", "deit_tiny_patch16_48_ctx_cross_56_shared_k", 48), ("detr", "rpe-2.0-cross-ctx-1-k", 64)],
+)
 def test_given_pictures_are_seen_as_those_of_the_validation_set(inside, data, tmp_path, codebase, encoding, side):
     inside(codebase, SAVE[codebase], tmp_path / "x.pth", encoding, side, data, True, False)
     flags = "--resume", tmp_path / "x.pth", "--output_dir", tmp_path
     pictures = sorted((data / "val2017").iterdir())
-    of_the_set, all_given, one_given = (printed_ranges(inside(codebase, DRAW[codebase], *flags, *images)[1])
-                                        for images in ((), ("--image", *pictures), ("--image", pictures[0])))
+    of_the_set, all_given, one_given = (
+        printed_ranges(inside(codebase, DRAW[codebase], *flags, *images)[1])
+        for images in ((), ("--image", *pictures), ("--image", pictures[0]))
+    )
     assert of_the_set == all_given != one_given and of_the_set
 
 
-@pytest.mark.parametrize("codebase, encoding, side, ids, more", [
-    ("deit", "deit_tiny_patch16_64_bias_product_50_unshared_k", 64, used(1.9, 4, 4), []),
-    ("detr", "rpe-2.0-euc-bias-1-k", 320, used(2.0, 10, 10, "euc"), [True, False, ["--masks"]])])
+@pytest.mark.parametrize(
+    "codebase, encoding, side, ids, more",
+    [
+        ("deit", "deit_tiny_patch16_64_bias_product_50_unshared_k", 64, used(1.9, 4, 4), []),
+        ("detr", "rpe-2.0-euc-bias-1-k", 320, used(2.0, 10, 10, "euc"), [True, False, ["--masks"]]),
+    ],
+)
 def test_a_bias_needs_no_pictures_and_is_drawn_as_its_table(inside, tmp_path, codebase, encoding, side, ids, more):
     weights = inside(codebase, SAVE[codebase], tmp_path / "x.pth", encoding, side, tmp_path / "not here", *more)
     status, out, err = inside(codebase, DRAW[codebase], "--resume", tmp_path / "x.pth", "--output_dir", tmp_path)
@@ -272,15 +331,35 @@ def test_a_bias_needs_no_pictures_and_is_drawn_as_its_table(inside, tmp_path, co
     assert out.endswith("added to the logit\n")
 
 
-@pytest.mark.parametrize("codebase, encoding, side, heads, ids, flags", [
-    ("deit", "deit_tiny_patch16_224_ctx_product_50_shared_k", 224, 3, used(1.9, 14, 14), []),
-    ("detr", "rpe-2.0-product-ctx-1-k", 64, 2, used(2.0, 2, 3),
-     [*DETR_FLAGS, "--short_side", "64", "--enc_rpe2d", "rpe-2.0-product-ctx-1-k"])])
+@pytest.mark.parametrize(
+    "codebase, encoding, side, heads, ids, flags",
+    [
+        ("deit", "deit_tiny_patch16_224_ctx_product_50_shared_k", 224, 3, used(1.9, 14, 14), []),
+        (
+            "detr",
+            "rpe-2.0-product-ctx-1-k",
+            64,
+            2,
+            used(2.0, 2, 3),
+            [*DETR_FLAGS, "--short_side", "64", "--enc_rpe2d", "rpe-2.0-product-ctx-1-k"],
+        ),
+    ],
+)
 def test_a_file_without_flags_is_known_by_its_name_or_takes_them_from_the_command_line(
-        inside, data, tmp_path, codebase, encoding, side, heads, ids, flags):
+    inside, data, tmp_path, codebase, encoding, side, heads, ids, flags
+):
     weights = inside(codebase, SAVE[codebase], tmp_path / f"{encoding}.pth", encoding, side, None, False)
-    status, out, err = inside(codebase, DRAW[codebase], "--resume", tmp_path / f"{encoding}.pth", "--output_dir",
-                              tmp_path, "--image", data / "val2017" / "1.png", *flags)
+    status, out, err = inside(
+        codebase,
+        DRAW[codebase],
+        "--resume",
+        tmp_path / f"{encoding}.pth",
+        "--output_dir",
+        tmp_path,
+        "--image",
+        data / "val2017" / "1.png",
+        *flags,
+    )
     expected = expected_ranges(weights, heads, ids)
     assert printed_ranges(out) == {"rpe_k.png": pytest.approx(expected["rpe_k.png"], rel=6e-3)}, err
 
@@ -288,21 +367,30 @@ def test_a_file_without_flags_is_known_by_its_name_or_takes_them_from_the_comman
 DEIT, DETR = ("deit", "deit_tiny_patch16_32_ctx_product_50_shared_k", 32), ("detr", "rpe-2.0-product-ctx-1-k", 64)
 
 
-@pytest.mark.parametrize("checkpoint, flags, words", [
-    (DEIT, [], "--image FILE .*--data-path"), (DETR, [], "--image FILE .*--coco_path"),
-    (DEIT, ["--image", "none.png"], "none.png"), (DETR, ["--image", "none.png"], "none.png"),
-    (DEIT, ["--model", "deit_tiny_patch16_224"], "another model: 12 unexpected"),
-    (DEIT, ["--model", "none"], "--model"), (DEIT, ["--input-size", 64], "--input-size 32"),
-    (DETR, ["--nheads", 0], "--nheads"),
-    (DETR, ["--enc_rpe2d", "rpe-2-x-ctx-1-k"], "'x'"),
-    (DETR, ["--enc_rpe2d", "rpe-2.0-product-ctx-1-q"], "another configuration"),
-    (DEIT, ["--resume", "none.pth"], "none.pth"), (DEIT, ["--nonsense"], "--nonsense"),
-    (("deit", "deit_tiny_patch16_224", 32), [], "x.pth, deit_tiny_patch16_224, has no iRPE"),
-    (("detr", "", 64), [], "x.pth, DETR.* has no iRPE")])
+@pytest.mark.parametrize(
+    "checkpoint, flags, words",
+    [
+        (DEIT, [], "--image FILE .*--data-path"),
+        (DETR, [], "--image FILE .*--coco_path"),
+        (DEIT, ["--image", "none.png"], "none.png"),
+        (DETR, ["--image", "none.png"], "none.png"),
+        (DEIT, ["--model", "deit_tiny_patch16_224"], "another model: 12 unexpected"),
+        (DEIT, ["--model", "none"], "--model"),
+        (DEIT, ["--input-size", 64], "--input-size 32"),
+        (DETR, ["--nheads", 0], "--nheads"),
+        (DETR, ["--enc_rpe2d", "rpe-2-x-ctx-1-k"], "'x'"),
+        (DETR, ["--enc_rpe2d", "rpe-2.0-product-ctx-1-q"], "another configuration"),
+        (DEIT, ["--resume", "none.pth"], "none.pth"),
+        (DEIT, ["--nonsense"], "--nonsense"),
+        (("deit", "deit_tiny_patch16_224", 32), [], "x.pth, deit_tiny_patch16_224, has no iRPE"),
+        (("detr", "", 64), [], "x.pth, DETR.* has no iRPE"),
+    ],
+)
 def test_mistakes_are_one_sentence(inside, tmp_path, checkpoint, flags, words):
     codebase, *rest = checkpoint
     inside(codebase, SAVE[codebase], tmp_path / "x.pth", *rest, tmp_path / "not here")
-    status, out, err = inside(codebase, DRAW[codebase], "--resume", tmp_path / "x.pth", "--output_dir",
-                              tmp_path / "out", *flags)
+    status, out, err = inside(
+        codebase, DRAW[codebase], "--resume", tmp_path / "x.pth", "--output_dir", tmp_path / "out", *flags
+    )
     assert status in (1, 2) and out == "" and re.fullmatch(f"error: .*{words}.*\n", err)
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ CPU to the same digits.
 Exit status: 0 all runs are counted; 2 the command line or the study is wrong; 3 some runs failed; 130 stopped by a
 signal or a closed pipe.
 """
+
 import argparse
 import fnmatch
 import json
@@ -37,6 +38,7 @@ DEIT = drawing.ROOT / "DeiT-with-iRPE"
 
 # What was asked for
 
+
 def parse_args(argv=None):
     parser = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, metavar="FILE", default=Path(__file__).with_name("ablate_fashion.json"))
@@ -58,8 +60,9 @@ def read_study(path):
         study = json.loads(path.read_text(encoding="utf-8"))
         names, seeds = [*study["variants"]], study["seeds"]
         _ = [shlex.split("" + flags) for flags in (study["recipe"], *study["variants"].values())]
-        study["comparisons"] = {words: (match(left, names), match(right, names))
-                                for words, (left, right) in study["comparisons"].items()}
+        study["comparisons"] = {
+            words: (match(left, names), match(right, names)) for words, (left, right) in study["comparisons"].items()
+        }
         fit = study["baseline"] in names and seeds and len({*map(int, seeds)}) == len(seeds)
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"--study {path} cannot be read in the form of ablate_fashion.json: {error!r}") from error
@@ -80,6 +83,7 @@ def match(patterns, names):
 
 # Runs
 
+
 class Run:
     """One variant with one seed: two commands in a row. `record` is what its run.json holds."""
 
@@ -91,15 +95,24 @@ class Run:
 
         self.name = f"{variant}-seed{seed}"
         self.folder = args.output_dir / self.name
-        flags = ["--data-set", args.data_set, "--device", args.device, *shlex.split(study["recipe"]),
-                 *args.more, *shlex.split(study["variants"][variant]), "--seed", str(seed),
-                 "--output_dir", relative(self.folder)]
+        flags = [
+            "--data-set",
+            args.data_set,
+            "--device",
+            args.device,
+            *shlex.split(study["recipe"]),
+            *args.more,
+            *shlex.split(study["variants"][variant]),
+            "--seed",
+            str(seed),
+            "--output_dir",
+            relative(self.folder),
+        ]
         train = ["--data-path", relative(args.data_path), "--resume", "auto"]
         test = ["--data-path", relative(args.test_path), "--eval", "--resume", relative(self.folder / "checkpoint.pth")]
         self.commands = [shlex.join(["python", "main.py", *flags, *last]) for last in (train, test)]
         self.waiting = [*self.commands]
-        self.record = {"variant": variant, "seed": seed, "commands": self.commands, "versions": versions,
-                       "seconds": 0}
+        self.record = {"variant": variant, "seed": seed, "commands": self.commands, "versions": versions, "seconds": 0}
         self.take_up(self.folder / "run.json")
 
     def take_up(self, path):
@@ -112,8 +125,10 @@ class Run:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} of an earlier run cannot be read ({error!r}): move its folder away") from error
         if changed:
-            raise UserError(f"{path} is of a run by other {' and '.join(changed)}: choose another --output_dir, or "
-                            "move its folder away")
+            raise UserError(
+                f"{path} is of a run by other {' and '.join(changed)}: choose another --output_dir, or "
+                "move its folder away"
+            )
         self.record = found
 
     def start(self, threads, locked):
@@ -128,10 +143,15 @@ class Run:
         self.started = time.monotonic()
         # Ctrl-C must not reach the process, which saves on SIGTERM only: it gets a session of its own
         with output, reproduce.signals_deferred():
-            self.process = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], cwd=DEIT, stdout=output,
-                                            stderr=subprocess.STDOUT, start_new_session=True,
-                                            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                                            pass_fds=[locked.fileno()])
+            self.process = subprocess.Popen(
+                [sys.executable, *shlex.split(command)[1:]],
+                cwd=DEIT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                pass_fds=[locked.fileno()],
+            )
 
     def write(self):
         with runtime.replacing(self.folder / "run.json") as file:
@@ -147,8 +167,9 @@ class Run:
         self.record.pop("failed", None)
         if self.process.returncode:
             said = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
-            self.record["failed"] = (reproduce.error_in(said) or said.strip().rpartition("\n")[2]
-                                     or f"status {self.process.returncode}")
+            self.record["failed"] = (
+                reproduce.error_in(said) or said.strip().rpartition("\n")[2] or f"status {self.process.returncode}"
+            )
         elif not self.waiting:
             stats = json.loads((self.folder / "eval.json").read_text(encoding="utf-8"))
             self.record.update(top1=stats["acc1"], loss=stats["loss"], date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
@@ -195,6 +216,7 @@ def work(runs, jobs, locked, report):
 
 # Results
 
+
 def summary(values):
     """Mean of the values and half of its 95 % interval by Student's t; None for what takes more values."""
     n = len(values)
@@ -205,8 +227,12 @@ def summary(values):
 def difference(top1, left, right):
     """Summary of the mean of the variants `left` less that of `right`, by the seeds that all have in `top1`."""
     seeds = sorted(set.intersection(*(set(top1[name]) for name in (*left, *right))))
-    return summary([statistics.fmean(top1[name][seed] for name in left)
-                    - statistics.fmean(top1[name][seed] for name in right) for seed in seeds])
+    return summary(
+        [
+            statistics.fmean(top1[name][seed] for name in left) - statistics.fmean(top1[name][seed] for name in right)
+            for seed in seeds
+        ]
+    )
 
 
 def summarize(study, runs):
@@ -215,15 +241,27 @@ def summarize(study, runs):
     for record in (run.record for run in runs if "top1" in run.record):
         top1[record["variant"]][record["seed"]] = record["top1"]
         minutes[record["variant"]][record["seed"]] = record["seconds"] / 60
-    return {"variants": {name: {"top1": summary([*top1[name].values()]), "minutes": summary([*minutes[name].values()]),
-                                "difference": difference(top1, [name], [study["baseline"]])} for name in top1},
-            "comparisons": {words: difference(top1, *sides) for words, sides in study["comparisons"].items()}}
+    return {
+        "variants": {
+            name: {
+                "top1": summary([*top1[name].values()]),
+                "minutes": summary([*minutes[name].values()]),
+                "difference": difference(top1, [name], [study["baseline"]]),
+            }
+            for name in top1
+        },
+        "comparisons": {words: difference(top1, *sides) for words, sides in study["comparisons"].items()},
+    }
 
 
 def write_reports(out, study, runs, about):
     """results.json, results.md and results.png of the runs that are counted."""
-    found = {"study": study, **about, **summarize(study, runs), "runs": [
-        {key: value for key, value in run.record.items() if key != "versions"} for run in runs]}
+    found = {
+        "study": study,
+        **about,
+        **summarize(study, runs),
+        "runs": [{key: value for key, value in run.record.items() if key != "versions"} for run in runs],
+    }
     with runtime.replacing(out / "results.json") as file:
         file.write(json.dumps(found, indent=1).encode())
     with runtime.writing(out / "results.md"):
@@ -241,23 +279,40 @@ def cells(values):
 
 def markdown(study, runs, found, about):
     def table(*rows):
-        return ["", f"| {' | '.join(rows[0])} |", "| --- " * len(rows[0]) + "|",
-                *(f"| {' | '.join(row)} |" for row in rows[1:])]
+        return [
+            "",
+            f"| {' | '.join(rows[0])} |",
+            "| --- " * len(rows[0]) + "|",
+            *(f"| {' | '.join(row)} |" for row in rows[1:]),
+        ]
 
     baseline, rows = study["baseline"], []
     for name, entry in found["variants"].items():
         minutes = entry["minutes"]["mean"]
         change = ("", "") if name == baseline else cells(entry["difference"])
-        rows.append((name, str(len(entry["top1"]["values"])), cells(entry["top1"])[0].removeprefix("+"), *change,
-                     f"{minutes:.1f}" if minutes else "-"))
+        rows.append(
+            (
+                name,
+                str(len(entry["top1"]["values"])),
+                cells(entry["top1"])[0].removeprefix("+"),
+                *change,
+                f"{minutes:.1f}" if minutes else "-",
+            )
+        )
     counted = sum("top1" in run.record for run in runs)
-    lines = [f"{counted} of {len(runs)} runs are counted. Top-1 (%) and differences in points, paired by seed: mean "
-             "± half of the 95 % interval by Student's t.",
-             *table(("variant", "seeds", "top-1", f"less {baseline}", "", "minutes a run"), *rows),
-             *table(("comparison", "difference", ""), *((words, *cells(values))
-                                                        for words, values in found["comparisons"].items())),
-             "", *(f"- {key}: {value}" for key, value in about.items()),
-             *(f"- not counted: {run}" for run in runs if "failed" in run.record), ""]
+    lines = [
+        f"{counted} of {len(runs)} runs are counted. Top-1 (%) and differences in points, paired by seed: mean "
+        "± half of the 95 % interval by Student's t.",
+        *table(("variant", "seeds", "top-1", f"less {baseline}", "", "minutes a run"), *rows),
+        *table(
+            ("comparison", "difference", ""),
+            *((words, *cells(values)) for words, values in found["comparisons"].items()),
+        ),
+        "",
+        *(f"- {key}: {value}" for key, value in about.items()),
+        *(f"- not counted: {run}" for run in runs if "failed" in run.record),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -270,11 +325,13 @@ def draw(study, variants, path):
             values = entry[key]
             axes.plot(values["values"], [place] * len(values["values"]), ".", color=drawing.COLORS[4])
             if values["mean"] is not None:
-                axes.errorbar(values["mean"], place, xerr=values["half"] or 0, fmt="o", color=drawing.COLORS[0],
-                              capsize=3)
+                axes.errorbar(
+                    values["mean"], place, xerr=values["half"] or 0, fmt="o", color=drawing.COLORS[0], capsize=3
+                )
         axes.grid(axis="x", alpha=0.3)
-    panels[0].set(xlabel="top-1 (%)", ylim=(len(variants) - 0.5, -0.5), yticks=range(len(variants)),
-                  yticklabels=variants)
+    panels[0].set(
+        xlabel="top-1 (%)", ylim=(len(variants) - 0.5, -0.5), yticks=range(len(variants)), yticklabels=variants
+    )
     panels[1].set(xlabel=f"difference to {study['baseline']} with the same seed (points)")
     panels[1].axvline(0, color="#666666", lw=1)
     drawing.save(figure, path)

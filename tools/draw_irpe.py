@@ -1,7 +1,8 @@
 """Draw iRPE.png: the bucket of every position of a 14×14 map as seen from one, under each mapping, and the function g.
 
-    python tools/draw_irpe.py [--position ROW COLUMN] [--output FILE.png]
+python tools/draw_irpe.py [--position ROW COLUMN] [--output FILE.png]
 """
+
 import argparse
 import itertools
 
@@ -12,9 +13,13 @@ from irpe import get_bucket_ids_2d, get_rpe_config, piecewise_index
 
 SIDE = 14
 # the mappings with the ratios of the published models
-PANELS = (("euc", 20, "Euclidean: g(√(Δr² + Δc²))"), ("quant", 33, "Quantization: g(Δr² + Δc²)"),
-          ("product", 1.9, "Product: g(Δr) and g(Δc)"), ("cross_rows", 20, "Cross, rows: g(Δr)"),
-          ("cross_cols", 20, "Cross, columns: g(Δc)"))
+PANELS = (
+    ("euc", 20, "Euclidean: g(√(Δr² + Δc²))"),
+    ("quant", 33, "Quantization: g(Δr² + Δc²)"),
+    ("product", 1.9, "Product: g(Δr) and g(Δc)"),
+    ("cross_rows", 20, "Cross, rows: g(Δr)"),
+    ("cross_cols", 20, "Cross, columns: g(Δc)"),
+)
 CURVE_RATIO, REACH = 4, 40
 # colours of the corners of the map of product buckets, between which the others are mixed
 CORNERS = torch.tensor([[[0.00, 0.45, 0.70], [0.00, 0.62, 0.45]], [[0.80, 0.47, 0.65], [0.90, 0.62, 0.00]]])
@@ -29,14 +34,16 @@ def buckets(method, ratio, position):
 def colors(ids):
     """(14, 14, 3): one colour for each bucket, from dark to bright in their order."""
     from matplotlib import colormaps  # after new_figure, which says so where it is not installed
+
     values, ranks = ids.unique(return_inverse=True)
     return torch.from_numpy(colormaps["viridis"](ranks.numpy() / (len(values) - 1))[..., :3]).float()
 
 
 def product_colors(ratio, position):
     """(14, 14, 3): one colour for each bucket of product, mixed by its row and column."""
-    rows, columns = (buckets(axis, ratio, position).unique(return_inverse=True)[1]
-                     for axis in ("cross_rows", "cross_cols"))
+    rows, columns = (
+        buckets(axis, ratio, position).unique(return_inverse=True)[1] for axis in ("cross_rows", "cross_cols")
+    )
     down, right = (axis[..., None] / axis.max() for axis in (rows, columns))
     top, bottom = (row[0] * (1 - right) + row[1] * right for row in CORNERS)
     mixed = top * (1 - down) + bottom * down
@@ -49,12 +56,23 @@ def draw_buckets(axes, ids, position, title, pixels):
     axes.imshow(pixels.numpy())
     bright = pixels @ torch.tensor([0.3, 0.59, 0.11])
     for row, column in itertools.product(range(SIDE), repeat=2):
-        axes.text(column, row, str(ids[row, column].item()), ha="center", va="center", fontsize=7.5,
-                  color="black" if bright[row, column] > 0.5 else "white")
+        axes.text(
+            column,
+            row,
+            str(ids[row, column].item()),
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color="black" if bright[row, column] > 0.5 else "white",
+        )
     row, column = position
     for width, color in ((4, "white"), (2, "#D00000")):
-        axes.plot([column - 0.5, column + 0.5, column + 0.5, column - 0.5, column - 0.5],
-                  [row - 0.5, row - 0.5, row + 0.5, row + 0.5, row - 0.5], color=color, linewidth=width)
+        axes.plot(
+            [column - 0.5, column + 0.5, column + 0.5, column - 0.5, column - 0.5],
+            [row - 0.5, row - 0.5, row + 0.5, row + 0.5, row - 0.5],
+            color=color,
+            linewidth=width,
+        )
     axes.set_title(f"{title}\n{len(ids.unique())} buckets from here", fontsize=10)
     axes.set(xticks=[], yticks=[])
 
@@ -64,13 +82,22 @@ def draw_functions(axes):
     alpha, beta, gamma = get_rpe_config(CURVE_RATIO).piecewise
     x = torch.arange(-REACH, REACH + 1)
     axes.plot(x, x.clamp(-int(beta), int(beta)), "-", color=COLORS[1], linewidth=1.6, label="clip")
-    axes.plot(x, piecewise_index(x, alpha, beta, gamma, torch.long), ".-", color=COLORS[0], markersize=5, linewidth=0.8,
-              label="g (Eq. 18)")
+    axes.plot(
+        x,
+        piecewise_index(x, alpha, beta, gamma, torch.long),
+        ".-",
+        color=COLORS[0],
+        markersize=5,
+        linewidth=0.8,
+        label="g (Eq. 18)",
+    )
     for value, name in ((alpha, "α"), (gamma, "γ")):
         axes.axvline(value, color="grey", linewidth=0.8, linestyle=":")
         axes.text(value + 0.6, -beta, f"{name} = {value:g}", fontsize=8, color="0.35")
-    axes.set_title(f"Piecewise function g and clip, β = {beta:g}:\ng tells far offsets apart, in fewer and fewer steps",
-                   fontsize=10)
+    axes.set_title(
+        f"Piecewise function g and clip, β = {beta:g}:\ng tells far offsets apart, in fewer and fewer steps",
+        fontsize=10,
+    )
     axes.set_xlabel("offset in tokens", fontsize=9)
     axes.set_ylabel("index", fontsize=9)
     axes.tick_params(labelsize=8)
@@ -93,8 +120,10 @@ def draw(position):
 
 def main(args):
     if not all(0 <= value < SIDE for value in args.position):
-        raise runtime.UserError(f"--position {args.position[0]} {args.position[1]} is not on the map of {SIDE}×{SIDE}: "
-                        f"rows and columns go from 0 to {SIDE - 1}")
+        raise runtime.UserError(
+            f"--position {args.position[0]} {args.position[1]} is not on the map of {SIDE}×{SIDE}: "
+            f"rows and columns go from 0 to {SIDE - 1}"
+        )
     save(draw(args.position), args.output, dpi=80)
     print(args.output)
 

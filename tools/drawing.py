@@ -2,6 +2,7 @@
 
 Only matplotlib's objects are used, never pyplot, so that nothing asks for a screen.
 """
+
 import sys
 from pathlib import Path
 
@@ -18,8 +19,9 @@ def new_figure(width, height):
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise runtime.UserError("pictures are drawn with matplotlib, which is not installed: pip install "
-                                "matplotlib") from error
+        raise runtime.UserError(
+            "pictures are drawn with matplotlib, which is not installed: pip install matplotlib"
+        ) from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -7,6 +7,7 @@ which a recipe may be chosen; OUT/test/val holds the 10,000 held-out ones. Pictu
 which the evaluation of main.py with --input-size 28 cuts off again. Nothing is downloaded: the four .gz files come
 with Debian's package dataset-fashion-mnist, or from the data set's own page.
 """
+
 import argparse
 import gzip
 import sys
@@ -30,8 +31,10 @@ def read(source, name, header, *shape):
         values = np.frombuffer(gzip.decompress((source / name).read_bytes()), np.uint8, offset=header)
         return values.reshape(-1, *shape)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise runtime.UserError(f"{source / name} cannot be read ({error}): put the data set's four .gz files, of "
-                                "Debian's package dataset-fashion-mnist, into --source") from error
+        raise runtime.UserError(
+            f"{source / name} cannot be read ({error}): put the data set's four .gz files, of "
+            "Debian's package dataset-fashion-mnist, into --source"
+        ) from error
 
 
 def write(pictures, numbers, folder):
@@ -48,8 +51,10 @@ def main(args):
         pictures = np.pad(pictures, ((0, 0), (EDGE, EDGE), (EDGE, EDGE)))
         labels = read(args.source, f"{prefix}-labels-idx1-ubyte.gz", 8)
         if len(labels) != len(pictures):
-            raise runtime.UserError(f"--source {args.source} has {len(pictures)} pictures and {len(labels)} labels in "
-                                    f"the files {prefix}-*.gz: fetch them again")
+            raise runtime.UserError(
+                f"--source {args.source} has {len(pictures)} pictures and {len(labels)} labels in "
+                f"the files {prefix}-*.gz: fetch them again"
+            )
         for label, name in enumerate(CLASSES):
             numbers = random.permutation(np.flatnonzero(labels == label))
             for part, count in parts.items():

@@ -7,6 +7,7 @@ AP, and learning rate are drawn as a PNG. The first log is the reference: for ea
 top-1 (AP) first differs from the reference's by more than the margin. Where a log has an epoch several times, as after
 a run was resumed, the last line counts. Epochs are numbered as in the logs, from 0.
 """
+
 import argparse
 import itertools
 import json
@@ -24,8 +25,13 @@ STYLES = list(itertools.product(("-", "--", ":", "-."), COLORS))
 def parser():
     result = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("logs", nargs="+", metavar="LOG")
-    result.add_argument("--margin", type=float, default=1.0, metavar="POINTS",
-                        help="difference in top-1 or AP that is still taken for the same, in points of 100")
+    result.add_argument(
+        "--margin",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="difference in top-1 or AP that is still taken for the same, in points of 100",
+    )
     result.add_argument("--output", default="plot_log.png", metavar="FILE.png")
     return result
 
@@ -57,8 +63,10 @@ def read_log(path):
             if number == len(lines) and rows:
                 print(f"note: line {number} of {path}, the last one, is cut off and left out", file=sys.stderr)
                 break
-            raise runtime.UserError(f"line {number} of {path} is not one of a log.txt, a JSON object with an epoch and "
-                                    "numbers: give a log, or remove the line") from error
+            raise runtime.UserError(
+                f"line {number} of {path} is not one of a log.txt, a JSON object with an epoch and "
+                "numbers: give a log, or remove the line"
+            ) from error
     columns = {name: {epoch: row[name] for epoch, row in rows.items() if name in row} for name in COLUMNS}
     if not any(columns[name] for name in SCORES):
         raise runtime.UserError(f"{path} has no epoch with the test_acc1 of DeiT or the test_coco_eval_bbox of DETR")
@@ -79,12 +87,16 @@ def verdict(values, expected, score, margin):
     outside = [epoch for epoch, difference in apart.items() if not abs(difference) <= margin]
     if not outside:
         widest = max(apart, key=lambda epoch: abs(apart[epoch]))
-        return (f"is within {margin:g} of the reference's {score} at all epochs of both, {len(apart)}; the largest "
-                f"difference is {apart[widest]:+.2f}, at epoch {widest}")
+        return (
+            f"is within {margin:g} of the reference's {score} at all epochs of both, {len(apart)}; the largest "
+            f"difference is {apart[widest]:+.2f}, at epoch {widest}"
+        )
     first, last = outside[0], max(apart)
-    return (f"leaves the reference's {score} by more than {margin:g} at epoch {first} ({values[first]:.2f}, not "
-            f"{expected[first]:.2f}) and is outside at {len(outside)} of {len(apart)} epochs, last at {outside[-1]}; "
-            f"at the end, epoch {last}, it is {apart[last]:+.2f}")
+    return (
+        f"leaves the reference's {score} by more than {margin:g} at epoch {first} ({values[first]:.2f}, not "
+        f"{expected[first]:.2f}) and is outside at {len(outside)} of {len(apart)} epochs, last at {outside[-1]}; "
+        f"at the end, epoch {last}, it is {apart[last]:+.2f}"
+    )
 
 
 def draw(logs, score, margin):
@@ -101,10 +113,18 @@ def draw(logs, score, margin):
     for number, log in enumerate(logs.values()):
         # the reference lies below and is wider, so that also a run equal to it is seen
         linestyle, color = STYLES[(number - 1) % len(STYLES)] if number else ("-", "black")
-        style = {"color": color, "linestyle": linestyle, "linewidth": 1.3 if number or not several else 3.0,
-                 "marker": "." if len(log["train_loss"]) < 20 else ""}
-        for axes, values, alpha in ((panels[0], log["train_loss"], 0.4), (panels[0], log["test_loss"], 1),
-                                    (panels[1], log[score], 1), (panels[2], log["train_lr"], 1)):
+        style = {
+            "color": color,
+            "linestyle": linestyle,
+            "linewidth": 1.3 if number or not several else 3.0,
+            "marker": "." if len(log["train_loss"]) < 20 else "",
+        }
+        for axes, values, alpha in (
+            (panels[0], log["train_loss"], 0.4),
+            (panels[0], log["test_loss"], 1),
+            (panels[1], log[score], 1),
+            (panels[2], log["train_lr"], 1),
+        ):
             axes.plot(values.keys(), values.values(), alpha=alpha, **style)
         if number:
             apart = differences(log[score], expected)

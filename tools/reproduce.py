@@ -13,6 +13,7 @@ command goes on where it was stopped.
 Exit status: 0 all rows passed; 1 one was measured beyond its bound, or with --verify does not fit its model; 2 the
 command line is wrong; 3 no such row, but some could not be measured; 130 stopped by a signal or a closed pipe.
 """
+
 import argparse
 import contextlib
 import fnmatch
@@ -46,6 +47,7 @@ STOPPING = tuple(getattr(signal, name) for name in STOPPING_NAMES if hasattr(sig
 @dataclass(frozen=True)
 class Codebase:
     """How one codebase is evaluated and judged."""
+
     folder: Path
     data: str  # the flag with its data set
     parts: tuple[tuple[str, ...], ...]  # of the data set; one name of each must be there
@@ -57,13 +59,20 @@ class Codebase:
 
 CODEBASES = {
     "deit": Codebase(ROOT / "DeiT-with-iRPE", "imagenet", (("val", "val.tar"),), ("top1", "top5"), 1, 0.1, (224, 224)),
-    "detr": Codebase(ROOT / "DETR-with-iRPE", "coco",
-                     (("annotations/instances_val2017.json",), ("val2017", "val2017.zip")),
-                     ("ap", "ap50", "ap75", "aps", "apm", "apl"), 100, 0.2, (800, 1088)),
+    "detr": Codebase(
+        ROOT / "DETR-with-iRPE",
+        "coco",
+        (("annotations/instances_val2017.json",), ("val2017", "val2017.zip")),
+        ("ap", "ap50", "ap75", "aps", "apm", "apl"),
+        100,
+        0.2,
+        (800, 1088),
+    ),
 }
 
 
 # What was asked for
+
 
 def parse_args(argv=None):
     parser = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,11 +84,21 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--output_dir", type=Path, default=Path("outputs", "reproduce"), metavar="OUT")
     parser.add_argument("--verify", action="store_true", help="only check the files")
-    parser.add_argument("--deit_args", type=shlex.split, default=[], metavar="FLAGS",
-                        help="more for DeiT's main.py, as one word: --deit_args='--batch-size 256'")
+    parser.add_argument(
+        "--deit_args",
+        type=shlex.split,
+        default=[],
+        metavar="FLAGS",
+        help="more for DeiT's main.py, as one word: --deit_args='--batch-size 256'",
+    )
     parser.add_argument("--detr_args", type=shlex.split, default=[], metavar="FLAGS", help="the same for DETR's")
-    parser.add_argument("--table", type=Path, default=Path(__file__).with_name("released.json"), metavar="FILE",
-                        help="rows and numbers to compare with, in the form of released.json")
+    parser.add_argument(
+        "--table",
+        type=Path,
+        default=Path(__file__).with_name("released.json"),
+        metavar="FILE",
+        help="rows and numbers to compare with, in the form of released.json",
+    )
     return parser.parse_args(argv)
 
 
@@ -133,8 +152,12 @@ def data_files(codebase, args):
 
 def device_name(device):
     """Processor and GPU, asked by a process that ends, and so frees the GPU. Raises: UserError if there is none."""
-    asked = subprocess.run([sys.executable, "-c", f"import machine; print(machine.machine({device!r}))"],
-                           cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    asked = subprocess.run(
+        [sys.executable, "-c", f"import machine; print(machine.machine({device!r}))"],
+        cwd=ROOT / "benchmarks",
+        capture_output=True,
+        text=True,
+    )
     if asked.returncode:
         raise UserError("--device cuda needs a GPU and PyTorch finds none: say --device cpu")
     return asked.stdout.strip()
@@ -150,12 +173,15 @@ def lock(out):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise UserError(f"another run, or an evaluation that it left behind, is using --output_dir {out}: wait for its "
-                        "end, or choose another folder") from error
+        raise UserError(
+            f"another run, or an evaluation that it left behind, is using --output_dir {out}: wait for its "
+            "end, or choose another folder"
+        ) from error
     return file
 
 
 # What is measured
+
 
 def outline(row):
     """The row's model without memory for its weights. Raises: UserError if it, or a library, is not there."""
@@ -192,17 +218,28 @@ def dependencies(row, args, path):
     """All that changes a result; the number of processes does not."""
     codebase = CODEBASES[row["codebase"]]
     code = "".join(map(sha256, sorted(codebase.folder.rglob("*.py"))))
-    return {"sha256": sha256(path), "data": fingerprint(data_files(codebase, args)), "device": args.device,
-            "flags": getattr(args, f"{row['codebase']}_args"), "code": hashlib.sha256(code.encode()).hexdigest(),
-            "versions": versions()}
+    return {
+        "sha256": sha256(path),
+        "data": fingerprint(data_files(codebase, args)),
+        "device": args.device,
+        "flags": getattr(args, f"{row['codebase']}_args"),
+        "code": hashlib.sha256(code.encode()).hexdigest(),
+        "versions": versions(),
+    }
 
 
 def versions():
     """Versions of what a result depends on, as far as it is installed."""
     installed = {library.name: library.version for library in importlib.metadata.distributions()}
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            **{name: installed[name] for name in ("torchvision", "timm", "scipy", "pycocotools", "rpe_ops")
-               if name in installed}}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{
+            name: installed[name]
+            for name in ("torchvision", "timm", "scipy", "pycocotools", "rpe_ops")
+            if name in installed
+        },
+    }
 
 
 def command_of(row, args, path):
@@ -212,10 +249,26 @@ def command_of(row, args, path):
         flags += ["--load-tar"] * (not (args.imagenet / "val").is_dir())
     else:
         flags = ["--enc_rpe2d", row["enc_rpe2d"], "--coco_path", args.coco.resolve(), "--num_classes", "91"]
-    flags += ["--device", args.device, "--output_dir", (args.output_dir / row["name"]).resolve(),
-              *getattr(args, f"{row['codebase']}_args"), "--eval", "--resume", path.resolve()]
-    return ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.nproc), "main.py",
-            *map(str, flags)]
+    flags += [
+        "--device",
+        args.device,
+        "--output_dir",
+        (args.output_dir / row["name"]).resolve(),
+        *getattr(args, f"{row['codebase']}_args"),
+        "--eval",
+        "--resume",
+        path.resolve(),
+    ]
+    return [
+        "python",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(args.nproc),
+        "main.py",
+        *map(str, flags),
+    ]
 
 
 def evaluate(row, command, out, locked):
@@ -225,8 +278,14 @@ def evaluate(row, command, out, locked):
     process = None
     try:
         with signals_deferred():
-            process = subprocess.Popen([sys.executable, *command[1:]], cwd=codebase.folder, stderr=subprocess.PIPE,
-                                       text=True, errors="replace", pass_fds=[locked.fileno()])
+            process = subprocess.Popen(
+                [sys.executable, *command[1:]],
+                cwd=codebase.folder,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                pass_fds=[locked.fileno()],
+            )
         said = ""
         for line in process.stderr:
             print(line, end="", file=sys.stderr, flush=True)
@@ -253,10 +312,12 @@ def end(process):
 
 def error_in(said):
     """What went wrong first, among warnings, what the other processes say then, and the launcher's report."""
-    for pattern in (r"^error: (?!.*(?:another process is lost|Traceback))(.*)",
-                    r"^(?:\[rank\d+\]: )?((?!.*ChildFailedError)[\w.]*(?:Error|Exception)\b.*)",
-                    r"(Signal \d+ .*) received by PID",
-                    r"^error: (.*)"):
+    for pattern in (
+        r"^error: (?!.*(?:another process is lost|Traceback))(.*)",
+        r"^(?:\[rank\d+\]: )?((?!.*ChildFailedError)[\w.]*(?:Error|Exception)\b.*)",
+        r"(Signal \d+ .*) received by PID",
+        r"^error: (.*)",
+    ):
         if found := re.search(pattern, said, re.MULTILINE):
             return found[1]
     return ""
@@ -268,10 +329,14 @@ def judge(row, measured):
     metric, points = codebase.metrics[0], codebase.points
     difference = points * (measured[metric] - row[metric])
     # differences of decimal fractions, as 81.3 - 81.2, are not exact
-    return {"status": "pass" if abs(difference) <= codebase.tolerance + 1e-9 else "fail",
-            "why": f"{metric} {points * measured[metric]:.3f}, paper {points * row[metric]:.1f}, "
-                   f"difference {difference:+.3f} of ±{codebase.tolerance}",
-            "measured": measured, "paper": {name: row[name] for name in codebase.metrics}, "difference": difference}
+    return {
+        "status": "pass" if abs(difference) <= codebase.tolerance + 1e-9 else "fail",
+        "why": f"{metric} {points * measured[metric]:.3f}, paper {points * row[metric]:.1f}, "
+        f"difference {difference:+.3f} of ±{codebase.tolerance}",
+        "measured": measured,
+        "paper": {name: row[name] for name in codebase.metrics},
+        "difference": difference,
+    }
 
 
 def measure(row, args, device, old, locked):
@@ -295,11 +360,19 @@ def measure(row, args, device, old, locked):
         raise
     except (UserError, OSError) as error:
         return {**old, "status": "error", "why": str(error)}
-    return {**judge(row, measured), **counts, "command": said, "device": device, "processes": args.nproc,
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "depends": depends}
+    return {
+        **judge(row, measured),
+        **counts,
+        "command": said,
+        "device": device,
+        "processes": args.nproc,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "depends": depends,
+    }
 
 
 # Reports
+
 
 def write_reports(out, rows, entries):
     """results.json, results.md and results.png of all rows of the table, measured now or earlier."""
@@ -315,10 +388,15 @@ def markdown(rows, entries):
     for name, codebase in CODEBASES.items():
         heads = ["model", *codebase.metrics, "difference", "#Params (M)", "MACs (M)", "result"]
         lines += [f"## {codebase.folder.name}", "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-        lines += [f"| {' | '.join(cells(row, entries.get(row['name'], {})))} |" for row in rows
-                  if row["codebase"] == name]
-        lines += ["", f"Measured, and in brackets the paper's number; {codebase.metrics[0]} may differ by "
-                  f"{codebase.tolerance} points. MACs are counted at {' × '.join(map(str, codebase.size))} pixels.", ""]
+        lines += [
+            f"| {' | '.join(cells(row, entries.get(row['name'], {})))} |" for row in rows if row["codebase"] == name
+        ]
+        lines += [
+            "",
+            f"Measured, and in brackets the paper's number; {codebase.metrics[0]} may differ by "
+            f"{codebase.tolerance} points. MACs are counted at {' × '.join(map(str, codebase.size))} pixels.",
+            "",
+        ]
     for name, entry in entries.items():
         lines += [f"## {name}", "", *(f"- {key}: {value}" for key, value in entry.items()), ""]
     return "\n".join(lines)
@@ -326,16 +404,23 @@ def markdown(rows, entries):
 
 def cells(row, entry):
     """A row of the table: metrics in points, counts in millions, each as measured (paper)."""
+
     def cell(value, digits, paper):
         # pycocotools says -1 where there is no object of that size
         return (f"{value:.{digits}f}" if value >= 0 else "-") + (f" ({paper:g})" if paper else "")
 
     codebase, measured = CODEBASES[row["codebase"]], entry.get("measured", {})
-    metrics = [cell(measured.get(name, -1) * codebase.points, 2, row[name] * codebase.points)
-               for name in codebase.metrics]
-    return [row["name"], *metrics, f"{entry['difference']:+.2f}" if "difference" in entry else "-",
-            cell(entry.get("params", -1) / 1e6, 2, row.get("params_m")),
-            cell(entry.get("macs", -1) / 1e6, 0, row.get("macs_m")), f"**{entry.get('status', 'not run')}**"]
+    metrics = [
+        cell(measured.get(name, -1) * codebase.points, 2, row[name] * codebase.points) for name in codebase.metrics
+    ]
+    return [
+        row["name"],
+        *metrics,
+        f"{entry['difference']:+.2f}" if "difference" in entry else "-",
+        cell(entry.get("params", -1) / 1e6, 2, row.get("params_m")),
+        cell(entry.get("macs", -1) / 1e6, 0, row.get("macs_m")),
+        f"**{entry.get('status', 'not run')}**",
+    ]
 
 
 def draw(rows, entries, path):
@@ -345,8 +430,12 @@ def draw(rows, entries, path):
     axes.axvspan(-1, 1, color="#999999", alpha=0.25, lw=0)
     for row in rows:
         entry = {"difference": float("nan"), "status": "not run", **entries.get(row["name"], {})}
-        axes.plot(entry["difference"] / CODEBASES[row["codebase"]].tolerance, f"{row['name']}: {entry['status']}", "o",
-                  color=COLORS[entry["status"] != "pass"])
+        axes.plot(
+            entry["difference"] / CODEBASES[row["codebase"]].tolerance,
+            f"{row['name']}: {entry['status']}",
+            "o",
+            color=COLORS[entry["status"] != "pass"],
+        )
     axes.set(xlabel="measured minus the paper's number, in parts of what it may differ by", ylim=(len(rows), -1))
     save(figure, path)
 
@@ -379,14 +468,17 @@ def verify(row, path):
         weights = runtime.model_weights(runtime.load_checkpoint(path), path)
     except UserError as error:
         return "fail", str(error)
-    own, found = ({key: value for key, value in values.items() if not key.endswith("num_batches_tracked")}
-                  for values in (model.state_dict(), weights))
+    own, found = (
+        {key: value for key, value in values.items() if not key.endswith("num_batches_tracked")}
+        for values in (model.state_dict(), weights)
+    )
     if differences := runtime.key_differences(own, found):
         return "fail", f"{path.name} does not fit: {differences}"
     counts = count(model, CODEBASES[row["codebase"]].size)
     paper = f" (paper: {row['params_m']} M, {row['macs_m']} M)" if "macs_m" in row else ""
-    return "pass", (f"{counts['params'] / 1e6:.2f} M parameters, {counts['macs'] / 1e6:.0f} M MACs{paper}, "
-                    f"sha256 {sha256(path)}")
+    return "pass", (
+        f"{counts['params'] / 1e6:.2f} M parameters, {counts['macs'] / 1e6:.0f} M MACs{paper}, sha256 {sha256(path)}"
+    )
 
 
 def run(args):

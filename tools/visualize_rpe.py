@@ -10,6 +10,7 @@ output. The bucket of the prefix tokens is left out. The offsets are those of th
 
 Flags of that codebase's main.py, such as --model or --enc_rpe2d, are taken too, where the checkpoint lacks them.
 """
+
 import argparse
 import itertools
 import sys
@@ -20,18 +21,26 @@ from drawing import ROOT, new_figure, runtime, save
 
 sys.modules["util.runtime"] = runtime  # DETR's is the same file; its UserError is to be the one that `run` knows
 SAMPLE = 8  # pictures taken from the validation set
-TERMS = {"q": ("queries", "added to the logit, mean over all keys"),
-         "k": ("keys", "added to the logit, mean over all queries"),
-         "v": ("values", "norm of what a unit of attention adds to the output")}
+TERMS = {
+    "q": ("queries", "added to the logit, mean over all keys"),
+    "k": ("keys", "added to the logit, mean over all queries"),
+    "v": ("values", "norm of what a unit of attention adds to the output"),
+}
 
 
 def parser():
-    result = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                    allow_abbrev=False)
+    result = runtime.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     result.add_argument("--resume", required=True, metavar="FILE", help="checkpoint or URL")
     result.add_argument("--output_dir", required=True, metavar="DIR", help="where the pictures go")
-    result.add_argument("--image", nargs="+", default=[], metavar="FILE",
-                        help=f"pictures to average over; without them {SAMPLE} of the validation set of the training")
+    result.add_argument(
+        "--image",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help=f"pictures to average over; without them {SAMPLE} of the validation set of the training",
+    )
     return result
 
 
@@ -48,14 +57,20 @@ def load_deit(args, checkpoint):
     from checkpoint import load_weights, take_model_flags
     from datasets import build_dataset, build_transform, load_image
     from main import build_model, get_args_parser
+
     flags = main_flags(get_args_parser(), args, checkpoint, model=Path(args.resume).stem)
     take_model_flags(flags, checkpoint, args.resume)
     head = runtime.model_weights(checkpoint, args.resume).get("head.weight", ())
     model = build_model(flags, len(head))
     load_weights(model, checkpoint, args.resume)
     transform = build_transform(False, flags)
-    return (model, flags.model, flags.input_size, lambda file: transform(load_image(file)),
-            lambda: build_dataset(False, flags)[0])
+    return (
+        model,
+        flags.model,
+        flags.input_size,
+        lambda file: transform(load_image(file)),
+        lambda: build_dataset(False, flags)[0],
+    )
 
 
 def load_detr(args, checkpoint):
@@ -67,13 +82,19 @@ def load_detr(args, checkpoint):
     from models import build_model
     from util.checkpoint import count_classes, load_weights
     from visualize import prepare
+
     flags = main_flags(get_args_parser(), args, checkpoint, coco_path="coco")
     flags.num_classes = count_classes(runtime.model_weights(checkpoint, args.resume)) or flags.num_classes
     check_args(flags, needs_data=False)
     model, *_ = build_model(flags)
     load_weights(model, checkpoint, args.resume)
-    return (model, f"DETR, --enc_rpe2d {flags.enc_rpe2d}", flags.short_side,
-            lambda file: prepare(read_picture(file, f"image {file}"), flags), lambda: build_dataset("val", flags))
+    return (
+        model,
+        f"DETR, --enc_rpe2d {flags.enc_rpe2d}",
+        flags.short_side,
+        lambda file: prepare(read_picture(file, f"image {file}"), flags),
+        lambda: build_dataset("val", flags),
+    )
 
 
 def load_pictures(args, read, open_data):
@@ -83,8 +104,10 @@ def load_pictures(args, read, open_data):
     try:
         dataset = open_data()
     except runtime.UserError as error:
-        raise runtime.UserError(f"a contextual encoding depends on what it meets: give some pictures, --image FILE "
-                                f"..., or the validation set ({error})") from error
+        raise runtime.UserError(
+            f"a contextual encoding depends on what it meets: give some pictures, --image FILE "
+            f"..., or the validation set ({error})"
+        ) from error
     return [dataset[number][0] for number in range(0, len(dataset), -(-len(dataset) // SAMPLE))]
 
 
@@ -112,7 +135,7 @@ def mean_inputs(model, terms, pictures):
         x, height, width = inputs
         sizes.append((height, width))
         if tables_of(term)[0].on != "v":
-            met.setdefault(term, []).append(x[0, :, -height * width:])  # (H, h·w, D)
+            met.setdefault(term, []).append(x[0, :, -height * width :])  # (H, h·w, D)
 
     for term in terms:
         term.register_forward_pre_hook(keep)
@@ -169,8 +192,14 @@ def draw_offset_maps(maps, title, unit, signed):
     limit = size.quantile(0.995, interpolation="higher").item() or size.max().item() or 1.0
     colors = ("RdBu_r", -limit, "black") if signed else ("viridis", size.min().item(), "white")
     for axes, values in zip(grid.flat, panels.flatten(0, 1), strict=True):
-        image = axes.imshow(values.numpy(), colors[0], vmin=colors[1], vmax=limit, interpolation="nearest",
-                            extent=(-wide / 2, wide / 2, tall / 2, -tall / 2))
+        image = axes.imshow(
+            values.numpy(),
+            colors[0],
+            vmin=colors[1],
+            vmax=limit,
+            interpolation="nearest",
+            extent=(-wide / 2, wide / 2, tall / 2, -tall / 2),
+        )
         axes.plot(0, 0, "+", color=colors[2], markersize=4)
         axes.tick_params(labelsize=6, length=2)
     for axes, name in zip(grid[:, 0], names[0], strict=True):
@@ -178,8 +207,13 @@ def draw_offset_maps(maps, title, unit, signed):
     for axes, name in zip(grid[0], names[1], strict=True):
         axes.set_title(name, fontsize=8)
     figure.suptitle(f"{title}\neach pixel: rows and columns from the query (+) to the key, in tokens", fontsize=9)
-    bar = figure.colorbar(image, ax=grid, fraction=0.03, aspect=30,
-                          extend=("both" if signed else "max") if size.max() > limit else "neither")
+    bar = figure.colorbar(
+        image,
+        ax=grid,
+        fraction=0.03,
+        aspect=30,
+        extend=("both" if signed else "max") if size.max() > limit else "neither",
+    )
     bar.set_label(unit, fontsize=8)
     bar.ax.tick_params(labelsize=8)
     return figure

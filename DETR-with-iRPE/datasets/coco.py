@@ -1,4 +1,5 @@
 """Images and objects of a set in COCO's format, from a folder or straight from its zip."""
+
 import contextlib
 import functools
 import io
@@ -39,11 +40,21 @@ TOLERATED_PIXELS, TOLERATED_SHARE = 2.0, 1e-3
 # More areas than this share that no mask in the box can have are a mistake; a mask may be thin, as of a rope
 TOLERATED_AREAS, LEAST_AREA = 0.05, 1e-3
 MOST_DETECTIONS = 100  # of a category in an image, that COCO's numbers count
-PARTS = {"images": {"id": ID, "file_name": FILE_NAME, "height": SIDE, "width": SIDE},
-         "categories": {"id": ID, "name": optional(TEXT)}}  # and their fields, in all of COCO's files
-INSTANCES = {"annotations": {
-    "image_id": ID, "category_id": ID, "bbox": BOX, "id": optional(ID), "iscrowd": optional(FLAG, 0),
-    "area": optional(AREA), "segmentation": optional(SEGMENTATION)}}
+PARTS = {
+    "images": {"id": ID, "file_name": FILE_NAME, "height": SIDE, "width": SIDE},
+    "categories": {"id": ID, "name": optional(TEXT)},
+}  # and their fields, in all of COCO's files
+INSTANCES = {
+    "annotations": {
+        "image_id": ID,
+        "category_id": ID,
+        "bbox": BOX,
+        "id": optional(ID),
+        "iscrowd": optional(FLAG, 0),
+        "area": optional(AREA),
+        "segmentation": optional(SEGMENTATION),
+    }
+}
 
 
 class CocoSet(torch.utils.data.Dataset):
@@ -64,8 +75,10 @@ class CocoSet(torch.utils.data.Dataset):
     def __init__(self, path, data, root, split, transforms, masks):
         self.path, self.transforms, self.masks = path, transforms, masks
         self.instances = Path(root, "annotations", f"instances_{split}2017.json")
-        self.categories = {category["id"]: str(category["id"] if category["name"] is None else category["name"])
-                           for category in data["categories"]}
+        self.categories = {
+            category["id"]: str(category["id"] if category["name"] is None else category["name"])
+            for category in data["categories"]
+        }
         self.images = sorted(data["images"], key=lambda image: image["id"])
         self.pictures = Pictures(Path(root, f"{split}2017"))
         self.pictures.check([image["file_name"] for image in self.images])
@@ -109,8 +122,12 @@ class CocoSet(torch.utils.data.Dataset):
         self.oddities.add(index, odd)
         with naming(f"image {image['file_name']} of {self.path}", "transformed"):
             boxes, labels, masks = self.read_objects(image)
-            target = {"image_id": torch.tensor(image["id"]), "orig_size": torch.tensor(size), "labels": labels,
-                      "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)}
+            target = {
+                "image_id": torch.tensor(image["id"]),
+                "orig_size": torch.tensor(size),
+                "labels": labels,
+                "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            }
             if self.masks:
                 target["masks"] = tv_tensors.Mask(masks)
             return self.transforms(picture, target)
@@ -129,8 +146,11 @@ class CocoDetection(CocoSet):
         path = Path(root, "annotations", f"instances_{split}2017.json")
         data = read_instances(path, masks)
         super().__init__(path, data, root, split, transforms, masks)
-        entries = [entry for entry in data["annotations"]
-                   if not entry["iscrowd"] and not (remove_difficult and entry.get("difficult"))]
+        entries = [
+            entry
+            for entry in data["annotations"]
+            if not entry["iscrowd"] and not (remove_difficult and entry.get("difficult"))
+        ]
         entries, boxes = _clip_boxes(entries, {image["id"]: image for image in self.images}, path)
         self.boxes = boxes
         self.labels = torch.tensor([int(entry["category_id"]) for entry in entries], dtype=torch.int64)
@@ -156,6 +176,7 @@ class CocoDetection(CocoSet):
 # ---------------------------------------------------------------------------------------------------------------------
 # Annotations
 
+
 def read_annotations(path, flag, fields):
     """A file of annotations as a dict whose lists have what is asked for.
 
@@ -167,8 +188,9 @@ def read_annotations(path, flag, fields):
     try:
         data = json.loads(Path(path).read_bytes())
     except OSError as error:
-        raise UserError(f"annotations {path} cannot be read ({error.strerror}): {flag} must be the folder that "
-                        "holds annotations/") from error
+        raise UserError(
+            f"annotations {path} cannot be read ({error.strerror}): {flag} must be the folder that holds annotations/"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"annotations {path} are not JSON, perhaps truncated: {error}") from error
     if not isinstance(data, dict):
@@ -195,8 +217,10 @@ def _entry_name(path, part, entries, number):
 def _note_shared_files(images, path):
     name, count = Counter(image["file_name"] for image in images).most_common(1)[0]
     if count > 1:
-        print_once(f"note: annotations {path}: {count} of the images have the same file, {name}: what one of them says "
-                   "of its objects the others do not know")
+        print_once(
+            f"note: annotations {path}: {count} of the images have the same file, {name}: what one of them says "
+            "of its objects the others do not know"
+        )
 
 
 def read_instances(path, masks=False):
@@ -208,8 +232,14 @@ def read_instances(path, masks=False):
     data = read_annotations(path, "--coco_path", INSTANCES)
     entries, images = data["annotations"], {image["id"]: image for image in data["images"]}
     _check_known(entries, "image_id", images, path, "is in image", "images")
-    _check_known(entries, "category_id", {category["id"] for category in data["categories"]}, path, "is of category",
-                 "categories")
+    _check_known(
+        entries,
+        "category_id",
+        {category["id"] for category in data["categories"]},
+        path,
+        "is of category",
+        "categories",
+    )
     if any("difficult" in entry for entry in entries):
         name = functools.partial(_entry_name, path, "annotations", entries)
         read_column(entries, "difficult", optional(FLAG, 0), name)
@@ -240,8 +270,10 @@ def check_categories(dataset, num_classes):
     """Raise UserError if the classes 0 ... num_classes − 1 do not cover the set's categories."""
     highest = max(dataset.categories)
     if highest >= num_classes:
-        raise UserError(f"category id {highest} ({dataset.categories[highest]}) in {dataset.path} is beyond "
-                        f"--num_classes {num_classes}: it must be at least {highest + 1}, the highest category id + 1")
+        raise UserError(
+            f"category id {highest} ({dataset.categories[highest]}) in {dataset.path} is beyond "
+            f"--num_classes {num_classes}: it must be at least {highest + 1}, the highest category id + 1"
+        )
 
 
 def check_same_categories(ours, path, theirs, other_path):
@@ -249,13 +281,18 @@ def check_same_categories(ours, path, theirs, other_path):
 
     A category without a name of its own is called by its id. Upper case and spaces at the ends make no other name.
     """
-    differing = [number for number in sorted(ours.keys() & theirs.keys())
-                 if _bare(ours[number]) != _bare(theirs[number]) and str(number) not in (ours[number], theirs[number])]
+    differing = [
+        number
+        for number in sorted(ours.keys() & theirs.keys())
+        if _bare(ours[number]) != _bare(theirs[number]) and str(number) not in (ours[number], theirs[number])
+    ]
     if differing:
         shown = ", ".join(f"{number} ({ours[number]} and {theirs[number]})" for number in differing[:5])
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise UserError(f"categories have other names in {path} than in {other_path}: {shown}{more}; an id must mean "
-                        "the same in both: correct one of them")
+        raise UserError(
+            f"categories have other names in {path} than in {other_path}: {shown}{more}; an id must mean "
+            "the same in both: correct one of them"
+        )
 
 
 def _bare(name):
@@ -268,11 +305,15 @@ def check_same_sets(train_set, val_set):
     things = [getattr(dataset, "is_thing_map", {}) for dataset in (train_set, val_set)]
     shared = sorted(things[0].keys() & things[1].keys())
     if differing := [number for number in shared if things[0][number] != things[1][number]]:
-        raise UserError(f"categories {', '.join(map(str, differing))} are things in one of {train_set.path} "
-                        f"and {val_set.path} and stuff in the other: correct isthing in one of them")
+        raise UserError(
+            f"categories {', '.join(map(str, differing))} are things in one of {train_set.path} "
+            f"and {val_set.path} and stuff in the other: correct isthing in one of them"
+        )
     if new := sorted(val_set.categories.keys() - train_set.categories.keys()):
-        print_once(f"note: {len(new)} categories of {val_set.path} are not in {train_set.path}, such as {new[0]} "
-                   f"({val_set.categories[new[0]]}): they cannot be learned")
+        print_once(
+            f"note: {len(new)} categories of {val_set.path} are not in {train_set.path}, such as {new[0]} "
+            f"({val_set.categories[new[0]]}): they cannot be learned"
+        )
 
 
 def note_objects(dataset, num_queries, learns):
@@ -284,14 +325,18 @@ def note_objects(dataset, num_queries, learns):
     """
     counts = dataset.object_counts()
     if not counts:
-        print_once(f"note: {dataset.path} has no object that counts (crowds and boxes without area do not): "
-                   + ("training on it learns to find nothing" if learns else "its AP is -1"))
+        print_once(
+            f"note: {dataset.path} has no object that counts (crowds and boxes without area do not): "
+            + ("training on it learns to find nothing" if learns else "its AP is -1")
+        )
     full = [image for image in dataset.images if counts.get(image["id"], 0) > num_queries]
     if full:
         most = max(full, key=lambda image: counts[image["id"]])
-        print_once(f"note: {len(full)} of {len(dataset)} images of {dataset.path} have more objects than the "
-                   f"{num_queries} of --num_queries, such as {most['file_name']} with {counts[most['id']]}: the rest "
-                   + ("is not learned" if learns else "cannot be found"))
+        print_once(
+            f"note: {len(full)} of {len(dataset)} images of {dataset.path} have more objects than the "
+            f"{num_queries} of --num_queries, such as {most['file_name']} with {counts[most['id']]}: the rest "
+            + ("is not learned" if learns else "cannot be found")
+        )
 
 
 def note_measures(ground_truth, path):
@@ -305,15 +350,19 @@ def note_measures(ground_truth, path):
     odd = [entry for entry in entries if not _is_area_in_box(entry)]
     if len(odd) > TOLERATED_AREAS * len(entries):
         first = odd[0]
-        print_once(f"note: annotations {path}: the area of {len(odd)} of {len(entries)} objects does not fit the box, "
-                   f"such as {first['area']} for {first['bbox']} (x, y, width, height) in image {first['image_id']}: "
-                   "COCO's numbers for small, medium and large objects go by the area; leave it out to use the boxes'")
+        print_once(
+            f"note: annotations {path}: the area of {len(odd)} of {len(entries)} objects does not fit the box, "
+            f"such as {first['area']} for {first['bbox']} (x, y, width, height) in image {first['image_id']}: "
+            "COCO's numbers for small, medium and large objects go by the area; leave it out to use the boxes'"
+        )
     counts = Counter((entry["image_id"], entry["category_id"]) for entry in entries if not entry["iscrowd"])
     full = {image_id: count for (image_id, _), count in counts.items() if count > MOST_DETECTIONS}
     if full:
         name = ground_truth.imgs[max(full, key=full.get)]["file_name"]
-        print_once(f"note: {len(full)} images of {path} have more than {MOST_DETECTIONS} objects of one category, such "
-                   f"as {name}: COCO's numbers take no more detections of a category in an image, and cannot reach 1")
+        print_once(
+            f"note: {len(full)} images of {path} have more than {MOST_DETECTIONS} objects of one category, such "
+            f"as {name}: COCO's numbers take no more detections of a category in an image, and cannot reach 1"
+        )
 
 
 def _is_area_in_box(entry):
@@ -327,9 +376,11 @@ def note_category_ids(dataset):
     """Print a note if the categories' ids are so far apart that most classes have no category."""
     if dataset.num_classes > 1000 + 10 * len(dataset.categories):
         highest = max(dataset.categories)
-        print_once(f"note: {dataset.path} has {len(dataset.categories)} categories, but ids up to {highest} "
-                   f"({dataset.categories[highest]}), and the class head has an output for every id: number them from "
-                   "1 to save memory and time")
+        print_once(
+            f"note: {dataset.path} has {len(dataset.categories)} categories, but ids up to {highest} "
+            f"({dataset.categories[highest]}), and the class head has an output for every id: number them from "
+            "1 to save memory and time"
+        )
 
 
 def _clip_boxes(entries, images, path):
@@ -337,8 +388,10 @@ def _clip_boxes(entries, images, path):
     sizes = [(images[entry["image_id"]]["width"], images[entry["image_id"]]["height"]) * 2 for entry in entries]
     boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
     if len(boxes) and (0 <= boxes).all() and (boxes <= 1).all():
-        print_once(f"note: annotations {path}: all {len(boxes)} boxes lie within 0 ... 1, as shares of the image do, "
-                   "and are taken as pixels: multiply x and width by the image's width, y and height by its height")
+        print_once(
+            f"note: annotations {path}: all {len(boxes)} boxes lie within 0 ... 1, as shares of the image do, "
+            "and are taken as pixels: multiply x and width by the image's width, y and height by its height"
+        )
     boxes[:, 2:] += boxes[:, :2]
     clipped = np.clip(boxes, 0, np.array(sizes, dtype=np.float64).reshape(-1, 4))
     outside = ~(np.abs(clipped - boxes) <= TOLERATED_PIXELS).all(1)
@@ -353,8 +406,10 @@ def _judge_boxes(entries, path, bad, problem, cure, fatal):
     if not bad.any():
         return
     first = entries[bad.argmax()]
-    sentence = (f"annotations {path}: the box {first['bbox']} (x, y, width, height) of object {first['id']} in image "
-                f"{first['image_id']} {problem}; of {len(bad)} boxes {bad.sum()} are like that")
+    sentence = (
+        f"annotations {path}: the box {first['bbox']} (x, y, width, height) of object {first['id']} in image "
+        f"{first['image_id']} {problem}; of {len(bad)} boxes {bad.sum()} are like that"
+    )
     if fatal:
         raise UserError(f"{sentence}: correct the file")
     print_once(f"note: {sentence}, and {cure}")
@@ -362,6 +417,7 @@ def _judge_boxes(entries, path, bad, problem, cure, fatal):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
+
 
 @contextlib.contextmanager
 def naming(name, action="read"):
@@ -403,11 +459,18 @@ class Pictures:
         """Raise UserError if one is missing, or the zip is damaged."""
         unpacked = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         packed = set(self._zip().namelist()) if self.archive.is_file() else set()
-        missing = [name for name in names if name not in unpacked and f"{self.folder.name}/{name}" not in packed
-                   and not (self.folder / name).is_file()]
+        missing = [
+            name
+            for name in names
+            if name not in unpacked
+            and f"{self.folder.name}/{name}" not in packed
+            and not (self.folder / name).is_file()
+        ]
         if missing:
-            raise UserError(f"image {missing[0]} is neither in {self.folder} nor in {self.archive} "
-                            f"({len(missing)} of {len(names)} are missing)")
+            raise UserError(
+                f"image {missing[0]} is neither in {self.folder} nor in {self.archive} "
+                f"({len(missing)} of {len(names)} are missing)"
+            )
 
     def read(self, name, size, annotations, read):
         """What `read` makes of the PIL image. Raises UserError that names it if that fails, or if it has not the size
@@ -416,10 +479,15 @@ class Pictures:
 
         def read_checked(image):
             if (image.height, image.width) != size:
-                turned = ("; its EXIF orientation turns it, but COCO's boxes are those of the stored pixels"
-                          if orientation(image) > 4 and size == image.size else "")
-                raise UserError(f"image {name} has {image.height}×{image.width} pixels, but {annotations} says "
-                                f"{size[0]}×{size[1]}{turned}: correct the file, or its objects would be misplaced")
+                turned = (
+                    "; its EXIF orientation turns it, but COCO's boxes are those of the stored pixels"
+                    if orientation(image) > 4 and size == image.size
+                    else ""
+                )
+                raise UserError(
+                    f"image {name} has {image.height}×{image.width} pixels, but {annotations} says "
+                    f"{size[0]}×{size[1]}{turned}: correct the file, or its objects would be misplaced"
+                )
             return read(image)
 
         if path.is_file():
@@ -436,5 +504,6 @@ class Pictures:
         try:
             return _open_zip(self.archive, os.getpid())
         except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{self.archive} is no readable zip, perhaps truncated ({error}): fetch it again") \
-                from error
+            raise UserError(
+                f"{self.archive} is no readable zip, perhaps truncated ({error}): fetch it again"
+            ) from error

@@ -1,4 +1,5 @@
 """COCO's twelve numbers for boxes or masks, through pycocotools."""
+
 import contextlib
 import io
 
@@ -52,8 +53,11 @@ class CocoEvaluator:
 
     def _results(self, found):
         field = {"bbox": "bbox", "segm": "segmentation"}[self.iou_type]
-        results = [{"image_id": image_id, "category_id": label, "score": score, field: shape}
-                   for image_id, *columns in found for label, score, shape in zip(*columns, strict=True)]
+        results = [
+            {"image_id": image_id, "category_id": label, "score": score, field: shape}
+            for image_id, *columns in found
+            for label, score, shape in zip(*columns, strict=True)
+        ]
         if results:
             return self.ground_truth.loadRes(results)
         nothing = COCO()  # loadRes wants at least one

@@ -1,4 +1,5 @@
 """What the fields of a JSON file may hold: checked column by column, since COCO has 860,000 annotations."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -6,7 +7,7 @@ from typing import Any
 
 from util.runtime import UserError
 
-LARGEST_ID = 2 ** 63  # the first that int64 does not hold
+LARGEST_ID = 2**63  # the first that int64 does not hold
 LARGEST = 1e18  # number of pixels that anything can be; JSON's NaN and Infinity are beyond it
 
 
@@ -19,6 +20,7 @@ class Kind:
         all_right: whether every value of a list is right as it is; it is fast, and may say no where `read` says yes.
         read: a value as the program uses it; raises ValueError for a wrong one.
     """
+
     words: str
     all_right: Callable[[list], bool]
     read: Callable[[Any], Any]
@@ -48,8 +50,9 @@ def check_entries(entries: Any, path: Any, part: str) -> None:
         raise UserError(f"annotations {path} have no list of {part}: this is not COCO's format")
     for number, entry in enumerate(entries):
         if type(entry) is not dict:
-            raise UserError(f"annotations {path}: {part}: entry {number} is {_shown(entry)}; it must be an object with "
-                            "fields")
+            raise UserError(
+                f"annotations {path}: {part}: entry {number} is {_shown(entry)}; it must be an object with fields"
+            )
 
 
 def _shown(value: Any) -> str:
@@ -110,20 +113,27 @@ def _checked(check: Callable[[Any], bool]) -> Callable[[Any], Any]:
 
 
 def _of_type(words: str, *types: type) -> Kind:
-    return Kind(words, lambda values: set(map(type, values)) <= set(types),
-                _checked(lambda value: type(value) in types))
+    return Kind(
+        words, lambda values: set(map(type, values)) <= set(types), _checked(lambda value: type(value) in types)
+    )
 
 
 ID = _whole_from(0)  # 7.0 is 7, as programs write it that keep ids in a column of floats
 SIDE = _whole_from(1)
-FLAG = Kind("0 or 1, true or false",
-            lambda values: set(map(type, values)) <= {int} and set(values) <= {0, 1}, _read_flag)
-AREA = Kind("a number, at least 0",
-            lambda values: set(map(type, values)) <= {int, float} and all(0 <= value < LARGEST for value in values),
-            _checked(lambda value: is_number(value) and value >= 0))
+FLAG = Kind(
+    "0 or 1, true or false", lambda values: set(map(type, values)) <= {int} and set(values) <= {0, 1}, _read_flag
+)
+AREA = Kind(
+    "a number, at least 0",
+    lambda values: set(map(type, values)) <= {int, float} and all(0 <= value < LARGEST for value in values),
+    _checked(lambda value: is_number(value) and value >= 0),
+)
 BOX = Kind("four finite numbers: x, y, width, height", _are_boxes, _checked(_is_box))
 TEXT = _of_type("a text", str)
-FILE_NAME = Kind("the name of a file", lambda values: set(map(type, values)) <= {str} and all(values),
-                 _checked(lambda value: type(value) is str and value))
+FILE_NAME = Kind(
+    "the name of a file",
+    lambda values: set(map(type, values)) <= {str} and all(values),
+    _checked(lambda value: type(value) is str and value),
+)
 LIST = _of_type("a list", list)
 SEGMENTATION = _of_type("a list of polygons, or RLE", list, dict)

@@ -1,4 +1,5 @@
 """Panoptic quality as Kirillov et al. (Panoptic Segmentation, CVPR 2019) define it, with COCO's void and crowds."""
+
 import io
 import json
 import math
@@ -36,8 +37,12 @@ class PanopticEvaluator:
             png, segments = result["panoptic"]["png_string"], result["panoptic"]["segments_info"]
             name = f"{image_id:012}.png"
             self._write(name, png)
-            ious = compare(self.dataset.read_map(self.images[image_id]), self.dataset.segments[image_id].tolist(),
-                           to_ids(Image.open(io.BytesIO(png))), [(s["id"], s["category_id"], 0) for s in segments])
+            ious = compare(
+                self.dataset.read_map(self.images[image_id]),
+                self.dataset.segments[image_id].tolist(),
+                to_ids(Image.open(io.BytesIO(png))),
+                [(s["id"], s["category_id"], 0) for s in segments],
+            )
             self.found.append(({"image_id": image_id, "file_name": name, "segments_info": segments}, ious))
 
     def summarize(self):
@@ -59,8 +64,10 @@ class PanopticEvaluator:
         for category, iou in (pair for _, pairs in found for pair in pairs):
             ious.setdefault(category, []).append(iou)
         each = {category: quality(ious[category]) for category in sorted(self.dataset.categories) if category in ious}
-        things, stuff = ([values for category, values in each.items() if self.dataset.is_thing_map[category] == thing]
-                         for thing in (True, False))
+        things, stuff = (
+            [values for category, values in each.items() if self.dataset.is_thing_map[category] == thing]
+            for thing in (True, False)
+        )
         stats = {"PQ_all": _mean([*things, *stuff]), "PQ_th": _mean(things), "PQ_st": _mean(stuff)}
         for name, values in zip(("All", "Things", "Stuff"), stats.values(), strict=True):
             print(_line(name, values) + f"  of {values['n']} categories")

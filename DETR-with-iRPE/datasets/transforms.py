@@ -3,6 +3,7 @@
 Each takes and returns (PIL image, target), where the target's `boxes` are tv_tensors.BoundingBoxes as corners and its
 `masks`, if there are any, tv_tensors.Mask of uint8: torchvision resizes bool by way of float32.
 """
+
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -33,8 +34,9 @@ class RandomSizeCrop:
         self.min_size, self.max_size = min_size, max_size
 
     def __call__(self, image, target):
-        height, width = (self._draw(min(self.min_size, side), min(self.max_size, side))
-                         for side in (image.height, image.width))
+        height, width = (
+            self._draw(min(self.min_size, side), min(self.max_size, side)) for side in (image.height, image.width)
+        )
         top, left = self._draw(0, image.height - height), self._draw(0, image.width - width)
         return crop(image, target, top, left, height, width)
 
@@ -71,15 +73,20 @@ def make_coco_transforms(split, short_side=800, augment=True):
             scales all of its sizes.
         augment: in training flip, crop and vary the size; otherwise as in evaluation.
     """
+
     def scaled(*sizes):
         return [max(1, round(size * short_side / 800)) for size in sizes]
 
     def resize(sizes, max_size=None):
         return v2.RandomChoice([Resize(size, max_size or MAX_ASPECT * size) for size in sizes])
 
-    max_size, = scaled(1333)
-    finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-              finish_target]
+    (max_size,) = scaled(1333)
+    finish = [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        finish_target,
+    ]
     if split == "val" or not augment:
         return v2.Compose([resize([short_side], max_size), *finish])
     vary = resize(scaled(*range(480, 801, 32)), max_size)

@@ -5,6 +5,7 @@
 Digits of the training pictures never appear in the held-out ones. Each keeps its own aspect. FOLDER is for --coco_path
 and, since the panoptic maps lie there too, for --coco_panoptic_path; in those the paper is stuff.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -46,7 +47,8 @@ def write_digits(folder, train=4000, val=100, seed=0):
             maps.append({"image_id": number, "file_name": name, "segments_info": found})
         for kind, annotations, categories in (("instances", objects, DIGITS), ("panoptic", maps, [*DIGITS, PAPER])):
             Path(folder, "annotations", f"{kind}_{split}.json").write_text(
-                json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+                json.dumps({"images": images, "annotations": annotations, "categories": categories})
+            )
 
 
 def _compose(digits, ids, random):
@@ -58,12 +60,12 @@ def _compose(digits, ids, random):
         height, width = ink.shape
         for _ in range(50):
             y, x = (random.randint(0, CANVAS - side + 1) for side in ink.shape)
-            region = pixels[max(y - 2, 0):y + height + 2, max(x - 2, 0):x + width + 2]
+            region = pixels[max(y - 2, 0) : y + height + 2, max(x - 2, 0) : x + width + 2]
             if not region.any():
-                pixels[y:y + height, x:x + width] = ink
+                pixels[y : y + height, x : x + width] = ink
                 number = len(labels) + 1
                 labels[number] = int(digits.target[i])
-                segments[y:y + height, x:x + width][ink >= INK] = number
+                segments[y : y + height, x : x + width][ink >= INK] = number
                 break
     paper = len(labels) + 1
     segments[segments == 0] = paper
@@ -73,7 +75,7 @@ def _compose(digits, ids, random):
 def _enlarge(digit, height):
     """An 8×8 digit of levels 0 to 16 → cut to its ink, `height` pixels high, levels 0 to 255."""
     rows, columns = np.flatnonzero(digit.any(1)), np.flatnonzero(digit.any(0))
-    ink = Image.fromarray((digit[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] * 255 / 16).astype(np.uint8))
+    ink = Image.fromarray((digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] * 255 / 16).astype(np.uint8))
     scale = height / ink.height
     return np.asarray(ink.resize((max(1, round(ink.width * scale)), round(height)), Image.Resampling.BICUBIC))
 
@@ -81,8 +83,12 @@ def _enlarge(digit, height):
 def _describe(mask):
     """What COCO's annotations say of a mask (H, W)."""
     rle = coco_mask.encode(np.asfortranarray(mask))
-    return {"segmentation": {**rle, "counts": rle["counts"].decode()}, "area": int(coco_mask.area(rle)),
-            "bbox": coco_mask.toBbox(rle).tolist(), "iscrowd": 0}
+    return {
+        "segmentation": {**rle, "counts": rle["counts"].decode()},
+        "area": int(coco_mask.area(rle)),
+        "bbox": coco_mask.toBbox(rle).tolist(),
+        "iscrowd": 0,
+    }
 
 
 if __name__ == "__main__":

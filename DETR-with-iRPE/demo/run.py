@@ -5,6 +5,7 @@ after, and draw what they find.
 
 Training is main.py with ordinary flags, which are shown; digits.py writes the set to DIR/digits.
 """
+
 import argparse
 import json
 import shlex
@@ -23,10 +24,38 @@ from util import runtime
 # backbone that keeps 16 pixels a token, and pictures as they are, since a mirrored digit is another shape. Boxes are
 # easy here and classes are not, so boxes weigh a fifth of what they do on COCO: at full weight (and half the backbone's
 # rate) classes were still at chance after 500 steps, where this setting had three of four right.
-MODEL = ["--backbone", "resnet18", "--no_pretrained_backbone", "--last_stride", "1", "--short_side", "64",
-         "--hidden_dim", "128", "--nheads", "4", "--enc_layers", "2", "--dec_layers", "2", "--dim_feedforward", "256",
-         "--num_queries", "5", "--pre_norm", "--dropout", "0", "--enc_rpe2d", "rpe-2.0-product-ctx-1-k",
-         "--bbox_loss_coef", "1", "--giou_loss_coef", "0.4", "--num_classes", "11"]
+MODEL = [
+    "--backbone",
+    "resnet18",
+    "--no_pretrained_backbone",
+    "--last_stride",
+    "1",
+    "--short_side",
+    "64",
+    "--hidden_dim",
+    "128",
+    "--nheads",
+    "4",
+    "--enc_layers",
+    "2",
+    "--dec_layers",
+    "2",
+    "--dim_feedforward",
+    "256",
+    "--num_queries",
+    "5",
+    "--pre_norm",
+    "--dropout",
+    "0",
+    "--enc_rpe2d",
+    "rpe-2.0-product-ctx-1-k",
+    "--bbox_loss_coef",
+    "1",
+    "--giou_loss_coef",
+    "0.4",
+    "--num_classes",
+    "11",
+]
 TRAINING = ["--batch_size", "16", "--no_augmentation"]
 
 
@@ -49,8 +78,12 @@ def draw_curves(log, before, picture):
     measured += [row for row in rows if "test_loss" in row]
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, name, lines, label in ((left, "train_loss", rows, "training"), (left, "test_loss", measured, "held out"),
-                                     (right, "test_AP", measured, "AP"), (right, "test_AP50", measured, "AP50")):
+    for axes, name, lines, label in (
+        (left, "train_loss", rows, "training"),
+        (left, "test_loss", measured, "held out"),
+        (right, "test_AP", measured, "AP"),
+        (right, "test_AP50", measured, "AP50"),
+    ):
         axes.plot([row["epoch"] + 1 for row in lines], [row[name] for row in lines], label=label)
     for axes, label in ((left, "loss"), (right, "on held-out pictures")):
         axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
@@ -64,26 +97,78 @@ def run(args):
     write_digits(out / "digits", args.train, args.val)
     for folder in (out, out / "masks"):
         (folder / "log.txt").unlink(missing_ok=True)  # of an earlier demo
-    common = [*MODEL, "--dataset_file", "coco_panoptic", "--coco_path", out / "digits", "--coco_panoptic_path",
-              out / "digits", "--num_classes", 11, "--device", "cpu", "--num_workers", 0, "--eval_batch_size", 16]
+    common = [
+        *MODEL,
+        "--dataset_file",
+        "coco_panoptic",
+        "--coco_path",
+        out / "digits",
+        "--coco_panoptic_path",
+        out / "digits",
+        "--num_classes",
+        11,
+        "--device",
+        "cpu",
+        "--num_workers",
+        0,
+        "--eval_batch_size",
+        16,
+    ]
     before = detr(*common, "--eval")
-    detr(*common, *TRAINING, "--lr", 5e-4, "--lr_backbone", 1e-3, "--output_dir", out, "--epochs", args.epochs,
-         "--lr_drop", max(1, args.epochs - 2), "--eval_every", args.eval_every)
+    detr(
+        *common,
+        *TRAINING,
+        "--lr",
+        5e-4,
+        "--lr_backbone",
+        1e-3,
+        "--output_dir",
+        out,
+        "--epochs",
+        args.epochs,
+        "--lr_drop",
+        max(1, args.epochs - 2),
+        "--eval_every",
+        args.eval_every,
+    )
     draw_curves(out / "log.txt", before, out / "curves.png")
     common += ["--masks", "--frozen_weights", out / "checkpoint.pth"]
     trained = out / "masks" / "checkpoint.pth"
     without_head = detr(*common, "--eval")
-    detr(*common, *TRAINING, "--lr", 1e-3, "--output_dir", out / "masks", "--epochs", args.mask_epochs,
-         "--lr_drop", max(1, args.mask_epochs - 1), "--eval_every", args.mask_epochs)
+    detr(
+        *common,
+        *TRAINING,
+        "--lr",
+        1e-3,
+        "--output_dir",
+        out / "masks",
+        "--epochs",
+        args.mask_epochs,
+        "--lr_drop",
+        max(1, args.mask_epochs - 1),
+        "--eval_every",
+        args.mask_epochs,
+    )
     after = detr(*common, "--eval", "--resume", trained)
-    argv = shown("visualize.py", "--resume", trained, "--device", "cpu", "--output_dir", out / "pictures", "--image",
-                 *sorted((out / "digits" / "val2017").iterdir())[:6])
+    argv = shown(
+        "visualize.py",
+        "--resume",
+        trained,
+        "--device",
+        "cpu",
+        "--output_dir",
+        out / "pictures",
+        "--image",
+        *sorted((out / "digits" / "val2017").iterdir())[:6],
+    )
     visualize.main(visualize.parser().parse_args(argv), argv)
     for name, first, last in (
-            ("AP of boxes", before["AP"], after["AP"]), ("AP50 of boxes", before["AP50"], after["AP50"]),
-            ("AP of masks", without_head["coco_eval_masks"][0], after["coco_eval_masks"][0]),
-            ("AP50 of masks", without_head["coco_eval_masks"][1], after["coco_eval_masks"][1]),
-            ("panoptic quality", without_head["PQ_all"]["pq"], after["PQ_all"]["pq"])):
+        ("AP of boxes", before["AP"], after["AP"]),
+        ("AP50 of boxes", before["AP50"], after["AP50"]),
+        ("AP of masks", without_head["coco_eval_masks"][0], after["coco_eval_masks"][0]),
+        ("AP50 of masks", without_head["coco_eval_masks"][1], after["coco_eval_masks"][1]),
+        ("panoptic quality", without_head["PQ_all"]["pq"], after["PQ_all"]["pq"]),
+    ):
         print(f"{name} {first:.3f} before and {last:.3f} after training")
     print(f"curves in {out / 'curves.png'}, what was found in {out / 'pictures'}")
 

@@ -1,4 +1,5 @@
 """The detector of a command line."""
+
 import argparse
 
 from util.runtime import UserError
@@ -40,8 +41,16 @@ def build_model(args):
     if args.hidden_dim % args.nheads or args.hidden_dim % 4:
         raise UserError(f"--hidden_dim {args.hidden_dim} must be a multiple of --nheads {args.nheads} and of 4")
     backbone = build_backbone(args)
-    transformer = Transformer(args.hidden_dim, args.nheads, args.enc_layers, args.dec_layers, args.dim_feedforward,
-                              args.dropout, args.pre_norm, rpe_config)
+    transformer = Transformer(
+        args.hidden_dim,
+        args.nheads,
+        args.enc_layers,
+        args.dec_layers,
+        args.dim_feedforward,
+        args.dropout,
+        args.pre_norm,
+        rpe_config,
+    )
     model = DETR(backbone, transformer, num_classes, args.num_queries, args.aux_loss)
     matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
     weights = {"loss_ce": 1, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}

@@ -1,4 +1,5 @@
 """The convolutional backbone: a torchvision ResNet, its map masked like the pictures."""
+
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models as vision_models
@@ -54,16 +55,28 @@ class Backbone(BackboneBase):
     Raises: UserError for an unknown name, dilation that the blocks cannot do, or weights that cannot be had.
     """
 
-    def __init__(self, name, train_backbone, return_interm_layers=False, dilation=False, last_stride=2,
-                 pretrained=True, frozen_norm=True):
+    def __init__(
+        self,
+        name,
+        train_backbone,
+        return_interm_layers=False,
+        dilation=False,
+        last_stride=2,
+        pretrained=True,
+        frozen_norm=True,
+    ):
         if name not in RESNETS:
             raise UserError(f"--backbone {name} is not known: choose from {', '.join(RESNETS)}")
         if dilation and name in ("resnet18", "resnet34"):
-            raise UserError(f"--dilation needs the bottleneck blocks of resnet50 or resnet101; for {name} "
-                            "--last_stride 1 gives the same resolution")
+            raise UserError(
+                f"--dilation needs the bottleneck blocks of resnet50 or resnet101; for {name} "
+                "--last_stride 1 gives the same resolution"
+            )
         resnet = getattr(vision_models, name)(
-            weights=None, replace_stride_with_dilation=[False, False, dilation],
-            norm_layer=FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d)
+            weights=None,
+            replace_stride_with_dilation=[False, False, dilation],
+            norm_layer=FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d,
+        )
         if last_stride == 1:
             for module in resnet.layer4[0].modules():
                 if isinstance(module, nn.Conv2d):
@@ -98,9 +111,15 @@ def build_backbone(args):
     detector under masks that are learned, has it in the frozen form.
     """
     fixed = args.eval or args.frozen_weights
-    backbone = Backbone(args.backbone, args.lr_backbone > 0, args.masks, args.dilation, args.last_stride,
-                        pretrained=not (args.no_pretrained_backbone or args.resume or fixed),
-                        frozen_norm=bool(fixed or not args.no_pretrained_backbone))
+    backbone = Backbone(
+        args.backbone,
+        args.lr_backbone > 0,
+        args.masks,
+        args.dilation,
+        args.last_stride,
+        pretrained=not (args.no_pretrained_backbone or args.resume or fixed),
+        frozen_norm=bool(fixed or not args.no_pretrained_backbone),
+    )
     learned = args.position_embedding in ("learned", "v3")  # else sine, or v2
     half = args.hidden_dim // 2
     return Joiner(backbone, PositionEmbeddingLearned(half) if learned else PositionEmbeddingSine(half, normalize=True))

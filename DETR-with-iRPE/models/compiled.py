@@ -1,4 +1,5 @@
 """Which parts of a detector `--compile` compiles."""
+
 import torch
 
 from .rpe_attention.irpe import iRPE

@@ -1,4 +1,5 @@
 """DETR: the detector, its loss and the way from its outputs to boxes in pixels."""
+
 import itertools
 
 import torch
@@ -71,8 +72,10 @@ class DETR(nn.Module):
 
     def predict(self, tokens):
         """Tokens (layers, B, Q, C) → what `forward` returns."""
-        layers = [{"pred_logits": logits, "pred_boxes": boxes}
-                  for logits, boxes in zip(self.class_embed(tokens), self.bbox_embed(tokens).sigmoid(), strict=True)]
+        layers = [
+            {"pred_logits": logits, "pred_boxes": boxes}
+            for logits, boxes in zip(self.class_embed(tokens), self.bbox_embed(tokens).sigmoid(), strict=True)
+        ]
         return {**layers[-1], "aux_outputs": layers[:-1]} if self.aux_loss else layers[-1]
 
 
@@ -112,8 +115,11 @@ class SetCriterion(nn.Module):
         for loss in self.losses:
             values.update(loss(logits, boxes, outputs.get("pred_masks"), targets, matches))
         suffixes = [f"_{i}" for i in range(len(layers) - 1)] + [""]
-        return {f"{name}{suffix}": value for name, per_layer in values.items()
-                for suffix, value in zip(suffixes[-len(per_layer):], per_layer, strict=True)}
+        return {
+            f"{name}{suffix}": value
+            for name, per_layer in values.items()
+            for suffix, value in zip(suffixes[-len(per_layer) :], per_layer, strict=True)
+        }
 
     def _loss_labels(self, logits, boxes, masks, targets, matches):
         """Weighted cross-entropy, and the share of matched objects in another class (%)."""
@@ -133,8 +139,10 @@ class SetCriterion(nn.Module):
         l1 = F.l1_loss(found, wanted, reduction="none").sum(1)
         giou = generalized_box_iou_loss(box_cxcywh_to_xyxy(found), box_cxcywh_to_xyxy(wanted), eps=0.0)
         num_boxes = self._num_boxes(targets, boxes.device)
-        return {name: loss.view(len(boxes), -1).sum(1) / num_boxes
-                for name, loss in (("loss_bbox", l1), ("loss_giou", giou))}
+        return {
+            name: loss.view(len(boxes), -1).sum(1) / num_boxes
+            for name, loss in (("loss_bbox", l1), ("loss_giou", giou))
+        }
 
     def _loss_cardinality(self, logits, boxes, masks, targets, matches):
         """How far the number of predicted objects is from the number of objects; not trained on."""
@@ -146,13 +154,16 @@ class SetCriterion(nn.Module):
         """Focal and dice loss of the last layer's masks, on the pixels of the padded pictures."""
         _, picture, query, obj = matches.view(4, len(logits), -1)[:, -1]
         height, width = (max(t["masks"].shape[axis] for t in targets) for axis in (1, 2))
-        wanted = torch.cat([F.pad(t["masks"], (0, width - t["masks"].shape[2], 0, height - t["masks"].shape[1]))
-                            for t in targets])[obj].float()
+        wanted = torch.cat(
+            [F.pad(t["masks"], (0, width - t["masks"].shape[2], 0, height - t["masks"].shape[1])) for t in targets]
+        )[obj].float()
         found = enlarge(masks[picture, query], (height, width))
         num_boxes = self._num_boxes(targets, masks.device)
         focal = sigmoid_focal_loss(found, wanted, alpha=0.25, gamma=2).mean((1, 2))
-        return {name: loss.sum()[None] / num_boxes
-                for name, loss in (("loss_mask", focal), ("loss_dice", dice_loss(found, wanted)))}
+        return {
+            name: loss.sum()[None] / num_boxes
+            for name, loss in (("loss_mask", focal), ("loss_dice", dice_loss(found, wanted)))
+        }
 
     def _num_boxes(self, targets, device):
         count = torch.full((), float(sum(len(t["labels"]) for t in targets)), device=device)  # torch.tensor would wait

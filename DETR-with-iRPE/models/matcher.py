@@ -1,4 +1,5 @@
 """One-to-one matching of predictions and objects (DETR, Eq. 1)."""
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -43,9 +44,10 @@ class HungarianMatcher(nn.Module):
         starts = np.cumsum([0] + sizes)
         columns = [np.empty((4, 0), dtype=np.int64)]
         for layer, picture in np.ndindex(cost.shape[:2]):
-            query, obj = linear_sum_assignment(cost[layer, picture, :, starts[picture]:starts[picture + 1]])
-            columns.append(np.stack([np.full_like(query, layer), np.full_like(query, picture), query,
-                                     obj + starts[picture]]))
+            query, obj = linear_sum_assignment(cost[layer, picture, :, starts[picture] : starts[picture + 1]])
+            columns.append(
+                np.stack([np.full_like(query, layer), np.full_like(query, picture), query, obj + starts[picture]])
+            )
         return torch.from_numpy(np.concatenate(columns, axis=1))
 
     def _cost(self, logits, boxes, targets):

@@ -1,4 +1,5 @@
 """Absolute positions of the backbone's map: sines or learned."""
+
 import math
 
 import torch
@@ -52,8 +53,10 @@ class PositionEmbeddingLearned(nn.Module):
         batch, height, width = tensor_list.mask.shape
         limit = self.row_embed.num_embeddings
         if max(height, width) > limit:
-            raise UserError(f"a map of {height}×{width} tokens is larger than the {limit}×{limit} learned positions: "
-                            "use --position_embedding sine or a smaller --short_side")
+            raise UserError(
+                f"a map of {height}×{width} tokens is larger than the {limit}×{limit} learned positions: "
+                "use --position_embedding sine or a smaller --short_side"
+            )
         columns = self.col_embed.weight[None, :width].expand(height, -1, -1)
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
         return torch.cat([columns, rows], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)

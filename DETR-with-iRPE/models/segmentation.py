@@ -1,5 +1,6 @@
 """Masks on top of DETR: a head that draws a mask for every query, and the way from its outputs to masks and panoptic
 maps (Carion et al., "End-to-End Object Detection with Transformers", section 4.4)."""
+
 import io
 import itertools
 import math
@@ -188,8 +189,9 @@ class PostProcessPanoptic(nn.Module):
         both = processed_sizes, processed_sizes if target_sizes is None else target_sizes
         processed, target = ([tuple(map(int, size)) for size in sizes] for sizes in both)
         pictures = zip(outputs["pred_masks"], labels, sure, processed, target, strict=True)
-        return [self._draw(masks[chosen], classes[chosen].tolist(), *sizes)
-                for masks, classes, chosen, *sizes in pictures]
+        return [
+            self._draw(masks[chosen], classes[chosen].tolist(), *sizes) for masks, classes, chosen, *sizes in pictures
+        ]
 
     def _draw(self, masks, classes, processed, target):
         masks = enlarge(masks, processed)
@@ -198,22 +200,33 @@ class PostProcessPanoptic(nn.Module):
             ids = self._first_of_stuff(classes)[ids]
         # queries merged into another have no pixels left, so they go with the small ones, and what is left shares anew
         while True:
-            areas = np.bincount(ids.ravel(), minlength=len(kept))[:len(kept)]
+            areas = np.bincount(ids.ravel(), minlength=len(kept))[: len(kept)]
             large = areas >= SMALLEST_AREA
             if large.all():
                 break
             kept, masks = kept[large], masks[torch.from_numpy(large)]
             ids = _largest(masks, target)
-        segments = [{"id": number, "isthing": bool(self.is_thing_map.get(classes[query], False)),
-                     "category_id": classes[query], "area": int(area)}
-                    for number, (query, area) in enumerate(zip(kept, areas, strict=True))]
+        segments = [
+            {
+                "id": number,
+                "isthing": bool(self.is_thing_map.get(classes[query], False)),
+                "category_id": classes[query],
+                "area": int(area),
+            }
+            for number, (query, area) in enumerate(zip(kept, areas, strict=True))
+        ]
         return {"png_string": _png(ids), "segments_info": segments}
 
     def _first_of_stuff(self, classes):
         """For each query the first of its class if that is stuff, else itself."""
         first = {}
-        return np.array([number if self.is_thing_map.get(label, False) else first.setdefault(label, number)
-                         for number, label in enumerate(classes)], np.int32)
+        return np.array(
+            [
+                number if self.is_thing_map.get(label, False) else first.setdefault(label, number)
+                for number, label in enumerate(classes)
+            ],
+            np.int32,
+        )
 
 
 def _largest(masks, size):

@@ -1,4 +1,5 @@
 """DETR's transformer; the encoder's attention knows relative positions on the map."""
+
 import torch
 from torch import nn
 
@@ -37,10 +38,15 @@ class DecoderLayer(nn.TransformerDecoderLayer):
     def forward(self, tgt, query_pos, memory, keys, padding):
         """Object tokens (B, Q, C) → the same shape; `keys` is `memory` (B, L, C) with its positions added."""
         tgt = self._residual(tgt, self.norm1, self.dropout1, lambda x: self._self_attend(x + query_pos, x))
-        tgt = self._residual(tgt, self.norm2, self.dropout2, lambda x: self.multihead_attn(
-            x + query_pos, keys, memory, key_padding_mask=padding, need_weights=False)[0])
-        return self._residual(tgt, self.norm3, self.dropout3,
-                              lambda x: self.linear2(self.dropout(self.activation(self.linear1(x)))))
+        tgt = self._residual(
+            tgt,
+            self.norm2,
+            self.dropout2,
+            lambda x: self.multihead_attn(x + query_pos, keys, memory, key_padding_mask=padding, need_weights=False)[0],
+        )
+        return self._residual(
+            tgt, self.norm3, self.dropout3, lambda x: self.linear2(self.dropout(self.activation(self.linear1(x))))
+        )
 
     def _self_attend(self, positioned, x):
         return self.self_attn(positioned, positioned, x, need_weights=False)[0]
@@ -85,12 +91,23 @@ class Transformer(nn.Module):
         rpe_config: `irpe.RPEConfig` for the encoder's attention, or None.
     """
 
-    def __init__(self, d_model=512, nhead=8, num_encoder_layers=6, num_decoder_layers=6, dim_feedforward=2048,
-                 dropout=0.1, normalize_before=False, rpe_config=None):
+    def __init__(
+        self,
+        d_model=512,
+        nhead=8,
+        num_encoder_layers=6,
+        num_decoder_layers=6,
+        dim_feedforward=2048,
+        dropout=0.1,
+        normalize_before=False,
+        rpe_config=None,
+    ):
         super().__init__()
         shape = (d_model, nhead, dim_feedforward, dropout, normalize_before)
-        self.encoder = Encoder([EncoderLayer(*shape, rpe_config) for _ in range(num_encoder_layers)],
-                               nn.LayerNorm(d_model) if normalize_before else None)
+        self.encoder = Encoder(
+            [EncoderLayer(*shape, rpe_config) for _ in range(num_encoder_layers)],
+            nn.LayerNorm(d_model) if normalize_before else None,
+        )
         self.decoder = Decoder([DecoderLayer(*shape) for _ in range(num_decoder_layers)], nn.LayerNorm(d_model))
         self.d_model, self.nhead = d_model, nhead
         # this reaches the encoding's tables too: in DETR, unlike DeiT, they start Xavier-uniform

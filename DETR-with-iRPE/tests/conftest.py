@@ -1,4 +1,5 @@
 """A small set in COCO's format, parsed flags and launched processes for the tests."""
+
 import argparse
 import contextlib
 import json
@@ -46,11 +47,17 @@ def write_set(root, count=6, seed=0, splits=("train", "val")):
             data["images"].append({"id": 10 * number + 7, "file_name": name, "width": width, "height": height})
             for box in random_boxes(random, 0 if number == 2 else random.randint(1, 4), width, height):
                 x, y, w, h = box
-                data["annotations"].append({
-                    "id": len(data["annotations"]) + 1, "image_id": 10 * number + 7, "bbox": box.tolist(),
-                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
-                    "category_id": int(random.choice([1, 3, 4])), "area": float(box[2] * box[3]),
-                    "iscrowd": int(number == 3 and random.rand() < 0.3)})
+                data["annotations"].append(
+                    {
+                        "id": len(data["annotations"]) + 1,
+                        "image_id": 10 * number + 7,
+                        "bbox": box.tolist(),
+                        "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                        "category_id": int(random.choice([1, 3, 4])),
+                        "area": float(box[2] * box[3]),
+                        "iscrowd": int(number == 3 and random.rand() < 0.3),
+                    }
+                )
         save_annotations(root, split, data)
     return root
 
@@ -70,20 +77,33 @@ def write_panoptic(root, folder, split="val", seed=0):
     pictures = folder / f"panoptic_{split}2017"
     pictures.mkdir(parents=True)
     categories = [{**category, "isthing": 1} for category in truth.dataset["categories"]]
-    data = {"images": truth.dataset["images"], "annotations": [],
-            "categories": [*categories, {"id": 200, "name": "sky", "isthing": 0}]}
+    data = {
+        "images": truth.dataset["images"],
+        "annotations": [],
+        "categories": [*categories, {"id": 200, "name": "sky", "isthing": 0}],
+    }
     for image in data["images"]:
         ids = np.zeros((image["height"], image["width"]), np.int64)
-        ids[:image["height"] // 2] = sky = random.randint(1, 256 ** 3)
+        ids[: image["height"] // 2] = sky = random.randint(1, 256**3)
         segments = [{"id": sky, "category_id": 200, "iscrowd": 0}]
         for entry in truth.imgToAnns[image["id"]]:
-            segments.append({"id": random.randint(1, 256 ** 3), "category_id": entry["category_id"],
-                             "iscrowd": max(entry["iscrowd"], int(random.rand() < 0.2))})
+            segments.append(
+                {
+                    "id": random.randint(1, 256**3),
+                    "category_id": entry["category_id"],
+                    "iscrowd": max(entry["iscrowd"], int(random.rand() < 0.2)),
+                }
+            )
             ids[truth.annToMask(entry) > 0] = segments[-1]["id"]
         segments = [{**segment, "area": int((ids == segment["id"]).sum())} for segment in segments]
         save_ids(pictures / f"{image['id']}.png", ids)
-        data["annotations"].append({"image_id": image["id"], "file_name": f"{image['id']}.png",
-                                    "segments_info": [segment for segment in segments if segment["area"]]})
+        data["annotations"].append(
+            {
+                "image_id": image["id"],
+                "file_name": f"{image['id']}.png",
+                "segments_info": [segment for segment in segments if segment["area"]],
+            }
+        )
     (folder / "annotations").mkdir(exist_ok=True)
     (folder / "annotations" / f"panoptic_{split}2017.json").write_text(json.dumps(data))
     return folder
@@ -115,15 +135,44 @@ def coco(tmp_path_factory):
 def parse(*flags):
     """Arguments of main.py."""
     from main import get_args_parser
+
     return argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([str(flag) for flag in flags])
 
 
 def small(coco_path, *flags):
     """Flags of a run on the CPU that takes a second or two."""
-    return ["--device", "cpu", "--coco_path", coco_path, "--backbone", "resnet18", "--no_pretrained_backbone",
-            "--short_side", 64, "--hidden_dim", 16, "--nheads", 2, "--enc_layers", 1, "--dec_layers", 2,
-            "--dim_feedforward", 16, "--num_queries", 5, "--batch_size", 2, "--num_workers", 0, "--epochs", 1,
-            "--enc_rpe2d", "rpe-2.0-product-ctx-1-k", *flags]
+    return [
+        "--device",
+        "cpu",
+        "--coco_path",
+        coco_path,
+        "--backbone",
+        "resnet18",
+        "--no_pretrained_backbone",
+        "--short_side",
+        64,
+        "--hidden_dim",
+        16,
+        "--nheads",
+        2,
+        "--enc_layers",
+        1,
+        "--dec_layers",
+        2,
+        "--dim_feedforward",
+        16,
+        "--num_queries",
+        5,
+        "--batch_size",
+        2,
+        "--num_workers",
+        0,
+        "--epochs",
+        1,
+        "--enc_rpe2d",
+        "rpe-2.0-product-ctx-1-k",
+        *flags,
+    ]
 
 
 def start(*command, **environment):
@@ -132,8 +181,14 @@ def start(*command, **environment):
     That the compiled rpe_ops is not there, which a user is told, is no matter of these tests.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:the extension rpe_ops", **environment}
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=PROJECT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=PROJECT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def free_port():
@@ -147,8 +202,13 @@ def free_port():
 
 def launcher(world_size, *command):
     """Start of a command under torch.distributed.launch; the released commands have --use_env before it."""
-    return ["-m", "torch.distributed.launch", f"--nproc_per_node={world_size}", f"--master_port={free_port()}",
-            *command]
+    return [
+        "-m",
+        "torch.distributed.launch",
+        f"--nproc_per_node={world_size}",
+        f"--master_port={free_port()}",
+        *command,
+    ]
 
 
 def finish(process):

@@ -1,4 +1,5 @@
 """The deterministic weights and inputs that the golden numbers were measured with."""
+
 import zlib
 from collections.abc import Mapping
 
@@ -8,8 +9,11 @@ import torch
 
 def fill_state_dict(state_dict: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
     """New values for every key, drawn from ``prefix + key`` and the shape alone."""
-    return {key: torch.from_numpy(_values(prefix + key, tuple(value.shape)))
-            for key, value in state_dict.items() if not key.endswith("num_batches_tracked")}
+    return {
+        key: torch.from_numpy(_values(prefix + key, tuple(value.shape)))
+        for key, value in state_dict.items()
+        if not key.endswith("num_batches_tracked")
+    }
 
 
 def image(seed: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,4 +1,5 @@
 """Run Python code given as the first argument, for launchers that want a file; the rest are its arguments."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """--compile: the same results and checkpoints, few compilations for images of many sizes."""
+
 import pytest
 import torch
 
@@ -50,8 +51,9 @@ def detector(*flags):
 def pictures(height, width):
     """Two images of different sizes, padded."""
     generator = torch.Generator().manual_seed(height * width)
-    return nested_tensor_from_tensor_list([torch.rand(3, height, width, generator=generator),
-                                           torch.rand(3, height - 9, width - 3, generator=generator)])
+    return nested_tensor_from_tensor_list(
+        [torch.rand(3, height, width, generator=generator), torch.rand(3, height - 9, width - 3, generator=generator)]
+    )
 
 
 def gradients(model, samples):
@@ -90,14 +92,17 @@ def test_the_detector_under_a_mask_head_is_compiled(graphs):
 
 def test_a_compiled_run_resumes_and_is_resumed_by_a_plain_one(coco, tmp_path, graphs, monkeypatch):
     monkeypatch.setattr(main, "evaluate", lambda *args: ({}, None))
-    for name, steps in (("straight", [["--compile", "--epochs", 2]]),
-                        ("halves", [["--compile"], ["--compile", "--epochs", 2]]),
-                        ("mixed", [["--compile"], ["--epochs", 2]])):
+    for name, steps in (
+        ("straight", [["--compile", "--epochs", 2]]),
+        ("halves", [["--compile"], ["--compile", "--epochs", 2]]),
+        ("mixed", [["--compile"], ["--epochs", 2]]),
+    ):
         for flags in steps:
             main.main(parse(*small(coco, "--output_dir", tmp_path / name, "--resume", "auto", *flags)))
     assert graphs
-    straight, halves, mixed = (runtime.load_checkpoint(tmp_path / name / "checkpoint.pth")["model"]
-                               for name in ("straight", "halves", "mixed"))
+    straight, halves, mixed = (
+        runtime.load_checkpoint(tmp_path / name / "checkpoint.pth")["model"] for name in ("straight", "halves", "mixed")
+    )
     torch.testing.assert_close(halves, straight, rtol=0, atol=0)
     torch.testing.assert_close(mixed, straight, rtol=1e-3, atol=1e-4)
 

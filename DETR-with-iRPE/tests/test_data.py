@@ -1,4 +1,5 @@
 """Reading pictures and annotations: from folders and zips, by several workers, and with every mistake named."""
+
 import json
 import shutil
 import zipfile
@@ -50,10 +51,13 @@ def test_targets_are_the_annotations_without_crowds(coco):
 
 def drawn(segmentation):
     """The mask of a picture of 8×6 (height, width) whose only object has the segmentation."""
+
     def find(data):
         data["images"] = [{**data["images"][0], "height": 8, "width": 6}]
-        data["annotations"] = [{"id": 4711, "image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4],
-                                "segmentation": segmentation}]
+        data["annotations"] = [
+            {"id": 4711, "image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "segmentation": segmentation}
+        ]
+
     return find
 
 
@@ -63,9 +67,15 @@ NOTCHED = RECTANGLE.copy()
 NOTCHED[4:6, 2:4] = 0
 
 
-@pytest.mark.parametrize(("segmentation", "expected"), [
-    ([[1, 2, 4, 2, 4, 6, 1, 6]], RECTANGLE), ([[1, 2, 4, 2, 4, 4, 1, 4], [1, 4, 2, 4, 2, 6, 1, 6]], NOTCHED),
-    ({"size": [8, 6], "counts": [10, 4, 4, 4, 4, 4, 18]}, RECTANGLE), ("compressed", NOTCHED)])
+@pytest.mark.parametrize(
+    ("segmentation", "expected"),
+    [
+        ([[1, 2, 4, 2, 4, 6, 1, 6]], RECTANGLE),
+        ([[1, 2, 4, 2, 4, 4, 1, 4], [1, 4, 2, 4, 2, 6, 1, 6]], NOTCHED),
+        ({"size": [8, 6], "counts": [10, 4, 4, 4, 4, 4, 18]}, RECTANGLE),
+        ("compressed", NOTCHED),
+    ],
+)
 def test_masks_come_from_polygons_and_both_kinds_of_rle(own, segmentation, expected):
     if segmentation == "compressed":
         rle = rle_tools.encode(np.asfortranarray(expected))
@@ -93,14 +103,26 @@ def test_a_set_without_any_object_has_empty_targets_of_the_same_types(own):
     assert target["masks"].shape == (0, *target["size"].tolist()) and target["masks"].dtype == torch.bool
 
 
-@pytest.mark.parametrize(("segmentation", "words"), [
-    (None, "None"), ([], "--masks needs polygons"), ([[1, 2, 4, 2]], "three points"),
-    ([[1, 2, 4, 2, 4, 6], [1, 2, 4, 2, 4, 6, 1]], "three points"), ([[1, 2, 4, 2, 4, float("nan")]], "pixels"),
-    ([[1, 2, 4, 2, 4, "6"]], "pixels"), ([1, 2, 4, 2, 4, 6], "three points"),
-    ({"size": [6, 8], "counts": [10, 38]}, "[6, 8]"), ({"size": [8, 6], "counts": [10, 37]}, "48"),
-    ({"size": [8, 6], "counts": [-10, 58]}, "48"), ({"size": [8, 6], "counts": "abc"}, "decoded"),
-    ({"size": [8, 6], "counts": ":44000"}, "end early"), ({"size": [8, 6], "counts": ""}, "end early"),
-    ({"size": [8, 6], "counts": ["a"]}, "decoded"), ({"size": [8, 6]}, "decoded")])
+@pytest.mark.parametrize(
+    ("segmentation", "words"),
+    [
+        (None, "None"),
+        ([], "--masks needs polygons"),
+        ([[1, 2, 4, 2]], "three points"),
+        ([[1, 2, 4, 2, 4, 6], [1, 2, 4, 2, 4, 6, 1]], "three points"),
+        ([[1, 2, 4, 2, 4, float("nan")]], "pixels"),
+        ([[1, 2, 4, 2, 4, "6"]], "pixels"),
+        ([1, 2, 4, 2, 4, 6], "three points"),
+        ({"size": [6, 8], "counts": [10, 38]}, "[6, 8]"),
+        ({"size": [8, 6], "counts": [10, 37]}, "48"),
+        ({"size": [8, 6], "counts": [-10, 58]}, "48"),
+        ({"size": [8, 6], "counts": "abc"}, "decoded"),
+        ({"size": [8, 6], "counts": ":44000"}, "end early"),
+        ({"size": [8, 6], "counts": ""}, "end early"),
+        ({"size": [8, 6], "counts": ["a"]}, "decoded"),
+        ({"size": [8, 6]}, "decoded"),
+    ],
+)
 def test_a_segmentation_that_cannot_be_drawn_is_named_where_masks_are_asked_for(own, segmentation, words):
     edit(own, drawn(segmentation))
     dataset(own)
@@ -129,8 +151,7 @@ def test_zips_are_read_safely_by_several_workers(coco, tmp_path):
     expected = [images[i][0] for i in range(len(images))]  # opens the zip before the workers are forked
     for _ in range(3):
         loader = eval_loader(images, parse(*small(tmp_path, "--num_workers", 2, "--batch_size", 1)))
-        assert all(torch.equal(batch.tensors[0], picture)
-                   for (batch, _), picture in zip(loader, expected, strict=True))
+        assert all(torch.equal(batch.tensors[0], picture) for (batch, _), picture in zip(loader, expected, strict=True))
 
 
 def test_class_count_comes_from_the_annotations(coco):
@@ -154,8 +175,11 @@ def test_difficult_objects_are_left_out_of_training_when_asked(tmp_path):
         data = load_annotations(root, split)
         data["annotations"] = [{**a, "iscrowd": 0, "difficult": int(i == 0)} for i, a in enumerate(data["annotations"])]
         save_annotations(root, split, data)
-    counts = {(split, flags): sum(len(target["labels"]) for _, target in dataset(root, split, *flags))
-              for split in ("train", "val") for flags in ((), ("--remove_difficult",))}
+    counts = {
+        (split, flags): sum(len(target["labels"]) for _, target in dataset(root, split, *flags))
+        for split in ("train", "val")
+        for flags in ((), ("--remove_difficult",))
+    }
     assert counts["train", ("--remove_difficult",)] == counts["train", ()] - 1
     assert counts["val", ("--remove_difficult",)] == counts["val", ()]
 
@@ -165,12 +189,16 @@ def test_boxes_without_area_are_left_out_with_one_note_however_many_there_are(tm
 
     def change(data):
         good = {**data["annotations"][0], "iscrowd": 0, "bbox": [1, 1, 20, 20]}
-        data["annotations"] = [good, {**good, "id": 9001, "bbox": [1, 1, 0, 5]}, {**good, "id": 9002, "category_id": 4},
-                               *({**good, "id": 9003, "bbox": [3, 3, 10, -3]} for _ in range(5))]
+        data["annotations"] = [
+            good,
+            {**good, "id": 9001, "bbox": [1, 1, 0, 5]},
+            {**good, "id": 9002, "category_id": 4},
+            *({**good, "id": 9003, "bbox": [3, 3, 10, -3]} for _ in range(5)),
+        ]
 
     edit(root, change)
     labels = dataset(root)[0][1]["labels"].tolist()
-    note, = capsys.readouterr().out.splitlines()
+    (note,) = capsys.readouterr().out.splitlines()
     assert "object 9001" in note and "of 8 boxes 6" in note
     assert labels == [load_annotations(root, "val")["annotations"][0]["category_id"], 4]
 
@@ -192,6 +220,7 @@ def test_a_box_among_thousands_that_reaches_out_is_clipped_with_a_note(tmp_path,
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes: each a UserError whose sentence names what is wrong
 
+
 def refused(root, *words, read=False):
     with pytest.raises(UserError) as caught:
         images = dataset(root)
@@ -211,8 +240,15 @@ def test_truncated_annotations_are_named(own):
     refused(own, path, "not JSON")
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", json.dumps({"images": [], "categories": [], "annotations": []}),
-                                     json.dumps({"images": [{"id": 1}], "categories": [], "annotations": []})])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        json.dumps({"images": [], "categories": [], "annotations": []}),
+        json.dumps({"images": [{"id": 1}], "categories": [], "annotations": []}),
+    ],
+)
 def test_json_of_another_format_is_refused(own, content):
     (own / "annotations" / "instances_val2017.json").write_text(content)
     refused(own, "instances_val2017.json")
@@ -246,7 +282,7 @@ def test_a_damaged_member_of_a_zip_is_named(own):
     with zipfile.ZipFile(archive) as opened:
         start = opened.infolist()[2].header_offset
     content = bytearray(archive.read_bytes())
-    content[start + 200:start + 300] = bytes(100)
+    content[start + 200 : start + 300] = bytes(100)
     archive.write_bytes(content)
     refused(own, "0002.png", archive, read=True)
 
@@ -261,8 +297,10 @@ def test_an_encrypted_zip_is_named(own):
     refused(own, "0000.png", archive, "encrypted", read=True)
 
 
-@pytest.mark.parametrize(("part", "field", "value"), [
-    ("images", "file_name", 3), ("annotations", "image_id", [7]), ("annotations", "category_id", {})])
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [("images", "file_name", 3), ("annotations", "image_id", [7]), ("annotations", "category_id", {})],
+)
 def test_a_field_of_another_type_is_named(own, part, field, value):
     edit(own, lambda data: data[part][0].update({field: value}))
     refused(own, field, repr(value), part)
@@ -288,12 +326,23 @@ def test_a_picture_of_another_size_than_annotated_is_named(own):
     refused(own, "0000.png", "44×33", read=True)
 
 
-@pytest.mark.parametrize(("box", "words"), [
-    ([1000, 2, 5, 5], "reaches out"), ([2, 2, 500, 5], "reaches out"), ([1, 2, 3], "four finite numbers"),
-    (["a", 1, 2, 3], "four finite numbers"), ([float("nan"), 1, 2, 3], "four finite numbers")])
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [
+        ([1000, 2, 5, 5], "reaches out"),
+        ([2, 2, 500, 5], "reaches out"),
+        ([1, 2, 3], "four finite numbers"),
+        (["a", 1, 2, 3], "four finite numbers"),
+        ([float("nan"), 1, 2, 3], "four finite numbers"),
+    ],
+)
 def test_a_box_outside_the_picture_is_named(own, box, words):
-    edit(own, lambda data: data["annotations"].append(
-        {"id": 4711, "image_id": 7, "category_id": 1, "bbox": box, "iscrowd": 0, "area": 4}))
+    edit(
+        own,
+        lambda data: data["annotations"].append(
+            {"id": 4711, "image_id": 7, "category_id": 1, "bbox": box, "iscrowd": 0, "area": 4}
+        ),
+    )
     refused(own, "4711", words)
 
 
@@ -302,8 +351,9 @@ def test_a_set_in_which_no_box_has_an_area_is_refused(own):
     refused(own, "object 1 ", "no area")
 
 
-@pytest.mark.parametrize(("field", "value", "words"), [("image_id", 99, "image 99"),
-                                                       ("category_id", 99, "category 99")])
+@pytest.mark.parametrize(
+    ("field", "value", "words"), [("image_id", 99, "image 99"), ("category_id", 99, "category 99")]
+)
 def test_an_object_of_an_unknown_picture_or_category_is_named(own, field, value, words):
     edit(own, lambda data: data["annotations"][0].update({field: value}))
     refused(own, "object 1 ", words)
@@ -321,7 +371,11 @@ def test_two_pictures_with_one_id_are_refused(own):
 
 
 def test_boxes_may_stick_out_by_a_rounding_error(own):
-    edit(own, lambda data: data["annotations"][0].update(
-        image_id=7, iscrowd=0, bbox=[-0.4, 0, data["images"][0]["width"] + 0.9, 12.0]))
+    edit(
+        own,
+        lambda data: data["annotations"][0].update(
+            image_id=7, iscrowd=0, bbox=[-0.4, 0, data["images"][0]["width"] + 0.9, 12.0]
+        ),
+    )
     target = CocoDetection(own, "val", lambda *pair: pair)[0][1]
     assert target["boxes"][0].tolist() == [0, 0, load_annotations(own, "val")["images"][0]["width"], 12]

@@ -1,5 +1,6 @@
 """The evaluation against pycocotools itself; that it is the same for 1, 2 and 3 processes is tested with masks, in
 test_panoptic.py."""
+
 import contextlib
 import io
 import json
@@ -36,9 +37,16 @@ def noisy_copies(data, seed=0):
 
 def direct(path, found):
     """The twelve numbers by pycocotools alone, from a list of results as COCO's server takes it."""
-    results = [{"image_id": image_id, "category_id": int(label), "score": float(score),
-                "bbox": [box[0].item(), box[1].item(), (box[2] - box[0]).item(), (box[3] - box[1]).item()]}
-               for image_id, r in found.items() for box, score, label in zip(*r.values(), strict=True)]
+    results = [
+        {
+            "image_id": image_id,
+            "category_id": int(label),
+            "score": float(score),
+            "bbox": [box[0].item(), box[1].item(), (box[2] - box[0]).item(), (box[3] - box[1]).item()],
+        }
+        for image_id, r in found.items()
+        for box, score, label in zip(*r.values(), strict=True)
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(path)
         measured = COCOeval(truth, truth.loadRes(results), "bbox")
@@ -93,8 +101,15 @@ def test_objects_count_also_where_their_ids_begin_at_0_or_are_all_the_same(tmp_p
         objects = [a for a in data["annotations"] if a["image_id"] == image["id"]]
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        evaluator.update({image["id"]: {"boxes": boxes, "scores": torch.ones(len(objects)),
-                                        "labels": torch.tensor([a["category_id"] for a in objects])}})
+        evaluator.update(
+            {
+                image["id"]: {
+                    "boxes": boxes,
+                    "scores": torch.ones(len(objects)),
+                    "labels": torch.tensor([a["category_id"] for a in objects]),
+                }
+            }
+        )
     assert evaluator.summarize().stats[0] == pytest.approx(1)
 
 
@@ -111,8 +126,12 @@ def oracle(args):
             logits, boxes = torch.zeros(len(samples.tensors), 5, 6), torch.full((len(samples.tensors), 5, 4), 0.5)
             logits[..., 5] = 9.0
             for i, picture in enumerate(samples.tensors):
-                index = next(j for j, known in enumerate(pictures) if known.shape <= picture.shape and torch.equal(
-                    known, picture[:, :known.shape[1], :known.shape[2]]))
+                index = next(
+                    j
+                    for j, known in enumerate(pictures)
+                    if known.shape <= picture.shape
+                    and torch.equal(known, picture[:, : known.shape[1], : known.shape[2]])
+                )
                 size, result = dataset[index][1]["orig_size"], found[dataset.images[index]["id"]]
                 corners = result["boxes"] / torch.tensor([size[1], size[0], size[1], size[0]])
                 for n, (box, score, label) in enumerate(zip(corners, result["scores"], result["labels"], strict=True)):
@@ -120,13 +139,15 @@ def oracle(args):
                     logits[i, n, label] = 9.0 + score
             return {"pred_logits": logits, "pred_boxes": boxes}
 
-    return evaluate(Oracle(), criterion, postprocessors, eval_loader(dataset, args), dataset.ground_truth(),
-                    torch.device("cpu"))[0]
+    return evaluate(
+        Oracle(), criterion, postprocessors, eval_loader(dataset, args), dataset.ground_truth(), torch.device("cpu")
+    )[0]
 
 
 def test_numbers_are_the_same_for_any_batch_size(larger):
-    one, few, many = (oracle(parse(*small(larger, "--eval", "--num_classes", 5, "--eval_batch_size", size)))
-                      for size in (1, 2, 20))
+    one, few, many = (
+        oracle(parse(*small(larger, "--eval", "--num_classes", 5, "--eval_batch_size", size))) for size in (1, 2, 20)
+    )
     assert 0.2 < one["coco_eval_bbox"][0] < 0.9
     assert one["coco_eval_bbox"] == few["coco_eval_bbox"] == many["coco_eval_bbox"]
 
@@ -165,4 +186,3 @@ def test_with_batch_1_a_picture_is_seen_alone(larger, filled, capsys):
         main.main(parse(*small(larger, "--eval", "--resume", filled, *flags)))
     first, second = np.array_split(report(capsys.readouterr().out), 2)
     assert list(first) == list(second)
-

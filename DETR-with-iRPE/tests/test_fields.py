@@ -1,5 +1,6 @@
 """Fields of annotations: every wrong type is one sentence when the file is read, what is odd but right is read, and
 what is probably a mistake is noted."""
+
 import contextlib
 import io
 import json
@@ -59,19 +60,39 @@ def refused(function, *arguments):
 # ---------------------------------------------------------------------------------------------------------------------
 # Wrong types
 
-WRONG_IDS = [True, "7", -1, 1.5, NAN, math.inf, [7], 2 ** 63]
+WRONG_IDS = [True, "7", -1, 1.5, NAN, math.inf, [7], 2**63]
 WRONG_FLAGS = ["0", "1", 2, -1, 0.5, NAN, [], "false"]
 WRONG_AREAS = ["4", -1, NAN, math.inf, True, [4]]
-WRONG_BOXES = [None, "1, 2, 3, 4", 4, [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, None], [1, 2, 3, "4"], [1, 2, 3, NAN],
-               [1, 2, math.inf, 4], [1, 2, True, 4], [[1], 2, 3, 4], [1, 2, 3, 10 ** 400], {"x": 1}]
+WRONG_BOXES = [
+    None,
+    "1, 2, 3, 4",
+    4,
+    [1, 2, 3],
+    [1, 2, 3, 4, 5],
+    [1, 2, 3, None],
+    [1, 2, 3, "4"],
+    [1, 2, 3, NAN],
+    [1, 2, math.inf, 4],
+    [1, 2, True, 4],
+    [[1], 2, 3, 4],
+    [1, 2, 3, 10**400],
+    {"x": 1},
+]
 WRONG = {
-    ("images", "id"): [None, *WRONG_IDS], ("images", "file_name"): [None, "", 3, ["a.png"]],
-    ("images", "height"): [None, 0, -5, "40", 40.5, True, NAN], ("images", "width"): [None, 0, -5, "40", 40.5, True],
-    ("categories", "id"): [None, *WRONG_IDS], ("categories", "name"): [3, ["ant"], True],
-    ("annotations", "id"): WRONG_IDS, ("annotations", "image_id"): [None, *WRONG_IDS],
-    ("annotations", "category_id"): [None, *WRONG_IDS], ("annotations", "iscrowd"): WRONG_FLAGS,
-    ("annotations", "difficult"): WRONG_FLAGS, ("annotations", "area"): WRONG_AREAS,
-    ("annotations", "bbox"): WRONG_BOXES, ("annotations", "segmentation"): ["1 2 3", 4, True],
+    ("images", "id"): [None, *WRONG_IDS],
+    ("images", "file_name"): [None, "", 3, ["a.png"]],
+    ("images", "height"): [None, 0, -5, "40", 40.5, True, NAN],
+    ("images", "width"): [None, 0, -5, "40", 40.5, True],
+    ("categories", "id"): [None, *WRONG_IDS],
+    ("categories", "name"): [3, ["ant"], True],
+    ("annotations", "id"): WRONG_IDS,
+    ("annotations", "image_id"): [None, *WRONG_IDS],
+    ("annotations", "category_id"): [None, *WRONG_IDS],
+    ("annotations", "iscrowd"): WRONG_FLAGS,
+    ("annotations", "difficult"): WRONG_FLAGS,
+    ("annotations", "area"): WRONG_AREAS,
+    ("annotations", "bbox"): WRONG_BOXES,
+    ("annotations", "segmentation"): ["1 2 3", 4, True],
 }
 
 
@@ -110,15 +131,22 @@ def test_coordinates_of_polygons_are_numbers_too(own):
     assert "polygon [1, 2, True" in refused(read, own, "val", "--masks")
 
 
-@pytest.mark.parametrize(("part", "words"), [("images", "two images have the same id, 7"),
-                                             ("categories", "two categories have the same id, 1")])
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [("images", "two images have the same id, 7"), ("categories", "two categories have the same id, 1")],
+)
 def test_an_id_given_twice_is_named(own, part, words):
     edit(instances(own), lambda data: data[part].append({**data[part][0], "name": "another"}))
     assert words in refused(read, own)
 
 
-SEGMENT = {"id": [None, *WRONG_IDS], "category_id": [None, *WRONG_IDS], "iscrowd": WRONG_FLAGS, "area": WRONG_AREAS,
-           "bbox": WRONG_BOXES[1:]}
+SEGMENT = {
+    "id": [None, *WRONG_IDS],
+    "category_id": [None, *WRONG_IDS],
+    "iscrowd": WRONG_FLAGS,
+    "area": WRONG_AREAS,
+    "bbox": WRONG_BOXES[1:],
+}
 
 
 @pytest.mark.parametrize("field", SEGMENT)
@@ -133,9 +161,15 @@ def test_a_field_of_a_segment_of_a_wrong_type_is_named(own, field):
         assert f": {field} is {value!r}"[:90] in sentence
 
 
-@pytest.mark.parametrize(("part", "field", "values"), [
-    ("categories", "isthing", [None, *WRONG_FLAGS]), ("annotations", "image_id", [None, "7", True]),
-    ("annotations", "file_name", [None, "", 3]), ("annotations", "segments_info", [None, {}, "a"])])
+@pytest.mark.parametrize(
+    ("part", "field", "values"),
+    [
+        ("categories", "isthing", [None, *WRONG_FLAGS]),
+        ("annotations", "image_id", [None, "7", True]),
+        ("annotations", "file_name", [None, "", 3]),
+        ("annotations", "segments_info", [None, {}, "a"]),
+    ],
+)
 def test_a_field_of_a_panoptic_file_of_a_wrong_type_is_named(own, part, field, values):
     original = json.loads(panoptic(own).read_text())
     for value in values:
@@ -145,10 +179,14 @@ def test_a_field_of_a_panoptic_file_of_a_wrong_type_is_named(own, part, field, v
         assert f"{part}: entry 1" in (sentence := refused(read_panoptic, own)) and f"{field} is {value!r}" in sentence
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda entries: entries.append(entries[0]), "image 7 has several annotations"),
-    (lambda entries: entries[0]["segments_info"].append(entries[0]["segments_info"][0]), "7.png have the same id"),
-    (lambda entries: entries[0]["segments_info"].append(3), "segments_info: entry")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda entries: entries.append(entries[0]), "image 7 has several annotations"),
+        (lambda entries: entries[0]["segments_info"].append(entries[0]["segments_info"][0]), "7.png have the same id"),
+        (lambda entries: entries[0]["segments_info"].append(3), "segments_info: entry"),
+    ],
+)
 def test_segments_that_are_there_twice_or_no_objects_are_named(own, change, words):
     edit(panoptic(own), lambda data: change(data["annotations"]))
     assert words in refused(read_panoptic, own)
@@ -157,11 +195,14 @@ def test_segments_that_are_there_twice_or_no_objects_are_named(own, change, word
 # ---------------------------------------------------------------------------------------------------------------------
 # Odd, but right
 
+
 def measured(dataset):
     """AP of the objects themselves as detections."""
     truth = dataset.ground_truth()
-    found = [{"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": entry["bbox"], "score": 0.9}
-             for entry in truth.dataset["annotations"]]
+    found = [
+        {"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": entry["bbox"], "score": 0.9}
+        for entry in truth.dataset["annotations"]
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
         evaluation.evaluate()
@@ -170,9 +211,20 @@ def measured(dataset):
     return evaluation.stats.tolist()
 
 
-@pytest.mark.parametrize("odd", [
-    {"iscrowd": None, "area": None}, {"iscrowd": False}, {"iscrowd": 0.0}, {"id": None}, {"difficult": None},
-    {"image_id": 7.0, "category_id": 1.0}, {"segmentation": None}, {"extra": "anything"}], ids=str)
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"iscrowd": None, "area": None},
+        {"iscrowd": False},
+        {"iscrowd": 0.0},
+        {"id": None},
+        {"difficult": None},
+        {"image_id": 7.0, "category_id": 1.0},
+        {"segmentation": None},
+        {"extra": "anything"},
+    ],
+    ids=str,
+)
 def test_null_means_missing_false_means_0_and_whole_floats_are_ids(own, odd):
     plain = {"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 20, 30]}
     results = []
@@ -181,7 +233,7 @@ def test_null_means_missing_false_means_0_and_whole_floats_are_ids(own, odd):
         dataset = CocoDetection(own, "val", lambda *pair: pair)
         target = dataset[0][1]
         assert target["boxes"].tolist() == [[1, 2, 21, 32]] and target["labels"].tolist() == [1]
-        entry, = dataset.ground_truth().dataset["annotations"]
+        (entry,) = dataset.ground_truth().dataset["annotations"]
         assert entry["area"] == 600 and entry["iscrowd"] == 0
         results.append(measured(dataset))
     assert results[0] == results[1] and results[0][0] == pytest.approx(1)
@@ -206,13 +258,16 @@ def test_whole_floats_are_sides_and_ids_of_images(own):
 
 
 def test_categories_without_a_name_are_called_by_their_id(own):
-    edit(instances(own), lambda data: data.update(categories=[{"id": 1}, {"id": 3, "name": None},
-                                                              {"id": 4, "name": "cat"}]))
+    edit(
+        instances(own),
+        lambda data: data.update(categories=[{"id": 1}, {"id": 3, "name": None}, {"id": 4, "name": "cat"}]),
+    )
     assert read(own).categories == {1: "1", 3: "3", 4: "cat"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Categories of two files
+
 
 def run(root, *flags):
     return main.main(parse(*small(root, *flags)))
@@ -236,7 +291,8 @@ def test_upper_case_and_spaces_make_no_other_category(own, capsys):
 def test_things_in_training_that_are_stuff_in_validation_are_named(own):
     edit(panoptic(own), lambda data: data["categories"][1].update(isthing=0))
     assert "categories 3 are things in one of" in refused(
-        run, own, "--masks", "--dataset_file", "coco_panoptic", "--coco_panoptic_path", own / "panoptic")
+        run, own, "--masks", "--dataset_file", "coco_panoptic", "--coco_panoptic_path", own / "panoptic"
+    )
 
 
 def test_instances_whose_names_differ_from_the_panoptic_ones_are_named(own):
@@ -265,12 +321,13 @@ def test_categories_of_validation_alone_and_without_names_are_no_error(own, caps
 
     edit(instances(own), change)
     main.build_datasets(parse(*small(own)))
-    note, = capsys.readouterr().out.splitlines()
+    (note,) = capsys.readouterr().out.splitlines()
     assert note.startswith("note: 1 categories of ") and "5 (dog): they cannot be learned" in note
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Notes
+
 
 def notes_of(capsys, root, *flags):
     capsys.readouterr()
@@ -288,9 +345,9 @@ def test_a_training_set_without_an_object_is_noted(own, capsys, crowds):
     data = load_annotations(own, "train")
     data["annotations"] = [{**entry, "iscrowd": 1} for entry in data["annotations"]] if crowds else []
     save_annotations(own, "train", data)
-    note, = notes_of(capsys, own)
+    (note,) = notes_of(capsys, own)
     assert "instances_train2017.json has no object" in note and "learns to find nothing" in note
-    note, = notes_of(capsys, own, "--num_classes", 5, "--remove_difficult")
+    (note,) = notes_of(capsys, own, "--num_classes", 5, "--remove_difficult")
     assert "has no object" in note
 
 
@@ -300,7 +357,7 @@ def test_boxes_as_shares_of_the_image_are_noted(own, capsys):
             entry["bbox"] = [0.25, 0.5, 0.5, 0.5]
 
     edit(instances(own), change)
-    note, = notes_of(capsys, own, "--eval")
+    (note,) = notes_of(capsys, own, "--eval")
     count = sum(not entry["iscrowd"] for entry in load_annotations(own, "val")["annotations"])
     assert f"{instances(own)}: all {count} boxes lie within 0 ... 1" in note
     edit(instances(own), lambda data: data["annotations"][0].update(bbox=[0.25, 0.5, 0.5, 1.5]))
@@ -314,14 +371,14 @@ def test_more_objects_in_an_image_than_queries_are_noted_with_the_fullest(own, c
     counts = [len(target["labels"]) for _, target in dataset]
     most = dataset.images[counts.index(max(counts))]["file_name"]
     full = sum(count > max(counts) - 1 for count in counts)
-    note, = notes_of(capsys, own, *flags, "--num_queries", max(counts) - 1)
+    (note,) = notes_of(capsys, own, *flags, "--num_queries", max(counts) - 1)
     assert f"{full} of 4 images of {dataset.path}" in note and f"{most} with {max(counts)}" in note
     assert notes_of(capsys, own, *flags, "--num_queries", max(counts)) == []
 
 
 def test_images_that_share_a_file_are_noted(own, capsys):
     edit(instances(own), lambda data: data["images"].append({**data["images"][0], "id": 4711}))
-    note, = notes_of(capsys, own, "--eval")
+    (note,) = notes_of(capsys, own, "--eval")
     assert "2 of the images have the same file, 0000.png" in note
 
 
@@ -330,7 +387,7 @@ def test_areas_that_do_not_fit_the_boxes_are_noted(own, capsys, area):
     """COCO's numbers by size would be of the wrong objects."""
     edit(instances(own), lambda data: [entry.update(area=area, bbox=[1, 1, 35, 33]) for entry in data["annotations"]])
     run(own, "--eval")
-    note, = (line for line in capsys.readouterr().out.splitlines() if "the area of" in line)
+    (note,) = (line for line in capsys.readouterr().out.splitlines() if "the area of" in line)
     count = len(load_annotations(own, "val")["annotations"])
     assert note.startswith(f"note: annotations {instances(own)}: the area of {count} of {count} objects does not fit")
     assert f"{area} for [1, 1, 35, 33]" in note
@@ -340,8 +397,10 @@ def test_areas_that_do_not_fit_the_boxes_are_noted(own, capsys, area):
 
 
 def test_areas_of_masks_and_of_a_few_odd_objects_are_not_noted(own, capsys):
-    objects = [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 1, 30, 30], "area": area, "iscrowd": 0}
-               for area in [*[2] * 20, *[900] * 19, 0]]  # a rope, boxes, and one without an area in 40
+    objects = [
+        {"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 1, 30, 30], "area": area, "iscrowd": 0}
+        for area in [*[2] * 20, *[900] * 19, 0]
+    ]  # a rope, boxes, and one without an area in 40
     edit(instances(own), lambda data: data.update(annotations=objects))
     run(own, "--eval")
     assert "the area of" not in capsys.readouterr().out
@@ -349,8 +408,15 @@ def test_areas_of_masks_and_of_a_few_odd_objects_are_not_noted(own, capsys):
 
 @pytest.mark.parametrize(("count", "categories", "noted"), [(101, [1], True), (100, [1], False), (150, [1, 3], False)])
 def test_more_objects_of_a_category_than_coco_counts_are_noted(own, capsys, count, categories, noted):
-    objects = [{"id": number, "image_id": 7, "category_id": categories[number % len(categories)],
-                "bbox": [number % 20, number // 20, 3, 3]} for number in range(count)]
+    objects = [
+        {
+            "id": number,
+            "image_id": 7,
+            "category_id": categories[number % len(categories)],
+            "bbox": [number % 20, number // 20, 3, 3],
+        }
+        for number in range(count)
+    ]
     edit(instances(own), lambda data: data.update(annotations=objects))
     run(own, "--eval", "--num_queries", 200)
     notes = [line for line in capsys.readouterr().out.splitlines() if "more than 100 objects of one category" in line]
@@ -367,7 +433,7 @@ def test_ids_of_categories_that_are_far_apart_are_noted(own, capsys):
         data = load_annotations(own, split)
         change(data)
         save_annotations(own, split, data)
-    note, = notes_of(capsys, own)
+    (note,) = notes_of(capsys, own)
     assert "has 3 categories, but ids up to 5004 (cat)" in note
 
 

@@ -1,4 +1,5 @@
 """Every flag of the public implementation has its name, type and default, and does what it says."""
+
 import argparse
 import json
 from pathlib import Path
@@ -21,7 +22,7 @@ FLAGS = json.loads((Path(__file__).parent / "golden" / "cli_detr.json").read_tex
 
 @pytest.mark.parametrize("flag", FLAGS, ids=[flag["dest"] for flag in FLAGS])
 def test_every_released_flag_has_its_name_type_and_default(flag):
-    action, = (action for action in main.get_args_parser()._actions if action.dest == flag["dest"])
+    (action,) = (action for action in main.get_args_parser()._actions if action.dest == flag["dest"])
     assert action.option_strings == flag["flags"] and action.default == flag["default"]
     assert (action.type or str).__name__ == (flag["type"] or "str")
     assert action.nargs == flag["nargs"] and (action.choices and list(action.choices)) == flag["choices"]
@@ -44,14 +45,24 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def start(root):
     """Runs main.py on flags up to its first step: what the loops of training and evaluation were given, a list each."""
+
     def start(*flags):
         epochs, evaluations = [], []
 
         def train_one_epoch(model, criterion, loader, optimizer, device, epoch, scaler, max_norm, amp_dtype, run):
             optimizer.step()
-            epochs.append(SimpleNamespace(
-                model=model, criterion=criterion, loader=loader, optimizer=optimizer, device=device, epoch=epoch,
-                max_norm=max_norm, rates=[group["lr"] for group in optimizer.param_groups]))
+            epochs.append(
+                SimpleNamespace(
+                    model=model,
+                    criterion=criterion,
+                    loader=loader,
+                    optimizer=optimizer,
+                    device=device,
+                    epoch=epoch,
+                    max_norm=max_norm,
+                    rates=[group["lr"] for group in optimizer.param_groups],
+                )
+            )
             return {}
 
         def evaluate(model, criterion, postprocessors, loader, *rest):
@@ -63,6 +74,7 @@ def start(root):
             patch.setattr(main, "evaluate", evaluate)
             main.main(parse(*small(root, *flags)))
         return epochs, evaluations
+
     return start
 
 
@@ -116,7 +128,7 @@ SEEN = {
 @pytest.mark.parametrize("name", SEEN)
 def test_a_flag_reaches_what_it_names(start, plain, name):
     values, seen, expected = SEEN[name]
-    flag, = (flag["flags"][0] for flag in FLAGS if flag["dest"] == name)
+    (flag,) = (flag["flags"][0] for flag in FLAGS if flag["dest"] == name)
     assert seen(start(flag, *values)[0][0]) == expected and seen(plain) != expected
 
 

@@ -1,4 +1,5 @@
 """The detector against numbers measured on the public implementation (tests/golden/)."""
+
 import functools
 import json
 from pathlib import Path
@@ -56,7 +57,7 @@ def batch():
 def targets():
     random, result = np.random.RandomState(7), []
     for n in (3, 5):
-        boxes = np.concatenate([random.uniform(.3, .7, (n, 2)), random.uniform(.1, .4, (n, 2))], axis=1)
+        boxes = np.concatenate([random.uniform(0.3, 0.7, (n, 2)), random.uniform(0.1, 0.4, (n, 2))], axis=1)
         labels = torch.from_numpy(random.randint(1, 91, n).astype(np.int64))
         result.append({"labels": labels, "boxes": torch.from_numpy(boxes.astype(np.float32))})
     return result
@@ -72,8 +73,14 @@ def run(name):
     losses["loss"].backward()
     gradients = {key: p.grad for key, p in model.named_parameters()}
     results = postprocessors["bbox"](outputs, torch.tensor([[480, 640], [375, 500]]))
-    return model, criterion, {key: outputs[key].detach() for key in ("pred_logits", "pred_boxes")}, losses, \
-        gradients, results
+    return (
+        model,
+        criterion,
+        {key: outputs[key].detach() for key in ("pred_logits", "pred_boxes")},
+        losses,
+        gradients,
+        results,
+    )
 
 
 def close(found, expected, tolerance):
@@ -114,8 +121,11 @@ def test_matching_equals_the_released_one(name):
 def test_losses_equal_the_released_ones(name):
     _, criterion, _, losses, *_ = run(name)
     assert criterion.weight_dict == META[name]["weight_dict"]
-    bare = {key.removesuffix("_unscaled"): value for key, value in losses.items()
-            if key.endswith("_unscaled") or key == "class_error"}
+    bare = {
+        key.removesuffix("_unscaled"): value
+        for key, value in losses.items()
+        if key.endswith("_unscaled") or key == "class_error"
+    }
     assert {key: value.item() for key, value in bare.items()} == pytest.approx(META[name]["losses"], rel=1e-4)
     assert losses["loss"].item() == pytest.approx(META[name]["total"], rel=1e-4)
 
@@ -129,8 +139,9 @@ def test_gradients_equal_the_released_ones(name):
         else:
             assert gradients[key].norm().item() == pytest.approx(expected[0], rel=1e-3)
             # values next to zero carry the rounding of the whole tensor
-            np.testing.assert_allclose(gradients[key].flatten()[:6], expected[1:], rtol=1e-2,
-                                       atol=1e-5 * gradients[key].abs().max().item())
+            np.testing.assert_allclose(
+                gradients[key].flatten()[:6], expected[1:], rtol=1e-2, atol=1e-5 * gradients[key].abs().max().item()
+            )
 
 
 @pytest.mark.parametrize("name", list(json.loads((GOLDEN / "detr_steps.json").read_text())))

@@ -1,4 +1,5 @@
 """Images of every mode, orientation and shape in a set of COCO's format, and errors that name them."""
+
 import io
 import json
 import shutil
@@ -47,6 +48,7 @@ def pixels_of(root):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Modes
+
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_deep_images_are_scaled_in_a_folder_and_in_a_zip(own, packed):
@@ -108,8 +110,9 @@ def test_a_panoptic_map_of_16_bits_per_colour_does_not_pass_for_one_of_void(own)
 
     header = struct.pack(">IIBBBBB", colours.shape[1], colours.shape[0], 16, 2, 0, 0, 0)
     rows = b"".join(b"\0" + row.tobytes() for row in colours)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
-                     + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
     dataset = read(own, "val", "--dataset_file", "coco_panoptic", "--coco_panoptic_path", own / "panoptic")
     with pytest.raises(UserError, match="7.png has no pixel of any of the"):
         dataset[0]
@@ -117,6 +120,7 @@ def test_a_panoptic_map_of_16_bits_per_colour_does_not_pass_for_one_of_void(own)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Orientation
+
 
 def turn(path, orientation=6):
     """Mark an image file as one to be shown turned; its pixels stay."""
@@ -136,9 +140,11 @@ def test_the_stored_pixels_and_their_boxes_are_used_with_one_note_of_all_workers
     capsys.readouterr()
     main.main(parse(*small(own, "--num_workers", 2, "--epochs", 2)))
     notes = [line for line in capsys.readouterr().out.splitlines() if "EXIF" in line]
-    assert [note[:len("note: 4 of")] for note in notes] == ["note: 4 of", "note: 2 of"]
-    assert all(f"such as {own}/{split}2017/0000.png, have an EXIF" in note
-               for split, note in zip(("train", "val"), notes, strict=True))
+    assert [note[: len("note: 4 of")] for note in notes] == ["note: 4 of", "note: 2 of"]
+    assert all(
+        f"such as {own}/{split}2017/0000.png, have an EXIF" in note
+        for split, note in zip(("train", "val"), notes, strict=True)
+    )
 
 
 def test_annotations_of_the_turned_image_are_told_what_is_wrong(own):
@@ -158,8 +164,11 @@ def test_a_drawing_is_of_the_stored_pixels_with_a_note(own, tmp_path, monkeypatc
     seen = []
     monkeypatch.setattr(visualize, "load_model", lambda args, argv: (args, torch.nn.Identity(), {}, {}))
     monkeypatch.setattr(visualize, "drawings", lambda model, picture, *_: seen.append(picture) or [])
-    visualize.main(visualize.parser().parse_args(["--resume", "x", "--output_dir", str(tmp_path / "out"), "--device",
-                                                  "cpu", "--image", str(path)]))
+    visualize.main(
+        visualize.parser().parse_args(
+            ["--resume", "x", "--output_dir", str(tmp_path / "out"), "--device", "cpu", "--image", str(path)]
+        )
+    )
     assert np.array_equal(seen[0], Image.open(path).convert("RGB"))
     assert f"image {path} has the EXIF orientation 6 and is drawn as it is stored" in capsys.readouterr().out
 
@@ -167,10 +176,14 @@ def test_a_drawing_is_of_the_stored_pixels_with_a_note(own, tmp_path, monkeypatc
 # ---------------------------------------------------------------------------------------------------------------------
 # Shapes
 
+
 def sample(width, height):
     boxes = torch.tensor([[0, 0, width, height], [0, 0, width / 2, height / 2]])
-    target = {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
-              "labels": torch.tensor([1, 2]), "masks": tv_tensors.Mask(torch.ones(2, height, width, dtype=torch.uint8))}
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+        "labels": torch.tensor([1, 2]),
+        "masks": tv_tensors.Mask(torch.ones(2, height, width, dtype=torch.uint8)),
+    }
     return Image.new("RGB", (width, height)), target
 
 
@@ -204,9 +217,17 @@ def test_a_run_trains_on_and_measures_images_of_extreme_shape(tmp_path):
             Image.new("RGB", (width, height), (200, 90, 10)).save(root / f"{split}2017" / image["file_name"])
             image.update(width=width, height=height)
             data["annotations"] = [entry for entry in data["annotations"] if entry["image_id"] != image["id"]]
-            data["annotations"].append({"id": 900 + image["id"], "image_id": image["id"], "category_id": 1,
-                                        "bbox": [0, 0, width, height], "iscrowd": 0, "area": width * height,
-                                        "segmentation": [[0, 0, width, 0, width, height, 0, height]]})
+            data["annotations"].append(
+                {
+                    "id": 900 + image["id"],
+                    "image_id": image["id"],
+                    "category_id": 1,
+                    "bbox": [0, 0, width, height],
+                    "iscrowd": 0,
+                    "area": width * height,
+                    "segmentation": [[0, 0, width, 0, width, height, 0, height]],
+                }
+            )
         save_annotations(root, split, data)
     main.main(parse(*small(root, "--masks", "--output_dir", tmp_path, "--batch_size", 1)))
     row = json.loads((tmp_path / "log.txt").read_text())
@@ -216,12 +237,14 @@ def test_a_run_trains_on_and_measures_images_of_extreme_shape(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
 
+
 def fail(*_):
     raise KeyError("no such colour")
 
 
-@pytest.mark.parametrize(("part", "flags"), [
-    ("transforms", []), ("read_objects", []), ("read_objects", ["--dataset_file", "coco_panoptic"])])
+@pytest.mark.parametrize(
+    ("part", "flags"), [("transforms", []), ("read_objects", []), ("read_objects", ["--dataset_file", "coco_panoptic"])]
+)
 def test_any_error_names_the_image(own, part, flags):
     dataset = read(own, "val", *flags, "--coco_panoptic_path", own / "panoptic")
     setattr(dataset, part, fail)

@@ -1,5 +1,6 @@
 """PyTorch's encoder layers, which skip the attention's `forward` at inference if they can, compute what they do in
 training."""
+
 import copy
 import itertools
 import pickle
@@ -17,16 +18,21 @@ LENGTH, CHANNELS, HEADS = 9, 16, 4
 CONFIG = get_rpe_config(2.0, "product", "ctx", shared_head=False, skip=0, rpe_on="qkv")
 PADDING = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [6]])
 CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
-LAYER_MASKS = {"no mask": {}, "padding": {"src_key_padding_mask": PADDING}, "pairs": {"src_mask": CAUSAL},
-               "both": {"src_mask": CAUSAL, "src_key_padding_mask": PADDING},
-               "floats": {"src_key_padding_mask": torch.zeros(2, LENGTH).masked_fill(PADDING, -1.5)}}
+LAYER_MASKS = {
+    "no mask": {},
+    "padding": {"src_key_padding_mask": PADDING},
+    "pairs": {"src_mask": CAUSAL},
+    "both": {"src_mask": CAUSAL, "src_key_padding_mask": PADDING},
+    "floats": {"src_key_padding_mask": torch.zeros(2, LENGTH).masked_fill(PADDING, -1.5)},
+}
 
 
 def with_attention(layer, rpe_config):
     """The layer with our attention in it, whose weights and tables are random, and without dropout's randomness."""
     old = layer.self_attn
-    layer.self_attn = RPEMultiheadAttention(CHANNELS, HEADS, bias=old.in_proj_bias is not None,
-                                            batch_first=old.batch_first, rpe_config=rpe_config)
+    layer.self_attn = RPEMultiheadAttention(
+        CHANNELS, HEADS, bias=old.in_proj_bias is not None, batch_first=old.batch_first, rpe_config=rpe_config
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -122,8 +128,11 @@ def test_attention_alone_and_in_a_decoder_layer_computes_the_same_at_inference()
     attention = make_layer().self_attn
     memory = image(2, (2, 5, CHANNELS))
     decoder = with_attention(nn.TransformerDecoderLayer(CHANNELS, HEADS, 32, dropout=0.0, batch_first=True), CONFIG)
-    for run in (lambda x: attention(x, x, x, key_padding_mask=PADDING, need_weights=False)[0],
-                lambda x: attention(x, x, x)[0], lambda x: decoder(x, memory, tgt_key_padding_mask=PADDING)):
+    for run in (
+        lambda x: attention(x, x, x, key_padding_mask=PADDING, need_weights=False)[0],
+        lambda x: attention(x, x, x)[0],
+        lambda x: decoder(x, memory, tgt_key_padding_mask=PADDING),
+    ):
         attention.train(), decoder.train()
         expected = run(tokens())
         attention.eval(), decoder.eval()

@@ -1,4 +1,5 @@
 """The program from its command line: flags, training, resuming, pictures, and what a user gets wrong."""
+
 import errno
 import io
 import json
@@ -42,19 +43,34 @@ def trained(coco, tmp_path_factory):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
+
 def test_training_writes_checkpoints_log_and_precision(coco, trained):
     rows = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1]
     assert rows[0]["train_lr"] == 1e-4 and rows[1]["train_lr"] == pytest.approx(1e-5)
     for row in rows:
         assert len(row["test_coco_eval_bbox"]) == 12 and row["n_parameters"] > 1e6
-        assert {"train_loss", "train_loss_ce_0", "train_class_error", "train_loss_bbox_unscaled", "train_lr_backbone",
-                "train_grad_norm", "test_loss", "test_loss_giou"} <= row.keys()
+        assert {
+            "train_loss",
+            "train_loss_ce_0",
+            "train_class_error",
+            "train_loss_bbox_unscaled",
+            "train_lr_backbone",
+            "train_grad_norm",
+            "test_loss",
+            "test_loss_giou",
+        } <= row.keys()
         parts = [f"train_{name}{suffix}" for name in ("loss_ce", "loss_bbox", "loss_giou") for suffix in ("", "_0")]
         assert row["train_loss"] == pytest.approx(sum(row[part] for part in parts), rel=1e-4)
     files = {str(path.relative_to(trained)) for path in trained.rglob("*.pth")}
-    assert files == {"checkpoint.pth", "checkpoint.previous.pth", "checkpoint0000.pth", "checkpoint0001.pth",
-                     "eval/latest.pth", "eval/000.pth"}
+    assert files == {
+        "checkpoint.pth",
+        "checkpoint.previous.pth",
+        "checkpoint0000.pth",
+        "checkpoint0001.pth",
+        "eval/latest.pth",
+        "eval/000.pth",
+    }
     assert (trained / "tensorboard").is_dir()
     checkpoint = runtime.load_checkpoint(str(trained / "checkpoint.pth"))
     assert checkpoint["epoch"] == 1 and checkpoint["args"].enc_rpe2d == "rpe-2.0-product-ctx-1-k"
@@ -62,8 +78,21 @@ def test_training_writes_checkpoints_log_and_precision(coco, trained):
 
 
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(coco, trained, tmp_path):
-    main.main(parse(*small(coco, "--output_dir", tmp_path, "--epochs", 2, "--lr_drop", 1,
-                           "--resume", trained / "checkpoint0000.pth")))
+    main.main(
+        parse(
+            *small(
+                coco,
+                "--output_dir",
+                tmp_path,
+                "--epochs",
+                2,
+                "--lr_drop",
+                1,
+                "--resume",
+                trained / "checkpoint0000.pth",
+            )
+        )
+    )
     resumed, whole = (runtime.load_checkpoint(str(path / "checkpoint.pth")) for path in (tmp_path, trained))
     assert resumed["epoch"] == whole["epoch"] == 1
     assert all(torch.equal(value, whole["model"][key]) for key, value in resumed["model"].items())
@@ -76,8 +105,9 @@ def test_training_moves_what_it_should(coco, trained):
     start_weights = build_model(args)[0].state_dict()
     after = runtime.load_checkpoint(str(trained / "checkpoint.pth"))["model"]
     assert after.keys() == start_weights.keys()
-    assert not [key for key, value in after.items()
-                if value.is_floating_point() and torch.equal(value, start_weights[key])]
+    assert not [
+        key for key, value in after.items() if value.is_floating_point() and torch.equal(value, start_weights[key])
+    ]
 
 
 def test_finetune_gives_another_number_of_classes_a_new_head_and_says_so(coco, trained, tmp_path, capsys):
@@ -90,8 +120,11 @@ def test_finetune_gives_another_number_of_classes_a_new_head_and_says_so(coco, t
     assert "new class head for 9 classes instead of 5" in capsys.readouterr().out
     after, before = (runtime.load_checkpoint(str(path / "checkpoint.pth")) for path in (tmp_path, trained))
     assert after["epoch"] == 0
-    assert {key for key, value in after["model"].items() if not torch.equal(value, before["model"][key])
-            and "running" not in key and "tracked" not in key} <= {"class_embed.weight", "class_embed.bias"}
+    assert {
+        key
+        for key, value in after["model"].items()
+        if not torch.equal(value, before["model"][key]) and "running" not in key and "tracked" not in key
+    } <= {"class_embed.weight", "class_embed.bias"}
     assert after["model"]["class_embed.weight"].shape[0] == 10
 
 
@@ -103,8 +136,13 @@ def test_a_start_at_a_later_epoch_has_its_learning_rate(coco, trained, tmp_path)
     weights = runtime.load_checkpoint(str(trained / "checkpoint.pth"))["model"]
     torch.save({"model": weights}, tmp_path / "weights.pth")
     for flags in ([], ["--resume", tmp_path / "weights.pth"]):
-        main.main(parse(*small(coco, "--output_dir", tmp_path / "out", "--epochs", 5, "--start_epoch", 4, "--lr_drop",
-                               2, *flags)))
+        main.main(
+            parse(
+                *small(
+                    coco, "--output_dir", tmp_path / "out", "--epochs", 5, "--start_epoch", 4, "--lr_drop", 2, *flags
+                )
+            )
+        )
         row = json.loads((tmp_path / "out" / "log.txt").read_text().splitlines()[-1])
         assert row["epoch"] == 4 and row["train_lr"] == pytest.approx(1e-6)
 
@@ -124,7 +162,7 @@ def test_two_processes_train_one_model_under_the_old_launcher_without_use_env(co
     status, out, err = finish(start(*launcher(2, "main.py", *flags, "--output_dir", tmp_path)))
     assert status == 0, err
     assert out.count("Averaged stats:") == 1 and "[3/3]" in out
-    row, = (json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines())
+    (row,) = (json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines())
     # both evaluated the model that was saved, its statistics of batch norm included
     stats = main.main(parse(*flags, "--eval", "--resume", tmp_path / "checkpoint.pth"))
     assert row["test_loss"] == pytest.approx(stats["loss"], rel=1e-5)
@@ -140,8 +178,9 @@ def _epochs(args):
         rank = runtime.get_rank()
         outputs = {"pred_logits": torch.zeros(1, 5, 6), "pred_boxes": torch.full((1, 5, 4), 0.5)}
         objects = {"labels": torch.zeros(1 + 2 * rank, dtype=torch.long), "boxes": torch.full((1 + 2 * rank, 4), 0.4)}
-        noted.append({"rank": rank, "drawn": torch.rand(()).item(),
-                      "loss": criterion(outputs, [objects])["loss_bbox"].item()})
+        noted.append(
+            {"rank": rank, "drawn": torch.rand(()).item(), "loss": criterion(outputs, [objects])["loss_bbox"].item()}
+        )
         return {}
 
     main.train_one_epoch, main.evaluate = note, lambda *_: ({}, None)
@@ -161,14 +200,16 @@ def test_processes_divide_by_their_mean_number_of_boxes_and_draw_different_rando
 
 
 def test_the_demo_runs_from_end_to_end(tmp_path):
-    status, out, err = finish(start("demo/run.py", "--output_dir", tmp_path, "--epochs", 1, "--mask_epochs", 1,
-                                    "--train", 32, "--val", 2))
+    status, out, err = finish(
+        start("demo/run.py", "--output_dir", tmp_path, "--epochs", 1, "--mask_epochs", 1, "--train", 32, "--val", 2)
+    )
     assert status == 0, err
     for name in ("AP of boxes", "AP50 of masks", "panoptic quality"):
         assert f"{name} 0.0" in out
     assert (tmp_path / "curves.png").stat().st_size > 5000
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
-        f"{number:06}_{kind}.png" for number in (0, 1) for kind in ("detections", "panoptic")]
+        f"{number:06}_{kind}.png" for number in (0, 1) for kind in ("detections", "panoptic")
+    ]
 
 
 def test_digits_have_boxes_around_their_masks_and_panoptic_maps_of_the_same_masks_on_paper(tmp_path):
@@ -177,7 +218,7 @@ def test_digits_have_boxes_around_their_masks_and_panoptic_maps_of_the_same_mask
     panoptic = json.loads((tmp_path / "annotations" / "panoptic_val2017.json").read_text())
     assert {len(a["segments_info"]) for a in panoptic["annotations"]} == {2, 3}
     for picture, annotation in zip(panoptic["images"], panoptic["annotations"], strict=True):
-        ids = np.asarray(Image.open(tmp_path / "panoptic_val2017" / annotation["file_name"])) @ [1, 256, 256 ** 2]
+        ids = np.asarray(Image.open(tmp_path / "panoptic_val2017" / annotation["file_name"])) @ [1, 256, 256**2]
         pixels = np.asarray(Image.open(tmp_path / "val2017" / picture["file_name"]).convert("L"))
         *digits, paper = annotation["segments_info"]
         assert paper["category_id"] == 10 and pixels[ids == paper["id"]].max() < pixels[ids != paper["id"]].min() + 1
@@ -191,6 +232,7 @@ def test_digits_have_boxes_around_their_masks_and_panoptic_maps_of_the_same_mask
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights of the backbone
+
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
@@ -234,16 +276,20 @@ def test_pretrained_weights_come_from_the_cache_into_the_frozen_form(offline, tm
 # ---------------------------------------------------------------------------------------------------------------------
 # Hub and pictures
 
+
 def test_hub_entries_build_their_models_and_load_what_is_cached(offline, tmp_path):
-    model, post = torch.hub.load(str(PROJECT), "detr_resnet50_rpe_20_product_ctx_1_k", source="local",
-                                 num_classes=20, return_postprocessor=True)
+    model, post = torch.hub.load(
+        str(PROJECT), "detr_resnet50_rpe_20_product_ctx_1_k", source="local", num_classes=20, return_postprocessor=True
+    )
     assert model.class_embed.out_features == 21 and not model.training
     assert post(model([torch.zeros(3, 64, 64)]), torch.tensor([[64, 64]]))[0]["boxes"].shape == (100, 4)
     assert hubconf.detr_resnet101_dc5().backbone[0].body.layer4[1].conv2.dilation == (2, 2)
-    for name, file in (("detr_resnet50", "detr-r50-e632da11.pth"),
-                       ("detr_resnet50_panoptic", "detr-r50-panoptic-00ce5173.pth"),
-                       ("detr_resnet50_dc5_panoptic", "detr-r50-dc5-panoptic-da08f1b1.pth"),
-                       ("detr_resnet101_panoptic", "detr-r101-panoptic-40021d53.pth")):
+    for name, file in (
+        ("detr_resnet50", "detr-r50-e632da11.pth"),
+        ("detr_resnet50_panoptic", "detr-r50-panoptic-00ce5173.pth"),
+        ("detr_resnet50_dc5_panoptic", "detr-r50-dc5-panoptic-da08f1b1.pth"),
+        ("detr_resnet101_panoptic", "detr-r101-panoptic-40021d53.pth"),
+    ):
         with pytest.raises(UserError, match=f"https://dl.fbaipublicfiles.com/detr/{file}"):
             getattr(hubconf, name)(pretrained=True)
     weights = fill_state_dict(hubconf.detr_resnet50_rpe_19_product_ctx_1_k().state_dict())
@@ -278,8 +324,14 @@ def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
     args = parse(*small("", "--masks", "--dataset_file", "coco_panoptic", "--num_classes", 5, "--eval"))
     args.is_thing_map = {1: True, 3: False, 4: True}
-    torch.save({"model": fill_state_dict(build_model(args)[0].state_dict()), "args": args,
-                "categories": {1: "ant", 3: "bee", 4: "cat"}}, folder / "masks.pth")
+    torch.save(
+        {
+            "model": fill_state_dict(build_model(args)[0].state_dict()),
+            "args": args,
+            "categories": {1: "ant", 3: "bee", 4: "cat"},
+        },
+        folder / "masks.pth",
+    )
     Image.fromarray(np.random.RandomState(0).randint(0, 255, (60, 90, 3)).astype(np.uint8)).save(folder / "picture.png")
     return folder
 
@@ -287,12 +339,24 @@ def drawn(tmp_path_factory):
 def test_pictures_show_detections_panoptic_maps_and_attention(coco, trained, drawn, tmp_path, capsys):
     files = sorted((coco / "val2017").iterdir())[:2]
     for checkpoint, pictures in ((trained / "checkpoint.pth", files), (drawn / "masks.pth", [drawn / "picture.png"])):
-        argv = picture_flags("--resume", checkpoint, "--image", *pictures, "--output_dir", tmp_path,
-                             "--threshold", 0.01, "--attention", 12, 30)
+        argv = picture_flags(
+            "--resume",
+            checkpoint,
+            "--image",
+            *pictures,
+            "--output_dir",
+            tmp_path,
+            "--threshold",
+            0.01,
+            "--attention",
+            12,
+            30,
+        )
         visualize.main(visualize.parser().parse_args(argv), argv)
         assert "_detections.png: 5 objects" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"picture_panoptic.png"} | {
-        f"{file.stem}_{kind}.png" for file in [*files, drawn / "picture.png"] for kind in ("detections", "attention")}
+        f"{file.stem}_{kind}.png" for file in [*files, drawn / "picture.png"] for kind in ("detections", "attention")
+    }
 
 
 def pixels_of(figure):
@@ -316,9 +380,12 @@ def test_masks_and_segments_tint_their_own_pixels_and_are_named(drawn):
     quarter = shown.shape[1] // 4
     left, right = shown[shown.shape[0] // 3, quarter], shown[shown.shape[0] // 3, 3 * quarter]
     assert left.max() > 50 and right.max() > 50 and abs(left - right).max() > 30
-    detected = {"scores": torch.tensor([0.9, 0.2]), "labels": torch.tensor([3, 1]),
-                "boxes": torch.tensor([[4.0, 4, 36, 36], [0, 0, 9, 9]]),
-                "masks": torch.from_numpy(ids[None, None, :, :, 0] == 0).byte().expand(2, 1, -1, -1)}
+    detected = {
+        "scores": torch.tensor([0.9, 0.2]),
+        "labels": torch.tensor([3, 1]),
+        "boxes": torch.tensor([[4.0, 4, 36, 36], [0, 0, 9, 9]]),
+        "masks": torch.from_numpy(ids[None, None, :, :, 0] == 0).byte().expand(2, 1, -1, -1),
+    }
     figure, words = visualize.draw_detections(picture, detected, {3: "bee"}, 0.5)
     assert words == "1 objects" and [text.get_text() for text in figure.axes[0].texts] == ["bee 0.90"]
     shown = pixels_of(figure)
@@ -349,12 +416,14 @@ def test_drawn_attention_is_a_distribution_that_the_encoding_changes(trained, dr
 
 def test_mistakes_in_drawing_are_one_sentence(coco, trained, tmp_path):
     common = ["--resume", trained / "checkpoint.pth", "--output_dir", tmp_path]
-    for flags, words in ((["--image", tmp_path / "none.png", *common], "none.png"),
-                         (["--image", coco / "val2017" / "0000.png", *common, "--attention", 900, 3], "900"),
-                         (["--image", coco / "val2017" / "0000.png", *common, "--attention", 3, 3, "--layer", 4], "4"),
-                         (["--image", "a/x.png", "b/x.jpg", *common], "named x,"),
-                         (["--image", "x.png", *common, "--nheads", 0], "--nheads is 0"),
-                         (["--image", "x.png", *common[:2]], "--output_dir")):
+    for flags, words in (
+        (["--image", tmp_path / "none.png", *common], "none.png"),
+        (["--image", coco / "val2017" / "0000.png", *common, "--attention", 900, 3], "900"),
+        (["--image", coco / "val2017" / "0000.png", *common, "--attention", 3, 3, "--layer", 4], "4"),
+        (["--image", "a/x.png", "b/x.jpg", *common], "named x,"),
+        (["--image", "x.png", *common, "--nheads", 0], "--nheads is 0"),
+        (["--image", "x.png", *common[:2]], "--output_dir"),
+    ):
         argv = picture_flags(*flags)
         with pytest.raises(UserError, match=words):
             visualize.main(visualize.parser().parse_args(argv), argv)
@@ -363,21 +432,42 @@ def test_mistakes_in_drawing_are_one_sentence(coco, trained, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--frozen_weights", "x"], "--frozen_weights.*add --masks"), (["--dataset_file", "voc"], "voc.*coco_panoptic"),
-    (["--dataset_file", "coco_panoptic"], "--coco_panoptic_path is missing"),
-    (["--mask_loss_coef", -1], "--mask_loss_coef"), (["--dice_loss_coef", -1], "--dice_loss_coef"),
-    (["--masks", "--hidden_dim", 24], "--hidden_dim 24.*16 with --masks"),
-    (["--num_classes", 4], "category id 4 \\(cat\\).*at least 5"), (["--enc_rpe2d", "rpe-2-x-ctx-1-k"], "'x'"),
-    (["--coco_path", ""], "--coco_path"), (["--finetune"], "--resume"), (["--resume", "none.pth"], "none.pth"),
-    (["--batch_size", 99], "99"), (["--batch_size", 0], "--batch_size"), (["--hidden_dim", 18], "--hidden_dim"),
-    (["--backbone", "vgg"], "vgg"), (["--dilation"], "--last_stride 1"), (["--device", "cuda:77"], "cuda"),
-    (["--output_dir", "/proc/nowhere"], "/proc/nowhere"), (["--nheads", 0], "--nheads"),
-    (["--eval_batch_size", 0], "--eval_batch_size"), (["--num_workers", -1], "--num_workers"), (["--lr", -1], "--lr"),
-    (["--clip_max_norm", -1], "--clip_max_norm"), (["--dropout", 2], "--dropout"), (["--enc_layers", -1], "enc_layers"),
-    (["--set_cost_class", 0, "--set_cost_bbox", 0, "--set_cost_giou", 0], "--set_cost_class.*above"),
-    (["--position_embedding", "learned", "--last_stride", 1, "--short_side", 850, "--eval"],
-     "50×50.*--position_embedding sine")])
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--frozen_weights", "x"], "--frozen_weights.*add --masks"),
+        (["--dataset_file", "voc"], "voc.*coco_panoptic"),
+        (["--dataset_file", "coco_panoptic"], "--coco_panoptic_path is missing"),
+        (["--mask_loss_coef", -1], "--mask_loss_coef"),
+        (["--dice_loss_coef", -1], "--dice_loss_coef"),
+        (["--masks", "--hidden_dim", 24], "--hidden_dim 24.*16 with --masks"),
+        (["--num_classes", 4], "category id 4 \\(cat\\).*at least 5"),
+        (["--enc_rpe2d", "rpe-2-x-ctx-1-k"], "'x'"),
+        (["--coco_path", ""], "--coco_path"),
+        (["--finetune"], "--resume"),
+        (["--resume", "none.pth"], "none.pth"),
+        (["--batch_size", 99], "99"),
+        (["--batch_size", 0], "--batch_size"),
+        (["--hidden_dim", 18], "--hidden_dim"),
+        (["--backbone", "vgg"], "vgg"),
+        (["--dilation"], "--last_stride 1"),
+        (["--device", "cuda:77"], "cuda"),
+        (["--output_dir", "/proc/nowhere"], "/proc/nowhere"),
+        (["--nheads", 0], "--nheads"),
+        (["--eval_batch_size", 0], "--eval_batch_size"),
+        (["--num_workers", -1], "--num_workers"),
+        (["--lr", -1], "--lr"),
+        (["--clip_max_norm", -1], "--clip_max_norm"),
+        (["--dropout", 2], "--dropout"),
+        (["--enc_layers", -1], "enc_layers"),
+        (["--set_cost_class", 0, "--set_cost_bbox", 0, "--set_cost_giou", 0], "--set_cost_class.*above"),
+        (
+            ["--position_embedding", "learned", "--last_stride", 1, "--short_side", 850, "--eval"],
+            "50×50.*--position_embedding sine",
+        ),
+    ],
+)
 def test_flags_that_cannot_work_are_refused_in_one_sentence(coco, flags, words):
     with pytest.raises(UserError, match=words) as caught:
         main.main(parse(*small(coco, *flags)))
@@ -399,10 +489,15 @@ def test_an_unknown_way_of_attention_in_the_environment_is_refused_in_one_senten
     assert err.splitlines()[-1] == "error: IRPE_ATTENTION is 'flash'; it must be composed or rows, or not be set"
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--enc_rpe2d", ""], "1 unexpected.*rpe_k.lookup_table_weight"),
-    (["--enc_rpe2d", "rpe-1.9-product-ctx-1-k"], "of another shape.*lookup_table"),
-    (["--dec_layers", 3], "missing.*decoder.layers.2"), (["--backbone", "resnet34"], "missing.*backbone")])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--enc_rpe2d", ""], "1 unexpected.*rpe_k.lookup_table_weight"),
+        (["--enc_rpe2d", "rpe-1.9-product-ctx-1-k"], "of another shape.*lookup_table"),
+        (["--dec_layers", 3], "missing.*decoder.layers.2"),
+        (["--backbone", "resnet34"], "missing.*backbone"),
+    ],
+)
 def test_a_checkpoint_of_another_configuration_is_refused_with_the_keys_that_differ(coco, trained, flags, words):
     with pytest.raises(UserError, match=words):
         main.main(parse(*small(coco, "--eval", "--resume", trained / "checkpoint.pth", *flags)))
@@ -418,8 +513,16 @@ def test_a_truncated_or_foreign_checkpoint_is_refused(coco, trained, tmp_path):
         main.main(parse(*small(coco, "--eval", "--resume", path)))
 
 
-@pytest.mark.parametrize(("key", "value"), [("optimizer", {"state": 3, "param_groups": []}), ("lr_scheduler", 7),
-                                            ("epoch", "1"), ("progress", {"images": None}), ("scaler", [1])])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optimizer", {"state": 3, "param_groups": []}),
+        ("lr_scheduler", 7),
+        ("epoch", "1"),
+        ("progress", {"images": None}),
+        ("scaler", [1]),
+    ],
+)
 def test_states_of_another_type_are_refused(coco, trained, tmp_path, key, value):
     checkpoint = runtime.load_checkpoint(trained / "checkpoint.pth")
     torch.save({**checkpoint, key: value}, tmp_path / "c.pth")

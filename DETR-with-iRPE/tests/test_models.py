@@ -1,4 +1,5 @@
 """The parts of the detector, each against something simpler."""
+
 import argparse
 import filecmp
 import itertools
@@ -33,10 +34,16 @@ def tiny(*flags):
     return model.eval(), criterion, postprocessors
 
 
-@pytest.mark.parametrize(("here", "there"), [
-    ("models/rpe_attention/irpe.py", "irpe.py"), ("util/runtime.py", "runtime.py"), ("util/watchdog.py", "watchdog.py"),
-    ("util/images.py", "images.py"),
-    ("tests/fill.py", "tests/fill.py")])
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        ("models/rpe_attention/irpe.py", "irpe.py"),
+        ("util/runtime.py", "runtime.py"),
+        ("util/watchdog.py", "watchdog.py"),
+        ("util/images.py", "images.py"),
+        ("tests/fill.py", "tests/fill.py"),
+    ],
+)
 def test_the_copy_of_a_file_of_deit_is_the_same(here, there):
     original = PROJECT.parent / "DeiT-with-iRPE" / there
     if not original.is_file():
@@ -47,10 +54,17 @@ def test_the_copy_of_a_file_of_deit_is_the_same(here, there):
 # ---------------------------------------------------------------------------------------------------------------------
 # --enc_rpe2d
 
-VALID = [f"rpe-{ratio}-{method}-{mode}-{shared}-{on}" for ratio, method, mode, shared, on in itertools.product(
-    ("1.9", "20"), ("euc", "quant", "cross", "product"), ("bias", "ctx"), "01",
-    ("q", "k", "v", "qk", "kv", "qv", "qkv"))
-    if not (mode == "bias" and "v" in on)]
+VALID = [
+    f"rpe-{ratio}-{method}-{mode}-{shared}-{on}"
+    for ratio, method, mode, shared, on in itertools.product(
+        ("1.9", "20"),
+        ("euc", "quant", "cross", "product"),
+        ("bias", "ctx"),
+        "01",
+        ("q", "k", "v", "qk", "kv", "qv", "qkv"),
+    )
+    if not (mode == "bias" and "v" in on)
+]
 
 
 def test_every_valid_encoding_is_parsed_as_it_says():
@@ -58,8 +72,14 @@ def test_every_valid_encoding_is_parsed_as_it_says():
     for text in VALID:
         _, ratio, method, mode, shared, on = text.split("-")
         config = parse_enc_rpe2d(text)
-        assert (config.ratio, config.method.value, config.mode[:3], config.shared_head, config.rpe_on, config.skip) == \
-            (float(ratio), method, {"bias": "bia", "ctx": "con"}[mode], shared == "1", on, 0)
+        assert (config.ratio, config.method.value, config.mode[:3], config.shared_head, config.rpe_on, config.skip) == (
+            float(ratio),
+            method,
+            {"bias": "bia", "ctx": "con"}[mode],
+            shared == "1",
+            on,
+            0,
+        )
     assert parse_enc_rpe2d("") is None
 
 
@@ -73,11 +93,22 @@ def test_every_mapping_runs_in_the_encoder_and_learns(method, mode, on):
     assert all(table.grad.abs().max() > 0 for table in tables)
 
 
-@pytest.mark.parametrize(("text", "part"), [
-    ("rpe-x-product-ctx-1-k", "ratio is 'x'"), ("rpe-2.0-prod-ctx-1-k", "'prod'"), ("rpe-2.0-product-con-1-k", "'con'"),
-    ("rpe-2.0-product-ctx-2-k", "shared_head is '2'"), ("rpe-2.0-product-ctx-1-kq", "'kq'"),
-    ("rpe-2.0-product-bias-1-v", "bias"), ("rpe-2.0-product-ctx-1", "5 parts"), ("irpe-2.0-product-ctx-1-k", "rpe"),
-    ("rpe--2-product-ctx-1-k", "7 parts"), ("rpe-0-product-ctx-1-k", "ratio"), ("rpe-nan-product-ctx-1-k", "ratio")])
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("rpe-x-product-ctx-1-k", "ratio is 'x'"),
+        ("rpe-2.0-prod-ctx-1-k", "'prod'"),
+        ("rpe-2.0-product-con-1-k", "'con'"),
+        ("rpe-2.0-product-ctx-2-k", "shared_head is '2'"),
+        ("rpe-2.0-product-ctx-1-kq", "'kq'"),
+        ("rpe-2.0-product-bias-1-v", "bias"),
+        ("rpe-2.0-product-ctx-1", "5 parts"),
+        ("irpe-2.0-product-ctx-1-k", "rpe"),
+        ("rpe--2-product-ctx-1-k", "7 parts"),
+        ("rpe-0-product-ctx-1-k", "ratio"),
+        ("rpe-nan-product-ctx-1-k", "ratio"),
+    ],
+)
 def test_a_wrong_encoding_is_refused_with_its_wrong_part_and_the_grammar(text, part):
     with pytest.raises(UserError) as caught:
         parse_enc_rpe2d(text)
@@ -87,9 +118,12 @@ def test_a_wrong_encoding_is_refused_with_its_wrong_part_and_the_grammar(text, p
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention and transformer
 
-MASKS = {"nothing": {}, "padding": {"key_padding_mask": torch.arange(6) >= torch.tensor([[4], [6]])},
-         "pairs": {"attn_mask": torch.ones(6, 6, dtype=torch.bool).triu(1), "is_causal": True},
-         "heads": {"attn_mask": image(4, (8, 6, 6)), "key_padding_mask": image(5, (2, 6))}}
+MASKS = {
+    "nothing": {},
+    "padding": {"key_padding_mask": torch.arange(6) >= torch.tensor([[4], [6]])},
+    "pairs": {"attn_mask": torch.ones(6, 6, dtype=torch.bool).triu(1), "is_causal": True},
+    "heads": {"attn_mask": image(4, (8, 6, 6)), "key_padding_mask": image(5, (2, 6))},
+}
 
 
 @pytest.mark.parametrize("rpe_on", [None, "qkv"])
@@ -102,11 +136,15 @@ def test_without_encoding_or_with_empty_tables_attention_equals_pytorchs(rpe_on,
     theirs.load_state_dict(fill_state_dict(theirs.state_dict()))
     ours.load_state_dict(theirs.state_dict(), strict=False)
     x, y, value = (image(seed, (2, 6, 16) if batch_first else (6, 2, 16)).double() for seed in (1, 2, 3))
-    masks = {name: mask.double() if name != "is_causal" and mask.is_floating_point() else mask
-             for name, mask in masks.items()}
+    masks = {
+        name: mask.double() if name != "is_causal" and mask.is_floating_point() else mask
+        for name, mask in masks.items()
+    }
     for key, named in itertools.product((x, y), ({}, {"need_weights": False}, {"average_attn_weights": False})):
-        found, expected = (attention(x, key, value, **masks, **named, **where)
-                           for attention, where in ((ours, {"hw": (2, 3)}), (theirs, {})))
+        found, expected = (
+            attention(x, key, value, **masks, **named, **where)
+            for attention, where in ((ours, {"hw": (2, 3)}), (theirs, {}))
+        )
         torch.testing.assert_close(found, expected)
 
 
@@ -114,15 +152,21 @@ def loop_over_queries(attention, x, hidden, ids):
     """Output and weights of each head, from the formula."""
     q, k, v = (attention.split_heads(y) for y in attention.project(x, x, x))
     (batch, heads, length, channels), weights = q.shape, torch.zeros(*q.shape[:3], q.shape[2], dtype=x.dtype)
-    scale, out = channels ** -0.5, torch.zeros_like(x)
+    scale, out = channels**-0.5, torch.zeros_like(x)
     for b, h, i in itertools.product(range(batch), range(heads), range(length)):
-        logits = torch.stack([
-            scale * q[b, h, i] @ (k[b, h, j] + attention.rpe_k.lookup_table_weight[h, :, ids[i, j]])
-            + scale * k[b, h, j] @ attention.rpe_q.lookup_table_weight[h, :, ids[j, i]]
-            if not hidden[b, j] else torch.tensor(-math.inf, dtype=x.dtype) for j in range(length)])
+        logits = torch.stack(
+            [
+                scale * q[b, h, i] @ (k[b, h, j] + attention.rpe_k.lookup_table_weight[h, :, ids[i, j]])
+                + scale * k[b, h, j] @ attention.rpe_q.lookup_table_weight[h, :, ids[j, i]]
+                if not hidden[b, j]
+                else torch.tensor(-math.inf, dtype=x.dtype)
+                for j in range(length)
+            ]
+        )
         weights[b, h, i] = p = logits.softmax(0)
-        out[b, i, channels * h:channels * (h + 1)] = sum(
-            p[j] * (v[b, h, j] + attention.rpe_v.lookup_table_weight[h, ids[i, j]]) for j in range(length))
+        out[b, i, channels * h : channels * (h + 1)] = sum(
+            p[j] * (v[b, h, j] + attention.rpe_v.lookup_table_weight[h, ids[i, j]]) for j in range(length)
+        )
     return attention.out_proj(out), weights
 
 
@@ -132,8 +176,11 @@ def test_attention_with_encoding_equals_a_loop_over_queries_and_so_do_its_weight
     attention.load_state_dict(fill_state_dict(attention.state_dict()))
     x, hidden = image(5, (2, 6, 8)).double(), torch.arange(6) >= torch.tensor([[5], [6]])
     expected, weights = loop_over_queries(attention, x, hidden, attention.rpe_k.bucket_ids(6, "cpu", 3, 2))
-    for named, seen in (({"need_weights": False}, None), ({"average_attn_weights": False}, weights),
-                        ({}, weights.mean(1))):
+    for named, seen in (
+        ({"need_weights": False}, None),
+        ({"average_attn_weights": False}, weights),
+        ({}, weights.mean(1)),
+    ):
         found = attention(x, x, x, key_padding_mask=hidden, hw=(3, 2), **named)
         torch.testing.assert_close(found, (expected, seen))
 
@@ -150,20 +197,30 @@ def test_attention_weights_in_training_are_those_that_dropout_left():
     torch.testing.assert_close(out, attention.out_proj(mixed.transpose(1, 2).flatten(2)))
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ({"add_bias_kv": True}, "add_bias_kv"), ({"add_zero_attn": True}, "add_zero_attn"), ({"kdim": 4}, "kdim=4"),
-    ({"vdim": 4}, "vdim=4")])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"add_bias_kv": True}, "add_bias_kv"),
+        ({"add_zero_attn": True}, "add_zero_attn"),
+        ({"kdim": 4}, "kdim=4"),
+        ({"vdim": 4}, "vdim=4"),
+    ],
+)
 def test_attention_refuses_at_once_what_has_no_place_on_a_map(arguments, words):
     with pytest.raises(ValueError, match=words):
         RPEMultiheadAttention(8, 2, **arguments)
 
 
-@pytest.mark.parametrize(("shapes", "arguments", "words"), [
-    ([(4, 8)] * 3, {}, r"\(4, 8\).*three dimensions"),
-    ([(4, 1, 8), (5, 1, 8), (5, 1, 8)], {}, r"\(5, 1, 8\).*one shape"),
-    ([(4, 1, 8)] * 3, {"is_causal": True}, "give the causal attn_mask"),
-    ([(4, 1, 8)] * 3, {"key_padding_mask": torch.ones(1, 4).long()}, "int64.*bool"),
-    ([(4, 1, 8)] * 3, {"hw": (3, 2)}, "3×2")])
+@pytest.mark.parametrize(
+    ("shapes", "arguments", "words"),
+    [
+        ([(4, 8)] * 3, {}, r"\(4, 8\).*three dimensions"),
+        ([(4, 1, 8), (5, 1, 8), (5, 1, 8)], {}, r"\(5, 1, 8\).*one shape"),
+        ([(4, 1, 8)] * 3, {"is_causal": True}, "give the causal attn_mask"),
+        ([(4, 1, 8)] * 3, {"key_padding_mask": torch.ones(1, 4).long()}, "int64.*bool"),
+        ([(4, 1, 8)] * 3, {"hw": (3, 2)}, "3×2"),
+    ],
+)
 def test_attention_refuses_inputs_that_it_would_misread(shapes, arguments, words):
     attention = RPEMultiheadAttention(8, 2, rpe_config=get_rpe_config(skip=0))
     with pytest.raises(ValueError, match=words):
@@ -206,6 +263,7 @@ def test_arguments_stored_by_the_public_code_build_a_model():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Positions, backbone, input
+
 
 def test_sine_positions_equal_the_formula():
     mask = torch.ones(1, 3, 4, dtype=torch.bool)
@@ -263,17 +321,22 @@ def test_a_backbone_from_random_weights_trains_whole_and_loads_into_the_frozen_f
     trained(image(1, (2, 3, 64, 64)))  # moves the running statistics
     frozen, _, _ = build_model(parse(*flags, "--eval"))
     names = {name for name, p in frozen.named_parameters() if not p.requires_grad}
-    assert names == {f"backbone.0.body.{name}" for name in frozen.backbone[0].body.state_dict()
-                     if name.startswith(("conv1", "layer1")) and "conv" in name}
+    assert names == {
+        f"backbone.0.body.{name}"
+        for name in frozen.backbone[0].body.state_dict()
+        if name.startswith(("conv1", "layer1")) and "conv" in name
+    }
     load_weights(frozen, {"model": trained.state_dict()}, "x")
     load_weights(trained, {"model": frozen.state_dict()}, "x")
     picture = image(2, (1, 3, 64, 96))
-    torch.testing.assert_close(frozen.eval()(picture)["pred_logits"], trained.eval()(picture)["pred_logits"],
-                               rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        frozen.eval()(picture)["pred_logits"], trained.eval()(picture)["pred_logits"], rtol=1e-4, atol=1e-5
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Matching and losses
+
 
 def predictions(seed, layers, queries, classes=5, batch=2):
     return image(seed, (layers, batch, queries, classes + 1)), image(seed + 1, (layers, batch, queries, 4)).sigmoid()
@@ -281,27 +344,37 @@ def predictions(seed, layers, queries, classes=5, batch=2):
 
 def objects(seed, *counts, classes=5):
     random = np.random.RandomState(seed)
-    return [{"labels": torch.from_numpy(random.randint(0, classes, n)),
-             "boxes": torch.from_numpy(random.uniform(0.2, 0.6, (n, 4)).astype(np.float32))} for n in counts]
+    return [
+        {
+            "labels": torch.from_numpy(random.randint(0, classes, n)),
+            "boxes": torch.from_numpy(random.uniform(0.2, 0.6, (n, 4)).astype(np.float32)),
+        }
+        for n in counts
+    ]
 
 
 def pair_cost(logits, boxes, target, query, obj):
     corners = [box_cxcywh_to_xyxy(x[None]) for x in (boxes[query], target["boxes"][obj])]
-    return (5 * (boxes[query] - target["boxes"][obj]).abs().sum() - logits[query].softmax(0)[target["labels"][obj]]
-            - 2 * generalized_box_iou(*corners)[0, 0]).item()
+    return (
+        5 * (boxes[query] - target["boxes"][obj]).abs().sum()
+        - logits[query].softmax(0)[target["labels"][obj]]
+        - 2 * generalized_box_iou(*corners)[0, 0]
+    ).item()
 
 
 @pytest.mark.parametrize(("queries", "count"), [(4, 3), (3, 4), (4, 0)])
 def test_matching_is_the_cheapest_of_all_assignments(queries, count):
     logits, boxes = predictions(queries, 1, queries, batch=1)
-    target, = objects(3, count)
-    (query, obj), = HungarianMatcher(1, 5, 2)({"pred_logits": logits[0], "pred_boxes": boxes[0]}, [target])
+    (target,) = objects(3, count)
+    ((query, obj),) = HungarianMatcher(1, 5, 2)({"pred_logits": logits[0], "pred_boxes": boxes[0]}, [target])
     assert len(query) == min(queries, count)
     cost = [[pair_cost(logits[0, 0], boxes[0, 0], target, q, o) for o in range(count)] for q in range(queries)]
     size = min(queries, count)
-    best = min(sum(cost[q][o] for q, o in zip(qs, os, strict=True))
-               for qs in itertools.permutations(range(queries), size)
-               for os in itertools.combinations(range(count), size))
+    best = min(
+        sum(cost[q][o] for q, o in zip(qs, os, strict=True))
+        for qs in itertools.permutations(range(queries), size)
+        for os in itertools.combinations(range(count), size)
+    )
     assert sum(cost[q][o] for q, o in zip(query, obj, strict=True)) == pytest.approx(best, abs=1e-5)
 
 
@@ -357,8 +430,14 @@ def test_matcher_and_criterion_copy_from_the_device_once(monkeypatch):
     copies = []
     for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
         method = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, _name=name, _method=method, **kwargs:
-                            (copies.append(_name), _method(self, *args, **kwargs))[1])
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda self, *args, _name=name, _method=method, **kwargs: (
+                copies.append(_name),
+                _method(self, *args, **kwargs),
+            )[1],
+        )
     logits, boxes = predictions(2, 6, 10)
     criterion_of()(outputs_of(logits, boxes), objects(3, 4, 2))
     assert [name for name in copies if name != "numpy"] == ["cpu"]  # numpy: of the copy, on the CPU

@@ -1,5 +1,6 @@
 """Masks and panoptic sets: read, measured as pycocotools and another implementation of panoptic quality measure them,
 and the same for any number of processes."""
+
 import contextlib
 import io
 import json
@@ -75,6 +76,7 @@ def own(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
+
 def test_targets_are_the_segments_with_boxes_around_their_pixels(made):
     dataset = read(made)
     dataset.transforms = lambda *pair: pair
@@ -128,6 +130,7 @@ def test_things_are_what_the_set_says(made, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes: each a UserError whose sentence names what is wrong
 
+
 def refused(root, *words):
     with pytest.raises(UserError) as caught:
         list(read(root))
@@ -158,14 +161,18 @@ def test_a_map_of_another_size_than_its_picture_is_named(own):
     refused(own, "7.png", "44×33")
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda data: data["annotations"][1].update(image_id=99), ["image 17", "images"]),
-    (lambda data: data["annotations"][2].update(image_id=2), ["image 2 ", "annotations"]),
-    (lambda data: data["annotations"].pop(), ["image 27", "images"]),
-    (lambda data: data["images"][0].update(file_name="other.png"), ["other.png", "1 of 3"]),
-    (lambda data: data["annotations"][0]["segments_info"][0].update(category_id=99), ["7.png", "category 99"]),
-    (lambda data: data["annotations"][0]["segments_info"][0].update(id="a"), ["7.png", "'a'"]),
-    (lambda data: data["categories"][0].pop("isthing"), ["categories", "isthing"])])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data["annotations"][1].update(image_id=99), ["image 17", "images"]),
+        (lambda data: data["annotations"][2].update(image_id=2), ["image 2 ", "annotations"]),
+        (lambda data: data["annotations"].pop(), ["image 27", "images"]),
+        (lambda data: data["images"][0].update(file_name="other.png"), ["other.png", "1 of 3"]),
+        (lambda data: data["annotations"][0]["segments_info"][0].update(category_id=99), ["7.png", "category 99"]),
+        (lambda data: data["annotations"][0]["segments_info"][0].update(id="a"), ["7.png", "'a'"]),
+        (lambda data: data["categories"][0].pop("isthing"), ["categories", "isthing"]),
+    ],
+)
 def test_annotations_that_do_not_fit_together_are_refused(own, change, words):
     data = json.loads(annotations(own).read_text())
     change(data)
@@ -192,6 +199,7 @@ def test_instances_of_another_set_are_refused(own):
 # ---------------------------------------------------------------------------------------------------------------------
 # Mask AP
 
+
 def noisy_masks(root, seed=0):
     """Detections (picture id → result of PostProcessSegm): the objects' masks, moved, a few of another class."""
     random, truth = np.random.RandomState(seed), COCO(root / "annotations" / "instances_val2017.json")
@@ -201,16 +209,26 @@ def noisy_masks(root, seed=0):
         masks = [np.roll(truth.annToMask(entry), random.randint(0, 4, 2), (0, 1)) for entry in entries]
         masks = np.array(masks, np.uint8).reshape(-1, 1, image["height"], image["width"])
         labels = [entry["category_id"] if random.rand() < 0.8 else 3 for entry in entries]
-        found[image["id"]] = {"masks": torch.from_numpy(masks), "labels": torch.tensor(labels, dtype=torch.long),
-                              "scores": torch.from_numpy(random.rand(len(entries)).round(1))}
+        found[image["id"]] = {
+            "masks": torch.from_numpy(masks),
+            "labels": torch.tensor(labels, dtype=torch.long),
+            "scores": torch.from_numpy(random.rand(len(entries)).round(1)),
+        }
     return found
 
 
 def test_mask_ap_equals_pycocotools_called_directly_in_whatever_order_pictures_come(made):
     found, path = noisy_masks(made), made / "annotations" / "instances_val2017.json"
-    results = [{"image_id": image_id, "category_id": int(label), "score": float(score),
-                "segmentation": rle_tools.encode(np.asfortranarray(mask[0].numpy()))}
-               for image_id, r in found.items() for mask, label, score in zip(*r.values(), strict=True)]
+    results = [
+        {
+            "image_id": image_id,
+            "category_id": int(label),
+            "score": float(score),
+            "segmentation": rle_tools.encode(np.asfortranarray(mask[0].numpy())),
+        }
+        for image_id, r in found.items()
+        for mask, label, score in zip(*r.values(), strict=True)
+    ]
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(path)
         expected = COCOeval(truth, truth.loadRes(results), "segm")
@@ -235,26 +253,36 @@ def segments(*limits):
     return sum(((ROW >= first) & (ROW < end)) * number for number, first, end in limits)
 
 
-@pytest.mark.parametrize(("truth", "true_segments", "found", "found_segments", "expected"), [
-    # an IoU of a half is none of a match: a miss and a false find
-    (segments((1, 0, 8)), [(1, 5, 0)], segments((1, 0, 4)), [(1, 5, 0)], [(5, 0), (5, 0)]),
-    (segments((1, 0, 8)), [(1, 5, 0)], segments((9, 0, 6)), [(9, 5, 0)], [(5, 0.75)]),
-    # void does not count to the union: 6 of 8, not 6 of 12
-    (segments((1, 0, 8), (2, 12, 20)), [(1, 5, 0), (2, 6, 0)], segments((9, 2, 12)), [(9, 5, 0)], [(5, 0.75), (6, 0)]),
-    # a found segment of which more than half lies on void is no false one; with a half it is
-    (segments((1, 0, 8)), [(1, 5, 0)], segments((9, 5, 12)), [(9, 7, 0)], [(5, 0)]),
-    (segments((1, 0, 8)), [(1, 5, 0)], segments((9, 4, 12)), [(9, 7, 0)], [(5, 0), (7, 0)]),
-    # a crowd is not missed, never matched, and swallows the found of its category alone
-    (segments((1, 0, 20)), [(1, 5, 1)], segments((0, 0, 0)), [], []),
-    (segments((1, 0, 20)), [(1, 5, 1)], segments((9, 0, 20)), [(9, 5, 0)], []),
-    (segments((1, 0, 20)), [(1, 5, 1)], segments((9, 0, 20)), [(9, 6, 0)], [(6, 0)]),
-    (segments((1, 0, 20)), [(1, 5, 1)], segments((8, 0, 9), (9, 9, 20)), [(8, 5, 0), (9, 5, 0)], []),
-    # void and crowd together are more than half
-    (segments((1, 0, 4), (2, 4, 8)), [(1, 5, 1), (2, 6, 0)], segments((9, 1, 11)), [(9, 5, 0)], [(6, 0)]),
-    # another category, and a true segment without pixels
-    (segments((1, 0, 20)), [(1, 5, 0), (3, 8, 0)], segments((9, 0, 20)), [(9, 6, 0)], [(5, 0), (6, 0), (8, 0)]),
-    # the id 0 is a segment where it is listed, also in the found map alone
-    (segments((1, 0, 10)), [(1, 5, 0)], segments((1, 10, 20)), [(0, 5, 0), (1, 5, 0)], [(5, 1.0)])])
+@pytest.mark.parametrize(
+    ("truth", "true_segments", "found", "found_segments", "expected"),
+    [
+        # an IoU of a half is none of a match: a miss and a false find
+        (segments((1, 0, 8)), [(1, 5, 0)], segments((1, 0, 4)), [(1, 5, 0)], [(5, 0), (5, 0)]),
+        (segments((1, 0, 8)), [(1, 5, 0)], segments((9, 0, 6)), [(9, 5, 0)], [(5, 0.75)]),
+        # void does not count to the union: 6 of 8, not 6 of 12
+        (
+            segments((1, 0, 8), (2, 12, 20)),
+            [(1, 5, 0), (2, 6, 0)],
+            segments((9, 2, 12)),
+            [(9, 5, 0)],
+            [(5, 0.75), (6, 0)],
+        ),
+        # a found segment of which more than half lies on void is no false one; with a half it is
+        (segments((1, 0, 8)), [(1, 5, 0)], segments((9, 5, 12)), [(9, 7, 0)], [(5, 0)]),
+        (segments((1, 0, 8)), [(1, 5, 0)], segments((9, 4, 12)), [(9, 7, 0)], [(5, 0), (7, 0)]),
+        # a crowd is not missed, never matched, and swallows the found of its category alone
+        (segments((1, 0, 20)), [(1, 5, 1)], segments((0, 0, 0)), [], []),
+        (segments((1, 0, 20)), [(1, 5, 1)], segments((9, 0, 20)), [(9, 5, 0)], []),
+        (segments((1, 0, 20)), [(1, 5, 1)], segments((9, 0, 20)), [(9, 6, 0)], [(6, 0)]),
+        (segments((1, 0, 20)), [(1, 5, 1)], segments((8, 0, 9), (9, 9, 20)), [(8, 5, 0), (9, 5, 0)], []),
+        # void and crowd together are more than half
+        (segments((1, 0, 4), (2, 4, 8)), [(1, 5, 1), (2, 6, 0)], segments((9, 1, 11)), [(9, 5, 0)], [(6, 0)]),
+        # another category, and a true segment without pixels
+        (segments((1, 0, 20)), [(1, 5, 0), (3, 8, 0)], segments((9, 0, 20)), [(9, 6, 0)], [(5, 0), (6, 0), (8, 0)]),
+        # the id 0 is a segment where it is listed, also in the found map alone
+        (segments((1, 0, 10)), [(1, 5, 0)], segments((1, 10, 20)), [(0, 5, 0), (1, 5, 0)], [(5, 1.0)]),
+    ],
+)
 def test_segments_match_by_the_rules_of_void_and_crowds(truth, true_segments, found, found_segments, expected):
     assert sorted(compare(truth, true_segments, found, found_segments)) == expected
 
@@ -272,13 +300,22 @@ def perturbed(dataset, seed=0):
     for image in dataset.images:
         ids = np.roll(dataset.read_map(image), random.randint(0, 4, 2), (0, 1))
         height, width = (random.randint(0, size // 2) for size in ids.shape)
-        ids[height:height + 12, width:width + 12] = 1
+        ids[height : height + 12, width : width + 12] = 1
         ids[-3:] = 0
         kinds = {segment: category for segment, category, _ in dataset.segments[image["id"]].tolist()}
         categories = [*dataset.categories]
-        segments = [{"id": int(segment), "isthing": True, "area": 1, "category_id":
-                     kinds[segment] if segment in kinds and random.rand() < 0.85 else int(random.choice(categories))}
-                    for segment in np.unique(ids) if segment]
+        segments = [
+            {
+                "id": int(segment),
+                "isthing": True,
+                "area": 1,
+                "category_id": kinds[segment]
+                if segment in kinds and random.rand() < 0.85
+                else int(random.choice(categories)),
+            }
+            for segment in np.unique(ids)
+            if segment
+        ]
         file = io.BytesIO()
         Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)).save(file, "PNG")
         found[image["id"]] = {"panoptic": {"png_string": file.getvalue(), "segments_info": segments}}
@@ -293,8 +330,12 @@ def test_quality_equals_another_implementation_on_the_files_that_are_written(mad
         evaluator.update({image_id: found[image_id]})
     stats = evaluator.summarize()
     folder = tmp_path / "panoptic_eval"
-    expected = panoptic.pq_compute(str(annotations(made)), str(folder / "predictions.json"),
-                                   str(made / "panoptic" / "panoptic_val2017"), str(folder))
+    expected = panoptic.pq_compute(
+        str(annotations(made)),
+        str(folder / "predictions.json"),
+        str(made / "panoptic" / "panoptic_val2017"),
+        str(folder),
+    )
     for name, theirs in (("PQ_all", "All"), ("PQ_th", "Things"), ("PQ_st", "Stuff")):
         assert stats[name] == pytest.approx(expected[theirs], rel=1e-12)
     assert 0.2 < stats["PQ_th"]["pq"] < 0.9 and stats["PQ_all"]["n"] == 4
@@ -327,6 +368,7 @@ def test_without_an_output_directory_nothing_is_written(made, tmp_path, monkeypa
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs
 
+
 class Oracle(nn.Module):
     """Tells pictures by their colours and answers with their objects, moved and some in another class, so that the
     numbers are far from 0 and 1."""
@@ -342,12 +384,15 @@ class Oracle(nn.Module):
         boxes = torch.full((*logits.shape[:2], 4), 0.5)
         masks = torch.full((*logits.shape[:2], height // 4, width // 4), -9.0)
         for i, picture in enumerate(samples.tensors):
-            number, target = next((n, target) for n, (known, target) in enumerate(self.known) if (
-                known.shape <= picture.shape and torch.equal(known, picture[:, :known.shape[1], :known.shape[2]])))
+            number, target = next(
+                (n, target)
+                for n, (known, target) in enumerate(self.known)
+                if (known.shape <= picture.shape and torch.equal(known, picture[:, : known.shape[1], : known.shape[2]]))
+            )
             random = np.random.RandomState(number)
             for n in range(min(len(target["labels"]), self.queries)):
                 mask = torch.zeros(1, 1, height, width)
-                mask[0, 0, :target["masks"].shape[1], :target["masks"].shape[2]] = target["masks"][n]
+                mask[0, 0, : target["masks"].shape[1], : target["masks"].shape[2]] = target["masks"][n]
                 mask = F.interpolate(mask.roll(random.randint(0, 4), -1), masks.shape[2:], mode="area")[0, 0]
                 masks[i, n], boxes[i, n] = 18 * mask - 9, target["boxes"][n] * random.uniform(0.9, 1.1)
                 wrong = random.rand() < 0.2
@@ -363,9 +408,15 @@ def _oracle(args):
         dataset = build_dataset("val", args)
         _, criterion, postprocessors = build_model(args)
         postprocessors["panoptic"].is_thing_map = dataset.is_thing_map
-        stats, _ = evaluate(Oracle(dataset, args.num_queries, args.num_classes), criterion, postprocessors,
-                            eval_loader(dataset, args), dataset.ground_truth(), device,
-                            output_dir=os.path.join(args.output_dir, os.path.basename(root)))
+        stats, _ = evaluate(
+            Oracle(dataset, args.num_queries, args.num_classes),
+            criterion,
+            postprocessors,
+            eval_loader(dataset, args),
+            dataset.ground_truth(),
+            device,
+            output_dir=os.path.join(args.output_dir, os.path.basename(root)),
+        )
         results.append(stats)
     return results
 
@@ -382,10 +433,21 @@ def test_mask_ap_and_quality_are_the_same_for_any_number_of_processes(made, tmp_
         shutil.copytree(COCO_SAMPLE, roots[1], ignore=shutil.ignore_patterns("train2017"))
         write_panoptic(roots[1], roots[1] / "panoptic")
     script = "import test_panoptic as t; t._save(t._oracle(t.parse(*sys.argv[1:])), sys.argv[-1])"
-    flags = flags_of(os.pathsep.join(map(str, roots)), "--eval", "--num_classes", 250, "--num_queries", 20,
-                     "--short_side", 128, "--output_dir")
-    processes = [start(*launcher(world, "--use_env", "tests/run_code.py", script, *flags, tmp_path / f"out{world}"))
-                 for world in (2, 3)]
+    flags = flags_of(
+        os.pathsep.join(map(str, roots)),
+        "--eval",
+        "--num_classes",
+        250,
+        "--num_queries",
+        20,
+        "--short_side",
+        128,
+        "--output_dir",
+    )
+    processes = [
+        start(*launcher(world, "--use_env", "tests/run_code.py", script, *flags, tmp_path / f"out{world}"))
+        for world in (2, 3)
+    ]
     alone = json.loads(json.dumps(_oracle(parse(*flags, tmp_path / "out1"))))
     for process, world in zip(processes, (2, 3), strict=True):
         status, out, err = finish(process)

@@ -1,4 +1,5 @@
 """Which flags a resumed run follows, and the one note about those that it does not."""
+
 import argparse
 import json
 import re
@@ -12,16 +13,51 @@ from util import checkpoint, runtime
 
 # Every flag of main.py is in one of these, with another value than its default.
 FOLLOWED = {
-    "batch_size": [3], "epochs": [9], "clip_max_norm": [1], "amp_dtype": ["bfloat16"], "no_augmentation": [],
-    "eval_every": [2], "backbone": ["resnet18"], "no_pretrained_backbone": [], "dilation": [], "last_stride": [1],
-    "position_embedding": ["learned"], "enc_layers": [1], "dec_layers": [1], "dim_feedforward": [16],
-    "hidden_dim": [16], "dropout": [0], "nheads": [4], "num_queries": [5], "pre_norm": [],
-    "enc_rpe2d": ["rpe-2.0-product-ctx-1-k"], "num_classes": [7], "masks": [], "aux_loss": [], "set_cost_class": [2],
-    "set_cost_bbox": [2], "set_cost_giou": [3], "bbox_loss_coef": [2], "giou_loss_coef": [3], "mask_loss_coef": [2],
-    "dice_loss_coef": [2], "eos_coef": [0.2], "dataset_file": ["coco_panoptic"], "coco_path": ["x"],
-    "coco_panoptic_path": ["x"], "remove_difficult": [], "short_side": [64], "num_workers": [1],
-    "eval_batch_size": [1], "output_dir": ["x"], "device": ["cpu"], "seed": [7], "save_every": [3],
-    "step_timeout": [7], "compile": []}
+    "batch_size": [3],
+    "epochs": [9],
+    "clip_max_norm": [1],
+    "amp_dtype": ["bfloat16"],
+    "no_augmentation": [],
+    "eval_every": [2],
+    "backbone": ["resnet18"],
+    "no_pretrained_backbone": [],
+    "dilation": [],
+    "last_stride": [1],
+    "position_embedding": ["learned"],
+    "enc_layers": [1],
+    "dec_layers": [1],
+    "dim_feedforward": [16],
+    "hidden_dim": [16],
+    "dropout": [0],
+    "nheads": [4],
+    "num_queries": [5],
+    "pre_norm": [],
+    "enc_rpe2d": ["rpe-2.0-product-ctx-1-k"],
+    "num_classes": [7],
+    "masks": [],
+    "aux_loss": [],
+    "set_cost_class": [2],
+    "set_cost_bbox": [2],
+    "set_cost_giou": [3],
+    "bbox_loss_coef": [2],
+    "giou_loss_coef": [3],
+    "mask_loss_coef": [2],
+    "dice_loss_coef": [2],
+    "eos_coef": [0.2],
+    "dataset_file": ["coco_panoptic"],
+    "coco_path": ["x"],
+    "coco_panoptic_path": ["x"],
+    "remove_difficult": [],
+    "short_side": [64],
+    "num_workers": [1],
+    "eval_batch_size": [1],
+    "output_dir": ["x"],
+    "device": ["cpu"],
+    "seed": [7],
+    "save_every": [3],
+    "step_timeout": [7],
+    "compile": [],
+}
 HELD = {"lr": [1e-3], "lr_backbone": [1e-3], "weight_decay": [0.1], "lr_drop": [3]}
 NO_PART_OF_TRAINING = {"resume", "finetune", "eval", "world_size", "dist_url", "local_rank"}
 
@@ -40,8 +76,18 @@ def future(state, first):
     """Everything that decides about the steps of the epochs from `first` on: the groups' values in each of them."""
     seen = []
     for _ in range(first, 9):
-        seen.append(repr([{name: round(value, 12) if name == "lr" else value for name, value in group.items()
-                           if name not in ("params", "initial_lr")} for group in state.optimizer.param_groups]))
+        seen.append(
+            repr(
+                [
+                    {
+                        name: round(value, 12) if name == "lr" else value
+                        for name, value in group.items()
+                        if name not in ("params", "initial_lr")
+                    }
+                    for group in state.optimizer.param_groups
+                ]
+            )
+        )
         state.optimizer.step()
         state.lr_scheduler.step()
     return seen
@@ -58,6 +104,7 @@ def save(path, args, state, progress=None):
 @pytest.fixture
 def resume(capsys):
     """Resumes a checkpoint with a command line: the state, and the flags in the note, each with its text."""
+
     def resume(path, *flags):
         args, state = begin("--resume", path, *flags)
         before = dict(vars(args))
@@ -69,6 +116,7 @@ def resume(capsys):
         assert len(notes) == said.count("is resumed with") <= 1 and all(named == str(path) for named, _ in notes)
         entries = notes[0][1].split("; ") if notes else []
         return state, {re.match(r"--(\w+)", entry)[1]: entry for entry in entries}
+
     return resume
 
 
@@ -91,7 +139,7 @@ def test_note_lists_each_flag_that_a_resumed_run_does_not_follow(tmp_path, resum
 
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_flags_that_are_followed_are_not_listed(tmp_path, resume, name):
-    flag, = (action.option_strings[0] for action in main.get_args_parser()._actions if action.dest == name)
+    (flag,) = (action.option_strings[0] for action in main.get_args_parser()._actions if action.dest == name)
     assert getattr(parse(flag, *FOLLOWED[name]), name) != getattr(parse(), name)
     assert resume(save(tmp_path / "c.pth", *begin()), flag, *FOLLOWED[name])[1] == {}
 
@@ -111,8 +159,12 @@ def test_both_values_are_shown_whatever_the_checkpoint_says_of_its_command_line(
     torch.save(content, path)
     assert resume(path)[1] == {}
     _, note = resume(path, "--lr", 1e-3, "--lr_backbone", 2e-5, "--lr_drop", 1, "--weight_decay", 0)
-    assert list(note.values()) == ["--lr: 0.0001, not 0.001", "--weight_decay: 0.0001, not 0", "--lr_drop: 2, not 1",
-                                   "--lr_backbone: 1e-05, not 2e-05"]
+    assert list(note.values()) == [
+        "--lr: 0.0001, not 0.001",
+        "--weight_decay: 0.0001, not 0",
+        "--lr_drop: 2, not 1",
+        "--lr_backbone: 1e-05, not 2e-05",
+    ]
 
 
 def test_rate_of_a_backbone_that_stays_as_it_is_is_not_listed(tmp_path, resume):
@@ -148,7 +200,10 @@ def test_a_run_that_goes_on_at_the_old_rates_says_so(coco, tmp_path, capsys):
     main.main(parse(*flags, "--epochs", 2, "--lr", 1e-3, "--lr_drop", 1, "--eos_coef", 0.2))
     said = capsys.readouterr().out
     assert said.count("note: ") == 1
-    assert re.search(r"note: \S+checkpoint.pth is resumed with .*: --lr: 0.0001, not 0.001; --lr_drop: 200, not 1\. A "
-                     r"new run follows the command line: leave --resume out, or say --resume \S+pth --finetune", said)
+    assert re.search(
+        r"note: \S+checkpoint.pth is resumed with .*: --lr: 0.0001, not 0.001; --lr_drop: 200, not 1\. A "
+        r"new run follows the command line: leave --resume out, or say --resume \S+pth --finetune",
+        said,
+    )
     rates = [json.loads(line)["train_lr"] for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert rates == pytest.approx([1e-4, 1e-4])

@@ -1,5 +1,6 @@
 """The mask head and what is made of its masks: numbers measured on the public implementation (tests/golden/), and small
 parts done by hand."""
+
 import functools
 import io
 import json
@@ -39,12 +40,14 @@ def targets(meta):
     """As the golden file had them: what RandomState(tseed) draws, each object's mask its box in whole pixels."""
     random, result = np.random.RandomState(meta["tseed"]), []
     for n, (height, width) in zip((3, 5), meta["sizes"], strict=True):
-        boxes = np.concatenate([random.uniform(.3, .7, (n, 2)), random.uniform(.1, .4, (n, 2))], axis=1)
+        boxes = np.concatenate([random.uniform(0.3, 0.7, (n, 2)), random.uniform(0.1, 0.4, (n, 2))], axis=1)
         labels = torch.from_numpy(random.randint(1, 91, n).astype(np.int64))
         masks = torch.zeros(n, height, width, dtype=torch.bool)
         for mask, (cx, cy, w, h) in zip(masks, boxes, strict=True):
-            mask[int((cy - h / 2) * height):int((cy + h / 2) * height),
-                 int((cx - w / 2) * width):int((cx + w / 2) * width)] = True
+            mask[
+                int((cy - h / 2) * height) : int((cy + h / 2) * height),
+                int((cx - w / 2) * width) : int((cx + w / 2) * width),
+            ] = True
         result.append({"labels": labels, "boxes": torch.from_numpy(boxes.astype(np.float32)), "masks": masks})
     return result
 
@@ -61,8 +64,13 @@ def run(name):
     losses = named_losses(criterion, criterion(outputs, targets(meta)))
     losses["loss"].backward()
     gradients = {key: p.grad for key, p in model.named_parameters()}
-    return model, {key: outputs[key].detach() for key in ("pred_logits", "pred_boxes", "pred_masks")}, losses, \
-        gradients, postprocessors
+    return (
+        model,
+        {key: outputs[key].detach() for key in ("pred_logits", "pred_boxes", "pred_masks")},
+        losses,
+        gradients,
+        postprocessors,
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -95,8 +103,11 @@ def test_masks_equal_the_released_ones(name):
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_losses_equal_the_released_ones(name):
     losses = run(name)[2]
-    bare = {key.removesuffix("_unscaled"): value.item() for key, value in losses.items()
-            if key.endswith("_unscaled") or key == "class_error"}
+    bare = {
+        key.removesuffix("_unscaled"): value.item()
+        for key, value in losses.items()
+        if key.endswith("_unscaled") or key == "class_error"
+    }
     assert bare == pytest.approx(SEGM[name]["losses"], rel=1e-4)
     assert losses["loss"].item() == pytest.approx(SEGM[name]["total"], rel=1e-4)
 
@@ -135,6 +146,7 @@ def test_results_equal_the_released_ones(name):
 # ---------------------------------------------------------------------------------------------------------------------
 # From outputs to results
 
+
 def same_segments(found, expected):
     """All of a list of pictures' segments, up to 3 pixels of area."""
     for ours, theirs in zip(found, expected, strict=True):
@@ -145,8 +157,11 @@ def same_segments(found, expected):
 
 def made_outputs(seed):
     coarse = 6 * image(seed + 1, (2, 30, 6, 8))
-    return {"pred_logits": 8 * image(seed, (2, 30, 202)), "pred_boxes": image(seed + 2, (2, 30, 4)).sigmoid(),
-            "pred_masks": F.interpolate(coarse, (48, 64), mode="bilinear")}
+    return {
+        "pred_logits": 8 * image(seed, (2, 30, 202)),
+        "pred_boxes": image(seed + 2, (2, 30, 4)).sigmoid(),
+        "pred_masks": F.interpolate(coarse, (48, 64), mode="bilinear"),
+    }
 
 
 @pytest.mark.parametrize("name", POSTS)
@@ -171,7 +186,7 @@ def test_panoptic_maps_of_made_outputs_are_the_released_ones_and_their_pngs_agre
 
 def read_ids(result):
     colours = np.asarray(Image.open(io.BytesIO(result["png_string"])), np.int64)
-    return colours @ [1, 256, 256 ** 2]
+    return colours @ [1, 256, 256**2]
 
 
 def check_areas(result):
@@ -193,8 +208,10 @@ def panoptic(masks, classes, things=(1, 2), sizes=None):
 def test_each_pixel_goes_to_the_query_that_claims_it_most():
     left, right = [[5, 5, 5, 1, 1, 1]] * 4, [[1, 1, 4, 4, 4, 4]] * 4
     result = panoptic([left, right], [2, 2])
-    assert result["segments_info"] == [{"id": 0, "isthing": True, "category_id": 2, "area": 12},
-                                       {"id": 1, "isthing": True, "category_id": 2, "area": 12}]
+    assert result["segments_info"] == [
+        {"id": 0, "isthing": True, "category_id": 2, "area": 12},
+        {"id": 1, "isthing": True, "category_id": 2, "area": 12},
+    ]
     assert check_areas(result).tolist() == [[0, 0, 0, 1, 1, 1]] * 4
 
 
@@ -238,14 +255,16 @@ def test_masks_are_cut_to_each_picture_before_they_get_its_original_size():
     logits = torch.full((2, 1, 4, 4), -5.0)
     logits[0, :, :, 2:] = 5  # the right half of a full picture; the second picture ends before it
     logits[1, :, :, 2:] = 5
-    results = PostProcessSegm()([{}, {}], {"pred_masks": logits}, torch.tensor([[8, 32], [8, 8]]),
-                                torch.tensor([[16, 16], [16, 8]]))
+    results = PostProcessSegm()(
+        [{}, {}], {"pred_masks": logits}, torch.tensor([[8, 32], [8, 8]]), torch.tensor([[16, 16], [16, 8]])
+    )
     assert results[0]["masks"][0, 0].float().mean(0).tolist() == [0.0] * 16 + [1.0] * 16
     assert results[1]["masks"].sum() == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts of the head and the losses, in float64
+
 
 def test_attention_over_the_map_is_one_softmax_of_all_heads_and_places_without_the_padding():
     torch.manual_seed(0)
@@ -263,7 +282,7 @@ def test_attention_over_the_map_is_one_softmax_of_all_heads_and_places_without_t
             for y, x in (~mask[b]).nonzero().tolist():
                 key = module.k_linear.weight @ memory[b, :, y, x] + module.k_linear.bias
                 for head, part in enumerate((slice(0, 4), slice(4, 8))):
-                    scores[head, y, x] = (query[part] @ key[part] / 4 ** 0.5).exp()
+                    scores[head, y, x] = (query[part] @ key[part] / 4**0.5).exp()
             expected = torch.zeros(2, 4, 5).double()
             for place, score in scores.items():
                 expected[place] = score / sum(scores.values())
@@ -276,7 +295,7 @@ def test_the_head_sees_for_each_query_the_map_with_its_attention_behind_it():
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     projected, attention = torch.randn(2, 16, 2, 3).double(), torch.rand(2, 3, 2, 2, 3).double()
-    fine = [torch.randn(2, channels, 2 * 2 ** i, 3 * 2 ** i).double() for i, channels in enumerate((6, 5, 4), 1)]
+    fine = [torch.randn(2, channels, 2 * 2**i, 3 * 2**i).double() for i, channels in enumerate((6, 5, 4), 1)]
     found = head(projected, attention, fine)
     assert found.shape == (2, 3, 16, 24)
     for b in range(2):
@@ -285,7 +304,7 @@ def test_the_head_sees_for_each_query_the_map_with_its_attention_behind_it():
             for number in range(1, 6):
                 if number > 2:
                     x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-                    x = x + getattr(head, f"adapter{number - 2}")(fine[number - 3][b:b + 1])
+                    x = x + getattr(head, f"adapter{number - 2}")(fine[number - 3][b : b + 1])
                 x = getattr(head, f"gn{number}")(getattr(head, f"lay{number}")(x)).relu()
             torch.testing.assert_close(found[b, q], head.out_lay(x)[0, 0])
 
@@ -307,11 +326,14 @@ def test_the_head_starts_xavier_uniform_in_attention_and_kaiming_uniform_in_conv
     torch.manual_seed(0)
     attention, head = AttentionMaps(128, 8), MaskHead(128, 8, (64, 32, 16))
     weights = [(linear.weight, (6 / 256) ** 0.5) for linear in (attention.q_linear, attention.k_linear)]
-    weights += [(conv.weight, (3 / conv.weight[0].numel()) ** 0.5) for conv in head.modules()
-                if isinstance(conv, torch.nn.Conv2d)]
+    weights += [
+        (conv.weight, (3 / conv.weight[0].numel()) ** 0.5)
+        for conv in head.modules()
+        if isinstance(conv, torch.nn.Conv2d)
+    ]
     for weight, bound in weights:
         assert 0.9 * bound < weight.abs().max() <= bound
-        assert weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.2)
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
     for name, parameter in [*attention.named_parameters(), *head.named_parameters()]:
         if name.endswith("bias"):
             assert not parameter.any(), name
@@ -320,18 +342,27 @@ def test_the_head_starts_xavier_uniform_in_attention_and_kaiming_uniform_in_conv
 def test_mask_losses_are_sums_over_the_matched_masks_on_the_padded_pictures():
     torch.manual_seed(0)
     criterion = SetCriterion(3, HungarianMatcher(), {}, 0.1, ["masks"])
-    outputs = {"pred_logits": torch.randn(2, 4, 4), "pred_boxes": torch.rand(2, 4, 4),
-               "pred_masks": torch.randn(2, 4, 3, 4, requires_grad=True)}
+    outputs = {
+        "pred_logits": torch.randn(2, 4, 4),
+        "pred_boxes": torch.rand(2, 4, 4),
+        "pred_masks": torch.randn(2, 4, 3, 4, requires_grad=True),
+    }
     sizes = [(12, 9), (10, 16)]
-    wanted = [{"labels": torch.randint(0, 3, (n,)), "boxes": torch.rand(n, 4), "masks": torch.rand(n, *size) > 0.5}
-              for n, size in zip((2, 1), sizes, strict=True)]
+    wanted = [
+        {"labels": torch.randint(0, 3, (n,)), "boxes": torch.rand(n, 4), "masks": torch.rand(n, *size) > 0.5}
+        for n, size in zip((2, 1), sizes, strict=True)
+    ]
     earlier = {"pred_logits": torch.randn(2, 4, 4), "pred_boxes": torch.rand(2, 4, 4)}  # matched otherwise
     losses = criterion({**outputs, "aux_outputs": [earlier]}, wanted)
     focal = dice = 0.0
     for picture, (queries, objects) in enumerate(criterion.matcher(outputs, wanted)):
         for query, obj in zip(queries, objects, strict=True):
-            logits = F.interpolate(outputs["pred_masks"][picture, query][None, None].double(), (12, 16),
-                                   mode="bilinear", align_corners=False)[0, 0]
+            logits = F.interpolate(
+                outputs["pred_masks"][picture, query][None, None].double(),
+                (12, 16),
+                mode="bilinear",
+                align_corners=False,
+            )[0, 0]
             p, t = logits.sigmoid(), torch.zeros(12, 16).double()
             height, width = sizes[picture]
             t[:height, :width] = wanted[picture]["masks"][obj].double()
@@ -339,15 +370,22 @@ def test_mask_losses_are_sums_over_the_matched_masks_on_the_padded_pictures():
             focal += (-alpha * (1 - correct) ** 2 * correct.log()).mean().item()
             dice += (1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)).item()
     assert {name: value.item() for name, value in losses.items()} == pytest.approx(
-        {"loss_mask": focal / 3, "loss_dice": dice / 3}, rel=1e-5)
+        {"loss_mask": focal / 3, "loss_dice": dice / 3}, rel=1e-5
+    )
 
 
 def test_pictures_without_objects_have_mask_losses_of_zero_that_can_be_trained_on():
     criterion = SetCriterion(3, HungarianMatcher(), {}, 0.1, ["masks"])
-    outputs = {"pred_logits": torch.randn(1, 4, 4), "pred_boxes": torch.rand(1, 4, 4),
-               "pred_masks": torch.randn(1, 4, 3, 4, requires_grad=True)}
-    nothing = {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4),
-               "masks": torch.zeros(0, 12, 16, dtype=torch.bool)}
+    outputs = {
+        "pred_logits": torch.randn(1, 4, 4),
+        "pred_boxes": torch.rand(1, 4, 4),
+        "pred_masks": torch.randn(1, 4, 3, 4, requires_grad=True),
+    }
+    nothing = {
+        "labels": torch.zeros(0, dtype=torch.long),
+        "boxes": torch.zeros(0, 4),
+        "masks": torch.zeros(0, 12, 16, dtype=torch.bool),
+    }
     losses = criterion(outputs, [nothing])
     (losses["loss_mask"] + losses["loss_dice"]).backward()
     assert losses["loss_mask"] == losses["loss_dice"] == 0 and not outputs["pred_masks"].grad.any()
@@ -355,6 +393,7 @@ def test_pictures_without_objects_have_mask_losses_of_zero_that_can_be_trained_o
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags and checkpoints
+
 
 def narrow(*flags):
     return parse(*small("", "--num_classes", 5, *flags))
@@ -400,14 +439,21 @@ def test_without_frozen_weights_detector_and_head_learn_together():
     trained = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in state.model.parameters()}
     assert {id(p) for p in state.optimizer.param_groups[1]["params"]} == {
-        id(p) for p in state.model.detr.backbone.parameters()}
+        id(p) for p in state.model.detr.backbone.parameters()
+    }
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--dec_layers", 3], "detector.pth belongs to another configuration.*missing.*decoder.layers.2"),
-    (["--num_classes", 7], "5 classes and this run 7: check .*--num_classes, or give --frozen_weights a detector of "
-     "this set$"),
-    (["--frozen_weights", "none.pth"], "none.pth")])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dec_layers", 3], "detector.pth belongs to another configuration.*missing.*decoder.layers.2"),
+        (
+            ["--num_classes", 7],
+            "5 classes and this run 7: check .*--num_classes, or give --frozen_weights a detector of this set$",
+        ),
+        (["--frozen_weights", "none.pth"], "none.pth"),
+    ],
+)
 def test_frozen_weights_of_another_model_are_refused(detector, flags, words):
     with pytest.raises(UserError, match=words):
         start_training(narrow("--masks", "--frozen_weights", detector, *flags))
@@ -453,8 +499,11 @@ def test_masks_over_a_frozen_detector_are_learned_measured_and_gone_on_with(coco
     run(*frozen, "--resume", tmp_path / "checkpoint.pth", "--epochs", 2)
     after = runtime.load_checkpoint(tmp_path / "checkpoint.pth")
     assert after["epoch"] == 1
-    assert all(torch.equal(after["model"][f"detr.{key}"], value) for key, value in detector.items()
-               if not key.endswith("num_batches_tracked"))
+    assert all(
+        torch.equal(after["model"][f"detr.{key}"], value)
+        for key, value in detector.items()
+        if not key.endswith("num_batches_tracked")
+    )
     rows = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert rows[0]["test_loss_bbox"] == pytest.approx(rows[2]["test_loss_bbox"], rel=1e-5)
     assert rows[2]["test_loss_mask"] != rows[1]["test_loss_mask"] and len(rows[2]["test_coco_eval_masks"]) == 12

@@ -1,4 +1,5 @@
 """DETR as a job of a cluster; run_with_submitit.py is DeiT's, where the rest of it is tested."""
+
 import json
 import os
 import re
@@ -21,9 +22,23 @@ def epochs(folder):
 
 def test_job_of_two_processes_trains_and_writes_into_its_folder(coco, tmp_path):
     with open(tmp_path / "said", "w") as said:  # the job, which goes on in the background, keeps it open
-        subprocess.run([sys.executable, "run_with_submitit.py", *map(str, small(coco)), "--ngpus", "2", "--job_dir",
-                        tmp_path / "%j"], cwd=PROJECT, stdout=said, stderr=said, check=True, timeout=PATIENCE,
-                       env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())})
+        subprocess.run(
+            [
+                sys.executable,
+                "run_with_submitit.py",
+                *map(str, small(coco)),
+                "--ngpus",
+                "2",
+                "--job_dir",
+                tmp_path / "%j",
+            ],
+            cwd=PROJECT,
+            stdout=said,
+            stderr=said,
+            check=True,
+            timeout=PATIENCE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())},
+        )
     number = re.search(r"job (\d+) \(local\)", (tmp_path / "said").read_text())[1]
     folder, deadline = tmp_path / number, time.monotonic() + PATIENCE
     while not all((folder / f"{number}_{task}_result.pkl").exists() for task in (0, 1)):

@@ -1,4 +1,5 @@
 """Boxes survive every transform: compared with masks that are drawn, transformed and measured."""
+
 import numpy as np
 import pytest
 import torch
@@ -21,9 +22,13 @@ def sample(seed, integral=False):
     masks = np.zeros((4, height, width), dtype=np.uint8)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.round().astype(int), strict=True):
         mask[y1:y2, x1:x2] = 255
-    target = {"boxes": tv_tensors.BoundingBoxes(torch.tensor(boxes, dtype=torch.float32), format="XYXY",
-                                                canvas_size=(height, width)), "labels": torch.arange(4),
-              "masks": tv_tensors.Mask(torch.from_numpy(masks // 255))}
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(
+            torch.tensor(boxes, dtype=torch.float32), format="XYXY", canvas_size=(height, width)
+        ),
+        "labels": torch.arange(4),
+        "masks": tv_tensors.Mask(torch.from_numpy(masks // 255)),
+    }
     picture = Image.fromarray(random.randint(0, 255, (height, width, 3)).astype(np.uint8))
     return picture, target, [Image.fromarray(mask) for mask in masks]
 
@@ -65,8 +70,9 @@ def test_cropped_boxes_and_labels_are_those_of_the_cropped_masks(seed):
     expected = {i: extent(mask) for i, mask in enumerate(masks) if extent(mask)}
     assert found["labels"].tolist() == list(expected)
     assert found["boxes"].tolist() == list(expected.values())
-    assert np.array_equal(found["masks"] * 255, np.array([np.asarray(masks[i]) for i in expected]).reshape(
-        -1, *region[2:]))
+    assert np.array_equal(
+        found["masks"] * 255, np.array([np.asarray(masks[i]) for i in expected]).reshape(-1, *region[2:])
+    )
     assert (cut.height, cut.width) == region[2:] == found["boxes"].canvas_size
 
 
@@ -108,11 +114,15 @@ def test_size_crop_stays_inside_and_within_its_limits():
     assert len(seen) > 20
 
 
-@pytest.mark.parametrize(("width", "height", "expected"), [(640, 480, (800, 1066)), (500, 375, (800, 1066)),
-                                                           (640, 213, (443, 1333)), (300, 300, (800, 800))])
+@pytest.mark.parametrize(
+    ("width", "height", "expected"),
+    [(640, 480, (800, 1066)), (500, 375, (800, 1066)), (640, 213, (443, 1333)), (300, 300, (800, 800))],
+)
 def test_evaluation_makes_the_short_side_800_and_the_long_one_at_most_1333(width, height, expected):
-    target = {"boxes": tv_tensors.BoundingBoxes([[10.0, 20.0, 110.0, 70.0]], format="XYXY",
-                                                canvas_size=(height, width)), "labels": torch.tensor([1])}
+    target = {
+        "boxes": tv_tensors.BoundingBoxes([[10.0, 20.0, 110.0, 70.0]], format="XYXY", canvas_size=(height, width)),
+        "labels": torch.tensor([1]),
+    }
     picture, found = make_coco_transforms("val")(Image.new("RGB", (width, height), (124, 116, 104)), target)
     assert picture.shape[1] == pytest.approx(expected[0], abs=1) and picture.shape[2] == expected[1]
     assert picture.abs().max() < 0.02  # a picture of ImageNet's mean colour is next to zero
@@ -124,8 +134,10 @@ def test_training_varies_the_size_as_the_recipe_says():
     torch.manual_seed(0)
     whole, cut = set(), 0
     for _ in range(60):
-        target = {"boxes": tv_tensors.BoundingBoxes(torch.empty(0, 4), format="XYXY", canvas_size=(480, 640)),
-                  "labels": torch.empty(0, dtype=torch.long)}
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(torch.empty(0, 4), format="XYXY", canvas_size=(480, 640)),
+            "labels": torch.empty(0, dtype=torch.long),
+        }
         picture, _ = make_coco_transforms("train")(Image.new("RGB", (640, 480)), target)
         height, width = picture.shape[1:]
         assert max(height, width) <= 1333
@@ -141,7 +153,9 @@ def test_a_smaller_short_side_scales_the_whole_recipe():
     torch.manual_seed(0)
     heights = set()
     for _ in range(40):
-        target = {"boxes": tv_tensors.BoundingBoxes(torch.empty(0, 4), format="XYXY", canvas_size=(90, 90)),
-                  "labels": torch.empty(0, dtype=torch.long)}
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(torch.empty(0, 4), format="XYXY", canvas_size=(90, 90)),
+            "labels": torch.empty(0, dtype=torch.long),
+        }
         heights.add(min(make_coco_transforms("train", 80)(Image.new("RGB", (90, 90)), target)[0].shape[1:]))
     assert heights <= {round(side / 10) for side in range(480, 801, 32)} and len(heights) > 5

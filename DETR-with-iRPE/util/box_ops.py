@@ -1,4 +1,5 @@
 """Box geometry: torchvision's, under the names that DETR's users know."""
+
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 __all__ = ["box_cxcywh_to_xyxy", "box_iou", "box_xyxy_to_cxcywh", "generalized_box_iou"]

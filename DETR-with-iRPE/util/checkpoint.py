@@ -1,4 +1,5 @@
 """What a checkpoint holds and how it comes back: resuming a run, or starting another one from its weights."""
+
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,7 @@ from util.runtime import UserError, key_differences, load_checkpoint, model_weig
 @dataclass
 class TrainingState:
     """Everything that changes in training; `model` is the bare one, without DistributedDataParallel."""
+
     model: nn.Module
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -23,9 +25,15 @@ class TrainingState:
         `epoch` there is also the `progress` in it. After some epochs it is kept under the epoch's number too."""
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
             raise UserError("the weights are not finite and are not saved")
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "lr_scheduler": self.lr_scheduler.state_dict(), "epoch": epoch, "args": args,
-                 "scaler": self.loss_scaler.state_dict(), "categories": self.categories}
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "epoch": epoch,
+            "args": args,
+            "scaler": self.loss_scaler.state_dict(),
+            "categories": self.categories,
+        }
         if progress:
             state["progress"] = progress
         elif (epoch + 1) % args.lr_drop == 0 or (epoch + 1) % 100 == 0:
@@ -36,8 +44,7 @@ class TrainingState:
 
     def check_categories(self, checkpoint, path):
         """Raise UserError if the checkpoint, where it has names of categories, means others by the data set's ids."""
-        check_same_categories(checkpoint.get("categories") or {}, f"checkpoint {path}", self.categories,
-                              "the data set")
+        check_same_categories(checkpoint.get("categories") or {}, f"checkpoint {path}", self.categories, "the data set")
 
     def start_at(self, epoch):
         """Go to the learning rates of an epoch, for a start there without a checkpoint that holds them."""
@@ -68,7 +75,8 @@ class TrainingState:
             raise UserError(
                 f"checkpoint {path} is damaged, or trained other parameters ({error!r}): give that run's "
                 "--frozen_weights, --no_pretrained_backbone and --lr_backbone to go on with it, or --finetune to start "
-                "from its weights") from error
+                "from its weights"
+            ) from error
         values = {flag: (asked[flag], kept[flag]) for flag in asked if flag in kept}
         _note_values_kept(path, args, checkpoint, epoch, values)
         return epoch, progress
@@ -86,8 +94,7 @@ def _kept_values(optimizer, scheduler):
     flags, not the first one's.
     """
     rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    values = {"lr": rates[0], "weight_decay": optimizer.param_groups[0]["weight_decay"],
-              "lr_drop": scheduler.step_size}
+    values = {"lr": rates[0], "weight_decay": optimizer.param_groups[0]["weight_decay"], "lr_drop": scheduler.step_size}
     if optimizer.param_groups[1]["params"]:
         values["lr_backbone"] = rates[1]
     return values
@@ -97,9 +104,11 @@ def _note_values_kept(path, args, checkpoint, epoch, values):
     """Note the flags that are not followed: of `values`, (what they say, what is kept), and of START_FLAGS."""
     values = values | runtime.start_values_kept(args, checkpoint, START_FLAGS, epoch)
     runtime.note_values_kept(
-        path, {f"--{flag}": pair for flag, pair in values.items()},
+        path,
+        {f"--{flag}": pair for flag, pair in values.items()},
         f"A new run follows the command line: leave --resume out, or say --resume {path} --finetune to start from "
-        "these weights")
+        "these weights",
+    )
 
 
 def count_classes(weights):
@@ -126,10 +135,13 @@ def load_weights(model, checkpoint, path, new_class_head=False, classes_cure=CLA
     if drawn and not draws:
         raise UserError(f"checkpoint {path} has a mask head: give it to --resume, with --masks")
     if draws and not drawn:
-        raise UserError(f"checkpoint {path} has no mask head: leave --masks out to find boxes, or learn masks on top "
-                        f"of this detector with --frozen_weights {path}")
-    head = [key for key in expected if "class_embed." in key and key in weights
-            and len(weights[key]) != len(expected[key])]
+        raise UserError(
+            f"checkpoint {path} has no mask head: leave --masks out to find boxes, or learn masks on top "
+            f"of this detector with --frozen_weights {path}"
+        )
+    head = [
+        key for key in expected if "class_embed." in key and key in weights and len(weights[key]) != len(expected[key])
+    ]
     if head:
         counts = [len(values[head[0]]) - 1 for values in (weights, expected)]
         if not new_class_head:
@@ -137,7 +149,8 @@ def load_weights(model, checkpoint, path, new_class_head=False, classes_cure=CLA
         print_once(f"finetune: new class head for {counts[1]} classes instead of {counts[0]}")
         weights.update({key: expected[key] for key in head})
     differences = key_differences(
-        expected, {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")})
+        expected, {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+    )
     if differences:
         raise UserError(f"checkpoint {path} belongs to another configuration: {differences}; {model_cure}")
     model.load_state_dict(weights, strict=False)

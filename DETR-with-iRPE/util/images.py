@@ -2,6 +2,7 @@
 
 The DeiT and the DETR codebase hold the same file.
 """
+
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,14 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 # Pillow's modes with more than 8 bits per channel, and what they hold
-DEEP_MODES = {"I;16": "16-bit integers", "I;16B": "16-bit integers", "I;16L": "16-bit integers",
-              "I;16N": "16-bit integers", "I": "32-bit integers", "F": "floating-point numbers"}
+DEEP_MODES = {
+    "I;16": "16-bit integers",
+    "I;16B": "16-bit integers",
+    "I;16L": "16-bit integers",
+    "I;16N": "16-bit integers",
+    "I": "32-bit integers",
+    "F": "floating-point numbers",
+}
 # Formats of which Pillow opens 16-bit greyscale as I (PNG only in older versions), always scaled to 0 … 65535
 FORMATS_OF_16_BIT_I = ("PNG", "PPM")
 BITS_PER_SAMPLE = 258  # tag of a TIFF
@@ -21,9 +28,9 @@ MAX_ASPECT = 100  # of the sides of an image that is made larger; one row of 500
 SIDEWAYS, DARK = 1, 2  # bits of what `oddities` finds
 NOTES = {
     SIDEWAYS: "have an EXIF orientation other than the one they are stored in; the stored pixels are used, as by "
-              "torchvision, timm and COCO's tools: rotate the files if that is wrong",
+    "torchvision, timm and COCO's tools: rotate the files if that is wrong",
     DARK: "have more than 8 bits per channel and only values so low that they are black once scaled to 8 bits: save "
-          "them with 8 bits per channel, or stretch their values",
+    "them with 8 bits per channel, or stretch their values",
 }
 
 
@@ -52,8 +59,9 @@ def _bits(image: Image.Image) -> int:
         return image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if image.format == "TIFF" else 16
     if image.mode == "I" and image.format in FORMATS_OF_16_BIT_I:
         return 16
-    raise ValueError(f"its mode is {image.mode}, {DEEP_MODES[image.mode]} of an unknown range: save it with 8 or 16 "
-                     "bits per channel")
+    raise ValueError(
+        f"its mode is {image.mode}, {DEEP_MODES[image.mode]} of an unknown range: save it with 8 or 16 bits per channel"
+    )
 
 
 def oddities(image: Image.Image) -> int:
@@ -112,8 +120,11 @@ class Oddities:
         if self._told:
             return []
         self._told = True
-        found = {index: bits for odd in gather({i: self._bits[i].item() for i in self._bits.nonzero()[:, 0].tolist()})
-                 for index, bits in odd.items()}
+        found = {
+            index: bits
+            for odd in gather({i: self._bits[i].item() for i in self._bits.nonzero()[:, 0].tolist()})
+            for index, bits in odd.items()
+        }
         sentences = []
         for bit, words in NOTES.items():
             if indices := sorted(index for index, bits in found.items() if bits & bit):

@@ -1,4 +1,5 @@
 """Pictures of different sizes as one batch."""
+
 import torch
 import torch.nn.functional as F
 
@@ -32,12 +33,14 @@ def nested_tensor_from_tensor_list(tensor_list):
         # nothing to pad, and no loop: torch.export can leave the batch size open
         return NestedTensor(tensor_list, torch.zeros_like(tensor_list[:, 0], dtype=torch.bool))
     if not len(tensor_list) or any(x.dim() != 3 or len(x) != len(tensor_list[0]) for x in tensor_list):
-        raise ValueError(f"pictures of shapes {[tuple(x.shape) for x in tensor_list]}; a batch takes one or more of "
-                         "shape (channels, height, width) with the same number of channels")
+        raise ValueError(
+            f"pictures of shapes {[tuple(x.shape) for x in tensor_list]}; a batch takes one or more of "
+            "shape (channels, height, width) with the same number of channels"
+        )
     height, width = (max(x.shape[axis] for x in tensor_list) for axis in (1, 2))
     mask = torch.ones(len(tensor_list), height, width, dtype=torch.bool, device=tensor_list[0].device)
     for picture, hidden in zip(tensor_list, mask, strict=True):
-        hidden[:picture.shape[1], :picture.shape[2]] = False
+        hidden[: picture.shape[1], : picture.shape[2]] = False
     padded = [F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in tensor_list]
     return NestedTensor(torch.stack(padded), mask)
 

@@ -1,4 +1,5 @@
 """Ends a distributed job when one of its ranks dies, stops or hangs, whatever the job is doing at that moment."""
+
 import contextlib
 import datetime
 import math
@@ -33,8 +34,15 @@ class Watchdog:
             process hangs. It must end the process.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float,
-                 on_loss: Callable[[list[int]], None], on_hang: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        on_loss: Callable[[list[int]], None],
+        on_hang: Callable[[str], None],
+    ) -> None:
         self._store = connect_again(store, world_size)
         self._rank = rank
         self._timeout = timeout
@@ -110,8 +118,11 @@ class Watchdog:
             for rank, count in self._heartbeats.copy().items():
                 silence[rank] = silence[rank] + self._interval if count == last[rank] else 0.0
                 last[rank] = count
-            lost = self._lost or [rank for rank, count in self._heartbeats.copy().items()
-                                  if silence[rank] >= (self._timeout if count else patience_at_start)]
+            lost = self._lost or [
+                rank
+                for rank, count in self._heartbeats.copy().items()
+                if silence[rank] >= (self._timeout if count else patience_at_start)
+            ]
             if lost:
                 self._lost = lost
                 if self._rank == 0:
@@ -136,5 +147,10 @@ def connect_again(store: dist.Store, world_size: int) -> dist.Store:
     """A second connection to the store of `dist.rendezvous`, a `TCPStore` or a `FileStore`."""
     if isinstance(store, dist.FileStore):
         return dist.FileStore(store.path, world_size)
-    return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False,
-                         timeout=datetime.timedelta(seconds=STARTUP_SECONDS))
+    return dist.TCPStore(
+        store.host,
+        store.port,
+        is_master=False,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=STARTUP_SECONDS),
+    )

@@ -1,4 +1,5 @@
 """Generated pictures, tars of them, parsed flags and launched processes for the tests."""
+
 import argparse
 import contextlib
 import os
@@ -30,6 +31,7 @@ TINY = "deit_tiny_patch16_224_ctx_product_50_shared_k"
 def operators(request, monkeypatch):
     """Run the test with the extension and with PyTorch's own operators."""
     import irpe
+
     if request.param == "rpe_ops" and not irpe.HAS_RPE_OPS:
         pytest.skip("the extension rpe_ops is not installed; make builds it")
     monkeypatch.setattr(irpe, "HAS_RPE_OPS", request.param == "rpe_ops")
@@ -67,13 +69,31 @@ def pictures(tmp_path_factory):
 def parse(*flags):
     """Arguments of main.py."""
     from main import get_args_parser
+
     return argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([str(flag) for flag in flags])
 
 
 def small(data_path, *flags):
     """Flags of a run on the CPU that takes a second."""
-    return ["--device", "cpu", "--data-set", "FOLDER", "--data-path", data_path, "--model", TINY, "--input-size", 32,
-            "--batch-size", 8, "--num_workers", 0, "--epochs", 1, *flags]
+    return [
+        "--device",
+        "cpu",
+        "--data-set",
+        "FOLDER",
+        "--data-path",
+        data_path,
+        "--model",
+        TINY,
+        "--input-size",
+        32,
+        "--batch-size",
+        8,
+        "--num_workers",
+        0,
+        "--epochs",
+        1,
+        *flags,
+    ]
 
 
 @pytest.fixture
@@ -88,6 +108,7 @@ def like_windows(monkeypatch):
 def trained(pictures, tmp_path_factory):
     """checkpoint.pth, beside its log.txt, of a run of one epoch; for reading only."""
     from main import main
+
     path = tmp_path_factory.mktemp("trained")
     main(parse(*small(pictures, "--output_dir", path)))
     return path / "checkpoint.pth"
@@ -99,8 +120,14 @@ def start(*command, **environment):
     That the compiled rpe_ops is not there, which a user is told, is no matter of these tests.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:the extension rpe_ops", **environment}
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=PROJECT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=PROJECT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def free_port():
@@ -123,14 +150,26 @@ def launcher(world_size, *flags):
 def start_processes(world_size, *command):
     """Start the command once per process as a launcher would, but with outputs of their own."""
     port = free_port()
-    return [start(*command, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                  MASTER_ADDR="localhost", MASTER_PORT=str(port)) for rank in range(world_size)]
+    return [
+        start(
+            *command,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            MASTER_ADDR="localhost",
+            MASTER_PORT=str(port),
+        )
+        for rank in range(world_size)
+    ]
 
 
 def altered(change):
     """main.py's program with a change before it runs."""
-    return ("-c", f"import os, sys, time, main, runtime\n{change}\nruntime.run(main.main, runtime.ArgumentParser("
-            "parents=[main.get_args_parser()]).parse_args())")
+    return (
+        "-c",
+        f"import os, sys, time, main, runtime\n{change}\nruntime.run(main.main, runtime.ArgumentParser("
+        "parents=[main.get_args_parser()]).parse_args())",
+    )
 
 
 def finish(process):

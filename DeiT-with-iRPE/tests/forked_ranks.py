@@ -6,6 +6,7 @@ A job has `flags` of main.py, a `change` (code that runs before main.py's progra
 make hang, `ranks`, those to start of two, and `ending`, those that have to end. Its result is rank -> [exit status,
 standard error] of the latter; the others are killed afterwards.
 """
+
 import json
 import os
 import signal
@@ -27,8 +28,9 @@ import runtime
 def run_rank(job, rank, output):
     """In a process of its own: become this rank of the job and end as main.py would."""
     # every rank is the first of its machine, which says its error without leaving others the time to do so
-    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost",
-                      MASTER_PORT=str(job["port"]))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(job["port"])
+    )
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     sys.stdout = open(os.devnull, "w")

@@ -1,4 +1,5 @@
 """iRPE from the command line, --rpe and --model-kwargs, in small versions of timm's ViTs."""
+
 import pytest
 import timm
 import torch
@@ -10,15 +11,42 @@ from runtime import UserError, load_checkpoint
 
 RPE = "rpe-1.9-product-ctx-1-qkv"
 SMALL = ("patch_size=8", "embed_dim=48", "depth=2", "num_heads=2")
-VITS = {"vit_small_patch14_reg4_dinov2": (), "deit3_small_patch16_224": (), "vit_base_patch16_clip_224": (),
-        "vit_base_patch16_siglip_224": ("global_pool=avg",), "flexivit_small": (),
-        "eva02_tiny_patch14_224": (), "vit_medium_patch16_rope_reg1_gap_256": (), "vit_small_patch16_dinov3": ()}
+VITS = {
+    "vit_small_patch14_reg4_dinov2": (),
+    "deit3_small_patch16_224": (),
+    "vit_base_patch16_clip_224": (),
+    "vit_base_patch16_siglip_224": ("global_pool=avg",),
+    "flexivit_small": (),
+    "eva02_tiny_patch14_224": (),
+    "vit_medium_patch16_rope_reg1_gap_256": (),
+    "vit_small_patch16_dinov3": (),
+}
 EVA = "eva02_tiny_patch14_224"
 
 
 def flags(data_path, model, *more):
-    return ["--device", "cpu", "--data-set", "FOLDER", "--data-path", data_path, "--model", model, "--input-size", 32,
-            "--batch-size", 8, "--num_workers", 0, "--epochs", 1, "--warmup-lr", 1e-2, "--no-model-ema", *more]
+    return [
+        "--device",
+        "cpu",
+        "--data-set",
+        "FOLDER",
+        "--data-path",
+        data_path,
+        "--model",
+        model,
+        "--input-size",
+        32,
+        "--batch-size",
+        8,
+        "--num_workers",
+        0,
+        "--epochs",
+        1,
+        "--warmup-lr",
+        1e-2,
+        "--no-model-ema",
+        *more,
+    ]
 
 
 def run(*arguments):
@@ -63,8 +91,9 @@ def test_plain_weights_are_finetuned_with_irpe_and_evaluated_again(pictures, tmp
 @pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", EVA])
 def test_plain_weights_of_another_map_and_other_classes_start_a_model_with_irpe(tmp_path, capsys, name):
     options = dict(patch_size=8, embed_dim=48, depth=2, num_heads=2)
-    torch.save({"model": timm.create_model(name, img_size=64, num_classes=9, **options).state_dict()},
-               tmp_path / "plain.pth")
+    torch.save(
+        {"model": timm.create_model(name, img_size=64, num_classes=9, **options).state_dict()}, tmp_path / "plain.pth"
+    )
     args = parse(*flags("", name, "--rpe", RPE, "--model-kwargs", *SMALL, "--finetune", tmp_path / "plain.pth"))
     model = main.build_model(args, nb_classes=3)
     assert model.patch_embed.grid_size == (4, 4) and model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
@@ -87,7 +116,8 @@ def test_a_run_goes_on_with_what_its_checkpoint_says(pictures, equipped, tmp_pat
 def test_what_is_said_against_the_checkpoint_is_refused(pictures, equipped):
     resume = ("--eval", "--resume", equipped[0])
     assert f"was trained with --rpe {RPE}, not with rpe-1.9-product-ctx-1-k: leave it out" in refused(
-        pictures, EVA, *resume, "--rpe", "rpe-1.9-product-ctx-1-k")
+        pictures, EVA, *resume, "--rpe", "rpe-1.9-product-ctx-1-k"
+    )
     sentence = refused(pictures, EVA, *resume, "--model-kwargs", "depth=3")
     assert "was trained with --model-kwargs {" in sentence and "not with {'depth': 3}: leave it out" in sentence
     assert "belongs to another model" in refused(pictures, "vit_tiny_patch16_224", *resume)
@@ -98,7 +128,8 @@ def test_a_checkpoint_that_says_no_model_flags_is_damaged(pictures, equipped, tm
     checkpoint["args"].model_kwargs = ["depth=2"]
     torch.save(checkpoint, tmp_path / "list.pth")
     assert "list.pth is damaged: its --model-kwargs is ['depth=2']" in refused(
-        pictures, EVA, "--eval", "--resume", tmp_path / "list.pth")
+        pictures, EVA, "--eval", "--resume", tmp_path / "list.pth"
+    )
     with pytest.raises(UserError, match="is damaged"):  # as visualize_rpe.py, whose defaults are the checkpoint's
         take_model_flags(checkpoint["args"], checkpoint, "list.pth")
 
@@ -119,32 +150,48 @@ def test_queries_keys_and_values_keep_autocasts_type():
     assert {part.dtype for part in parts} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("rpe-1.9-product-ctx-1", "it has 5 parts"), ("1.9-product-ctx-1-k", "and not 6, the first being rpe"),
-    ("rpe-x-product-ctx-1-k", "ratio is 'x'"), ("rpe-0-product-ctx-1-k", "ratio is 0"),
-    ("rpe-1.9-rows-ctx-1-k", "method is 'rows'"), ("rpe-1.9-product-con-1-k", "mode is 'con'"),
-    ("rpe-1.9-product-ctx-2-k", "shared_head is '2'"), ("rpe-1.9-product-ctx-1-kq", "rpe_on is 'kq'"),
-    ("rpe-1.9-product-bias-1-v", "a bias on values does not exist")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rpe-1.9-product-ctx-1", "it has 5 parts"),
+        ("1.9-product-ctx-1-k", "and not 6, the first being rpe"),
+        ("rpe-x-product-ctx-1-k", "ratio is 'x'"),
+        ("rpe-0-product-ctx-1-k", "ratio is 0"),
+        ("rpe-1.9-rows-ctx-1-k", "method is 'rows'"),
+        ("rpe-1.9-product-con-1-k", "mode is 'con'"),
+        ("rpe-1.9-product-ctx-2-k", "shared_head is '2'"),
+        ("rpe-1.9-product-ctx-1-kq", "rpe_on is 'kq'"),
+        ("rpe-1.9-product-bias-1-v", "a bias on values does not exist"),
+    ],
+)
 def test_an_encoding_outside_the_grammar_is_refused(tmp_path, text, said):
     sentence = refused(tmp_path, EVA, "--rpe", text)
     assert sentence.startswith(f"--rpe {text}: ") and said in sentence and "rpe-{ratio}-{euc|quant" in sentence
 
 
-@pytest.mark.parametrize(("name", "kwargs", "said"), [
-    ("deit_tiny_patch16_224_ctx_product_50_shared_k", (), "the name says an encoding already"),
-    ("resnet18", (), "ResNet is neither a VisionTransformer nor an Eva of timm"),
-    ("swin_tiny_patch4_window7_224", (), "SwinTransformer is neither a VisionTransformer nor an Eva of timm"),
-    ("vit_tiny_patch16_224", ("patch_drop_rate=0.5",), "build it with patch_drop_rate=0"),
-    (EVA, ("patch_drop_rate=0.5",), "build it with patch_drop_rate=0"),
-    (EVA, ("patch_size=8", "dept=3"), "unexpected keyword argument 'dept'"),
-    ("vit_tiny_patch16_224", ("embed_dim=50", "num_heads=7"),
-     "--model vit_tiny_patch16_224 embed_dim=50 num_heads=7 cannot be built for 32 pixels: "),
-    (EVA, ("depth=two",), "cannot be built"), (EVA, ("patch_size=0",), "cannot be built"),
-    (EVA, ("norm_layer=none",), "cannot be built"),
-    (EVA, ("img_size=64",), "--model-kwargs img_size=64 is for --input-size to say"),
-    (EVA, ("in_chans=1",), "--model-kwargs in_chans=1 is for the pictures, which are RGB, to say"),
-    ("vit_small_patch16_18x2_224", (), "a block's attention is None; equip_irpe knows timm's "),
-    (EVA, ("patch_size=7",), "--input-size 32 is no multiple of the 7 pixels")])
+@pytest.mark.parametrize(
+    ("name", "kwargs", "said"),
+    [
+        ("deit_tiny_patch16_224_ctx_product_50_shared_k", (), "the name says an encoding already"),
+        ("resnet18", (), "ResNet is neither a VisionTransformer nor an Eva of timm"),
+        ("swin_tiny_patch4_window7_224", (), "SwinTransformer is neither a VisionTransformer nor an Eva of timm"),
+        ("vit_tiny_patch16_224", ("patch_drop_rate=0.5",), "build it with patch_drop_rate=0"),
+        (EVA, ("patch_drop_rate=0.5",), "build it with patch_drop_rate=0"),
+        (EVA, ("patch_size=8", "dept=3"), "unexpected keyword argument 'dept'"),
+        (
+            "vit_tiny_patch16_224",
+            ("embed_dim=50", "num_heads=7"),
+            "--model vit_tiny_patch16_224 embed_dim=50 num_heads=7 cannot be built for 32 pixels: ",
+        ),
+        (EVA, ("depth=two",), "cannot be built"),
+        (EVA, ("patch_size=0",), "cannot be built"),
+        (EVA, ("norm_layer=none",), "cannot be built"),
+        (EVA, ("img_size=64",), "--model-kwargs img_size=64 is for --input-size to say"),
+        (EVA, ("in_chans=1",), "--model-kwargs in_chans=1 is for the pictures, which are RGB, to say"),
+        ("vit_small_patch16_18x2_224", (), "a block's attention is None; equip_irpe knows timm's "),
+        (EVA, ("patch_size=7",), "--input-size 32 is no multiple of the 7 pixels"),
+    ],
+)
 def test_a_model_that_cannot_be_equipped_or_built_says_why(pictures, name, kwargs, said):
     assert said in refused(pictures, name, "--rpe", RPE, "--model-kwargs", *kwargs)
 

@@ -1,4 +1,5 @@
 """Every mistake a user can make with files and flags ends in one sentence, and nothing already written is lost."""
+
 import os
 import re
 import shutil
@@ -25,8 +26,9 @@ def refused(data_path, *flags):
 
 
 def checkpoint_of(name, path, num_classes=3, img_size=32):
-    torch.save({"model": fill_state_dict(create_model(name, num_classes=num_classes, img_size=img_size).state_dict())},
-               path)
+    torch.save(
+        {"model": fill_state_dict(create_model(name, num_classes=num_classes, img_size=img_size).state_dict())}, path
+    )
     return path
 
 
@@ -42,6 +44,7 @@ def broken(pictures, tmp_path):
 
 # Files
 
+
 def test_missing_data_folder(tmp_path):
     assert f"--data-path {tmp_path}/none is not a folder" in refused(tmp_path / "none")
     assert f"{tmp_path}/train is not a folder of class folders" in refused(tmp_path)
@@ -54,14 +57,25 @@ def test_missing_data_folder(tmp_path):
 @pytest.mark.parametrize("flag", ["--resume", "--finetune"])
 def test_missing_checkpoint(pictures, tmp_path, flag):
     assert f"checkpoint {tmp_path}/none.pth cannot be read: No such file" in refused(
-        pictures, flag, tmp_path / "none.pth")
+        pictures, flag, tmp_path / "none.pth"
+    )
 
 
 def test_truncated_picture_is_named_and_the_checkpoint_stays(trained, broken, tmp_path):
     shutil.copytree(trained.parent, tmp_path / "out")
     before = {file: (tmp_path / "out" / file).read_bytes() for file in ("checkpoint.pth", "log.txt")}
-    sentence = refused(broken, "--output_dir", tmp_path / "out", "--resume", tmp_path / "out" / "checkpoint.pth",
-                       "--epochs", 2, "--num_workers", 1, "--no-repeated-aug")
+    sentence = refused(
+        broken,
+        "--output_dir",
+        tmp_path / "out",
+        "--resume",
+        tmp_path / "out" / "checkpoint.pth",
+        "--epochs",
+        2,
+        "--num_workers",
+        1,
+        "--no-repeated-aug",
+    )
     assert f"image {broken}/train/bee/2.png cannot be read" in sentence
     assert before == {file: (tmp_path / "out" / file).read_bytes() for file in before}
 
@@ -81,7 +95,8 @@ def test_truncated_checkpoint(pictures, tmp_path, flag):
 def test_checkpoint_of_another_model_says_which_keys_differ(pictures, tmp_path):
     plain = checkpoint_of("deit_tiny_patch16_224", tmp_path / "plain.pth")
     assert "belongs to another model: 12 missing (blocks.0.attn.rpe_k.lookup_table_weight, " in refused(
-        pictures, "--resume", plain)
+        pictures, "--resume", plain
+    )
     wide = checkpoint_of("deit_small_patch16_224", tmp_path / "wide.pth", num_classes=3)
     sentence = refused(pictures, "--eval", "--resume", wide, "--model", "deit_tiny_patch16_224")
     assert "of another shape (" in sentence and "(1, 1, 384) instead of (1, 1, 192)" in sentence
@@ -114,7 +129,8 @@ def test_class_counts_that_disagree_with_the_checkpoint(pictures, tmp_path):
 def test_output_directory_that_cannot_be_written(pictures, tmp_path):
     (tmp_path / "file").touch()
     assert f"output directory {tmp_path}/file/out cannot be written" in refused(
-        pictures, "--output_dir", tmp_path / "file" / "out")
+        pictures, "--output_dir", tmp_path / "file" / "out"
+    )
 
 
 @pytest.mark.parametrize("flags", [["--opt", "sgd"], ["--opt", "lion"], ["--sched", "step"]], ids=" ".join)
@@ -132,22 +148,30 @@ def permuted(optimizer):
     return {**optimizer, "state": dict(zip(state, reversed(state.values()), strict=True))}
 
 
-@pytest.mark.parametrize(("key", "damage", "words"), [
-    ("model_ema", lambda ema: 3, "has no state dict under 'model_ema'"),
-    ("model_ema", lambda ema: {"head.bias": ema["head.bias"]}, "belongs to another model in its 'model_ema': "),
-    ("model", lambda model: {**model, "head.weight": torch.tensor(1.0)}, "1 of another shape (head.weight is ()"),
-    ("epoch", lambda epoch: "x", "is damaged: its epoch is 'x'"),
-    ("epoch", lambda epoch: -1, "is damaged: its epoch is -1"),
-    ("optimizer", lambda optimizer: {**optimizer, "param_groups": optimizer["param_groups"][:1]}, "is not --opt adamw"),
-    ("optimizer", lambda optimizer: 3, "is not --opt adamw of this model"),
-    ("optimizer", lambda optimizer: {**optimizer, "param_groups": 3}, "is not --opt adamw of this model"),
-    ("optimizer", lambda optimizer: {**optimizer, "state": {0: 3}}, "is not --opt adamw of this model"),
-    ("optimizer", permuted, "is not --opt adamw of this model: exp_avg is ("),
-    ("lr_scheduler", lambda scheduler: 3, "is not --sched cosine"),
-    ("lr_scheduler", lambda scheduler: {"best": 1.0, "last_epoch": 0}, "is not --sched cosine"),
-    ("max_accuracy", lambda accuracy: "x", "the file is damaged"),
-    ("classes", lambda classes: [1, 2, 3], "is damaged: its classes are not a list of names"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("key", "damage", "words"),
+    [
+        ("model_ema", lambda ema: 3, "has no state dict under 'model_ema'"),
+        ("model_ema", lambda ema: {"head.bias": ema["head.bias"]}, "belongs to another model in its 'model_ema': "),
+        ("model", lambda model: {**model, "head.weight": torch.tensor(1.0)}, "1 of another shape (head.weight is ()"),
+        ("epoch", lambda epoch: "x", "is damaged: its epoch is 'x'"),
+        ("epoch", lambda epoch: -1, "is damaged: its epoch is -1"),
+        (
+            "optimizer",
+            lambda optimizer: {**optimizer, "param_groups": optimizer["param_groups"][:1]},
+            "is not --opt adamw",
+        ),
+        ("optimizer", lambda optimizer: 3, "is not --opt adamw of this model"),
+        ("optimizer", lambda optimizer: {**optimizer, "param_groups": 3}, "is not --opt adamw of this model"),
+        ("optimizer", lambda optimizer: {**optimizer, "state": {0: 3}}, "is not --opt adamw of this model"),
+        ("optimizer", permuted, "is not --opt adamw of this model: exp_avg is ("),
+        ("lr_scheduler", lambda scheduler: 3, "is not --sched cosine"),
+        ("lr_scheduler", lambda scheduler: {"best": 1.0, "last_epoch": 0}, "is not --sched cosine"),
+        ("max_accuracy", lambda accuracy: "x", "the file is damaged"),
+        ("classes", lambda classes: [1, 2, 3], "is damaged: its classes are not a list of names"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_damaged_part_of_a_checkpoint(pictures, trained, tmp_path, key, damage, words):
     checkpoint = load_checkpoint(trained)
     checkpoint[key] = damage(checkpoint[key])
@@ -157,51 +181,56 @@ def test_damaged_part_of_a_checkpoint(pictures, trained, tmp_path, key, damage, 
 
 # Flags
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--model", "deit_smal_patch16_224"], "deit_small_patch16_224"),
-    (["--model", "deit_tiny_patch16_224_bias_product_50_shared_v"], "bias"),
-    (["--model", "resnet18"], "--model resnet18 cannot be built"),
-    (["--input-size", 40], "--input-size 40 is no multiple of the 16 pixels of a patch: use 32"),
-    (["--input-size", 8], "use 16"),
-    (["--batch-size", 7], "--batch-size 7 is odd"),
-    (["--batch-size", 0], "--batch-size 0 is out of range: it must be at least 1"),
-    (["--batch-size", 26], "--batch-size 26 is more than the 24 pictures that each of 1 processes sees"),
-    (["--reprob", 1.5], "--reprob 1.5 is out of range: it must be from 0 to 1"),
-    (["--lr", "nan"], "--lr nan is out of range"),
-    (["--num_workers", -1], "--num_workers -1 is out of range"),
-    (["--aa", "rand-k9"], "--aa 'rand-k9'"),
-    (["--remode", "sand"], "--remode 'sand' is unknown"),
-    (["--mixup-mode", "trio"], "--mixup-mode 'trio' is unknown"),
-    (["--train-interpolation", "cubic"], "--train-interpolation 'cubic' is unknown"),
-    (["--cutmix-minmax", 0.3], "--cutmix-minmax [0.3] must be two"),
-    (["--cutmix-minmax", 0, 0], "--cutmix-minmax [0.0, 0.0] must be two"),
-    (["--cutmix-minmax", 0.5, 0.51], "at least a pixel apart"),
-    (["--lr-noise", 0.9, 0.1], "--lr-noise [0.9, 0.1] must be"),
-    (["--lr-noise", "nan"], "--lr-noise [nan] must be"),
-    (["--lr-noise", 0, "--lr-noise-pct", 0], "--lr-noise-pct 0.0 is out of range: it must be at least 0.001"),
-    (["--lr-noise", 0, "--lr-noise-std", 1e4], "--lr-noise-pct 0.67 is too small a bound for --lr-noise-std 10000"),
-    (["--epochs", 0], "--epochs 0 is out of range: it must be at least 1"),
-    (["--lr", "inf"], "--lr inf is out of range"),
-    (["--min-lr", "nan"], "--min-lr nan is out of range: it must be at least 0"),
-    (["--warmup-lr", -1], "--warmup-lr -1.0 is out of range"),
-    (["--momentum", -1], "--momentum -1.0 is out of range: it must be from 0 to 1"),
-    (["--decay-rate", "nan"], "--decay-rate nan is out of range"),
-    (["--clip-grad", 0], "--clip-grad 0.0 is out of range"),
-    (["--opt", "adahessian"], "--opt adahessian needs second derivatives"),
-    (["--opt-betas", 0.9], "--opt-betas [0.9]"),
-    (["--opt-betas", 0.9, 0.99, 0.999], "--opt-betas [0.9, 0.99, 0.999] must be 2 numbers for --opt adamw"),
-    (["--opt", "lion", "--opt-betas", 0.9, 0.99, 0.999], "must be 2 numbers for --opt lion"),
-    (["--model", "tnt_s_patch16_224"], "--model tnt_s_patch16_224 has no patches of one size"),
-    (["--model", "twins_pcpvt_small"], "--model twins_pcpvt_small has no patches of one size"),
-    (["--opt", "eve"], "--opt eve is unknown"),
-    (["--opt-betas", 0.9, 7], "--opt-betas [0.9, 7.0]"),
-    (["--sched", "sine"], "--sched sine"),
-    (["--pretrained", "--finetune", "x"], "--pretrained and --finetune"),
-    (["--distillation-type", "soft"], "needs the teacher's weights"),
-    (["--distillation-type", "soft", "--teacher-path", "x"], "needs a model with a distillation token"),
-    (["--world_size", 2], "torchrun --nproc_per_node=2"),
-    (["--device", "toaster"], "--device toaster"),
-], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "deit_smal_patch16_224"], "deit_small_patch16_224"),
+        (["--model", "deit_tiny_patch16_224_bias_product_50_shared_v"], "bias"),
+        (["--model", "resnet18"], "--model resnet18 cannot be built"),
+        (["--input-size", 40], "--input-size 40 is no multiple of the 16 pixels of a patch: use 32"),
+        (["--input-size", 8], "use 16"),
+        (["--batch-size", 7], "--batch-size 7 is odd"),
+        (["--batch-size", 0], "--batch-size 0 is out of range: it must be at least 1"),
+        (["--batch-size", 26], "--batch-size 26 is more than the 24 pictures that each of 1 processes sees"),
+        (["--reprob", 1.5], "--reprob 1.5 is out of range: it must be from 0 to 1"),
+        (["--lr", "nan"], "--lr nan is out of range"),
+        (["--num_workers", -1], "--num_workers -1 is out of range"),
+        (["--aa", "rand-k9"], "--aa 'rand-k9'"),
+        (["--remode", "sand"], "--remode 'sand' is unknown"),
+        (["--mixup-mode", "trio"], "--mixup-mode 'trio' is unknown"),
+        (["--train-interpolation", "cubic"], "--train-interpolation 'cubic' is unknown"),
+        (["--cutmix-minmax", 0.3], "--cutmix-minmax [0.3] must be two"),
+        (["--cutmix-minmax", 0, 0], "--cutmix-minmax [0.0, 0.0] must be two"),
+        (["--cutmix-minmax", 0.5, 0.51], "at least a pixel apart"),
+        (["--lr-noise", 0.9, 0.1], "--lr-noise [0.9, 0.1] must be"),
+        (["--lr-noise", "nan"], "--lr-noise [nan] must be"),
+        (["--lr-noise", 0, "--lr-noise-pct", 0], "--lr-noise-pct 0.0 is out of range: it must be at least 0.001"),
+        (["--lr-noise", 0, "--lr-noise-std", 1e4], "--lr-noise-pct 0.67 is too small a bound for --lr-noise-std 10000"),
+        (["--epochs", 0], "--epochs 0 is out of range: it must be at least 1"),
+        (["--lr", "inf"], "--lr inf is out of range"),
+        (["--min-lr", "nan"], "--min-lr nan is out of range: it must be at least 0"),
+        (["--warmup-lr", -1], "--warmup-lr -1.0 is out of range"),
+        (["--momentum", -1], "--momentum -1.0 is out of range: it must be from 0 to 1"),
+        (["--decay-rate", "nan"], "--decay-rate nan is out of range"),
+        (["--clip-grad", 0], "--clip-grad 0.0 is out of range"),
+        (["--opt", "adahessian"], "--opt adahessian needs second derivatives"),
+        (["--opt-betas", 0.9], "--opt-betas [0.9]"),
+        (["--opt-betas", 0.9, 0.99, 0.999], "--opt-betas [0.9, 0.99, 0.999] must be 2 numbers for --opt adamw"),
+        (["--opt", "lion", "--opt-betas", 0.9, 0.99, 0.999], "must be 2 numbers for --opt lion"),
+        (["--model", "tnt_s_patch16_224"], "--model tnt_s_patch16_224 has no patches of one size"),
+        (["--model", "twins_pcpvt_small"], "--model twins_pcpvt_small has no patches of one size"),
+        (["--opt", "eve"], "--opt eve is unknown"),
+        (["--opt-betas", 0.9, 7], "--opt-betas [0.9, 7.0]"),
+        (["--sched", "sine"], "--sched sine"),
+        (["--pretrained", "--finetune", "x"], "--pretrained and --finetune"),
+        (["--distillation-type", "soft"], "needs the teacher's weights"),
+        (["--distillation-type", "soft", "--teacher-path", "x"], "needs a model with a distillation token"),
+        (["--world_size", 2], "torchrun --nproc_per_node=2"),
+        (["--device", "toaster"], "--device toaster"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
 def test_flag_that_cannot_be_followed(pictures, flags, words):
     assert words in refused(pictures, *flags)
 
@@ -212,7 +241,8 @@ def test_teacher_that_cannot_be_had(pictures, tmp_path):
     assert "model 'resnet1' is unknown" in refused(pictures, *flags, "x", "--teacher-model", "resnet1")
     path, model = checkpoint_of(TINY, tmp_path / "c.pth"), ["--teacher-model", "deit_tiny_patch16_224"]
     assert f"checkpoint {path} belongs to another model than --teacher-model deit_tiny_patch16_224: 12 unexpected" in (
-        refused(pictures, *flags, path, *model))
+        refused(pictures, *flags, path, *model)
+    )
 
 
 def test_classes_of_other_names_than_the_checkpoints_are_named(pictures, trained, tmp_path):
@@ -239,31 +269,51 @@ def test_teacher_that_numbers_classes_otherwise_is_refused(pictures, tmp_path):
     weights = timm.create_model("resnet10t", num_classes=3).state_dict()
     torch.save({"model": weights, "classes": ["bee", "ant", "cat"]}, tmp_path / "c.pth")
     assert "2 numbers mean another class, such as 0 (bee and ant)" in refused(
-        pictures, "--model", "deit_tiny_distilled_patch16_224", "--distillation-type", "hard", "--teacher-model",
-        "resnet10t", "--teacher-path", tmp_path / "c.pth")
+        pictures,
+        "--model",
+        "deit_tiny_distilled_patch16_224",
+        "--distillation-type",
+        "hard",
+        "--teacher-model",
+        "resnet10t",
+        "--teacher-path",
+        tmp_path / "c.pth",
+    )
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "resnet10t"])
 def test_teacher_of_other_classes_is_not_told_to_be_finetuned(pictures, tmp_path, name):
     torch.save({"model": timm.create_model(name, num_classes=10).state_dict()}, tmp_path / "c.pth")
     assert refused(
-        pictures, "--model", "deit_tiny_distilled_patch16_224", "--distillation-type", "hard", "--teacher-model", name,
-        "--teacher-path", tmp_path / "c.pth") == (
+        pictures,
+        "--model",
+        "deit_tiny_distilled_patch16_224",
+        "--distillation-type",
+        "hard",
+        "--teacher-model",
+        name,
+        "--teacher-path",
+        tmp_path / "c.pth",
+    ) == (
         f"the teacher {tmp_path}/c.pth has 10 classes and the data set 3: a teacher must know the classes that it "
-        "teaches; check --data-set and --data-path, or give a --teacher-path that was trained on them")
+        "teaches; check --data-set and --data-path, or give a --teacher-path that was trained on them"
+    )
 
 
 # Systems
 
+
 def test_system_without_the_signals_of_training_is_told_so_and_evaluates(pictures, trained, tmp_path, like_windows):
     assert refused(pictures, "--output_dir", tmp_path / "out") == (
         "training needs the signals SIGTERM and SIGUSR1 and SIGUSR2, and Windows lacks SIGUSR1 and SIGUSR2: use Linux, "
-        "on Windows in WSL; main.py --eval works without them")
+        "on Windows in WSL; main.py --eval works without them"
+    )
     assert not (tmp_path / "out").exists()
     assert main.main(parse(*small(pictures, "--eval", "--resume", trained, "--num_workers", 1)))["acc5"] == 100
 
 
 # What the process says and how it ends
+
 
 def test_the_program_says_one_line_and_ends_with_an_error(pictures):
     code, _, err = finish(start("main.py", *small(pictures, "--data-set", "MARS")))
@@ -276,8 +326,12 @@ def test_unknown_way_of_attention_in_the_environment(pictures, monkeypatch):
 
 
 def test_broken_picture_is_said_by_the_process_that_meets_it(broken):
-    results = [finish(process) for process in start_processes(
-        2, "main.py", *small(broken, "--batch-size", 4, "--num_workers", 1, "--no-repeated-aug"))]
+    results = [
+        finish(process)
+        for process in start_processes(
+            2, "main.py", *small(broken, "--batch-size", 4, "--num_workers", 1, "--no-repeated-aug")
+        )
+    ]
     assert [code for code, _, _ in results] == [1, 1]
     errors = "".join(err for _, _, err in results).splitlines()
     picture = f"image {broken}/train/bee/2.png cannot be read"
@@ -294,12 +348,14 @@ def test_wrong_flag_is_said_once_under_a_launcher(pictures):
 
 
 def test_killed_process_ends_the_other(pictures):
-    killed = ("after_step = runtime.Run.after_step\n"
-              "def killed(self, progress):\n"
-              "    if runtime.get_rank() == 1 and (self.epoch, progress.done) == (1, 2):\n"
-              f"        os.kill(os.getpid(), {signal.SIGKILL:d})\n"
-              "    after_step(self, progress)\n"
-              "runtime.Run.after_step = killed\n")
+    killed = (
+        "after_step = runtime.Run.after_step\n"
+        "def killed(self, progress):\n"
+        "    if runtime.get_rank() == 1 and (self.epoch, progress.done) == (1, 2):\n"
+        f"        os.kill(os.getpid(), {signal.SIGKILL:d})\n"
+        "    after_step(self, progress)\n"
+        "runtime.Run.after_step = killed\n"
+    )
     first, second = start_processes(2, *altered(killed), *small(pictures, "--batch-size", 4, "--epochs", 3))
     status, _, err = finish(first)
     assert status == 1

@@ -1,4 +1,5 @@
 """The flags are the published ones, and each does something."""
+
 import json
 from pathlib import Path
 
@@ -12,8 +13,19 @@ import main
 from conftest import TINY, parse
 
 PUBLISHED = json.loads((Path(__file__).parent / "golden" / "cli_deit.json").read_text())
-ADDED = {"--amp-dtype", "--no-dist-eval", "--hflip", "--min-crop", "--local-rank", "--local_rank", "--save-every",
-         "--step-timeout", "--rpe", "--model-kwargs", "--compile"}
+ADDED = {
+    "--amp-dtype",
+    "--no-dist-eval",
+    "--hflip",
+    "--min-crop",
+    "--local-rank",
+    "--local_rank",
+    "--save-every",
+    "--step-timeout",
+    "--rpe",
+    "--model-kwargs",
+    "--compile",
+}
 
 
 def actions():
@@ -54,10 +66,21 @@ def training_batch(*flags):
     return torch.stack(batches)
 
 
-@pytest.mark.parametrize(("base", "changed"), [
-    ([], ["--aa", "none"]), (["--aa", "none"], ["--color-jitter", 0]), ([], ["--hflip", 0]), ([], ["--min-crop", 1]),
-    ([], ["--train-interpolation", "bilinear"]), ([], ["--reprob", 0]), ([], ["--remode", "const"]),
-    ([], ["--recount", 3]), ([], ["--resplit"])], ids=lambda flags: " ".join(map(str, flags)))
+@pytest.mark.parametrize(
+    ("base", "changed"),
+    [
+        ([], ["--aa", "none"]),
+        (["--aa", "none"], ["--color-jitter", 0]),
+        ([], ["--hflip", 0]),
+        ([], ["--min-crop", 1]),
+        ([], ["--train-interpolation", "bilinear"]),
+        ([], ["--reprob", 0]),
+        ([], ["--remode", "const"]),
+        ([], ["--recount", 3]),
+        ([], ["--resplit"]),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
 def test_augmentation_flag_changes_the_training_pictures(base, changed):
     assert torch.equal(training_batch(*base), training_batch(*base))
     assert not torch.equal(training_batch(*base), training_batch(*base, *changed))
@@ -73,9 +96,19 @@ def mixed_batch(*flags):
     return torch.stack(batches)
 
 
-@pytest.mark.parametrize("changed", [
-    ["--mixup", 0], ["--cutmix", 0], ["--cutmix-minmax", 0.2, 0.3], ["--mixup-prob", 0.3], ["--mixup-switch-prob", 0.9],
-    ["--mixup-mode", "elem"], ["--smoothing", 0]], ids=lambda flags: flags[0])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ["--mixup", 0],
+        ["--cutmix", 0],
+        ["--cutmix-minmax", 0.2, 0.3],
+        ["--mixup-prob", 0.3],
+        ["--mixup-switch-prob", 0.9],
+        ["--mixup-mode", "elem"],
+        ["--smoothing", 0],
+    ],
+    ids=lambda flags: flags[0],
+)
 def test_mixing_flag_changes_the_mixed_batch(changed):
     assert torch.equal(mixed_batch(), mixed_batch())
     assert not torch.equal(mixed_batch(), mixed_batch(*changed))
@@ -85,10 +118,17 @@ def test_no_mixing_at_all_with_both_ratios_at_zero():
     assert main.build_mixup(parse("--mixup", 0, "--cutmix", 0), nb_classes=4) is None
 
 
-@pytest.mark.parametrize(("flags", "field", "value"), [
-    (["--weight-decay", 0.3], "weight_decay", 0.3), (["--opt-eps", 1e-5], "eps", 1e-5),
-    (["--opt-betas", 0.8, 0.9], "betas", (0.8, 0.9)), (["--opt", "sgd", "--momentum", 0.7], "momentum", 0.7),
-    (["--lr", 0.256, "--batch-size", 16, "--sched", "none"], "lr", 0.256 * 16 / 512)], ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--weight-decay", 0.3], "weight_decay", 0.3),
+        (["--opt-eps", 1e-5], "eps", 1e-5),
+        (["--opt-betas", 0.8, 0.9], "betas", (0.8, 0.9)),
+        (["--opt", "sgd", "--momentum", 0.7], "momentum", 0.7),
+        (["--lr", 0.256, "--batch-size", 16, "--sched", "none"], "lr", 0.256 * 16 / 512),
+    ],
+    ids=lambda value: str(value),
+)
 def test_optimizer_flag_reaches_the_optimizer(flags, field, value):
     optimizer = main.build_optimizer(parse(*flags), torch.nn.Linear(2, 2))
     assert field == "weight_decay" or all(np.allclose(group[field], value) for group in optimizer.param_groups)

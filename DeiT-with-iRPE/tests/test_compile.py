@@ -1,4 +1,5 @@
 """--compile: the same results, the same checkpoints, and few compilations."""
+
 import json
 import shutil
 
@@ -46,8 +47,9 @@ def aot(monkeypatch):
 
 
 def run(data_path, *flags):
-    return main.main(parse(*small(data_path, "--model-kwargs", "depth=1", "--batch-size", 7, "--mixup", 0, "--cutmix",
-                                  0, *flags)))
+    return main.main(
+        parse(*small(data_path, "--model-kwargs", "depth=1", "--batch-size", 7, "--mixup", 0, "--cutmix", 0, *flags))
+    )
 
 
 def weights_of(folder):
@@ -101,13 +103,27 @@ def test_evaluation_compiles_once_for_batches_of_all_sizes(pictures, tmp_path, g
 def test_training_evaluation_and_a_teacher_are_a_graph_each_for_all_epochs(pictures, tmp_path, graphs):
     teacher = create_model(TINY, num_classes=3, img_size=32)
     torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
-    run(pictures, "--compile", "--epochs", 2, "--model", "deit_tiny_distilled_patch16_224", "--distillation-type",
-        "soft", "--teacher-model", TINY, "--teacher-path", tmp_path / "teacher.pth")
+    run(
+        pictures,
+        "--compile",
+        "--epochs",
+        2,
+        "--model",
+        "deit_tiny_distilled_patch16_224",
+        "--distillation-type",
+        "soft",
+        "--teacher-model",
+        TINY,
+        "--teacher-path",
+        tmp_path / "teacher.pth",
+    )
     assert len(graphs) == 1 + 3  # the first is the check of the compiler
 
 
-@pytest.mark.parametrize(("method", "rpe_on"), [
-    ("product", "qkv"), ("euc", "qkv"), ("cross", "q"), ("cross", "k"), ("cross", "v"), ("cross", "qkv")])
+@pytest.mark.parametrize(
+    ("method", "rpe_on"),
+    [("product", "qkv"), ("euc", "qkv"), ("cross", "q"), ("cross", "k"), ("cross", "v"), ("cross", "qkv")],
+)
 @pytest.mark.usefixtures("aot")
 def test_an_equipped_deit_is_one_graph(method, rpe_on):
     model = timm.create_model("deit_tiny_patch16_224", img_size=48, depth=2, embed_dim=16, num_heads=2, num_classes=3)
@@ -143,5 +159,6 @@ def test_an_environment_that_cannot_compile_is_one_sentence(pictures):
 
 
 def test_processes_that_compile_wait_longer_for_each_other():
-    assert [main.runtime.step_timeout(parse(*flags)) for flags in (
-        [], ["--compile"], ["--compile", "--step-timeout", 900])] == [60, 600, 900]
+    assert [
+        main.runtime.step_timeout(parse(*flags)) for flags in ([], ["--compile"], ["--compile", "--step-timeout", 900])
+    ] == [60, 600, 900]

@@ -1,4 +1,5 @@
 """Data sets from folders, tars and lists; samplers; pictures that cannot be read."""
+
 import io
 import json
 import os
@@ -31,13 +32,19 @@ def contents(dataset):
 
 def same(first, second):
     return len(first) == len(second) and all(
-        torch.equal(a, b) and x == y for (a, x), (b, y) in zip(first, second, strict=True))
+        torch.equal(a, b) and x == y for (a, x), (b, y) in zip(first, second, strict=True)
+    )
 
 
 # Folders and tars
 
-ARCNAMES = {"plain": "", "dotted": "./", "in a folder": "any/", "in folders": "any/where/val/",
-            "absolute": "/any/where/val/"}
+ARCNAMES = {
+    "plain": "",
+    "dotted": "./",
+    "in a folder": "any/",
+    "in folders": "any/where/val/",
+    "absolute": "/any/where/val/",
+}
 
 
 @pytest.mark.parametrize("layout", [*ARCNAMES, "tar of tars", "tar of tars in folders", "tar of tars of folders"])
@@ -106,6 +113,7 @@ def test_imnet_means_a_thousand_classes_and_folder_counts_them(pictures, tmp_pat
 
 # Tars that cannot be read
 
+
 def test_truncated_tar_is_refused_wherever_it_was_cut(pictures, tmp_path):
     whole = (pictures / "val.tar").read_bytes()
     with tarfile.open(pictures / "val.tar") as tar:
@@ -132,7 +140,7 @@ def test_damaged_header_in_a_tar_does_not_pass_for_its_end(pictures, tmp_path):
     with tarfile.open(pictures / "val.tar") as tar:
         offset = tar.getmembers()[5].offset
     data = bytearray((pictures / "val.tar").read_bytes())
-    data[offset:offset + 512], data[offset + 512:offset + 1024] = b"x" * 512, bytes(512)
+    data[offset : offset + 512], data[offset + 512 : offset + 1024] = b"x" * 512, bytes(512)
     (tmp_path / "val.tar").write_bytes(data)
     with pytest.raises(UserError, match="val.tar is truncated or damaged"):
         build("val", tmp_path, "--load-tar")
@@ -167,12 +175,21 @@ def tar_of(path, names):
     return path
 
 
-@pytest.mark.parametrize(("names", "words"), [
-    (["train/ant/1.png", "train/bee/1.png", "meta/logo.png"], "train/ant/1.png in .* lies too deep, as folder train"),
-    (["train/ant/1.png", "train/bee/1.png", "val/ant/1.png"], "lies too deep, as folder train"),
-    (["train/ant/1.png", "train/bee/1.png", "train/logo.png"],
-     "lie in one class folder, train, and some deeper, such as train/ant/1.png"),
-    (["train/ant/1.png", "train/bee/1.png", "logo.png"], "logo.png in .* lies in no class folder")])
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            ["train/ant/1.png", "train/bee/1.png", "meta/logo.png"],
+            "train/ant/1.png in .* lies too deep, as folder train",
+        ),
+        (["train/ant/1.png", "train/bee/1.png", "val/ant/1.png"], "lies too deep, as folder train"),
+        (
+            ["train/ant/1.png", "train/bee/1.png", "train/logo.png"],
+            "lie in one class folder, train, and some deeper, such as train/ant/1.png",
+        ),
+        (["train/ant/1.png", "train/bee/1.png", "logo.png"], "logo.png in .* lies in no class folder"),
+    ],
+)
 def test_tar_of_another_layout_is_refused_with_the_layout_that_is_read(tmp_path, names, words):
     tar_of(tmp_path / "train.tar", names)
     with pytest.raises(UserError, match=f"{words}.*: a tar must hold CLASS/PICTURE"):
@@ -201,10 +218,14 @@ def append(path, name, kind, linkname=""):
         tar.addfile(member)
 
 
-@pytest.mark.parametrize(("kind", "words"), [
-    (tarfile.SYMTYPE, "ant/3.png in tar .* is a symbolic link, which is not read"),
-    (tarfile.GNUTYPE_SPARSE, "ant/3.png in tar .* is a sparse file, which is not read"),
-    (tarfile.LNKTYPE, "ant/3.png in tar .* is a hard link to ant/none.png, which is not in it")])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (tarfile.SYMTYPE, "ant/3.png in tar .* is a symbolic link, which is not read"),
+        (tarfile.GNUTYPE_SPARSE, "ant/3.png in tar .* is a sparse file, which is not read"),
+        (tarfile.LNKTYPE, "ant/3.png in tar .* is a hard link to ant/none.png, which is not in it"),
+    ],
+)
 def test_tar_member_whose_content_lies_elsewhere_is_named(tmp_path, kind, words):
     append(tar_of(tmp_path / "val.tar", ["ant/1.png", "bee/1.png"]), "ant/3.png", kind, "ant/none.png")
     with pytest.raises(UserError, match=words):
@@ -230,7 +251,7 @@ def test_hidden_folders_are_no_classes_and_hold_no_images(tmp_path, capsys, flag
         write_tar(root / f"{split}.tar", root / split, "mnt/.data")
         dataset, nb_classes = build(split, root, *flags)
         assert nb_classes == 2 and dataset.classes == ["ant", "bee"] and len(dataset) == 4
-        note, = capsys.readouterr().out.splitlines()
+        (note,) = capsys.readouterr().out.splitlines()
         assert note.startswith(f"note: 1 images in hidden folders of {root / split}")
         assert note.endswith(f"{folder}/0-checkpoint.png")
 
@@ -256,13 +277,21 @@ def test_images_of_kinds_that_are_not_read_are_counted_in_a_note(tmp_path, capsy
         shutil.copy(tmp_path / "val" / "ant" / "0.png", tmp_path / "val" / "bee" / name)
     write_tar(tmp_path / "val.tar", tmp_path / "val")
     assert len(build("val", tmp_path, *flags)[0]) == 4
-    note, = capsys.readouterr().out.splitlines()
+    (note,) = capsys.readouterr().out.splitlines()
     assert note.startswith(f"note: 2 images in {tmp_path / 'val'}") and "bee/a.gif: save them as one of .jpg" in note
 
 
-@pytest.mark.parametrize(("classes", "said"), [
-    (["1", "2", "10"], "so that 10 has the number 1, counted from 0"), (["c2", "c10"], "so that c10 has the number 0"),
-    (["01", "02", "10"], None), (["1", "2"], None), (["1", "2", "ten"], None), (["a2", "b10"], None)])
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (["1", "2", "10"], "so that 10 has the number 1, counted from 0"),
+        (["c2", "c10"], "so that c10 has the number 0"),
+        (["01", "02", "10"], None),
+        (["1", "2"], None),
+        (["1", "2", "ten"], None),
+        (["a2", "b10"], None),
+    ],
+)
 def test_classes_whose_order_by_name_is_not_that_of_their_numbers_are_noted(tmp_path, capsys, classes, said):
     for split in ("train", "val"):
         write_pictures(tmp_path / split, classes, 1)
@@ -274,12 +303,13 @@ def test_classes_whose_order_by_name_is_not_that_of_their_numbers_are_noted(tmp_
 
 # Pictures that cannot be read
 
+
 @pytest.fixture
 def broken(tmp_path):
     """A truncated picture, and a text that calls itself a picture, with their tar."""
     write_pictures(tmp_path / "val", ("ant",), 2)
     data = (tmp_path / "val" / "ant" / "0.png").read_bytes()
-    (tmp_path / "val" / "ant" / "cut.png").write_bytes(data[:len(data) // 2])
+    (tmp_path / "val" / "ant" / "cut.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "val" / "ant" / "text.jpg").write_text("no picture")
     write_tar(tmp_path / "val.tar", tmp_path / "val")
     return tmp_path
@@ -306,6 +336,7 @@ def test_picture_that_ends_early_in_the_tar_file_is_named(pictures, tmp_path):
 
 # Transforms
 
+
 def test_validation_resizes_by_256_over_224_and_crops_the_centre():
     picture = Image.fromarray(np.random.RandomState(0).randint(0, 255, (500, 700, 3), np.uint8))
     for size, resized in ((224, 256), (384, 438), (32, 36)):
@@ -326,6 +357,7 @@ def test_resplit_erases_only_in_the_second_half_of_a_batch():
 
 # Samplers
 
+
 @pytest.mark.parametrize("pictures_in_all", [1000, 300])
 def test_repeated_augmentation_takes_the_published_share_of_the_tripled_list(pictures_in_all):
     for processes in (1, 2, 3):
@@ -337,7 +369,7 @@ def test_repeated_augmentation_takes_the_published_share_of_the_tripled_list(pic
             count = pictures_in_all // 256 * 256 // processes
             assert [len(share) for share in shares] == [len(s) for s in samplers] == [count] * processes
             dealt = [index for turn in zip(*shares, strict=True) for index in turn]
-            assert all(len(set(dealt[i:i + 3])) == 1 for i in range(0, len(dealt) - 2, 3))
+            assert all(len(set(dealt[i : i + 3])) == 1 for i in range(0, len(dealt) - 2, 3))
             assert len(set(dealt)) == -(-len(dealt) // 3)
     other = RASampler(range(pictures_in_all), 1, 0)
     first = list(other)
@@ -351,8 +383,9 @@ def test_no_magnitude_of_an_augmentation_is_refused_by_pillow(policy):
     for operation in next(t for t in transform if hasattr(t, "ops")).ops:
         operation.prob = 1.0
         operation(Image.new("RGB", (8, 8), "red"))
-    assert auto_augment.NAME_TO_OP["PosterizeIncreasing"](Image.new("RGB", (8, 8), "red"), 0).getextrema() == (
-        (0, 0),) * 3
+    assert (
+        auto_augment.NAME_TO_OP["PosterizeIncreasing"](Image.new("RGB", (8, 8), "red"), 0).getextrema() == ((0, 0),) * 3
+    )
 
 
 def test_repeated_augmentation_of_a_small_set_takes_as_many_samples_as_pictures():
@@ -367,6 +400,7 @@ def test_shards_are_a_partition_for_any_number_of_processes():
 
 
 # CIFAR and iNaturalist
+
 
 def test_cifar_without_files_says_what_to_fetch_and_where(tmp_path):
     with pytest.raises(UserError, match=r"cifar-100-python: fetch https://\S+python.tar.gz and unpack it in "):
@@ -395,10 +429,15 @@ def test_cifar_has_a_hundred_classes_and_keeps_its_own_size(tmp_path, monkeypatc
 @pytest.mark.parametrize(("data_set", "year"), [("INAT", 2018), ("INAT19", 2019)])
 def test_inaturalist_numbers_the_values_of_the_chosen_level(tmp_path, data_set, year):
     write_pictures(tmp_path / "pictures", ("a",), 3)
-    categories = [{"id": 0, "name": "z", "genus": "g"}, {"id": 1, "name": "y", "genus": "g"},
-                  {"id": 2, "name": "x", "genus": "f"}]
-    listing = {"images": [{"id": 10 + i, "file_name": f"pictures/a/{i}.png"} for i in range(3)],
-               "annotations": [{"image_id": 12 - i, "category_id": i} for i in range(3)]}
+    categories = [
+        {"id": 0, "name": "z", "genus": "g"},
+        {"id": 1, "name": "y", "genus": "g"},
+        {"id": 2, "name": "x", "genus": "f"},
+    ]
+    listing = {
+        "images": [{"id": 10 + i, "file_name": f"pictures/a/{i}.png"} for i in range(3)],
+        "annotations": [{"image_id": 12 - i, "category_id": i} for i in range(3)],
+    }
     (tmp_path / "categories.json").write_text(json.dumps(categories))
     (tmp_path / f"val{year}.json").write_text(json.dumps(listing))
     dataset, nb_classes = build("val", tmp_path, "--data-set", data_set)

@@ -1,4 +1,5 @@
 """Evaluation counts every picture once, however it is shared out."""
+
 import json
 import re
 
@@ -69,19 +70,44 @@ def imagenet(tmp_path_factory):
     torch.save({"model": model.state_dict()}, root / "filled.pth")
     rank = (logits > logits.gather(1, targets[:, None])).sum(1)  # logits above the right one
     loss = (logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]).mean().item()
-    return root, root / "filled.pth", {"loss": loss, "acc1": 100 * (rank < 1).double().mean().item(),
-                                       "acc5": 100 * (rank < 5).double().mean().item()}
+    return (
+        root,
+        root / "filled.pth",
+        {
+            "loss": loss,
+            "acc1": 100 * (rank < 1).double().mean().item(),
+            "acc5": 100 * (rank < 5).double().mean().item(),
+        },
+    )
 
 
 def flags_of(imagenet, batch, tar=()):
     root, checkpoint, _ = imagenet
-    return [str(flag) for flag in ("--device", "cpu", "--model", TINY, "--data-path", root, "--batch-size", batch,
-                                   "--num_workers", 1, "--eval", "--resume", checkpoint, *tar)]
+    return [
+        str(flag)
+        for flag in (
+            "--device",
+            "cpu",
+            "--model",
+            TINY,
+            "--data-path",
+            root,
+            "--batch-size",
+            batch,
+            "--num_workers",
+            1,
+            "--eval",
+            "--resume",
+            checkpoint,
+            *tar,
+        )
+    ]
 
 
 def agrees(result, expected):
     return (result["acc1"], result["acc5"]) == pytest.approx((expected["acc1"], expected["acc5"]), abs=1e-9) and (
-        result["loss"] == pytest.approx(expected["loss"], rel=1e-5))
+        result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    )
 
 
 def test_evaluation_gives_what_one_picture_at_a_time_gives(imagenet):
@@ -111,7 +137,8 @@ def test_launched_evaluation_prints_the_published_last_line(imagenet):
     expected = imagenet[2]
     assert re.fullmatch(r"\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}", out.splitlines()[-1])
     assert out.splitlines()[-1] == (
-        f"* Acc@1 {expected['acc1']:.3f} Acc@5 {expected['acc5']:.3f} loss {expected['loss']:.3f}")
+        f"* Acc@1 {expected['acc1']:.3f} Acc@5 {expected['acc5']:.3f} loss {expected['loss']:.3f}"
+    )
 
 
 def loader_of(logits, targets, shards=(1, 0)):
@@ -136,7 +163,8 @@ def test_evaluation_turns_off_what_is_only_for_training(pictures):
     model = torch.nn.Sequential(torch.nn.Dropout(0.9)).train()
     logits, targets = image(1, (6, 4)), torch.arange(6) % 4
     assert engine.evaluate(loader_of(logits, targets), model, torch.device("cpu")) == engine.evaluate(
-        loader_of(logits, targets), torch.nn.Identity(), torch.device("cpu"))
+        loader_of(logits, targets), torch.nn.Identity(), torch.device("cpu")
+    )
 
 
 def test_evaluation_that_is_not_finite_or_has_no_pictures_is_an_error():

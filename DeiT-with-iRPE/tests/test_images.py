@@ -1,4 +1,5 @@
 """Images of every mode, orientation and shape: what becomes of them, what is said of them, and how errors name them."""
+
 import io
 import json
 import pickle
@@ -29,6 +30,7 @@ SHALLOW = DEEP >> 8
 
 
 # Modes
+
 
 @pytest.mark.parametrize("mode", sorted({*Image.MODES} - {*DEEP_MODES, "La"}))
 def test_modes_of_eight_bits_are_what_pillow_makes_of_them(mode):
@@ -65,6 +67,7 @@ def test_a_mode_that_pillow_cannot_convert_is_named():
 
 def png_of_16_bits(colour_type, samples):
     """A PNG of one row, made by hand, since Pillow writes no colour of 16 bits."""
+
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
@@ -77,9 +80,18 @@ def png_of_16_bits(colour_type, samples):
 def tiff_of_12_bits(pixels):
     """A TIFF of one row of greyscale, made by hand; two samples are packed into three bytes."""
     bits = "".join(f"{value:012b}" for value in pixels)
-    content = bytes(int(bits[i:i + 8], 2) for i in range(0, len(bits), 8))
-    tags = [(256, 3, len(pixels)), (257, 3, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8 + 2 + 12 * 9 + 4),
-            (277, 3, 1), (278, 3, 1), (279, 4, len(content))]
+    content = bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8))
+    tags = [
+        (256, 3, len(pixels)),
+        (257, 3, 1),
+        (258, 3, 12),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 8 + 2 + 12 * 9 + 4),
+        (277, 3, 1),
+        (278, 3, 1),
+        (279, 4, len(content)),
+    ]
     entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
     return b"II" + struct.pack("<HIH", 42, 8, len(tags)) + entries + bytes(4) + content
 
@@ -97,10 +109,14 @@ FILES = {
     "PGM of 10 bits": (b"P5 2 1 1023\n" + np.array([0, 1023], ">u2").tobytes(), [0, 255]),
     "TIFF": (saved(Image.fromarray(DEEP), "TIFF"), SHALLOW[0]),
     "TIFF with its high bytes first": (
-        saved(Image.frombytes("I;16B", (6, 1), DEEP.astype(">u2").tobytes()), "TIFF"), SHALLOW[0]),
+        saved(Image.frombytes("I;16B", (6, 1), DEEP.astype(">u2").tobytes()), "TIFF"),
+        SHALLOW[0],
+    ),
     "TIFF of 12 bits": (tiff_of_12_bits([0, 15, 16, 4095]), [0, 0, 1, 255]),
-    "animated GIF": (saved(Image.new("L", (2, 1), 90), "GIF", save_all=True,
-                           append_images=[Image.new("L", (2, 1), 200)]), [90, 90]),
+    "animated GIF": (
+        saved(Image.new("L", (2, 1), 90), "GIF", save_all=True, append_images=[Image.new("L", (2, 1), 200)]),
+        [90, 90],
+    ),
 }
 
 
@@ -134,6 +150,7 @@ def test_a_folder_and_a_tar_scale_deep_images_and_name_those_of_unknown_range(tm
 
 
 # Notes
+
 
 def save_turned(path, orientation, size=(40, 30)):
     exif = Image.Exif()
@@ -171,7 +188,7 @@ def test_a_note_counts_every_image_once_whichever_processes_met_it():
     odd = Oddities(9)
     for index in (3, 3, 5):
         odd.add(index, SIDEWAYS)
-    note, = odd.tell("image{}".format, lambda mine: [mine, {3: SIDEWAYS, 8: SIDEWAYS}])
+    (note,) = odd.tell("image{}".format, lambda mine: [mine, {3: SIDEWAYS, 8: SIDEWAYS}])
     assert note.startswith("note: 3 of the images read so far, such as image3, have an EXIF orientation")
     assert odd.tell("image{}".format, lambda mine: [mine]) == []
 
@@ -183,7 +200,7 @@ def test_one_note_tells_of_the_turned_images_that_workers_of_a_run_met(tmp_path,
             save_turned(tmp_path / split / "ant" / f"turned{number}.jpg", 8)
     main.main(parse(*small(tmp_path, "--num_workers", 1, "--epochs", 2, "--no-repeated-aug", "--batch-size", 4)))
     notes = [line for line in capsys.readouterr().out.splitlines() if "EXIF" in line]
-    assert [note[:len("note: 4")] for note in notes] == ["note: 4", "note: 2"]
+    assert [note[: len("note: 4")] for note in notes] == ["note: 4", "note: 2"]
     assert "train/ant/turned0.jpg" in notes[0] and "val/ant/turned0.jpg" in notes[1]
 
 
@@ -207,8 +224,10 @@ SHAPES = [(1, 1), (1, 2), (3, 1), (2, 2), (2000, 10), (10, 2000), (1, 3000), (30
 @pytest.mark.parametrize("shape", SHAPES)
 def test_images_of_extreme_shape_are_trained_and_evaluated_on(shape):
     image = Image.new("RGB", shape, (124, 116, 104))
-    train, val = (build_transform(is_train, parse("--input-size", 32, "--aa", "none", "--color-jitter", 0, "--reprob",
-                                                  0)) for is_train in (True, False))
+    train, val = (
+        build_transform(is_train, parse("--input-size", 32, "--aa", "none", "--color-jitter", 0, "--reprob", 0))
+        for is_train in (True, False)
+    )
     for seed in range(50):
         random.seed(seed)
         result = train(image)
@@ -237,13 +256,16 @@ def test_random_crops_of_ordinary_images_are_timms(shape):
 
 # Errors
 
+
 @pytest.fixture
 def of_each_kind(tmp_path, monkeypatch):
     """Data sets of a training split with a single class, by kind, and how errors name their first image."""
     write_pictures(tmp_path / "train", ("ant",), 2)
     write_tar(tmp_path / "train.tar", tmp_path / "train")
-    listing = {"images": [{"id": 1, "file_name": "train/ant/0.png"}],
-               "annotations": [{"image_id": 1, "category_id": 0}]}
+    listing = {
+        "images": [{"id": 1, "file_name": "train/ant/0.png"}],
+        "annotations": [{"image_id": 1, "category_id": 0}],
+    }
     (tmp_path / "train2018.json").write_text(json.dumps(listing))
     (tmp_path / "categories.json").write_text(json.dumps([{"id": 0, "name": "ant"}]))
     cifar = torchvision.datasets.CIFAR100
@@ -254,10 +276,16 @@ def of_each_kind(tmp_path, monkeypatch):
     (tmp_path / cifar.base_folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["x"] * 100}))
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5: True)
     kinds = {"folder": ["FOLDER"], "tar": ["FOLDER", "--load-tar"], "iNaturalist": ["INAT"], "CIFAR": ["CIFAR"]}
-    names = {"folder": f"{tmp_path}/train/ant/0.png", "tar": f"ant/0.png in {tmp_path}/train.tar",
-             "iNaturalist": f"{tmp_path}/train/ant/0.png", "CIFAR": "0 of CIFAR-100's training set"}
-    return {kind: (build_dataset(True, parse("--data-path", tmp_path, "--data-set", *flags))[0], names[kind])
-            for kind, flags in kinds.items()}
+    names = {
+        "folder": f"{tmp_path}/train/ant/0.png",
+        "tar": f"ant/0.png in {tmp_path}/train.tar",
+        "iNaturalist": f"{tmp_path}/train/ant/0.png",
+        "CIFAR": "0 of CIFAR-100's training set",
+    }
+    return {
+        kind: (build_dataset(True, parse("--data-path", tmp_path, "--data-set", *flags))[0], names[kind])
+        for kind, flags in kinds.items()
+    }
 
 
 def fail(image):

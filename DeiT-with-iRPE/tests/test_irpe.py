@@ -1,4 +1,5 @@
 """irpe.py against the golden numbers, brute force and the ways in which a module is used."""
+
 import copy
 import hashlib
 import io
@@ -22,7 +23,7 @@ METHODS = ("euc", "quant", "cross", "product")
 
 
 def only_module(modules):
-    module, = (module for module in modules if module is not None)
+    (module,) = (module for module in modules if module is not None)
     return module
 
 
@@ -33,11 +34,13 @@ def fill(module, prefix=""):
 
 # --- buckets ---------------------------------------------------------------------------------------------------------
 
+
 def test_bucket_ids_equal_the_golden_ones():
     for case in json.loads((GOLDEN / "buckets.json").read_text()):
         ratio = case["ratio"]
-        ids, num_buckets = get_bucket_ids_2d(case["method"], case["height"], case["width"], case["skip"],
-                                             ratio, 2 * ratio, 8 * ratio)
+        ids, num_buckets = get_bucket_ids_2d(
+            case["method"], case["height"], case["width"], case["skip"], ratio, 2 * ratio, 8 * ratio
+        )
         assert num_buckets == case["num_buckets"], case
         assert (ids.min(), ids.max()) == (case["min"], case["max"]), case
         assert hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest() == case["sha256"], case
@@ -70,6 +73,7 @@ def test_method_members_and_short_names_mean_the_same():
 
 
 # --- single modules --------------------------------------------------------------------------------------------------
+
 
 def unit_id(case):
     return "-".join(str(case[key]) for key in ("method", "mode", "shared_head", "rpe_on", "ratio", "height", "skip"))
@@ -109,8 +113,8 @@ def brute_force_attention(q, k, v, modules, height, width, skip, rotated=None):
     q, k, v = q.double(), k.double(), v.double()
     B, H, L, D = q.shape
     content_q, content_k = rotated or (q, k)
-    logits = content_q.double() @ content_k.double().transpose(-2, -1) * D ** -0.5
-    q, k_scaled = q * D ** -0.5, k * D ** -0.5
+    logits = content_q.double() @ content_k.double().transpose(-2, -1) * D**-0.5
+    q, k_scaled = q * D**-0.5, k * D**-0.5
     terms = []  # (place, module, ids)
     for place, module in zip("qkv", modules, strict=True):
         parts = [] if module is None else [module] if isinstance(module, iRPE) else [module.rp_rows, module.rp_cols]
@@ -200,12 +204,16 @@ def calls_of(hook):
     return len(calls)
 
 
-@pytest.mark.parametrize("hook", [
-    lambda module, call: module.register_forward_hook(call),
-    lambda module, call: module.register_forward_pre_hook(call),
-    lambda module, call: module.register_full_backward_hook(call),
-    lambda module, call: module.register_full_backward_pre_hook(call),
-    lambda module, call: setattr(module, "forward", lambda *args: call() or type(module).forward(module, *args))])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda module, call: module.register_forward_hook(call),
+        lambda module, call: module.register_forward_pre_hook(call),
+        lambda module, call: module.register_full_backward_hook(call),
+        lambda module, call: module.register_full_backward_pre_hook(call),
+        lambda module, call: setattr(module, "forward", lambda *args: call() or type(module).forward(module, *args)),
+    ],
+)
 def test_whoever_hooks_a_module_is_called(hook):
     assert calls_of(hook) == 1
 
@@ -231,7 +239,7 @@ def test_autocast_and_half_types_give_their_type():
     half = rpe_attention(*(x.bfloat16() for x in (q, k, v)), *(module.bfloat16() for module in modules))
     for out in (autocast, half):
         assert out.dtype == torch.bfloat16
-        assert (out - expected).abs().max() <= 2 ** -5 * expected.abs().max()
+        assert (out - expected).abs().max() <= 2**-5 * expected.abs().max()
 
 
 def test_per_sample_gradients_of_torch_func(monkeypatch):
@@ -246,13 +254,14 @@ def test_per_sample_gradients_of_torch_func(monkeypatch):
     tables = dict(module.named_parameters())
     gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(tables, q, k, v)["lookup_table_weight"]
     for i in range(5):
-        expected, = torch.autograd.grad(loss(tables, q[i], k[i], v[i]), tables.values())
+        (expected,) = torch.autograd.grad(loss(tables, q[i], k[i], v[i]), tables.values())
         torch.testing.assert_close(gradients[i], expected)
 
 
 @pytest.mark.usefixtures("operators")
-@pytest.mark.parametrize("rpe_on, method, shared_head", [("k", "product", True), ("qkv", "cross", False),
-                                                         ("qv", "euc", True)])
+@pytest.mark.parametrize(
+    "rpe_on, method, shared_head", [("k", "product", True), ("qkv", "cross", False), ("qv", "euc", True)]
+)
 def test_masks_are_those_of_the_composed_attention_and_dropout_acts(rpe_on, method, shared_head, monkeypatch):
     config = get_rpe_config(1.9, method, "ctx", shared_head, 1, rpe_on)
     modules = [module and fill(module, f"{i}.").double() for i, module in enumerate(build_rpe(config, 4, 2))]
@@ -277,7 +286,7 @@ def test_the_public_tutorials_own_way_is_rpe_attention():
     """build_rpe's modules called one by one inside somebody's attention, as users of the public code do."""
     rpe_q, rpe_k, rpe_v = modules = [fill(m) for m in build_rpe(get_rpe_config(skip=1, rpe_on="qkv"), 8, 2)]
     q, k, v = image(6, (3, 2, 2, 10, 8))
-    scale = 8 ** -0.5
+    scale = 8**-0.5
     scaled = q * scale
     attn = scaled @ k.transpose(-2, -1)
     attn += rpe_k(scaled)
@@ -289,6 +298,7 @@ def test_the_public_tutorials_own_way_is_rpe_attention():
 
 
 # --- use of a module -------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def module():
@@ -377,7 +387,7 @@ def test_half_precision_sums_in_float32(rpe_on):
     x = image(1, (1, 1, 49, 49 if rpe_on == "v" else 4)).abs().softmax(-1).bfloat16()
     expected = copy.deepcopy(module).double()(x.double())
     assert module(x).dtype == torch.bfloat16
-    assert (module(x) - expected).abs().max() <= 2 ** -7 * expected.abs().max()
+    assert (module(x) - expected).abs().max() <= 2**-7 * expected.abs().max()
 
 
 def test_tables_start_at_zero_and_attention_without_tables_is_plain():
@@ -388,11 +398,20 @@ def test_tables_start_at_zero_and_attention_without_tables_is_plain():
     torch.testing.assert_close(rpe_attention(q, k, v, *build_rpe(None, 8, 2)), plain)
 
 
-@pytest.mark.parametrize("wrong, named", [
-    (dict(method="products"), "product"), (dict(mode="context"), "ctx"), (dict(rpe_on="vk"), "kv"),
-    (dict(shared_head="yes"), "True"), (dict(ratio=0), "above 0"), (dict(ratio="1.9"), "above 0"),
-    (dict(skip=-1), "prefix tokens"), (dict(mode="bias", rpe_on="qkv"), "bias on values"),
-    (dict(mode="bias", rpe_on="v"), "bias on values")])
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        (dict(method="products"), "product"),
+        (dict(mode="context"), "ctx"),
+        (dict(rpe_on="vk"), "kv"),
+        (dict(shared_head="yes"), "True"),
+        (dict(ratio=0), "above 0"),
+        (dict(ratio="1.9"), "above 0"),
+        (dict(skip=-1), "prefix tokens"),
+        (dict(mode="bias", rpe_on="qkv"), "bias on values"),
+        (dict(mode="bias", rpe_on="v"), "bias on values"),
+    ],
+)
 def test_wrong_configuration_names_what_is_allowed(wrong, named):
     with pytest.raises(ValueError, match=named):
         get_rpe_config(**wrong)
@@ -409,16 +428,20 @@ def test_length_that_disagrees_with_skip_names_the_skip_to_set():
         class_token(torch.zeros(1, 1, 196, 4))
 
 
-@pytest.mark.parametrize(("length", "skip", "map_size", "words"), [
-    (8 * 14 * 14, 0, (), "1568 tokens do not form a square map.*fold a video's frames"),
-    (1 + 8 * 14 * 14, 1, (), r"1569 tokens do not form a square map.*skip=1.*give the height and width"),
-    (8 * 14 * 14, 0, (14, 14), "1568 tokens do not form a map of 14×14.*fold a video's frames"),
-    (10 * 15, 0, (), "150 tokens do not form a square map.*give the height and width"),
-    (49, 1, (7, 7), "49 tokens on a map of 7×7 leave 0 prefix tokens.*set skip=0"),
-    (3, 0, (2, 2), "3 tokens do not form a map of 2×2"),
-    (0, 0, (), "0 tokens do not form a square map"),
-    (1, 1, (), "1 tokens on a map of 1×1 leave 0 prefix tokens.*set skip=0"),
-    (4, 5, (), "4 tokens on a map of 2×2 leave 0 prefix tokens.*set skip=0")])
+@pytest.mark.parametrize(
+    ("length", "skip", "map_size", "words"),
+    [
+        (8 * 14 * 14, 0, (), "1568 tokens do not form a square map.*fold a video's frames"),
+        (1 + 8 * 14 * 14, 1, (), r"1569 tokens do not form a square map.*skip=1.*give the height and width"),
+        (8 * 14 * 14, 0, (14, 14), "1568 tokens do not form a map of 14×14.*fold a video's frames"),
+        (10 * 15, 0, (), "150 tokens do not form a square map.*give the height and width"),
+        (49, 1, (7, 7), "49 tokens on a map of 7×7 leave 0 prefix tokens.*set skip=0"),
+        (3, 0, (2, 2), "3 tokens do not form a map of 2×2"),
+        (0, 0, (), "0 tokens do not form a square map"),
+        (1, 1, (), "1 tokens on a map of 1×1 leave 0 prefix tokens.*set skip=0"),
+        (4, 5, (), "4 tokens on a map of 2×2 leave 0 prefix tokens.*set skip=0"),
+    ],
+)
 def test_tokens_that_form_no_map_get_no_advice_that_cannot_be_right(length, skip, map_size, words):
     module = only_module(build_rpe(get_rpe_config(skip=skip), 4, 1))
     with pytest.raises(ValueError, match=words) as error:
@@ -426,13 +449,23 @@ def test_tokens_that_form_no_map_get_no_advice_that_cannot_be_right(length, skip
     assert ("set skip=" in str(error.value)) == ("set skip=" in words)
 
 
-@pytest.mark.parametrize(("height", "width", "words"), [
-    (7.0, 7, "height is 7.0; it must be a whole number"), (7, "7", "width is '7'; it must be a whole number"),
-    (-7, -7, "height is -7"), (7, 0, "width is 0"), (7, None, "give both"), (None, 7, "give both")])
+@pytest.mark.parametrize(
+    ("height", "width", "words"),
+    [
+        (7.0, 7, "height is 7.0; it must be a whole number"),
+        (7, "7", "width is '7'; it must be a whole number"),
+        (-7, -7, "height is -7"),
+        (7, 0, "width is 0"),
+        (7, None, "give both"),
+        (None, 7, "give both"),
+    ],
+)
 def test_sizes_that_are_no_sizes_are_refused(height, width, words):
     rpe_k = only_module(build_rpe(get_rpe_config(), 4, 1))
-    for run in (lambda: rpe_k(torch.zeros(1, 1, 49, 4), height, width),
-                lambda: rpe_attention(*torch.zeros(3, 1, 1, 49, 4), None, rpe_k, None, height, width)):
+    for run in (
+        lambda: rpe_k(torch.zeros(1, 1, 49, 4), height, width),
+        lambda: rpe_attention(*torch.zeros(3, 1, 1, 49, 4), None, rpe_k, None, height, width),
+    ):
         with pytest.raises(ValueError, match=words):
             run()
 
@@ -444,13 +477,17 @@ def test_the_square_map_is_what_the_prefix_tokens_leave():
 
 @pytest.mark.parametrize("with_rpe_ops", [True, False])
 @pytest.mark.parametrize("rpe_on", ["q", "k", "v", "qkv"])
-@pytest.mark.parametrize("shapes", [
-    [(2, 4, 9, 8), (2, 4, 16, 8), (2, 4, 16, 8)],  # cross-attention
-    [(2, 4, 9, 8), (2, 4, 9, 8), (2, 4, 16, 8)],
-    [(2, 4, 9, 8), (3, 4, 9, 8), (3, 4, 9, 8)],
-    [(2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8)],  # grouped queries
-    [(2, 4, 9, 8), (2, 4, 9, 4), (2, 4, 9, 8)],
-    [(2, 9, 8)] * 3])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(2, 4, 9, 8), (2, 4, 16, 8), (2, 4, 16, 8)],  # cross-attention
+        [(2, 4, 9, 8), (2, 4, 9, 8), (2, 4, 16, 8)],
+        [(2, 4, 9, 8), (3, 4, 9, 8), (3, 4, 9, 8)],
+        [(2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8)],  # grouped queries
+        [(2, 4, 9, 8), (2, 4, 9, 4), (2, 4, 9, 8)],
+        [(2, 9, 8)] * 3,
+    ],
+)
 def test_attention_between_tokens_of_two_maps_is_refused(shapes, rpe_on, with_rpe_ops, monkeypatch):
     monkeypatch.setattr(irpe, "HAS_RPE_OPS", irpe.HAS_RPE_OPS and with_rpe_ops)
     modules = build_rpe(get_rpe_config(rpe_on=rpe_on), 8, 4)
@@ -462,8 +499,9 @@ def test_attention_between_tokens_of_two_maps_is_refused(shapes, rpe_on, with_rp
 def test_keys_and_values_that_all_heads_share_are_those_of_every_head():
     modules = [fill(module) for module in build_rpe(get_rpe_config(shared_head=False, rpe_on="qkv"), 8, 4)]
     q, k, v = image(1, (2, 4, 9, 8)), image(2, (2, 1, 9, 8)), image(3, (2, 1, 9, 8))
-    torch.testing.assert_close(rpe_attention(q, k, v, *modules),
-                               rpe_attention(q, k.expand_as(q), v.expand_as(q), *modules))
+    torch.testing.assert_close(
+        rpe_attention(q, k, v, *modules), rpe_attention(q, k.expand_as(q), v.expand_as(q), *modules)
+    )
 
 
 def test_without_modules_cross_attention_is_pytorchs():
@@ -479,8 +517,8 @@ def test_scripting_says_which_ways_there_are_instead(method):
         torch.jit.script(model)
 
 
-
 # --- Masks with aligned rows, as a GPU gets them ---------------------------------------------------------------------
+
 
 def is_aligned(mask):
     return mask.stride(-1) == 1 and all(stride % 16 == 0 for stride in mask.stride()[:-1])
@@ -535,10 +573,18 @@ def test_aligned_sums_are_written_once_and_their_gradients_not_at_all(monkeypatc
     aligned = torch.randn(2, 3, 10, 16)[..., :10].requires_grad_()
     dense = torch.randn(2, 3, 10, 10, requires_grad=True)
     assert irpe.add_terms([aligned]) is aligned
-    free = {"aten.new_empty.default", "aten.slice.Tensor", "aten.detach.default", "aten.expand.default",
-            "aten.promote_types.default"}
-    for terms, launches in (([dense], ["aten.copy_.default"]), ([aligned, dense], ["aten.add.out"]),
-                            ([dense, aligned, dense], ["aten.add.out", "aten.add_.Tensor"])):
+    free = {
+        "aten.new_empty.default",
+        "aten.slice.Tensor",
+        "aten.detach.default",
+        "aten.expand.default",
+        "aten.promote_types.default",
+    }
+    for terms, launches in (
+        ([dense], ["aten.copy_.default"]),
+        ([aligned, dense], ["aten.add.out"]),
+        ([dense, aligned, dense], ["aten.add.out", "aten.add_.Tensor"]),
+    ):
         with Operators() as operators:
             total = irpe.add_terms(terms)
         assert [name for name in operators.names if name not in free] == launches
@@ -556,7 +602,7 @@ def test_aligned_sums_have_the_type_that_autocast_computes_in(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         total = irpe.add_terms([term, mask])
     assert total.dtype == torch.bfloat16
-    grad, = torch.autograd.grad(total.sum(), term)
+    (grad,) = torch.autograd.grad(total.sum(), term)
     assert grad.dtype == torch.bfloat16
 
 
@@ -573,7 +619,7 @@ def test_on_a_gpu_the_gathered_term_is_the_mask(monkeypatch):
         q, k, v = torch.randn(3, 2, 2, 197, 8, device="cuda")
         with Operators() as operators:
             rpe_attention(q, k, v, rpe_k=module)
-    mask, = masks
+    (mask,) = masks
     assert mask.shape == (2, 2, 197, 197) and mask.stride() == (2 * 197 * 208, 197 * 208, 208, 1)
     computed = [name for name in operators.names if not name.startswith("prim.")]
     assert computed[-1] == "rpe_ops.rpe_index.default"

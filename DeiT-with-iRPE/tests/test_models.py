@@ -1,4 +1,5 @@
 """The named models against the golden numbers, and equip_irpe on other ViTs of timm."""
+
 import copy
 import json
 import subprocess
@@ -25,12 +26,14 @@ GOLDEN = Path(__file__).parent / "golden"
 MANIFESTS = json.loads((GOLDEN / "deit_manifest.json").read_text())
 TINY = "deit_tiny_patch16_224_ctx_product_50_shared_k"
 # the table of released models: millions of parameters, millions of multiply-accumulates
-TABLE = {"deit_tiny_patch16_224_ctx_product_50_shared_k": (5.76, 1284),
-         "deit_small_patch16_224_ctx_product_50_shared_k": (22.09, 4659),
-         "deit_small_patch16_224_ctx_product_50_shared_qk": (22.13, 4706),
-         "deit_small_patch16_224_ctx_product_50_shared_qkv": (22.17, 4885),
-         "deit_base_patch16_224_ctx_product_50_shared_k": (86.61, 17684),
-         "deit_base_patch16_224_ctx_product_50_shared_qkv": (86.68, 18137)}
+TABLE = {
+    "deit_tiny_patch16_224_ctx_product_50_shared_k": (5.76, 1284),
+    "deit_small_patch16_224_ctx_product_50_shared_k": (22.09, 4659),
+    "deit_small_patch16_224_ctx_product_50_shared_qk": (22.13, 4706),
+    "deit_small_patch16_224_ctx_product_50_shared_qkv": (22.17, 4885),
+    "deit_base_patch16_224_ctx_product_50_shared_k": (86.61, 17684),
+    "deit_base_patch16_224_ctx_product_50_shared_qkv": (86.68, 18137),
+}
 
 
 def filled(name, **kwargs):
@@ -41,8 +44,16 @@ def filled(name, **kwargs):
 
 # --- golden numbers --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, operators", [(name, operators) for name in MANIFESTS for operators in (
-    ("rpe_ops", "torch") if "shared" in name else ("torch",))], indirect=["operators"])
+
+@pytest.mark.parametrize(
+    "name, operators",
+    [
+        (name, operators)
+        for name in MANIFESTS
+        for operators in (("rpe_ops", "torch") if "shared" in name else ("torch",))
+    ],
+    indirect=["operators"],
+)
 def test_keys_shapes_and_logits_equal_the_golden_ones(name, operators):
     model = filled(name)
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == MANIFESTS[name]
@@ -102,14 +113,19 @@ def test_parameters_and_macs_match_the_released_table(name):
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
+
 def test_published_names_have_their_published_ratios():
     for name in rpe_models.RELEASED + rpe_models.UNRELEASED:
         method, buckets = name.split("_")[5:7]
         config = rpe_models.parse_name(name).rpe_config
         assert rpe_models.count_used_buckets(method, config.ratio) == int(buckets)
         assert (config.skip, config.mode, config.shared_head) == (1, "contextual", True)
-    assert {(m, r) for (m, _), r in rpe_models.PUBLISHED_RATIOS.items()} == \
-        {("euc", 20), ("quant", 33), ("cross", 20), ("product", 1.9)}
+    assert {(m, r) for (m, _), r in rpe_models.PUBLISHED_RATIOS.items()} == {
+        ("euc", 20),
+        ("quant", 33),
+        ("cross", 20),
+        ("product", 1.9),
+    }
 
 
 @pytest.mark.parametrize("method", ["euc", "quant", "cross", "product"])
@@ -118,11 +134,19 @@ def test_every_ratio_found_for_a_count_uses_that_many_buckets(method):
         assert rpe_models.count_used_buckets(method, rpe_models.ratio_of(method, buckets)) == buckets
 
 
-@pytest.mark.parametrize("name, mode, shared, tables", [
-    ("deit_tiny_patch16_224_bias_cross_56_unshared_qk", "bias", False, {"rpe_q.rp_rows", "rpe_q.rp_cols",
-                                                                        "rpe_k.rp_rows", "rpe_k.rp_cols"}),
-    ("deit_tiny_patch16_384_ctx_product_82_unshared_v", "contextual", False, {"rpe_v"}),
-    ("deit_tiny_patch16_32_ctx_euc_20_shared_qv", "contextual", True, {"rpe_q", "rpe_v"})])
+@pytest.mark.parametrize(
+    "name, mode, shared, tables",
+    [
+        (
+            "deit_tiny_patch16_224_bias_cross_56_unshared_qk",
+            "bias",
+            False,
+            {"rpe_q.rp_rows", "rpe_q.rp_cols", "rpe_k.rp_rows", "rpe_k.rp_cols"},
+        ),
+        ("deit_tiny_patch16_384_ctx_product_82_unshared_v", "contextual", False, {"rpe_v"}),
+        ("deit_tiny_patch16_32_ctx_euc_20_shared_qv", "contextual", True, {"rpe_q", "rpe_v"}),
+    ],
+)
 def test_combinations_of_the_ablations_are_built_as_named(name, mode, shared, tables):
     model, size = rpe_models.create_model(name, num_classes=7).eval(), int(name.split("_")[3])
     found = {key for key, _ in model.blocks[3].attn.named_parameters() if "lookup" in key}
@@ -134,13 +158,18 @@ def test_combinations_of_the_ablations_are_built_as_named(name, mode, shared, ta
         assert model(torch.zeros(1, 3, size, size)).shape == (1, 7)
 
 
-@pytest.mark.parametrize("name, said", [
-    ("deit_small_patch16_224_ctx_product_50_shared_kq", "deit_small_patch16_224_ctx_product_50_shared_k"),
-    ("deit_smal_patch16_224", "deit_small_patch16_224"), ("resnet5", "resnet50"),
-    ("deit_small_patch16_224_bias_product_50_shared_v", "bias on values"),
-    ("deit_small_patch16_224_ctx_product_51_shared_k", "50, 82"),
-    ("deit_small_patch16_230_ctx_product_50_shared_k", "multiple of 16"),
-    ("zzz", "names with iRPE are")])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("deit_small_patch16_224_ctx_product_50_shared_kq", "deit_small_patch16_224_ctx_product_50_shared_k"),
+        ("deit_smal_patch16_224", "deit_small_patch16_224"),
+        ("resnet5", "resnet50"),
+        ("deit_small_patch16_224_bias_product_50_shared_v", "bias on values"),
+        ("deit_small_patch16_224_ctx_product_51_shared_k", "50, 82"),
+        ("deit_small_patch16_230_ctx_product_50_shared_k", "multiple of 16"),
+        ("zzz", "names with iRPE are"),
+    ],
+)
 def test_a_wrong_name_is_answered_with_what_is_near(name, said):
     with pytest.raises(ValueError, match="(?s)" + name) as error:
         rpe_models.create_model(name)
@@ -149,6 +178,7 @@ def test_a_wrong_name_is_answered_with_what_is_near(name, said):
 
 def test_nine_names_are_timm_models_and_hub_models():
     import hubconf
+
     for name in rpe_models.RELEASED + rpe_models.UNRELEASED:
         assert timm.is_model(name)
         assert hasattr(hubconf, name)
@@ -162,10 +192,12 @@ def test_nine_names_are_timm_models_and_hub_models():
 def test_hub_loads_next_to_modules_of_the_same_names(tmp_path):
     for name in ("models", "runtime", "irpe"):
         (tmp_path / f"{name}.py").write_text("mine = True\n")
-    code = ("import models, runtime, irpe, torch\n"
-            f"net = torch.hub.load({str(Path(models.__file__).parent)!r}, {TINY!r}, source='local', num_classes=3)\n"
-            "assert models.mine and runtime.mine and irpe.mine and net.head.out_features == 3\n"
-            "assert not hasattr(net.blocks[0].attn, 'mine') and net(torch.zeros(1, 3, 224, 224)).shape == (1, 3)\n")
+    code = (
+        "import models, runtime, irpe, torch\n"
+        f"net = torch.hub.load({str(Path(models.__file__).parent)!r}, {TINY!r}, source='local', num_classes=3)\n"
+        "assert models.mine and runtime.mine and irpe.mine and net.head.out_features == 3\n"
+        "assert not hasattr(net.blocks[0].attn, 'mine') and net(torch.zeros(1, 3, 224, 224)).shape == (1, 3)\n"
+    )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -175,15 +207,20 @@ def test_initial_values_are_those_of_deit():
     for tensor in (model.cls_token, model.pos_embed, model.head.weight, model.blocks[3].mlp.fc1.weight):
         assert tensor.std().item() == pytest.approx(0.02, rel=0.15)
         assert tensor.abs().max() <= 2
-    assert all(p.abs().max() == 0 for key, p in model.named_parameters()
-               if "lookup_table" in key or (key.endswith("bias") and "patch_embed" not in key))
+    assert all(
+        p.abs().max() == 0
+        for key, p in model.named_parameters()
+        if "lookup_table" in key or (key.endswith("bias") and "patch_embed" not in key)
+    )
 
 
 # --- released weights ------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """An empty cache and no network."""
+
     def offline(url, *args, **kwargs):
         raise urllib.error.URLError("no network")
 
@@ -210,8 +247,9 @@ def test_pretrained_reads_the_cached_file_and_adapts_head_and_positions(hub):
         torch.testing.assert_close(rpe_models.create_model(TINY, pretrained=True).eval()(x), source(x))
     other = rpe_models.create_model(TINY, pretrained=True, num_classes=10, img_size=288)
     assert other.head.out_features == 10 and other.pos_embed.shape[1] == 18 * 18 + 1
-    torch.testing.assert_close(other.blocks[5].attn.rpe_k.lookup_table_weight,
-                               source.blocks[5].attn.rpe_k.lookup_table_weight)
+    torch.testing.assert_close(
+        other.blocks[5].attn.rpe_k.lookup_table_weight, source.blocks[5].attn.rpe_k.lookup_table_weight
+    )
 
 
 def test_pretrained_refuses_the_file_of_another_model_and_names_without_release(hub):
@@ -231,11 +269,15 @@ OTHERS = {
     "deit_tiny_distilled_patch16_224": {},
     "vit_base_patch16_clip_224": dict(dynamic_img_size=True),
 }
-EVAS = {name: kwargs for name, kwargs in {
-    "eva02_tiny_patch14_224": dict(dynamic_img_size=True),  # rotary positions along the axes
-    "vit_small_patch16_dinov3": dict(img_size=(64, 96)),  # in another layout, with register tokens
-    "vit_small_patch16_rope_mixed_224": {},  # learned ones, for each layer and head
-}.items() if timm.is_model(name)}  # timm 1.0.15 lacks the last two
+EVAS = {
+    name: kwargs
+    for name, kwargs in {
+        "eva02_tiny_patch14_224": dict(dynamic_img_size=True),  # rotary positions along the axes
+        "vit_small_patch16_dinov3": dict(img_size=(64, 96)),  # in another layout, with register tokens
+        "vit_small_patch16_rope_mixed_224": {},  # learned ones, for each layer and head
+    }.items()
+    if timm.is_model(name)
+}  # timm 1.0.15 lacks the last two
 OTHERS |= EVAS
 
 
@@ -246,8 +288,9 @@ def brute_force_logits(model, x, height, width):
     def attend(attn, x, rope):
         q, k, v = attn.project(x)
         rotated = (attn.rotate(q, rope), attn.rotate(k, rope)) if rope is not None else None
-        out = brute_force_attention(q, k, v, (attn.rpe_q, attn.rpe_k, attn.rpe_v), height, width,
-                                    model.num_prefix_tokens, rotated)
+        out = brute_force_attention(
+            q, k, v, (attn.rpe_q, attn.rpe_k, attn.rpe_v), height, width, model.num_prefix_tokens, rotated
+        )
         return attn.proj(out.float().transpose(1, 2).flatten(2))
 
     model = copy.deepcopy(model)
@@ -336,8 +379,10 @@ def rotary(name, rpe_on="qkv", **kwargs):
 def test_terms_beside_rotary_positions_are_functions_of_the_offset_and_the_content_alone(name, monkeypatch):
     model, attn, rope = rotary(name, "qk")
     met = []
-    monkeypatch.setattr("rpe_vision_transformer.rpe_attention",
-                        lambda q, k, v, rpe_q, rpe_k, *args: met.extend((q @ k.mT, args[3])) or v)
+    monkeypatch.setattr(
+        "rpe_vision_transformer.rpe_attention",
+        lambda q, k, v, rpe_q, rpe_k, *args: met.extend((q @ k.mT, args[3])) or v,
+    )
     prefix = model.num_prefix_tokens
     attn(image(1, (1, 1, 96)).expand(1, prefix + 16, 96), rope=rope)  # the same content everywhere
     products, terms = (logits[0, :, prefix:, prefix:] for logits in met)
@@ -365,11 +410,19 @@ def test_masks_hide_keys_from_rotary_attention_with_terms(name):
     assert (attn(x, rope=rope) - attn(other, rope=rope))[:, :9].abs().max() > 0.01
 
 
-@pytest.mark.parametrize(("equipped", "kwargs"), [
-    (RPEAttention, dict(qkv_bias=True, qk_norm=True, scale_norm=True)), (RPEAttention, dict(gated=True)),
-    (RPEEvaAttention, dict(qkv_fused=True)), (RPEEvaAttention, dict(qkv_fused=False)),
-    (RPEEvaAttention, dict(qk_norm=True, gated=True)), (RPEAttentionRope, dict(qkv_fused=True, rotate_half=True)),
-    (RPEAttentionRope, dict(qkv_fused=False, num_kv_heads=2))], ids=str)
+@pytest.mark.parametrize(
+    ("equipped", "kwargs"),
+    [
+        (RPEAttention, dict(qkv_bias=True, qk_norm=True, scale_norm=True)),
+        (RPEAttention, dict(gated=True)),
+        (RPEEvaAttention, dict(qkv_fused=True)),
+        (RPEEvaAttention, dict(qkv_fused=False)),
+        (RPEEvaAttention, dict(qk_norm=True, gated=True)),
+        (RPEAttentionRope, dict(qkv_fused=True, rotate_half=True)),
+        (RPEAttentionRope, dict(qkv_fused=False, num_kv_heads=2)),
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_attention_of_every_layout_computes_with_zero_tables_what_timms_does(equipped, kwargs):
     kwargs = dict(dim=32, num_heads=4, norm_layer=torch.nn.LayerNorm, **kwargs)
@@ -414,8 +467,9 @@ def test_attention_and_vision_transformer_take_a_config_themselves():
     causal = attention(x, is_causal=True)
     later = torch.cat([x[:, :6], x[:, 6:] + 1], 1)
     torch.testing.assert_close(attention(later, is_causal=True)[:, :6], causal[:, :6])
-    model = VisionTransformer(img_size=32, patch_size=16, embed_dim=32, depth=1, num_heads=2, num_classes=3,
-                              rpe_config=get_rpe_config())
+    model = VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=32, depth=1, num_heads=2, num_classes=3, rpe_config=get_rpe_config()
+    )
     assert isinstance(model.blocks[0].attn, RPEAttention) and model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
 

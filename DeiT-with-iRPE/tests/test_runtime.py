@@ -1,4 +1,5 @@
 """Errors that a user can read, files that are whole, logs, and processes that find each other."""
+
 import argparse
 import collections
 import errno
@@ -34,6 +35,7 @@ def fails_with(function, *args):
 
 # Checkpoints are read without running code
 
+
 class Intruder:
     def __reduce__(self):
         return os.system, ("touch intruded",)
@@ -50,17 +52,21 @@ def saved(tmp_path, obj, **options):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_command_line_and_paths_in_a_checkpoint_come_back(tmp_path, zipped):
-    args = argparse.Namespace(output_dir=pathlib.PosixPath("/a/b"), betas=[0.9, 0.95], lr=1e-3, resume=None,
-                              more=collections.OrderedDict(a=1))
-    path = saved(tmp_path, {"model": {"w": torch.arange(3.0)}, "epoch": 7, "args": args},
-                 _use_new_zipfile_serialization=zipped)
+    args = argparse.Namespace(
+        output_dir=pathlib.PosixPath("/a/b"), betas=[0.9, 0.95], lr=1e-3, resume=None, more=collections.OrderedDict(a=1)
+    )
+    path = saved(
+        tmp_path, {"model": {"w": torch.arange(3.0)}, "epoch": 7, "args": args}, _use_new_zipfile_serialization=zipped
+    )
     checkpoint = load_checkpoint(path)
     assert checkpoint["args"] == args and checkpoint["epoch"] == 7
     assert torch.equal(checkpoint["model"]["w"], torch.arange(3.0))
 
 
-@pytest.mark.parametrize(("name", "kind"), [(b"pathlib._local\nPosixPath", pathlib.PurePosixPath),
-                                            (b"pathlib\nWindowsPath", pathlib.PureWindowsPath)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(b"pathlib._local\nPosixPath", pathlib.PurePosixPath), (b"pathlib\nWindowsPath", pathlib.PureWindowsPath)],
+)
 def test_paths_of_another_python_or_system_come_back(tmp_path, name, kind):
     path = saved(tmp_path, {"args": pathlib.PosixPath("a/b")}, _use_new_zipfile_serialization=False)
     own = f"{pathlib.PosixPath.__module__}\nPosixPath".encode()
@@ -81,8 +87,11 @@ def test_pickle_that_needs_more_is_refused_by_name_and_not_run(tmp_path, monkeyp
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_damaged_checkpoint_is_read_or_refused_in_a_sentence_that_names_it(tmp_path, zipped):
-    path = saved(tmp_path, {"model": {"w": torch.arange(3.0)}, "args": argparse.Namespace(a=pathlib.PosixPath("a"))},
-                 _use_new_zipfile_serialization=zipped)
+    path = saved(
+        tmp_path,
+        {"model": {"w": torch.arange(3.0)}, "args": argparse.Namespace(a=pathlib.PosixPath("a"))},
+        _use_new_zipfile_serialization=zipped,
+    )
     whole, refused = path.read_bytes(), 0
     for position in range(0, len(whole), 3):
         damaged = bytearray(whole)
@@ -128,10 +137,12 @@ def test_differences_between_state_dicts_are_counted_and_shown():
     assert runtime.key_differences(expected, expected) == ""
     assert runtime.key_differences(expected, found) == (
         "5 missing (layer3, layer4, layer5, ...), 1 unexpected (extra), "
-        "1 of another shape (layer8 is (2,) instead of (8,))")
+        "1 of another shape (layer8 is (2,) instead of (8,))"
+    )
 
 
 # Files are whole
+
 
 def save(state, path):
     with runtime.replacing(path) as file:
@@ -174,6 +185,7 @@ def test_output_directory_is_made_or_refused_at_once(tmp_path):
 
 # Downloads
 
+
 def test_download_is_kept_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     url = saved(tmp_path, {"epoch": 3}).as_uri()
@@ -195,6 +207,7 @@ def test_offline_the_address_and_the_place_for_the_file_are_said(tmp_path, monke
 
 # Errors
 
+
 class Failing(torch.utils.data.Dataset):
     def __len__(self):
         return 4
@@ -208,10 +221,14 @@ def test_sentence_survives_the_worker_process(workers):
     assert fails_with(list, DataLoader(Failing(), num_workers=workers)) == "picture 7 is broken: see the manual"
 
 
-@pytest.mark.parametrize(("error", "status", "said"), [
-    (UserError("no such flower"), 1, "error: no such flower\n"),
-    (UserError("said by a library\nin two lines"), 1, "error: said by a library in two lines\n"),
-    (KeyboardInterrupt(), 130, "")])
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (UserError("no such flower"), 1, "error: no such flower\n"),
+        (UserError("said by a library\nin two lines"), 1, "error: said by a library in two lines\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
 def test_run_says_one_line_and_ends_with_a_status(capsys, error, status, said):
     def main(args):
         raise error
@@ -221,11 +238,17 @@ def test_run_says_one_line_and_ends_with_a_status(capsys, error, status, said):
     assert caught.value.code == status and capsys.readouterr().err == said
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
-    RuntimeError("Too many open files. Communication with the workers is no longer possible."),
-    RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n"
-                 "unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+        RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+        RuntimeError(
+            "Caught RuntimeError in DataLoader worker process 0.\n"
+            "unable to open shared memory object </torch_1> in read-write mode: Too many open files (24)"
+        ),
+    ],
+)
 def test_too_many_open_files_are_one_line_with_what_to_do(capsys, error):
     def main(args):
         raise error
@@ -292,24 +315,39 @@ def test_parser_says_a_mistake_in_one_line(capsys):
 
 # Processes
 
+
 def settings(**values):
     return argparse.Namespace(**{"device": "cpu", "world_size": 1, "dist_url": "env://", **values})
 
 
 @pytest.fixture
 def alone(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS",
-                 "MASTER_ADDR"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "SLURM_STEP_NUM_TASKS",
+        "MASTER_ADDR",
+    ):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
 
-@pytest.mark.parametrize(("environment", "values", "place"), [
-    ({}, {}, (0, 1, 0)),
-    ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, {}, (5, 8, 1)),
-    ({"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"},
-     {"dist_url": "tcp://host:1"}, (3, 4, 1)),
-    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, {}, (0, 1, 0))])
+@pytest.mark.parametrize(
+    ("environment", "values", "place"),
+    [
+        ({}, {}, (0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, {}, (5, 8, 1)),
+        (
+            {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"},
+            {"dist_url": "tcp://host:1"},
+            (3, 4, 1),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, {}, (0, 1, 0)),
+    ],
+)
 def test_place_among_the_processes_is_read_from_any_launcher(alone, environment, values, place):
     for name, value in environment.items():
         alone.setenv(name, value)
@@ -323,11 +361,15 @@ def test_place_among_the_processes_is_read_from_any_launcher(alone, environment,
     assert [runtime.find_place(settings(device="cuda", **values))] == chosen == [torch.device("cuda", place[2])]
 
 
-@pytest.mark.parametrize(("environment", "values", "words"), [
-    ({}, {"world_size": 2}, "torchrun --nproc_per_node=2"),
-    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, {}, "say tcp://HOST:PORT"),
-    ({}, {"device": "toaster"}, "--device toaster cannot be used"),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, {"dist_url": "carrier-pigeon://x"}, "--dist_url carrier-pigeon://x")])
+@pytest.mark.parametrize(
+    ("environment", "values", "words"),
+    [
+        ({}, {"world_size": 2}, "torchrun --nproc_per_node=2"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, {}, "say tcp://HOST:PORT"),
+        ({}, {"device": "toaster"}, "--device toaster cannot be used"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, {"dist_url": "carrier-pigeon://x"}, "--dist_url carrier-pigeon://x"),
+    ],
+)
 def test_launch_that_cannot_work_is_explained(alone, environment, values, words):
     for name, value in environment.items():
         alone.setenv(name, value)
@@ -388,7 +430,11 @@ def test_mistake_of_one_process_ends_all_and_is_said_by_itself():
     runs = {case: start_processes(2, "-c", PROGRAM, case) for case in ("none", "interrupt", "alone", "bug")}
     results = {case: [finish(process) for process in processes] for case, processes in runs.items()}
     assert {case: [status for status, _, _ in ends] for case, ends in results.items()} == {
-        "none": [0, 0], "interrupt": [130, 130], "alone": [1, 1], "bug": [1, 1]}
+        "none": [0, 0],
+        "interrupt": [130, 130],
+        "alone": [1, 1],
+        "bug": [1, 1],
+    }
     assert {err for case in ("none", "interrupt") for _, _, err in results[case]} == {""}
     for case, said in (("alone", "a mistake of one\n"), ("bug", "Traceback (most recent call last):\n")):
         (_, _, first), (_, _, second) = results[case]
@@ -408,6 +454,7 @@ def test_seeds_give_the_same_numbers_again_and_other_numbers_for_another_epoch()
 
 
 # Logs
+
 
 class Dice(Dataset):
     """Random numbers of the three generators that augmentations use."""
@@ -437,26 +484,33 @@ def test_progress_says_steps_rate_and_means_in_plain_lines(capsys):
     for value in progress:
         progress.add(loss=torch.tensor(float(value)), other=torch.tensor(1.0))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and "[20/24]" in lines[0] and re.fullmatch(
-        r"epoch 3 \[24/24]  eta 0:00:00  [\d.]+ img/s  loss 13.5 \(11.5\)  lr 0.1 \(0.1\)", lines[1])
+    assert (
+        len(lines) == 2
+        and "[20/24]" in lines[0]
+        and re.fullmatch(r"epoch 3 \[24/24]  eta 0:00:00  [\d.]+ img/s  loss 13.5 \(11.5\)  lr 0.1 \(0.1\)", lines[1])
+    )
     assert progress.averages() == {"loss": 11.5, "other": 1.0, "lr": 0.1}
 
 
 def test_value_that_is_not_finite_is_said_with_its_step(capsys):
     progress = runtime.Progress("epoch 2", range(50), images_per_step=1)
-    sentence = fails_with(lambda: [progress.add(loss=torch.tensor(math.inf if step == 23 else 1.0))
-                                   for step in progress])
+    sentence = fails_with(
+        lambda: [progress.add(loss=torch.tensor(math.inf if step == 23 else 1.0)) for step in progress]
+    )
     assert sentence.startswith("loss is inf at epoch 2, step 23: ")
     assert "[20/50]" in (said := capsys.readouterr().out) and "[40/50]" not in said
 
 
 def test_log_has_one_object_a_line_and_tensorboard_the_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     for epoch in range(2):
         log = runtime.RunLog(str(tmp_path), epoch)
         log.write(epoch, {"test_loss": 0.5 + epoch, "boxes": [1, 2], "epoch": epoch})
     assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == [
-        {"test_loss": 0.5, "boxes": [1, 2], "epoch": 0}, {"test_loss": 1.5, "boxes": [1, 2], "epoch": 1}]
+        {"test_loss": 0.5, "boxes": [1, 2], "epoch": 0},
+        {"test_loss": 1.5, "boxes": [1, 2], "epoch": 1},
+    ]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("test_loss")] == [(0, 0.5), (1, 1.5)]

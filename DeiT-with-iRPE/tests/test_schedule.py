@@ -1,4 +1,5 @@
 """Learning rates and weight decay, held to the released logs."""
+
 import json
 from pathlib import Path
 
@@ -66,11 +67,20 @@ def test_only_matrices_and_rpe_tables_are_decayed():
     model = create_model("deit_tiny_distilled_patch16_224", num_classes=3, img_size=32)
     tables = create_model(TINY, num_classes=3, img_size=32)
     names = {id(p): name for m in (model, tables) for name, p in m.named_parameters()}
-    decayed = {names[id(p)] for m in (model, tables) for group in main.build_optimizer(parse(), m).param_groups
-               for p in group["params"] if group["weight_decay"]}
+    decayed = {
+        names[id(p)]
+        for m in (model, tables)
+        for group in main.build_optimizer(parse(), m).param_groups
+        for p in group["params"]
+        if group["weight_decay"]
+    }
     special = ("pos_embed", "cls_token", "dist_token")
-    assert decayed == {name for m in (model, tables) for name, p in m.named_parameters()
-                       if p.ndim > 1 and not name.endswith("bias") and name not in special}
+    assert decayed == {
+        name
+        for m in (model, tables)
+        for name, p in m.named_parameters()
+        if p.ndim > 1 and not name.endswith("bias") and name not in special
+    }
     assert "blocks.3.attn.rpe_k.lookup_table_weight" in decayed
 
 
@@ -84,8 +94,22 @@ def decays(rates):
 @pytest.mark.parametrize("warmup", [0, 1])
 @pytest.mark.parametrize(("patience", "cooldown", "period"), [(1, 0, 2), (3, 0, 4), (1, 3, 5)])
 def test_plateau_decays_after_its_patience_and_cooldown(warmup, patience, cooldown, period):
-    args = parse("--sched", "plateau", "--epochs", 20, "--warmup-epochs", warmup, "--patience-epochs", patience,
-                 "--cooldown-epochs", cooldown, "--batch-size", 512, "--min-lr", 0)
+    args = parse(
+        "--sched",
+        "plateau",
+        "--epochs",
+        20,
+        "--warmup-epochs",
+        warmup,
+        "--patience-epochs",
+        patience,
+        "--cooldown-epochs",
+        cooldown,
+        "--batch-size",
+        512,
+        "--min-lr",
+        0,
+    )
     rates = learning_rates(args, metrics=[10.0] * 20)
     assert rates[2] == args.lr
     assert {later - earlier for earlier, later in zip(decays(rates), decays(rates)[1:], strict=False)} == {period}
@@ -93,27 +117,44 @@ def test_plateau_decays_after_its_patience_and_cooldown(warmup, patience, cooldo
 
 
 def test_step_schedule_decays_every_decay_epochs_by_decay_rate():
-    rates = learning_rates(parse("--sched", "step", "--epochs", 30, "--warmup-epochs", 0, "--decay-epochs", 7,
-                                 "--dr", 0.5))
+    rates = learning_rates(
+        parse("--sched", "step", "--epochs", 30, "--warmup-epochs", 0, "--decay-epochs", 7, "--dr", 0.5)
+    )
     assert [rates[epoch + 1] / rates[epoch] for epoch in (7, 14, 21)] == [0.5] * 3 and len(set(rates)) == 5
 
 
 def test_noise_stays_in_its_epochs_and_bound():
     flags = ["--sched", "step", "--decay-epochs", 1000, "--warmup-epochs", 0, "--epochs", 40, "--batch-size", 512]
-    quiet, noisy = learning_rates(parse(*flags)), learning_rates(
-        parse(*flags, "--lr-noise", 0.25, 0.75, "--lr-noise-pct", 0.4, "--lr-noise-std", 0.3))
+    quiet, noisy = (
+        learning_rates(parse(*flags)),
+        learning_rates(parse(*flags, "--lr-noise", 0.25, 0.75, "--lr-noise-pct", 0.4, "--lr-noise-std", 0.3)),
+    )
     off = [abs(a / b - 1) for a, b in zip(noisy, quiet, strict=True)]
     assert all(value > 0 for value in off[11:31]) and max(off) < 0.4 and not any(off[:11] + off[31:])
-    assert noisy != learning_rates(parse(*flags, "--lr-noise", 0.25, 0.75, "--lr-noise-pct", 0.4, "--lr-noise-std", 0.3,
-                                         "--seed", 7))
+    assert noisy != learning_rates(
+        parse(*flags, "--lr-noise", 0.25, 0.75, "--lr-noise-pct", 0.4, "--lr-noise-std", 0.3, "--seed", 7)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
-@pytest.mark.parametrize("sched", ["cosine", "tanh", "step", "multistep", "poly", "none",
-                                   pytest.param("plateau", marks=needs_plateau)])
+@pytest.mark.parametrize(
+    "sched", ["cosine", "tanh", "step", "multistep", "poly", "none", pytest.param("plateau", marks=needs_plateau)]
+)
 def test_any_schedule_goes_on_after_a_checkpoint_as_without(sched, tmp_path):
-    args = parse("--sched", sched, "--epochs", 12, "--warmup-epochs", 2, "--patience-epochs", 1, "--cooldown-epochs", 1,
-                 "--lr-noise", 0.5)
+    args = parse(
+        "--sched",
+        sched,
+        "--epochs",
+        12,
+        "--warmup-epochs",
+        2,
+        "--patience-epochs",
+        1,
+        "--cooldown-epochs",
+        1,
+        "--lr-noise",
+        0.5,
+    )
     metrics = [10, 20, 20, 20, 20, 30, 30, 30, 30, 30, 30, 30]
     model = create_model("deit_tiny_patch16_224", num_classes=2, img_size=16)
     straight, rates = learning_rates(args, metrics=metrics), []

@@ -1,4 +1,5 @@
 """Jobs of a cluster: what SLURM is asked for, processes that find each other, and going on after a requeue."""
+
 import json
 import os
 import re
@@ -81,6 +82,7 @@ def job(tmp_path, monkeypatch):
         trainer = trainer or run_with_submitit.Trainer(parse(*flags))
         trainer()
         return trainer
+
     return call
 
 
@@ -93,12 +95,32 @@ def test_both_codebases_share_the_same_bytes():
 
 # Submitting
 
+
 def test_slurm_is_asked_for_what_the_flags_say(slurm, tmp_path, capsys):
-    submitted("--ngpus", 4, "--nodes", 2, "--timeout", 90, "--partition", "fast", "--num_workers", 6,
-              "--job_dir", tmp_path / "jobs" / "%j")
+    submitted(
+        "--ngpus",
+        4,
+        "--nodes",
+        2,
+        "--timeout",
+        90,
+        "--partition",
+        "fast",
+        "--num_workers",
+        6,
+        "--job_dir",
+        tmp_path / "jobs" / "%j",
+    )
     assert capsys.readouterr().out == f"job 77 (slurm) prints to {tmp_path}/jobs/77/77_0_log.out\n"
-    expected = {"nodes": "2", "ntasks-per-node": "4", "gpus-per-node": "4", "time": "90", "partition": "fast",
-                "cpus-per-task": "6", "job-name": "DeiT-with-iRPE"}
+    expected = {
+        "nodes": "2",
+        "ntasks-per-node": "4",
+        "gpus-per-node": "4",
+        "time": "90",
+        "partition": "fast",
+        "cpus-per-task": "6",
+        "job-name": "DeiT-with-iRPE",
+    }
     assert expected.items() <= asked(slurm).items() and asked(slurm)["signal"].startswith("USR2@")
 
 
@@ -115,11 +137,17 @@ def test_on_the_cpu_no_gpus_are_asked_for(slurm, tmp_path):
     assert "gpus-per-node" not in asked(slurm)
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--ngpus", 0], "--ngpus 0 is out of range"), (["--nodes", 0], "--nodes 0 is out of range"),
-    (["--timeout", -1], "--timeout -1 is out of range"), (["--epochs", 0], "--epochs 0 is out of range"),
-    (["--partition", "refused"], "cannot be submitted: sbatch: error: invalid partition specified: refused"),
-    (["--job_dir", "file/%j"], "--job_dir file/%j cannot be written")])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--ngpus", 0], "--ngpus 0 is out of range"),
+        (["--nodes", 0], "--nodes 0 is out of range"),
+        (["--timeout", -1], "--timeout -1 is out of range"),
+        (["--epochs", 0], "--epochs 0 is out of range"),
+        (["--partition", "refused"], "cannot be submitted: sbatch: error: invalid partition specified: refused"),
+        (["--job_dir", "file/%j"], "--job_dir file/%j cannot be written"),
+    ],
+)
 def test_mistake_is_said_before_the_job_waits_in_line(slurm, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
@@ -152,20 +180,29 @@ def test_without_submitit_a_sentence_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run_with_submitit.py"])
     with pytest.raises(SystemExit, match="1"):
         runpy.run_path(run_with_submitit.__file__, run_name="__main__")
-    assert capsys.readouterr().err == ("error: jobs are submitted with submitit, which is not installed: "
-                                       "pip install submitit\n")
+    assert capsys.readouterr().err == (
+        "error: jobs are submitted with submitit, which is not installed: pip install submitit\n"
+    )
 
 
 # Running
 
+
 def test_two_tasks_of_slurm_train_together_and_write_into_the_job_s_folder(slurm, pictures, tmp_path):
     """From the command line, by the script that sbatch got."""
-    status, out, said = finish(start(
-        PROJECT / "run_with_submitit.py", *small(pictures), "--ngpus", 2, "--job_dir", tmp_path / "%j"))
+    status, out, said = finish(
+        start(PROJECT / "run_with_submitit.py", *small(pictures), "--ngpus", 2, "--job_dir", tmp_path / "%j")
+    )
     assert status == 0 and out.startswith("job 77 (slurm)"), said
-    environment = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "OMP_NUM_THREADS": "1",
-                   "SLURM_JOB_NODELIST": "localhost", "MASTER_PORT": str(free_port()),
-                   "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_NUM_NODES": "1",
+        "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_NODELIST": "localhost",
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     subprocess.run(["sh", slurm / "script"], env={**os.environ, **environment}, check=True, timeout=PATIENCE)
     args = load_checkpoint(tmp_path / "77" / "checkpoint.pth")["args"]
     assert epochs(tmp_path / "77") == [0] and (args.world_size, args.job_id) == (2, "77")
@@ -175,10 +212,25 @@ def test_two_tasks_of_slurm_train_together_and_write_into_the_job_s_folder(slurm
 def test_preempted_job_of_two_processes_goes_on_by_itself(pictures, tmp_path):
     """Without SLURM, from another folder; submitit's own controller starts the job again."""
     with open(tmp_path / "said", "w") as said:  # the controller keeps it open
-        subprocess.run([sys.executable, PROJECT / "run_with_submitit.py", *map(str, small(pictures)), "--ngpus", "2",
-                        "--epochs", "100000", "--output_dir", "out_%j"], cwd=tmp_path, stdout=said, stderr=said,
-                       env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}, check=True,
-                       timeout=PATIENCE)
+        subprocess.run(
+            [
+                sys.executable,
+                PROJECT / "run_with_submitit.py",
+                *map(str, small(pictures)),
+                "--ngpus",
+                "2",
+                "--epochs",
+                "100000",
+                "--output_dir",
+                "out_%j",
+            ],
+            cwd=tmp_path,
+            stdout=said,
+            stderr=said,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())},
+            check=True,
+            timeout=PATIENCE,
+        )
     controller = int(re.search(r"job (\d+) \(local\)", (tmp_path / "said").read_text())[1])
     folder = tmp_path / f"out_{controller}"
 
@@ -202,6 +254,7 @@ def test_preempted_job_of_two_processes_goes_on_by_itself(pictures, tmp_path):
 
 # Going on
 
+
 def test_requeued_job_goes_on_from_its_checkpoint_and_not_from_another_run_s(job, pictures, tmp_path, capsys):
     flags = small(pictures, "--output_dir", tmp_path / "out")
     job(1, *flags)
@@ -213,7 +266,8 @@ def test_requeued_job_goes_on_from_its_checkpoint_and_not_from_another_run_s(job
     submission.result()
     assert epochs(tmp_path / "out") == [0, 0, 1]
     assert load_checkpoint(tmp_path / "out" / "checkpoint.pth")["args"].resume == str(
-        tmp_path / "out" / "checkpoint.pth")
+        tmp_path / "out" / "checkpoint.pth"
+    )
 
 
 def test_job_that_saved_nothing_begins_as_it_began(job, pictures, tmp_path, capsys):

@@ -1,4 +1,5 @@
 """Training: what it writes, how it resumes, and that each option changes what it should."""
+
 import json
 import math
 import os
@@ -39,6 +40,7 @@ def same(first, second):
 
 # A whole run
 
+
 def test_training_writes_the_published_log_and_checkpoint(pictures, tmp_path):
     test = run(pictures, "--output_dir", tmp_path, "--epochs", 2)
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
@@ -48,8 +50,17 @@ def test_training_writes_the_published_log_and_checkpoint(pictures, tmp_path):
     files = sorted(set(os.listdir(tmp_path)) - {".lock"})
     assert files == ["checkpoint.previous.pth", "checkpoint.pth", "log.txt", "tensorboard"]
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
-    assert list(checkpoint) == ["model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler", "args",
-                                "max_accuracy", "classes"]
+    assert list(checkpoint) == [
+        "model",
+        "optimizer",
+        "lr_scheduler",
+        "epoch",
+        "model_ema",
+        "scaler",
+        "args",
+        "max_accuracy",
+        "classes",
+    ]
     assert checkpoint["classes"] == ["ant", "bee", "cat"]
     model = create_model(TINY, num_classes=3, img_size=32)
     assert checkpoint["epoch"] == 1 and checkpoint["args"].batch_size == 8
@@ -68,14 +79,49 @@ def test_evaluating_the_checkpoint_gives_what_training_printed(pictures, tmp_pat
 def test_training_learns_what_can_be_learned(tmp_path):
     for split, seed in (("train", 0), ("val", 1)):
         write_pictures(tmp_path / split, ("dark", "bright"), 24, seed=seed)
-    test = run(tmp_path, "--epochs", 4, "--warmup-epochs", 0, "--lr", 0.03, "--aa", "none", "--color-jitter", 0,
-               "--reprob", 0, "--mixup", 0, "--cutmix", 0, "--drop-path", 0)
+    test = run(
+        tmp_path,
+        "--epochs",
+        4,
+        "--warmup-epochs",
+        0,
+        "--lr",
+        0.03,
+        "--aa",
+        "none",
+        "--color-jitter",
+        0,
+        "--reprob",
+        0,
+        "--mixup",
+        0,
+        "--cutmix",
+        0,
+        "--drop-path",
+        0,
+    )
     assert test["acc1"] == 100
 
 
 def test_a_resumed_run_goes_on_to_the_bit_as_one_that_never_stopped(pictures, tmp_path, monkeypatch):
-    flags = ["--epochs", 3, "--drop", 0.1, "--num_workers", 2, "--lr", 0.05, "--warmup-epochs", 1, "--clip-grad", 1,
-             "--model-ema-decay", 0.9, "--lr-noise", 0.1]
+    flags = [
+        "--epochs",
+        3,
+        "--drop",
+        0.1,
+        "--num_workers",
+        2,
+        "--lr",
+        0.05,
+        "--warmup-epochs",
+        1,
+        "--clip-grad",
+        1,
+        "--model-ema-decay",
+        0.9,
+        "--lr-noise",
+        0.1,
+    ]
     run(pictures, "--output_dir", tmp_path / "straight", *flags)
 
     evaluations = iter([main.evaluate])
@@ -149,8 +195,25 @@ def test_weights_alone_can_be_evaluated_and_trained_further(pictures, tmp_path, 
     weights = fill_state_dict(create_model(TINY, num_classes=3, img_size=32).state_dict())
     torch.save({"model": weights}, tmp_path / "released.pth")
     run(pictures, "--eval", "--resume", tmp_path / "released.pth")
-    run(pictures, "--resume", tmp_path / "released.pth", "--start_epoch", 1, "--epochs", 2, "--lr", 0,
-        "--warmup-lr", 0, "--min-lr", 0, "--weight-decay", 0, "--output_dir", tmp_path)
+    run(
+        pictures,
+        "--resume",
+        tmp_path / "released.pth",
+        "--start_epoch",
+        1,
+        "--epochs",
+        2,
+        "--lr",
+        0,
+        "--warmup-lr",
+        0,
+        "--min-lr",
+        0,
+        "--weight-decay",
+        0,
+        "--output_dir",
+        tmp_path,
+    )
     assert "holds weights only" in capsys.readouterr().out
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
     assert same(checkpoint["model"], weights) and same(checkpoint["model_ema"], weights) and checkpoint["epoch"] == 1
@@ -166,6 +229,7 @@ def test_two_processes_train_under_the_old_launcher_without_use_env(pictures, tm
 
 
 # One epoch
+
 
 class Recorder(torch.nn.Module):
     """A linear classifier of tiny pictures that keeps what it was given."""
@@ -223,7 +287,7 @@ def test_gradients_that_are_finite_at_no_scale_stop_training():
         epoch_of(model, count=80, loss_scaler=torch.amp.GradScaler("cpu", enabled=True))
     overflowing = Recorder()
     before = overflowing.layer.bias.detach().clone()
-    epoch_of(overflowing, count=60, loss_scaler=torch.amp.GradScaler("cpu", init_scale=2.0 ** 120, enabled=True))
+    epoch_of(overflowing, count=60, loss_scaler=torch.amp.GradScaler("cpu", init_scale=2.0**120, enabled=True))
     assert not torch.equal(overflowing.layer.bias, before)  # a scale that is too high comes down and training goes on
 
 
@@ -264,6 +328,7 @@ def test_bad_loss_names_epoch_and_step_and_keeps_the_checkpoint(pictures, tmp_pa
 
 # Moving average
 
+
 def test_moving_average_follows_its_recursion(pictures, tmp_path):
     flags = ["--output_dir", tmp_path, "--model-ema-decay", 0.75, "--batch-size", 24, "--warmup-lr", 0.01]
     torch.manual_seed(0)
@@ -281,6 +346,7 @@ def test_moving_average_follows_its_recursion(pictures, tmp_path):
 
 
 # Distillation
+
 
 def softmax(x):
     e = np.exp(x - x.max(1, keepdims=True))
@@ -311,16 +377,32 @@ def test_distillation_needs_both_heads():
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distilled_model_is_trained_with_a_teacher_from_its_file(pictures, tmp_path, kind):
     torch.save({"model": create_model("resnet10t", num_classes=3).state_dict()}, tmp_path / "teacher.pth")
-    flags = ["--model", DISTILLED, "--teacher-model", "resnet10t", "--teacher-path", tmp_path / "teacher.pth",
-             "--warmup-lr", 0.01, "--batch-size", 24, "--output_dir", tmp_path, "--distillation-type", kind]
+    flags = [
+        "--model",
+        DISTILLED,
+        "--teacher-model",
+        "resnet10t",
+        "--teacher-path",
+        tmp_path / "teacher.pth",
+        "--warmup-lr",
+        0.01,
+        "--batch-size",
+        24,
+        "--output_dir",
+        tmp_path,
+        "--distillation-type",
+        kind,
+    ]
     weights = []
     for alpha in (0, 1):
         run(pictures, *flags, "--distillation-alpha", alpha, "--weight-decay", 0, "--clip-grad", 1)
         weights.append(load_checkpoint(tmp_path / "checkpoint.pth")["model"])
     main.seed_everything(0)
     first = main.build_model(parse(*small(pictures, "--model", DISTILLED)), 3).state_dict()
-    changed = [[key for key in ("head.weight", "head_dist.weight") if not torch.equal(first[key], after[key])]
-               for after in weights]
+    changed = [
+        [key for key in ("head.weight", "head_dist.weight") if not torch.equal(first[key], after[key])]
+        for after in weights
+    ]
     assert changed == [["head.weight"], ["head_dist.weight"]]
 
 
@@ -337,6 +419,7 @@ def test_teacher_of_another_resolution_gets_interpolated_positions(pictures, tmp
 
 
 # Fine-tuning
+
 
 def test_finetuning_to_another_resolution_interpolates_the_positions(tmp_path, capsys):
     small_model = create_model(TINY, num_classes=3, img_size=64)

@@ -23,11 +23,14 @@ def _load() -> bool:
         build = json.loads((folder / "build.json").read_text())
     except FileNotFoundError:
         raise ImportError(f"rpe_ops in {folder} has not been built; build it with: {REBUILD}") from None
-    for what, built_for, found in (("PyTorch", build["torch"], torch.__version__),
-                                   ("rpe_ops", build["version"], __version__)):
+    for what, built_for, found in (
+        ("PyTorch", build["torch"], torch.__version__),
+        ("rpe_ops", build["version"], __version__),
+    ):
         if built_for != found:
-            raise ImportError(f"rpe_ops was built for {what} {built_for} but this is {what} {found}; "
-                              f"rebuild it with: {REBUILD}")
+            raise ImportError(
+                f"rpe_ops was built for {what} {built_for} but this is {what} {found}; rebuild it with: {REBUILD}"
+            )
     try:
         torch.ops.load_library(folder / "_C.so")
     except OSError as error:
@@ -40,5 +43,14 @@ has_cuda = _load()
 from .blockwise import ATTENTION, attention, attention_takes, rows_take  # noqa: E402  needs the loaded operators
 from .rpe_index import RPEIndexFunction, rpe_bucket_sum, validate_index  # noqa: E402
 
-__all__ = ["ATTENTION", "RPEIndexFunction", "__version__", "attention", "attention_takes", "has_cuda",
-           "rows_take", "rpe_bucket_sum", "validate_index"]
+__all__ = [
+    "ATTENTION",
+    "RPEIndexFunction",
+    "__version__",
+    "attention",
+    "attention_takes",
+    "has_cuda",
+    "rows_take",
+    "rpe_bucket_sum",
+    "validate_index",
+]

@@ -3,6 +3,7 @@
 No tensor of batch × heads × tokens × tokens is made, forward or backward: a block has whole rows of logits, and the
 backward pass makes it again, as in FlashAttention (Dao et al., NeurIPS 2022).
 """
+
 import importlib.util
 import itertools
 import math
@@ -19,7 +20,7 @@ if ATTENTION == "rows" and importlib.util.find_spec("triton"):  # a PyTorch for 
 else:
     rows = None
 
-_BLOCK = 2 ** 20  # logits at work at a time: 4 MB of float32, few enough to stay in a processor's cache
+_BLOCK = 2**20  # logits at work at a time: 4 MB of float32, few enough to stay in a processor's cache
 
 
 def attention(q, k, v, on_q=(), on_k=(), on_v=(), mask=None, dropout_p=0.0):
@@ -42,9 +43,11 @@ def attention(q, k, v, on_q=(), on_k=(), on_v=(), mask=None, dropout_p=0.0):
     Raises: ValueError for a call that it does not take, IndexError for an id out of range.
     """
     if not attention_takes(q, k, v, mask):
-        raise ValueError(f"rpe_ops.attention got q, k, v of {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and "
-                         f"{q.dtype} on {q.device}; it takes what rpe_ops.attention_takes says: eager float32 or "
-                         "float64 of one shape on a CPU")
+        raise ValueError(
+            f"rpe_ops.attention got q, k, v of {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and "
+            f"{q.dtype} on {q.device}; it takes what rpe_ops.attention_takes says: eager float32 or "
+            "float64 of one shape on a CPU"
+        )
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
     ids = [[indices for indices, _ in terms] for terms in (on_k, on_q, on_v)]
@@ -57,9 +60,13 @@ def attention_takes(q, k, v, mask=None, modules=()):
     shape, and as `_may_stand_for` says of the mask and the modules whose `forward` will not run then."""
     if not _may_stand_for(mask, modules) or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    return (q.shape == k.shape and q.shape[:3] == v.shape[:3] and q.dtype in (torch.float32, torch.float64)
-            and all(x.device.type == "cpu" and x.dtype == q.dtype for x in (q, k, v))
-            and not any(hasattr(part, "lookup_table_bias") for module in modules for part in module.modules()))
+    return (
+        q.shape == k.shape
+        and q.shape[:3] == v.shape[:3]
+        and q.dtype in (torch.float32, torch.float64)
+        and all(x.device.type == "cpu" and x.dtype == q.dtype for x in (q, k, v))
+        and not any(hasattr(part, "lookup_table_bias") for module in modules for part in module.modules())
+    )
 
 
 def rows_take(q, k, v, tables, prefix, mask=None, modules=()):
@@ -69,8 +76,12 @@ def rows_take(q, k, v, tables, prefix, mask=None, modules=()):
     """
     if ATTENTION not in ("composed", "rows"):
         raise ValueError(f"IRPE_ATTENTION is {ATTENTION!r}; it must be composed or rows, or not be set")
-    return (ATTENTION == "rows" and rows is not None and rows.takes(q, k, v, tables, prefix)
-            and _may_stand_for(mask, modules))
+    return (
+        ATTENTION == "rows"
+        and rows is not None
+        and rows.takes(q, k, v, tables, prefix)
+        and _may_stand_for(mask, modules)
+    )
 
 
 def _may_stand_for(mask, modules):
@@ -85,8 +96,13 @@ def _may_stand_for(mask, modules):
 
 
 def _is_hooked(module):
-    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
-                or module._backward_hooks or module._backward_pre_hooks)
+    return bool(
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class _BlockwiseAttention(torch.autograd.Function):
@@ -150,8 +166,11 @@ def _differentiable_gradients(ctx, grad_out, mask, *inputs):
     q, k, v, *tables = inputs
     out = _whole_attention(q, k, v, mask, ctx.dropout.start(), *_pairs(ctx.ids, tables))
     needed = ctx.needs_input_grad[:3] + ctx.needs_input_grad[6:]
-    grads = iter(torch.autograd.grad(out, [x for x, wanted in zip(inputs, needed, strict=True) if wanted], grad_out,
-                                     create_graph=True))
+    grads = iter(
+        torch.autograd.grad(
+            out, [x for x, wanted in zip(inputs, needed, strict=True) if wanted], grad_out, create_graph=True
+        )
+    )
     grad_q, grad_k, grad_v, *grad_tables = (next(grads) if wanted else None for wanted in needed)
     return grad_q, grad_k, grad_v, None, None, None, *grad_tables
 
@@ -165,7 +184,7 @@ def _whole_attention(q, k, v, mask, drop, on_k, on_q, on_v):
     attn = (logits if mask is None else logits + mask).softmax(-1)
     kept = torch.ones_like(attn)
     for batch, rows in _blocks(q):
-        kept[batch, :, rows], = drop(kept[batch, :, rows].contiguous())
+        (kept[batch, :, rows],) = drop(kept[batch, :, rows].contiguous())
     attn = attn * kept
     out = torch.matmul(attn, v)
     for indices, table in on_v:
@@ -177,7 +196,7 @@ class _Dropout:
     """Dropout with probability `p` that a second pass over the same blocks repeats, without keeping what it drew."""
 
     def __init__(self, p):
-        self.p, self.seed = p, torch.randint(2 ** 62, ()).item() if p else 0
+        self.p, self.seed = p, torch.randint(2**62, ()).item() if p else 0
 
     def start(self):
         """A function that drops the next places from each of the tensors it is given, in place, and returns them."""
@@ -205,8 +224,11 @@ def _blocks(q):
     size = max(heads * length * length, 1)
     parts, step = min(math.ceil(size / _BLOCK), max(length, 1)), max(1, _BLOCK // size)
     starts = [length * part // parts for part in range(parts + 1)]
-    return [(slice(first, min(first + step, pictures)), rows) for first in range(0, pictures, step)
-            for rows in itertools.starmap(slice, itertools.pairwise(starts))]
+    return [
+        (slice(first, min(first + step, pictures)), rows)
+        for first in range(0, pictures, step)
+        for rows in itertools.starmap(slice, itertools.pairwise(starts))
+    ]
 
 
 def _attention_blocks(q, k, mask, on_k, on_q, spares=0):
@@ -219,7 +241,7 @@ def _attention_blocks(q, k, mask, on_k, on_q, spares=0):
     for (batch, rows), shape in zip(_blocks(q), shapes, strict=True):
         if rows.start == 0:  # of new pictures
             lookups = [(indices, torch.matmul(k[batch], table)) for indices, table in on_q]
-        logits, *rest = memory[:, :math.prod(shape)].unflatten(1, shape)
+        logits, *rest = memory[:, : math.prod(shape)].unflatten(1, shape)
         _matmul(q[batch, :, rows], k[batch].transpose(2, 3), out=logits)
         for indices, table in on_k:
             rpe_index_add_(logits, torch.matmul(q[batch, :, rows], table), indices[rows])

@@ -9,6 +9,7 @@ explains the design.
 A plane is one head of one image. A chunk is 16 slots of a row of the map, the last of a row partly empty; the prefix is
 a chunk of its own. In tensors of M tokens come row by row of the map, then the prefix.
 """
+
 import os
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ _SPLIT_PROGRAMS = 256  # that share the sums of the tables' gradients, if there 
 
 class Tile(NamedTuple):
     """Tokens of its own that a program has, others that it takes at a time, and Triton's options."""
+
     own: int
     other: int
     num_warps: int = 4
@@ -33,13 +35,16 @@ class Tile(NamedTuple):
 # {(kernel, type, channels up to): tile}, for a benchmark to assign to. Both sizes are powers of two and multiples of
 # 16, and `other` is 16 where attention has sums. From "product" on, `own` are tokens, and `other` a part of M. These
 # are the largest that keep their numbers in registers (benchmarks/rows_ptxas.txt), on an H100 in 128 if they can.
-TILES = {(kernel, *key): tiles[0 if kernel == "forward" else 1 if "queries" in kernel else 2 if "keys" in kernel else 3]
-         for kernel in ("forward", "queries", "queries, sums", "keys", "keys, sums", "product", "adjoint", "gradient")
-         for key, tiles in {
-             ("half", 64): (Tile(64, 32), Tile(64, 16), Tile(64, 16), Tile(64, 64)),
-             ("half", 128): (Tile(64, 32, 8), Tile(32, 16), Tile(32, 16), Tile(64, 64, 8)),
-             ("float32", 64): (Tile(32, 16), Tile(32, 16, 8), Tile(16, 16), Tile(32, 32)),
-             ("float32", 128): (Tile(16, 16, 8),) * 4}.items()}
+TILES = {
+    (kernel, *key): tiles[0 if kernel == "forward" else 1 if "queries" in kernel else 2 if "keys" in kernel else 3]
+    for kernel in ("forward", "queries", "queries, sums", "keys", "keys, sums", "product", "adjoint", "gradient")
+    for key, tiles in {
+        ("half", 64): (Tile(64, 32), Tile(64, 16), Tile(64, 16), Tile(64, 64)),
+        ("half", 128): (Tile(64, 32, 8), Tile(32, 16), Tile(32, 16), Tile(64, 64, 8)),
+        ("float32", 64): (Tile(32, 16), Tile(32, 16, 8), Tile(16, 16), Tile(32, 32)),
+        ("float32", 128): (Tile(16, 16, 8),) * 4,
+    }.items()
+}
 KERNELS = {kernel: tile for (kernel, *key), tile in TILES.items() if key == ["half", 64]}
 
 
@@ -53,10 +58,18 @@ def takes(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], prefix: int) ->
     tables of one type for these heads and channels, on a GPU (or, under Triton's interpreter, on the CPU), with Triton
     3.3 or newer."""
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
-    return (q.device.type == ("cpu" if INTERPRETED else "cuda") and q.shape == k.shape == v.shape and q.numel() > 0
-            and q.shape[3] <= 128 and prefix <= 16 and dtype in (torch.float16, torch.bfloat16, torch.float32)
-            and q.dtype == k.dtype == v.dtype and len({table.dtype for table in tables}) == 1
-            and all(_fits(table, *q.shape[1::2]) for table in tables) and hasattr(tl, "tuple"))
+    return (
+        q.device.type == ("cpu" if INTERPRETED else "cuda")
+        and q.shape == k.shape == v.shape
+        and q.numel() > 0
+        and q.shape[3] <= 128
+        and prefix <= 16
+        and dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and q.dtype == k.dtype == v.dtype
+        and len({table.dtype for table in tables}) == 1
+        and all(_fits(table, *q.shape[1::2]) for table in tables)
+        and hasattr(tl, "tuple")
+    )
 
 
 def _fits(table: Tensor, heads: int, channels: int) -> bool:
@@ -64,9 +77,19 @@ def _fits(table: Tensor, heads: int, channels: int) -> bool:
     return len(table) in (1, heads) and (table.dim() == 2 or channels in table.shape[1:])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, tables_q: list[Tensor], tables_k: list[Tensor], tables_v: list[Tensor],
-              layout: Tensor, sizes: tuple[int, ...], bias: bool, mask: Tensor | None = None,
-              dropout_p: float = 0.0) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables_q: list[Tensor],
+    tables_k: list[Tensor],
+    tables_v: list[Tensor],
+    layout: Tensor,
+    sizes: tuple[int, ...],
+    bias: bool,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
     """softmax(scale·q·kᵀ + terms on keys and queries + mask)·v + term on values, with scale = D^-1/2 (Eq. 12 to 14).
 
     Args:
@@ -82,10 +105,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tables_q: list[Tensor], tables_k:
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    seed = torch.randint(2 ** 62, (1,), device=q.device) if dropout_p else None
+    seed = torch.randint(2**62, (1,), device=q.device) if dropout_p else None
     places = "".join(place for place, tables in zip("qkv", (tables_q, tables_k, tables_v), strict=True) if tables)
-    return torch.ops.rpe_ops.attention_by_rows(q, k, v, [*tables_q, *tables_k, *tables_v], places, layout, list(sizes),
-                                               bias, mask, seed, float(dropout_p))[0]
+    return torch.ops.rpe_ops.attention_by_rows(
+        q, k, v, [*tables_q, *tables_k, *tables_v], places, layout, list(sizes), bias, mask, seed, float(dropout_p)
+    )[0]
 
 
 # --- Kernels: attention ----------------------------------------------------------------------------------------------
@@ -94,8 +118,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, tables_q: list[Tensor], tables_k:
 # `shape` is rows, columns, prefix, row_step, column_step, chunks, padded, size.
 
 # one kernel for maps of all sizes: to compile another takes longer than a training step may
-_VARYING = ["length", "rows", "columns", "prefix", "row_step", "column_step", "chunks", "mask_b", "mask_h", "mask_own",
-            "mask_other", "splits", "steps", "planes", "count", "ids", "first"]
+_VARYING = [
+    "length",
+    "rows",
+    "columns",
+    "prefix",
+    "row_step",
+    "column_step",
+    "chunks",
+    "mask_b",
+    "mask_h",
+    "mask_own",
+    "mask_other",
+    "splits",
+    "steps",
+    "planes",
+    "count",
+    "ids",
+    "first",
+]
 # what a mask depends on; 0 if there is none
 _BY_OWN, _BY_OTHER = tl.constexpr(1), tl.constexpr(2)
 
@@ -155,8 +196,23 @@ def _term(products, at, row, chunk_row, chunk_column, layout, shape):
 
 
 @triton.jit
-def _logits(x, y, own, other, own_products, other_products, layout, shape, scale, mask, mask_own, mask_other,
-            ON_OWN: tl.constexpr, ON_OTHER: tl.constexpr, MASK: tl.constexpr):
+def _logits(
+    x,
+    y,
+    own,
+    other,
+    own_products,
+    other_products,
+    layout,
+    shape,
+    scale,
+    mask,
+    mask_own,
+    mask_other,
+    ON_OWN: tl.constexpr,
+    ON_OTHER: tl.constexpr,
+    MASK: tl.constexpr,
+):
     """A tile of logits in float32, -∞ where the others are not inside."""
     token, _, row, _, at, chunk_row, chunk_column = own
     other_token, inside, other_row, _, other_at, other_chunk_row, other_chunk_column = other
@@ -208,8 +264,11 @@ def _clear(sums, own, layout, shape):
     for start in range(0, size, 16):
         missed = (start // padded < nearest) | (start // padded > farthest)
         missed = missed & ((prefix == 0) | (start != size - padded))  # the prefix is met, in the first chunk
-        tl.store(sums + (at[:, None] + start + tl.arange(0, 16)[None, :]),
-                 tl.zeros((row.shape[0], 16), sums.dtype.element_ty), mask=(missed & inside)[:, None])
+        tl.store(
+            sums + (at[:, None] + start + tl.arange(0, 16)[None, :]),
+            tl.zeros((row.shape[0], 16), sums.dtype.element_ty),
+            mask=(missed & inside)[:, None],
+        )
 
 
 @triton.jit
@@ -222,19 +281,74 @@ def _add_to_run(sums, total, tile, own, chunk, layout, shape):
     ends = tl.load(layout + row * (shape[0] + 1) + next_row) != classes
     ends = ends | (next_column != column) | (chunk + 1 == shape[5])
     total += tile
-    tl.store(sums + (at[:, None] + (classes * shape[6])[:, None] + column + tl.arange(0, 16)[None, :]),
-             total.to(sums.dtype.element_ty), mask=(ends & inside)[:, None])
+    tl.store(
+        sums + (at[:, None] + (classes * shape[6])[:, None] + column + tl.arange(0, 16)[None, :]),
+        total.to(sums.dtype.element_ty),
+        mask=(ends & inside)[:, None],
+    )
     return tl.where(ends[:, None], 0.0, total)
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, sums, mask, seed, layout, out, log_sums,
-                      deltas, grads, x_b, x_h, x_l, y_b, y_h, y_l, x_v_b, x_v_h, x_v_l, y_v_b, y_v_h, y_v_l, products_b,
-                      products_h, mask_b, mask_h, mask_own, mask_other, heads, length, rows, columns, prefix, row_step,
-                      column_step, chunks, padded, size, scale, dropout_p, FORWARD: tl.constexpr, BY_KEY: tl.constexpr,
-                      ON_OWN: tl.constexpr, ON_OTHER: tl.constexpr, ON_VALUES: tl.constexpr, BIAS: tl.constexpr,
-                      MASK: tl.constexpr, DROPOUT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-                      OWN: tl.constexpr, OTHER: tl.constexpr):
+def _attention_kernel(
+    x,
+    y,
+    x_v,
+    y_v,
+    own_products,
+    other_products,
+    v_products,
+    sums,
+    mask,
+    seed,
+    layout,
+    out,
+    log_sums,
+    deltas,
+    grads,
+    x_b,
+    x_h,
+    x_l,
+    y_b,
+    y_h,
+    y_l,
+    x_v_b,
+    x_v_h,
+    x_v_l,
+    y_v_b,
+    y_v_h,
+    y_v_l,
+    products_b,
+    products_h,
+    mask_b,
+    mask_h,
+    mask_own,
+    mask_other,
+    heads,
+    length,
+    rows,
+    columns,
+    prefix,
+    row_step,
+    column_step,
+    chunks,
+    padded,
+    size,
+    scale,
+    dropout_p,
+    FORWARD: tl.constexpr,
+    BY_KEY: tl.constexpr,
+    ON_OWN: tl.constexpr,
+    ON_OTHER: tl.constexpr,
+    ON_VALUES: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+):
     """FORWARD, the output of a block x of queries and the logarithms of their softmax's sums; else gradients of a block
     of queries or, BY_KEY, of keys and values, and of the products of the own side, which are sums by runs.
 
@@ -263,8 +377,23 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
         for start in range(0, chunks, OTHER // 16):
             other = _side(start, shape, BIAS, OTHER)
             y_tile = _load(y, other[0] * y_l, CHANNELS, BLOCK_D)
-            logits = _logits(x_tile, y_tile, own, other, own_products, other_products, layout, shape, scale, mask,
-                             mask_own, mask_other, ON_OWN, ON_OTHER, MASK)
+            logits = _logits(
+                x_tile,
+                y_tile,
+                own,
+                other,
+                own_products,
+                other_products,
+                layout,
+                shape,
+                scale,
+                mask,
+                mask_own,
+                mask_other,
+                ON_OWN,
+                ON_OTHER,
+                MASK,
+            )
             larger = tl.maximum(largest, tl.max(logits, 1))
             finite = tl.where(larger == float("-inf"), 0.0, larger)  # no difference of infinities
             shrink = tl.exp(largest - finite)
@@ -300,10 +429,37 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
                 for start in range(0, chunks, OTHER // 16):
                     other = _side(start, shape, BIAS, OTHER)
                     y_tile = _load(y, other[0] * y_l, CHANNELS, BLOCK_D)
-                    p = tl.exp(_logits(x_tile, y_tile, own, other, own_products, other_products, layout, shape, scale,
-                                       mask, mask_own, mask_other, ON_OWN, ON_OTHER, MASK) - log_sum)
-                    grad = _gradient(own, other, x_v_tile, _load(y_v, other[0] * y_v_l, CHANNELS, BLOCK_D), v_products,
-                                     layout, shape, ON_VALUES, BY_KEY)
+                    p = tl.exp(
+                        _logits(
+                            x_tile,
+                            y_tile,
+                            own,
+                            other,
+                            own_products,
+                            other_products,
+                            layout,
+                            shape,
+                            scale,
+                            mask,
+                            mask_own,
+                            mask_other,
+                            ON_OWN,
+                            ON_OTHER,
+                            MASK,
+                        )
+                        - log_sum
+                    )
+                    grad = _gradient(
+                        own,
+                        other,
+                        x_v_tile,
+                        _load(y_v, other[0] * y_v_l, CHANNELS, BLOCK_D),
+                        v_products,
+                        layout,
+                        shape,
+                        ON_VALUES,
+                        BY_KEY,
+                    )
                     if DROPOUT:
                         grad = _dropped(grad, seed, plane, own, other, length, dropout_p, BY_KEY)
                     delta += tl.sum(p * grad, 1)[:, None]
@@ -321,8 +477,23 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
         for start in range(0, chunks, STEP // 16):
             other = _side(start, shape, BIAS, STEP)
             y_tile = _load(y, other[0] * y_l, CHANNELS, BLOCK_D)
-            logits = _logits(x_tile, y_tile, own, other, own_products, other_products, layout, shape, scale, mask,
-                             mask_own, mask_other, ON_OWN, ON_OTHER, MASK)
+            logits = _logits(
+                x_tile,
+                y_tile,
+                own,
+                other,
+                own_products,
+                other_products,
+                layout,
+                shape,
+                scale,
+                mask,
+                mask_own,
+                mask_other,
+                ON_OWN,
+                ON_OTHER,
+                MASK,
+            )
             y_v_tile = _load(y_v, other[0] * y_v_l, CHANNELS, BLOCK_D)
             if BY_KEY:
                 log_sum, delta = tl.load(log_sums + other[0])[None, :], tl.load(deltas + other[0])[None, :]
@@ -356,6 +527,7 @@ def _attention_kernel(x, y, x_v, y_v, own_products, other_products, v_products, 
 # three tensors. Tables are of all heads together, one group, or of each. A bias is a table of one channel, whose tokens
 # have 1 in it.
 
+
 @triton.jit
 def _chosen(place, x_0, x_1, x_2):
     x = x_0
@@ -367,8 +539,25 @@ def _chosen(place, x_0, x_1, x_2):
 
 
 @triton.jit
-def _of_column(block, column, group, planes, heads, groups, length, rows, columns, prefix, row_step, column_step, size,
-               x_b, x_h, x_l, OWN: tl.constexpr):
+def _of_column(
+    block,
+    column,
+    group,
+    planes,
+    heads,
+    groups,
+    length,
+    rows,
+    columns,
+    prefix,
+    row_step,
+    column_step,
+    size,
+    x_b,
+    x_h,
+    x_l,
+    OWN: tl.constexpr,
+):
     """Of a block of the tokens in a column of the maps of all planes of a group (the last column is the prefix):
     whether there is one, and where its products and its channels begin."""
     number, per_plane = block * OWN + tl.arange(0, OWN), tl.where(column == columns, prefix, rows)
@@ -393,11 +582,51 @@ def _channels(x, x_at, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.c
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _product_kernel(x_0, x_1, x_2, table_0, table_1, table_2, table_3, table_4, table_5, products, layout, x_0_b, x_0_h,
-                    x_0_l, x_1_b, x_1_h, x_1_l, x_2_b, x_2_h, x_2_l, planes, heads, groups, length, rows, columns,
-                    prefix, row_step, column_step, size, count, ids, buckets, scale, on_values, first,
-                    CROSS: tl.constexpr, ADJOINT: tl.constexpr, BIAS: tl.constexpr, CHANNELS: tl.constexpr,
-                    BLOCK_D: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr):
+def _product_kernel(
+    x_0,
+    x_1,
+    x_2,
+    table_0,
+    table_1,
+    table_2,
+    table_3,
+    table_4,
+    table_5,
+    products,
+    layout,
+    x_0_b,
+    x_0_h,
+    x_0_l,
+    x_1_b,
+    x_1_h,
+    x_1_l,
+    x_2_b,
+    x_2_h,
+    x_2_l,
+    planes,
+    heads,
+    groups,
+    length,
+    rows,
+    columns,
+    prefix,
+    row_step,
+    column_step,
+    size,
+    count,
+    ids,
+    buckets,
+    scale,
+    on_values,
+    first,
+    CROSS: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    BIAS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+):
     """products[place] = x·table for a block of the tokens of a column, the table in the order of the products, scaled;
     or, ADJOINT, x[first + place] += products[place]·tableᵀ, x being (…, B, L, H, D)."""
     place, column, group = tl.program_id(1), tl.program_id(0) % count, tl.program_id(0) // count % groups
@@ -406,8 +635,25 @@ def _product_kernel(x_0, x_1, x_2, table_0, table_1, table_2, table_3, table_4, 
     else:
         x, x_b = _chosen(place, x_0, x_1, x_2), _chosen(place, x_0_b, x_1_b, x_2_b)
         x_h, x_l = _chosen(place, x_0_h, x_1_h, x_2_h), _chosen(place, x_0_l, x_1_l, x_2_l)
-    inside, at, x_at = _of_column(tl.program_id(0) // count // groups, column, group, planes, heads, groups, length,
-                                  rows, columns, prefix, row_step, column_step, size, x_b, x_h, x_l, OWN)
+    inside, at, x_at = _of_column(
+        tl.program_id(0) // count // groups,
+        column,
+        group,
+        planes,
+        heads,
+        groups,
+        length,
+        rows,
+        columns,
+        prefix,
+        row_step,
+        column_step,
+        size,
+        x_b,
+        x_h,
+        x_l,
+        OWN,
+    )
     tile = _channels(x, x_at, CHANNELS, BLOCK_D, BIAS)
     channel, by_value = tl.arange(0, BLOCK_D)[:, None], place == on_values
     by_channel, by_bucket = tl.where(by_value, 1, buckets), tl.where(by_value, CHANNELS, 1)
@@ -437,10 +683,41 @@ def _product_kernel(x_0, x_1, x_2, table_0, table_1, table_2, table_3, table_4, 
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _gradient_kernel(x_0, x_1, x_2, products_0, products_1, products_2, partial, x_0_b, x_0_h, x_0_l, x_1_b, x_1_h,
-                     x_1_l, x_2_b, x_2_h, x_2_l, planes, heads, groups, length, rows, columns, prefix, row_step,
-                     column_step, size, count, steps, BIAS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
-                     OWN: tl.constexpr, OTHER: tl.constexpr):
+def _gradient_kernel(
+    x_0,
+    x_1,
+    x_2,
+    products_0,
+    products_1,
+    products_2,
+    partial,
+    x_0_b,
+    x_0_h,
+    x_0_l,
+    x_1_b,
+    x_1_h,
+    x_1_l,
+    x_2_b,
+    x_2_h,
+    x_2_l,
+    planes,
+    heads,
+    groups,
+    length,
+    rows,
+    columns,
+    prefix,
+    row_step,
+    column_step,
+    size,
+    count,
+    steps,
+    BIAS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+):
     """partial[split, place, group, column, m, channel] = Σ of products·x over some blocks of the tokens of a column."""
     place, split, blocks = tl.program_id(1), tl.program_id(2), tl.cdiv(size, OTHER)
     m = tl.program_id(0) % blocks * OTHER + tl.arange(0, OTHER)
@@ -448,21 +725,53 @@ def _gradient_kernel(x_0, x_1, x_2, products_0, products_1, products_2, partial,
     products = _chosen(place, products_0, products_1, products_2)
     total = tl.zeros((OTHER, BLOCK_D), tl.float32)
     for block in range(split * steps, (split + 1) * steps):
-        inside, at, x_at = _of_column(block, column, group, planes, heads, groups, length, rows, columns, prefix,
-                                      row_step, column_step, size, _chosen(place, x_0_b, x_1_b, x_2_b),
-                                      _chosen(place, x_0_h, x_1_h, x_2_h), _chosen(place, x_0_l, x_1_l, x_2_l), OWN)
+        inside, at, x_at = _of_column(
+            block,
+            column,
+            group,
+            planes,
+            heads,
+            groups,
+            length,
+            rows,
+            columns,
+            prefix,
+            row_step,
+            column_step,
+            size,
+            _chosen(place, x_0_b, x_1_b, x_2_b),
+            _chosen(place, x_0_h, x_1_h, x_2_h),
+            _chosen(place, x_0_l, x_1_l, x_2_l),
+            OWN,
+        )
         tile = _channels(_chosen(place, x_0, x_1, x_2), x_at, CHANNELS, BLOCK_D, BIAS)
         used = inside[:, None] & (m < size)[None, :]
         of_products = tl.trans(tl.load(products + at[:, None] + m[None, :], mask=used, other=0.0))
         total = tl.dot(of_products, tile.to(of_products.dtype), total, input_precision="tf32x3")
-    partial += ((((split * tl.num_programs(1) + place) * groups + group) * (columns + 1) + column) * CHANNELS
-                ).to(tl.int64) * size
+    partial += ((((split * tl.num_programs(1) + place) * groups + group) * (columns + 1) + column) * CHANNELS).to(
+        tl.int64
+    ) * size
     _store(partial, total, m * CHANNELS, m < size, CHANNELS, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _collect_kernel(partial, layout, grads, groups, columns, ids, buckets, size, splits, scale, on_values, tables,
-                    CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, OWN: tl.constexpr):
+def _collect_kernel(
+    partial,
+    layout,
+    grads,
+    groups,
+    columns,
+    ids,
+    buckets,
+    size,
+    splits,
+    scale,
+    on_values,
+    tables,
+    CHANNELS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OWN: tl.constexpr,
+):
     """Gradient of a bucket: what `partial` has, for all splits, where the order of the products names it."""
     bucket, table = tl.program_id(0) % buckets, tl.program_id(0) // buckets % tables
     group, place = tl.program_id(0) // buckets // tables, tl.program_id(1)
@@ -476,17 +785,20 @@ def _collect_kernel(partial, layout, grads, groups, columns, ids, buckets, size,
         inside = number < count * splits
         at = ((number // count).to(tl.int64) * tl.num_programs(1) + place) * groups + group
         at = at * (columns + 1) * size + tl.load(where + number % count, mask=inside, other=0)
-        total += tl.load(partial + at[:, None] * CHANNELS + channel[None, :],
-                         mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0)
+        total += tl.load(
+            partial + at[:, None] * CHANNELS + channel[None, :],
+            mask=inside[:, None] & (channel < CHANNELS)[None, :],
+            other=0.0,
+        )
     by_value = place == on_values
     grads += ((place * tables + table) * groups + group) * CHANNELS * buckets
     grads += channel * tl.where(by_value, 1, buckets) + bucket * tl.where(by_value, CHANNELS, 1)
     factor = tl.where(by_value, 1.0, tl.cast(scale, tl.float32))
-    tl.store(grads, (tl.sum(total, 0) * factor).to(grads.dtype.element_ty),
-             mask=channel < CHANNELS)
+    tl.store(grads, (tl.sum(total, 0) * factor).to(grads.dtype.element_ty), mask=channel < CHANNELS)
 
 
 # --- Operators -------------------------------------------------------------------------------------------------------
+
 
 class _Call:
     """The launches of one call; `values` are what kernels share, by the names of their parameters."""
@@ -498,16 +810,37 @@ class _Call:
         self.tables = [table.contiguous() for table in tables]
         self.mask = mask = None if mask is None else mask.expand(*q.shape[:3], length)
         self.values = {
-            "layout": layout, "rows": rows, "columns": columns, "prefix": prefix, "row_step": row_step,
-            "column_step": column_step, "padded": padded, "size": self.size, "count": columns + (prefix > 0),
-            "chunks": (prefix > 0) + rows * (padded // 16), "heads": heads, "length": length,
-            "mask": q if mask is None else mask, "mask_b": 0 if mask is None else mask.stride(0),
-            "mask_h": 0 if mask is None else mask.stride(1), "seed": layout if seed is None else seed,
-            "dropout_p": dropout_p, "DROPOUT": dropout_p > 0, "ON_VALUES": "v" in places, "BIAS": bias,
-            "scale": channels ** -0.5, "CHANNELS": channels, "BLOCK_D": max(16, triton.next_power_of_2(channels)),
-            "ids": (rows + 1) ** 2, "planes": batch * heads // groups, "groups": groups,
-            "tables": len(tables) // len(places), "buckets": tables[0].shape[1 if places[0] == "v" else -1],
-            "on_values": places.find("v"), "CROSS": len(tables) > len(places)}
+            "layout": layout,
+            "rows": rows,
+            "columns": columns,
+            "prefix": prefix,
+            "row_step": row_step,
+            "column_step": column_step,
+            "padded": padded,
+            "size": self.size,
+            "count": columns + (prefix > 0),
+            "chunks": (prefix > 0) + rows * (padded // 16),
+            "heads": heads,
+            "length": length,
+            "mask": q if mask is None else mask,
+            "mask_b": 0 if mask is None else mask.stride(0),
+            "mask_h": 0 if mask is None else mask.stride(1),
+            "seed": layout if seed is None else seed,
+            "dropout_p": dropout_p,
+            "DROPOUT": dropout_p > 0,
+            "ON_VALUES": "v" in places,
+            "BIAS": bias,
+            "scale": channels**-0.5,
+            "CHANNELS": channels,
+            "BLOCK_D": max(16, triton.next_power_of_2(channels)),
+            "ids": (rows + 1) ** 2,
+            "planes": batch * heads // groups,
+            "groups": groups,
+            "tables": len(tables) // len(places),
+            "buckets": tables[0].shape[1 if places[0] == "v" else -1],
+            "on_values": places.find("v"),
+            "CROSS": len(tables) > len(places),
+        }
         self.of_bias = {"scale": 1.0, "CHANNELS": 1, "BLOCK_D": 16} if bias else {}
 
     def launch(self, kernel, grid, options, **values):
@@ -519,16 +852,34 @@ class _Call:
 
     def by_columns(self, x, products, adjoint=False, first_table=0, first=0):
         """Products of tensors of tokens with the tables from a place on, or `adjoint`, that added to x[first], …"""
-        own = {} if not self.bias else {"planes": 1, "heads": self.values["groups"], "rows": 1,
-                                        "prefix": min(self.values["prefix"], 1), "length": self.values["columns"] + 1}
+        own = (
+            {}
+            if not self.bias
+            else {
+                "planes": 1,
+                "heads": self.values["groups"],
+                "rows": 1,
+                "prefix": min(self.values["prefix"], 1),
+                "length": self.values["columns"] + 1,
+            }
+        )
         values, per_place = self.values | own, self.values["tables"]
-        options, tables = self.tile("adjoint" if adjoint else "product"), self.tables[first_table * per_place:]
+        options, tables = self.tile("adjoint" if adjoint else "product"), self.tables[first_table * per_place :]
         tokens = values["planes"] * max(values["rows"], values["prefix"])
         grid = triton.cdiv(tokens, options.own) * values["count"] * values["groups"], len(products)
-        self.launch(_product_kernel, grid, options, **self.of_bias | own, **_three("x", x), ADJOINT=adjoint,
-                    **_three("table", tables[::per_place]), **_three("table", tables[per_place - 1::per_place], 3),
-                    products=products, first=first,
-                    on_values=self.places.find("v") - first_table if "v" in self.places else -1)
+        self.launch(
+            _product_kernel,
+            grid,
+            options,
+            **self.of_bias | own,
+            **_three("x", x),
+            ADJOINT=adjoint,
+            **_three("table", tables[::per_place]),
+            **_three("table", tables[per_place - 1 :: per_place], 3),
+            products=products,
+            first=first,
+            on_values=self.places.find("v") - first_table if "v" in self.places else -1,
+        )
         return products
 
     def products(self, x):
@@ -546,13 +897,26 @@ class _Call:
         # of a bias all images have the same products, and all heads if they share it
         b, h = products.stride()[1:3]
         b, h = (0, h * (products.shape[2] > 1)) if self.bias else (b, h)
-        of_own, of_other = (0, 0) if self.mask is None else self.mask.stride()[2:][::-1 if by_key else 1]
+        of_own, of_other = (0, 0) if self.mask is None else self.mask.stride()[2:][:: -1 if by_key else 1]
         kind = 0 if self.mask is None else 1 if not of_other else 2 if not of_own else 3
         options, planes = self.tile(name), self.q.shape[0] * self.q.shape[1]
-        self.launch(_attention_kernel, (planes * triton.cdiv(self.values["chunks"] * 16, options.own),), options,
-                    **_strided("x", x), **_strided("y", y), **_strided("x_v", x_v), **_strided("y_v", y_v),
-                    products_b=b, products_h=h, MASK=kind, mask_own=of_own, mask_other=of_other,
-                    FORWARD=name == "forward", BY_KEY=by_key, **values)
+        self.launch(
+            _attention_kernel,
+            (planes * triton.cdiv(self.values["chunks"] * 16, options.own),),
+            options,
+            **_strided("x", x),
+            **_strided("y", y),
+            **_strided("x_v", x_v),
+            **_strided("y_v", y_v),
+            products_b=b,
+            products_h=h,
+            MASK=kind,
+            mask_own=of_own,
+            mask_other=of_other,
+            FORWARD=name == "forward",
+            BY_KEY=by_key,
+            **values,
+        )
 
     def gradients(self, x, products):
         """Gradients of the tables, flat, one after the other, from those of the products, a tensor for each place."""
@@ -562,11 +926,26 @@ class _Call:
         splits = max(1, min(blocks, _SPLIT_PROGRAMS // (programs * places)))
         shape = splits, places, values["groups"], values["columns"] + 1, self.size, 1 if self.bias else self.q.shape[3]
         partial = self.q.new_empty(shape, dtype=torch.float32)
-        self.launch(_gradient_kernel, (programs, places, splits), options, partial=partial,
-                    steps=triton.cdiv(blocks, splits), **self.of_bias, **_three("x", x), **_three("products", products))
+        self.launch(
+            _gradient_kernel,
+            (programs, places, splits),
+            options,
+            partial=partial,
+            steps=triton.cdiv(blocks, splits),
+            **self.of_bias,
+            **_three("x", x),
+            **_three("products", products),
+        )
         grads = self.tables[0].new_empty(sum(table.numel() for table in self.tables))
-        self.launch(_collect_kernel, (values["buckets"] * values["tables"] * values["groups"], places), Tile(64, 16),
-                    partial=partial, grads=grads, splits=splits, **self.of_bias)
+        self.launch(
+            _collect_kernel,
+            (values["buckets"] * values["tables"] * values["groups"], places),
+            Tile(64, 16),
+            partial=partial,
+            grads=grads,
+            splits=splits,
+            **self.of_bias,
+        )
         return grads
 
 
@@ -574,8 +953,9 @@ def _launch(kernel, grid, options, arguments):
     tensor = next(iter(arguments.values()))
     if not INTERPRETED:
         with torch.cuda.device_of(tensor):
-            torch.library.wrap_triton(kernel)[grid](**arguments, num_warps=options.num_warps,
-                                                    num_stages=options.num_stages)
+            torch.library.wrap_triton(kernel)[grid](
+                **arguments, num_warps=options.num_warps, num_stages=options.num_stages
+            )
     elif not isinstance(tensor, FakeTensor):
         kernel[grid](**arguments)
 
@@ -593,8 +973,19 @@ def _three(name, tensors, first=0):
     return {f"{name}_{first + place}": x for place, x in enumerate(tensors)}
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], places: str, layout: Tensor, sizes: list[int],
-             bias: bool, mask: Tensor | None, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: list[Tensor],
+    places: str,
+    layout: Tensor,
+    sizes: list[int],
+    bias: bool,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(output, logarithms of the softmax's sums, sums of weights that meet the table on values)"""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     call = _Call(q, tables, places, layout, sizes, bias, mask, seed, dropout_p)
@@ -609,9 +1000,23 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], places: str,
     return out, log_sums, sums
 
 
-def _backward(grad: Tensor, out: Tensor, log_sums: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor,
-              tables: list[Tensor], places: str, layout: Tensor, sizes: list[int], bias: bool, mask: Tensor | None,
-              seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
+def _backward(
+    grad: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    sums: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: list[Tensor],
+    places: str,
+    layout: Tensor,
+    sizes: list[int],
+    bias: bool,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
     """Gradients of k, q and v, (3, B, H, L, D), and, flat and one after the other, of the tables"""
     grad, q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (grad, q, k, v))
     call = _Call(q, tables, places, layout, sizes, bias, mask, seed, dropout_p)
@@ -619,14 +1024,20 @@ def _backward(grad: Tensor, out: Tensor, log_sums: Tensor, sums: Tensor, q: Tens
     products = call.products(tokens)
     grads = q.new_empty(3, q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(2, 3)
     grad_products = q.new_empty(len(on_logits), *q.shape[:3], call.size)
-    shared = {"v_products": products[-1], "out": out, "log_sums": log_sums, "deltas": torch.empty_like(log_sums),
-              "sums": grad_products, "grads": grads}
+    shared = {
+        "v_products": products[-1],
+        "out": out,
+        "log_sums": log_sums,
+        "deltas": torch.empty_like(log_sums),
+        "sums": grad_products,
+        "grads": grads,
+    }
     # the queries first, which leave the deltas
     call.attend("queries, sums" if "k" in places else "queries", q, k, grad, v, products, **shared)
     call.attend("keys, sums" if "q" in places else "keys", k, q, v, grad, products, by_key=True, **shared)
     if on_logits and not bias:
         call.by_columns([grads, grad_products], grad_products, adjoint=True, first=int("q" not in places))
-    return grads, call.gradients(tokens, [*grad_products, sums][:len(places)])
+    return grads, call.gradients(tokens, [*grad_products, sums][: len(places)])
 
 
 def _register(name, function):
@@ -648,7 +1059,8 @@ def _differentiate(ctx, grad, *_):
     *saved, layout, mask, seed = ctx.saved_tensors[:9]
     tables = list(ctx.saved_tensors[9:])
     grads, of_tables = torch.ops.rpe_ops.attention_by_rows_backward(
-        grad, *saved, tables, ctx.places, layout, ctx.sizes, ctx.bias, mask, seed, ctx.dropout_p)
+        grad, *saved, tables, ctx.places, layout, ctx.sizes, ctx.bias, mask, seed, ctx.dropout_p
+    )
     grad_k, grad_q, grad_v = grads.unbind(0)
     of_tables = of_tables.split([table.numel() for table in tables])
     of_tables = [x.view(table.shape) for x, table in zip(of_tables, tables, strict=True)]

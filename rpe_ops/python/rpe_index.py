@@ -120,8 +120,9 @@ def _(output: Tensor, input: Tensor, index: Tensor, by_key: bool = False) -> Non
 def _(output: Tensor, input: Tensor, index: Tensor) -> None:
     torch._check(output.dim() == input.dim() == 4 and index.dim() == 2, lambda: "rpe_bucket_sum_add_: wrong dimensions")
     torch._check(input.shape[2:] == index.shape, lambda: "rpe_bucket_sum_add_: input and index differ")
-    torch._check(output.shape[:3] == (*input.shape[:2], index.size(1)),
-                 lambda: "rpe_bucket_sum_add_: wrong shape of output")
+    torch._check(
+        output.shape[:3] == (*input.shape[:2], index.size(1)), lambda: "rpe_bucket_sum_add_: wrong shape of output"
+    )
 
 
 def _save_index(ctx, inputs, output) -> None:
@@ -132,8 +133,10 @@ def _save_index(ctx, inputs, output) -> None:
 torch.library.register_autograd(
     "rpe_ops::rpe_index",
     lambda ctx, grad: (rpe_bucket_sum(grad, ctx.saved_tensors[0], ctx.num_buckets), None),
-    setup_context=_save_index)
+    setup_context=_save_index,
+)
 torch.library.register_autograd(
     "rpe_ops::rpe_bucket_sum",
     lambda ctx, grad: (rpe_index(grad, ctx.saved_tensors[0]), None, None),
-    setup_context=_save_index)
+    setup_context=_save_index,
+)

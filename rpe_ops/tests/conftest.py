@@ -8,8 +8,13 @@ def pytest_configure(config):
 
 
 def _cuda():
-    reason = ("needs a GPU, and PyTorch sees none" if not torch.cuda.is_available() else
-              "needs an rpe_ops built with CUDA kernels" if not rpe_ops.has_cuda else None)
+    reason = (
+        "needs a GPU, and PyTorch sees none"
+        if not torch.cuda.is_available()
+        else "needs an rpe_ops built with CUDA kernels"
+        if not rpe_ops.has_cuda
+        else None
+    )
     return pytest.param("cuda", marks=pytest.mark.skipif(reason is not None, reason=reason or ""))
 
 

@@ -4,6 +4,7 @@ Without a GPU Triton's interpreter runs the kernels (TRITON_INTERPRET=1). A case
 gradient, is further from the definition than a bound: that of the type, in parts of the largest value, and twice what
 the definition itself errs when it is computed in the case's type.
 """
+
 import argparse
 import concurrent.futures
 import contextlib
@@ -52,16 +53,23 @@ class Case:
     def __init__(self, seed, **fixed):
         choose, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self.options = {
-            "dtype": choose.choice(list(TOLERANCE)), "channels": choose.choice([16, 24, 32, 48, 64, 80, 96, 128]),
-            "batch": choose.randint(1, 2), "heads": choose.choice([1, 1, 2, 3]), "map": choose.choice(MAPS),
-            "prefix": choose.choice([0, 1, 2, 5]), "places": choose.choice(["k", "q", "v", "qk", "kv", "qv", "qkv"]),
-            "kind": choose.choice(["shared", "heads", "bias"]), "method": choose.choice(["product", "cross"]),
+            "dtype": choose.choice(list(TOLERANCE)),
+            "channels": choose.choice([16, 24, 32, 48, 64, 80, 96, 128]),
+            "batch": choose.randint(1, 2),
+            "heads": choose.choice([1, 1, 2, 3]),
+            "map": choose.choice(MAPS),
+            "prefix": choose.choice([0, 1, 2, 5]),
+            "places": choose.choice(["k", "q", "v", "qk", "kv", "qv", "qkv"]),
+            "kind": choose.choice(["shared", "heads", "bias"]),
+            "method": choose.choice(["product", "cross"]),
             "classes": choose.choice([1, 2, 3, 3, 5, 7]),
             "mask": choose.choice([None, "padding", "bool", "full", "full bool", "blind"]),
-            "dropout_p": choose.choice([0.0, 0.0, 0.1, 0.5]), "size": choose.choice([0.3, 1.0, 4.0]),
+            "dropout_p": choose.choice([0.0, 0.0, 0.1, 0.5]),
+            "size": choose.choice([0.3, 1.0, 4.0]),
             "together": choose.random() < 0.5,
             # the interpreter's time goes by tiles
-            "tiles": choose.choice(["usual", "large", "large", "large"])} | fixed
+            "tiles": choose.choice(["usual", "large", "large", "large"]),
+        } | fixed
         vars(self).update(self.options)
         if self.kind == "bias":
             self.places = self.options["places"] = self.places.replace("v", "") or "k"
@@ -83,10 +91,11 @@ class Case:
 
     def _offset_ids(self, height, width):
         """Ids of every offset, whose rows and columns have classes that are runs, as those of iRPE."""
-        rows, columns = (torch.randint(self.classes, (n,), generator=self.generator).sort().values[:, None]
-                         for n in (height, width))
+        rows, columns = (
+            torch.randint(self.classes, (n,), generator=self.generator).sort().values[:, None] for n in (height, width)
+        )
         if self.method == "product":
-            self.buckets = self.classes ** 2 + (self.prefix > 0)
+            self.buckets = self.classes**2 + (self.prefix > 0)
             return (rows * self.classes + columns.T)[None]
         self.buckets = self.classes + (self.prefix > 0)
         return torch.stack([rows.expand(-1, width), columns.T.expand(height, -1)])
@@ -131,12 +140,24 @@ class Case:
         parts = []
         for start in range(0, self.length, 128):
             keys = torch.zeros(self.batch, self.heads, self.length, 128, device=DEVICE)
-            keys[:, :, start:start + 128] += torch.eye(128, device=DEVICE)[:self.length - start]
+            keys[:, :, start : start + 128] += torch.eye(128, device=DEVICE)[: self.length - start]
             table = torch.zeros(1, self.buckets, device=DEVICE)
             torch.manual_seed(1)
-            parts.append(rows.attention(keys * 0, keys * 0, keys, [], [table] * len(self.ids), [],
-                                        *self.map_and_kind[:2], True, None, self.dropout_p))
-        return torch.cat(parts, 3)[..., :self.length].double() * self.length
+            parts.append(
+                rows.attention(
+                    keys * 0,
+                    keys * 0,
+                    keys,
+                    [],
+                    [table] * len(self.ids),
+                    [],
+                    *self.map_and_kind[:2],
+                    True,
+                    None,
+                    self.dropout_p,
+                )
+            )
+        return torch.cat(parts, 3)[..., : self.length].double() * self.length
 
     def by_rows(self, q, k, v, *tables, **options):
         """The call that is tested."""
@@ -146,7 +167,7 @@ class Case:
 
     def definition(self, q, k, v, *tables, kept):
         """Attention of the paper (Eq. 12 to 14), operator by operator; `kept` as `self.kept` returns it."""
-        scale, tables = self.channels ** -0.5, iter(tables)
+        scale, tables = self.channels**-0.5, iter(tables)
         logits, on_values = q * scale @ k.transpose(2, 3), []
         for place in self.places:
             for ids in self.ids:
@@ -155,14 +176,20 @@ class Case:
                 if place == "v":
                     on_values.append((ids, table))
                     continue
-                products = table[None, :, None].expand(len(x), -1, len(ids), -1) if self.kind == "bias" else (
-                    x * scale @ table)
+                products = (
+                    table[None, :, None].expand(len(x), -1, len(ids), -1)
+                    if self.kind == "bias"
+                    else (x * scale @ table)
+                )
                 products = products.expand(-1, self.heads, -1, -1)
                 term = reference.rpe_index(products, ids)
                 logits = logits + (term.transpose(2, 3) if place == "q" else term)
         if self.mask is not None:
-            mask = self.mask.to(logits.dtype) if self.mask.dtype != torch.bool else (
-                torch.zeros_like(self.mask, dtype=logits.dtype).masked_fill(~self.mask, -torch.inf))
+            mask = (
+                self.mask.to(logits.dtype)
+                if self.mask.dtype != torch.bool
+                else (torch.zeros_like(self.mask, dtype=logits.dtype).masked_fill(~self.mask, -torch.inf))
+            )
             blind = mask.amax(-1, keepdim=True) == -torch.inf
             logits, kept = logits + mask.masked_fill(blind, 0), kept.masked_fill(blind, 0)
         attn = logits.softmax(3) * kept.to(logits.dtype)
@@ -185,8 +212,9 @@ def tiles(size):
     """The usual tiles or, in the interpreter, as large ones as it takes at once."""
     usual = dict(rows.TILES)
     if size == "large" and rows.INTERPRETED:
-        rows.TILES.update({key: tile._replace(own=256, other=16 if "sums" in key[0] else 256)
-                           for key, tile in usual.items()})
+        rows.TILES.update(
+            {key: tile._replace(own=256, other=16 if "sums" in key[0] else 256) for key, tile in usual.items()}
+        )
     try:
         yield
     finally:
@@ -204,7 +232,7 @@ def excess(case):
     for x, y, z in zip(exact, plain, found, strict=True):
         # gradients of logits are differences of products of vectors like the output, and may cancel, as with one key;
         # those of keys and tables are these times queries
-        size = max(x.abs().max().item(), exact[0].abs().max().item() * case.channels ** 0.5 * max(case.size, 1.0))
+        size = max(x.abs().max().item(), exact[0].abs().max().item() * case.channels**0.5 * max(case.size, 1.0))
         allowed = TOLERANCE[case.dtype] * size + 2 * (y - x).abs().max().item()
         error = (z - x).abs().max().item()
         worst = max(worst, error / allowed if error == error else float("inf"))
@@ -221,8 +249,10 @@ def examine(seed, fixed):
 
 
 def main(args):
-    print(f"Triton {triton.__version__} {'on a GPU' if DEVICE == 'cuda' else 'interpreted'}, {args.cases} cases from "
-          f"seed {args.seed}; the largest error of every case in parts of what is allowed")
+    print(
+        f"Triton {triton.__version__} {'on a GPU' if DEVICE == 'cuda' else 'interpreted'}, {args.cases} cases from "
+        f"seed {args.seed}; the largest error of every case in parts of what is allowed"
+    )
     fixed = {"map": tuple(args.map), "batch": 1, "heads": 1} if args.map else {}
     seeds = range(args.seed, args.seed + args.cases)
     failed, worst = 0, dict.fromkeys(TOLERANCE, 0.0)
@@ -232,8 +262,10 @@ def main(args):
             worst[dtype] = max(worst[dtype], value)
             if not value <= 1 or not args.quiet:
                 print(line, flush=True)
-    print(f"{args.cases - failed} passed, {failed} failed; largest: "
-          + ", ".join(f"{str(dtype)[6:]} {value:.3f}" for dtype, value in worst.items()))
+    print(
+        f"{args.cases - failed} passed, {failed} failed; largest: "
+        + ", ".join(f"{str(dtype)[6:]} {value:.3f}" for dtype, value in worst.items())
+    )
     sys.exit(failed > 0)
 
 

@@ -47,16 +47,18 @@ def with_gradients(attend, inputs, **options):
     return [out, *torch.autograd.grad((out * torch.arange(out.numel()).view_as(out).sin()).sum(), inputs)]
 
 
-@pytest.mark.parametrize("block", [1, 100, 2 * 11 * 11, 500, 2 ** 20])
+@pytest.mark.parametrize("block", [1, 100, 2 * 11 * 11, 500, 2**20])
 @pytest.mark.parametrize(("places", "shared"), PLACES)
 def test_in_blocks_of_any_size_it_is_its_definition(block, places, shared, monkeypatch):
     monkeypatch.setattr(blockwise, "_BLOCK", block)
     inputs, attend = make(places, shared)
-    hidden = torch.zeros(3, 1, 1, 11).masked_fill(torch.arange(11) >= torch.tensor([8, 11, 3])[:, None, None, None],
-                                                  -torch.inf)
+    hidden = torch.zeros(3, 1, 1, 11).masked_fill(
+        torch.arange(11) >= torch.tensor([8, 11, 3])[:, None, None, None], -torch.inf
+    )
     for mask in (None, hidden, torch.arange(121.0).view(11, 11).cos().double()):
-        torch.testing.assert_close(with_gradients(attend, inputs, mask=mask),
-                                   with_gradients(attend, inputs, mask=mask, function=by_definition))
+        torch.testing.assert_close(
+            with_gradients(attend, inputs, mask=mask), with_gradients(attend, inputs, mask=mask, function=by_definition)
+        )
 
 
 def test_nothing_as_large_as_the_logits_is_made(monkeypatch):
@@ -65,18 +67,21 @@ def test_nothing_as_large_as_the_logits_is_made(monkeypatch):
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            sizes.extend(x.untyped_storage().nbytes() for x in pytree.tree_leaves(out)
-                         if isinstance(x, torch.Tensor) and x.is_floating_point())
+            sizes.extend(
+                x.untyped_storage().nbytes()
+                for x in pytree.tree_leaves(out)
+                if isinstance(x, torch.Tensor) and x.is_floating_point()
+            )
             return out
 
-    monkeypatch.setattr(blockwise, "_BLOCK", 2 ** 14)
+    monkeypatch.setattr(blockwise, "_BLOCK", 2**14)
     inputs, attend = make(batch=4, length=400, dtype=torch.float32)
     with Sizes():
         attend(*inputs).sum().backward()
     assert max(sizes) < 4 * 4 * 2 * 400 * 400 / 10  # bytes of the logits
 
 
-@pytest.mark.parametrize("block", [7, 20, 2 ** 20])
+@pytest.mark.parametrize("block", [7, 20, 2**20])
 def test_dropout_keeps_the_mean_and_has_the_gradient_of_what_it_kept(block, monkeypatch):
     monkeypatch.setattr(blockwise, "_BLOCK", block)
 
@@ -105,7 +110,7 @@ def test_second_derivatives_equal_finite_differences(dropout_p, places, monkeypa
         return attend(x, x, v, *tables, dropout_p=dropout_p)
 
     assert torch.autograd.gradgradcheck(seeded, (x, v, *tables))
-    grad, = torch.autograd.grad(seeded(x, x, *tables).square().sum(), x, create_graph=True)  # k and v are one tensor
+    (grad,) = torch.autograd.grad(seeded(x, x, *tables).square().sum(), x, create_graph=True)  # k and v are one tensor
     assert grad.requires_grad
     torch.testing.assert_close(grad, torch.autograd.grad(seeded(x, x, *tables).square().sum(), x)[0])
 
@@ -128,8 +133,12 @@ def test_it_says_which_calls_it_takes_and_refuses_the_others():
     assert not attention_takes(q, k, v, torch.zeros(11, requires_grad=True))
     with torch.autocast("cpu", torch.bfloat16):
         assert not attention_takes(q, k, v)
-    for wrong in ((q, k[:, :, :5], v), (q.half(), k.half(), v.half()), (q, k, v.float()),
-                  [x.to("meta") for x in (q, k, v)]):
+    for wrong in (
+        (q, k[:, :, :5], v),
+        (q.half(), k.half(), v.half()),
+        (q, k, v.float()),
+        [x.to("meta") for x in (q, k, v)],
+    ):
         assert not attention_takes(*wrong)
         with pytest.raises(ValueError, match=r"rpe_ops.attention got q, k, v of .* it takes"):
             attention(*wrong)

@@ -32,11 +32,20 @@ def test_without_the_package_the_source_folder_is_not_mistaken_for_it():
     assert "ModuleNotFoundError: No module named 'rpe_ops" in done.stderr
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    ({"torch": "2.0.0"}, f"was built for PyTorch 2.0.0 but this is PyTorch {torch.__version__}; rebuild it with: pip"),
-    ({"version": "0.9"}, f"was built for rpe_ops 0.9 but this is rpe_ops {rpe_ops.__version__}; rebuild it with: pip"),
-    (None, "has not been built; build it with: pip"),
-])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"torch": "2.0.0"},
+            f"was built for PyTorch 2.0.0 but this is PyTorch {torch.__version__}; rebuild it with: pip",
+        ),
+        (
+            {"version": "0.9"},
+            f"was built for rpe_ops 0.9 but this is rpe_ops {rpe_ops.__version__}; rebuild it with: pip",
+        ),
+        (None, "has not been built; build it with: pip"),
+    ],
+)
 def test_a_build_for_something_else_says_so_and_how_to_rebuild(change, sentence, tmp_path):
     package = shutil.copytree(Path(rpe_ops.__file__).parent, tmp_path / "rpe_ops")
     stamp = package / "build.json"
@@ -79,8 +88,15 @@ def test_cuda_sources_compile_for_sm_80_and_sm_90(tmp_path):
         include = Path(torch.__file__).with_name("include")
         run(nvcc, "-std=c++17", *archs, f"-I{include}", "-c", "csrc/cuda_kernels.cu", "-o", str(tmp_path / "kernels.o"))
         return
-    run(sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path / 'objects'}",
-        FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0")
+    run(
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        f"--build-lib={tmp_path}",
+        f"--build-temp={tmp_path / 'objects'}",
+        FORCE_CUDA="1",
+        TORCH_CUDA_ARCH_LIST="8.0;9.0",
+    )
     assert json.loads((tmp_path / "rpe_ops" / "build.json").read_text())["cuda"]
     done = python(f"import torch; torch.ops.load_library({str(tmp_path / 'rpe_ops' / '_C.so')!r})", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -93,6 +109,17 @@ def test_cuda_kernels_are_right_when_emulated_on_the_cpu(sanitizer, tmp_path):
         pytest.skip("needs a C++ compiler")
     program = tmp_path / "emulated_gpu"
     include = Path(torch.__file__).with_name("include")  # of the half types
-    run(compiler, "-std=c++20", "-O1", "-g", f"-fsanitize={sanitizer}", "-pthread", "-Icsrc", f"-isystem{include}",
-        "tests/emulated_gpu.cpp", "-o", str(program))
+    run(
+        compiler,
+        "-std=c++20",
+        "-O1",
+        "-g",
+        f"-fsanitize={sanitizer}",
+        "-pthread",
+        "-Icsrc",
+        f"-isystem{include}",
+        "tests/emulated_gpu.cpp",
+        "-o",
+        str(program),
+    )
     run(str(program))

@@ -1,4 +1,5 @@
 """What is to run on a GPU, tried without one."""
+
 import os
 import subprocess
 import sys
@@ -17,13 +18,27 @@ import operators  # noqa: E402
 def test_the_whole_check_runs_on_small_shapes_without_a_gpu(tmp_path):
     pytest.importorskip("triton")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `python` is this one
-    done = subprocess.run(["bash", TESTS / "gpu_check.sh", "--tiny", tmp_path / "result.txt"], cwd=tmp_path,
-                          env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", TESTS / "gpu_check.sh", "--tiny", tmp_path / "result.txt"],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = (tmp_path / "result.txt").read_text()
     assert result == done.stdout
-    for text in ("passed, 0 failed", "DeiT-S, batch 1, bfloat16, compiled", "DETR encoder, 1x2", "rows k", "Tilings",
-                 "k   forward", "rows on k, kernels", "rows on qkv was not measured", "nothing failed"):
+    for text in (
+        "passed, 0 failed",
+        "DeiT-S, batch 1, bfloat16, compiled",
+        "DETR encoder, 1x2",
+        "rows k",
+        "Tilings",
+        "k   forward",
+        "rows on k, kernels",
+        "rows on qkv was not measured",
+        "nothing failed",
+    ):
         assert text in result, text
 
 
@@ -35,22 +50,33 @@ def test_goals_are_compared_with_ratios_to_the_plain_step(capsys):
     args = SimpleNamespace(tiny=False, models=["DeiT-S"], type_name="float16")
     found = {}
     for mode in ("eager", "compiled"):
-        for way, on, numbers in (("plain", "", (20, 4000, 30)), ("composed", "k", (28, 5000, 40)),
-                                 ("rows", "k", (22, 4080, 41)), ("rows", "qkv", (26, 4480, 38))):
+        for way, on, numbers in (
+            ("plain", "", (20, 4000, 30)),
+            ("composed", "k", (28, 5000, 40)),
+            ("rows", "k", (22, 4080, 41)),
+            ("rows", "qkv", (26, 4480, 38)),
+        ):
             found[gpu.Subject("DeiT-S", way, on), mode] = measured(*numbers)
     gpu.compare_with_goals(gpu.report(found, args))
     lines = capsys.readouterr().out.splitlines()
     table = next(line for line in lines if line.startswith("  rows k "))
     assert table.split()[2:] == ["22.00", "1.10", "100", "41.00", "1.37", "4080", "1.02"]
     verdicts = [line.split(", ", 1)[1].split()[0] + " " + line.split()[-1] for line in lines if ": m" in line.lower()]
-    assert verdicts == ["kernels met", "peak met", "eager MISSED", "compiled MISSED", "kernels met", "peak met",
-                        "compiled met"]
+    assert verdicts == [
+        "kernels met",
+        "peak met",
+        "eager MISSED",
+        "compiled MISSED",
+        "kernels met",
+        "peak met",
+        "compiled met",
+    ]
 
 
 def test_a_model_that_fails_says_whose_and_why():
     sent = []
     gpu.serve(SimpleNamespace(send=sent.append), gpu.Subject("DeiT-S", "plain", ""), SimpleNamespace(device="nothing"))
-    (kind, text), = sent
+    ((kind, text),) = sent
     assert kind == "failed" and "Traceback" in text
 
 

@@ -21,8 +21,15 @@ from rpe_ops.rpe_index import (
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # batch, heads, Lq, Lk, buckets: one plane, planes that fill and that overflow groups of eight, rectangles, one of all,
 # more keys than a GPU's tile, more buckets than a GPU's chunk
-SHAPES = [(1, 1, 1, 1, 1), (1, 1, 6, 5, 4), (2, 3, 5, 9, 7), (2, 4, 3, 8, 5), (3, 3, 9, 4, 6), (1, 6, 17, 197, 50),
-          (2, 1, 3, 300, 280)]
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (1, 1, 6, 5, 4),
+    (2, 3, 5, 9, 7),
+    (2, 4, 3, 8, 5),
+    (3, 3, 9, 4, 6),
+    (1, 6, 17, 197, 50),
+    (2, 1, 3, 300, 280),
+]
 
 
 def make(shape, dtype=torch.float64, device="cpu", ids=torch.int32):
@@ -82,7 +89,7 @@ def test_the_name_users_know_gathers_and_differentiates(device):
     x, p, index = make((2, 3, 5, 9, 7), torch.float32, device)
     y = rpe_ops.rpe_index.RPEIndexFunction.apply(x.requires_grad_(), index)
     assert torch.equal(y, reference.rpe_index(x, index)) and RPEIndexFunction is rpe_ops.RPEIndexFunction
-    grad, = torch.autograd.grad(y, x, p)
+    (grad,) = torch.autograd.grad(y, x, p)
     torch.testing.assert_close(grad, reference.rpe_bucket_sum(p, index, 7))
 
 
@@ -114,8 +121,11 @@ def test_export_for_any_batch_size_and_map(device):
 
     dims = {name: torch.export.Dim(name, min=2) for name in ("batch", "queries", "keys")}
     x_dims, p_dims = ({0: dims["batch"], 2: dims["queries"]}, {0: dims["batch"], 2: dims["queries"], 3: dims["keys"]})
-    program = torch.export.export(Module(), make((3, 3, 5, 9, 7), torch.float32, device),
-                                  dynamic_shapes=(x_dims, p_dims, {0: dims["queries"], 1: dims["keys"]}))
+    program = torch.export.export(
+        Module(),
+        make((3, 3, 5, 9, 7), torch.float32, device),
+        dynamic_shapes=(x_dims, p_dims, {0: dims["queries"], 1: dims["keys"]}),
+    )
     inputs = make((2, 3, 6, 11, 7), torch.float32, device)
     torch.testing.assert_close(program.module()(*inputs), model(*inputs))
 
@@ -127,7 +137,7 @@ def strided(tensor):
     yield tensor.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     padded = tensor.new_full([2 * n for n in tensor.shape], float("nan"))
     yield padded[::2, ::2, ::2, ::2].copy_(tensor)
-    yield padded[1::2, 1::2, 1::2, :tensor.shape[3]].copy_(tensor)
+    yield padded[1::2, 1::2, 1::2, : tensor.shape[3]].copy_(tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -166,7 +176,7 @@ def test_3000_ones_sum_to_3000_in_half_types(dtype, device):
     ones = torch.ones(1, 2, 1, 3000, dtype=dtype, device=device)
     index = torch.zeros(1, 3000, dtype=torch.int32, device=device)
     x = torch.zeros(1, 2, 1, 1, dtype=dtype, device=device, requires_grad=True)
-    grad, = torch.autograd.grad(rpe_index(x, index), x, ones)
+    (grad,) = torch.autograd.grad(rpe_index(x, index), x, ones)
     expected = torch.full_like(x, 3000)  # 3008 in bfloat16, the nearest it has
     assert torch.equal(rpe_bucket_sum(ones, index, 1), expected) and torch.equal(grad, expected)
 
@@ -219,9 +229,13 @@ def test_every_instruction_set_gives_the_same_bits(tmp_path):
     """
     inputs = [make((3, 3, 5, 43, 7), dtype) for dtype in DTYPES]
     torch.save(inputs, tmp_path / "inputs")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "inputs", tmp_path / "results"], check=True,
-                          env=os.environ | {"ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.path.dirname(__file__)},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "inputs", tmp_path / "results"],
+        check=True,
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.path.dirname(__file__)},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == "DEFAULT\n"
     for (x, p, index), (y, s, *added) in zip(inputs, torch.load(tmp_path / "results"), strict=True):
         assert torch.equal(rpe_index(x, index), y) and torch.equal(rpe_bucket_sum(p, index, 7), s)
@@ -255,7 +269,7 @@ def test_more_than_two_to_the_31_elements(device):
     y = rpe_index(x, index)
     assert y.numel() > 2**31
     for b, rows in ((0, slice(0, 2)), (63, slice(-2, None)), (64, slice(-2, None))):  # before, across and beyond 2³¹
-        assert torch.equal(y[b:b + 1, :, rows], reference.rpe_index(x[b:b + 1, :, rows], index[rows]))
+        assert torch.equal(y[b : b + 1, :, rows], reference.rpe_index(x[b : b + 1, :, rows], index[rows]))
     counts = torch.stack([(index == c).sum(1) for c in range(buckets)], 1)
     torch.testing.assert_close(rpe_bucket_sum(y, index, buckets).float(), x.float() * counts, rtol=1e-3, atol=1e-3)
 
@@ -316,13 +330,16 @@ def test_validate_index_names_the_id_and_the_number_of_buckets(device):
         validate_index(index - 1, 7)
 
 
-@pytest.mark.parametrize(("change", "error", "message"), [
-    (lambda x, i: (x[0], i), ValueError, "4 dimensions"),
-    (lambda x, i: (x, i[0]), ValueError, "2 dimensions"),
-    (lambda x, i: (x[:, :, 1:], i), ValueError, "4 queries and index has 5"),
-    (lambda x, i: (x.int(), i), TypeError, "float16, bfloat16, float32 or float64, got Int"),
-    (lambda x, i: (x, i.float()), TypeError, "int32 or int64, got Float"),
-])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, i: (x[0], i), ValueError, "4 dimensions"),
+        (lambda x, i: (x, i[0]), ValueError, "2 dimensions"),
+        (lambda x, i: (x[:, :, 1:], i), ValueError, "4 queries and index has 5"),
+        (lambda x, i: (x.int(), i), TypeError, "float16, bfloat16, float32 or float64, got Int"),
+        (lambda x, i: (x, i.float()), TypeError, "int32 or int64, got Float"),
+    ],
+)
 def test_wrong_arguments_are_named(change, error, message, device):
     x, _, index = make((2, 3, 5, 9, 9), torch.float32, device)
     with pytest.raises(error, match=message):
@@ -340,6 +357,7 @@ def test_other_wrong_arguments_of_the_sum_are_named(device):
 
 
 # --- operators that add in place, on the CPU -------------------------------------------------------------------------
+
 
 def make_adding(shape, dtype=torch.float64, ids=torch.int32):
     """(y, x, x of the keys, sums of the keys, index): what is added to, and what is added."""
@@ -385,8 +403,10 @@ def test_adding_operators_take_any_strides_of_what_they_read(number):
     plain, other = y.clone(), y.clone()
     plain_sums, other_sums = sums.clone(), sums
     index_t = index.t().contiguous().t()
-    for output, outer_sums, change, ids in ((plain, plain_sums, lambda t: t, index),
-                                            (other, other_sums, lambda t: list(strided(t))[number], index_t)):
+    for output, outer_sums, change, ids in (
+        (plain, plain_sums, lambda t: t, index),
+        (other, other_sums, lambda t: list(strided(t))[number], index_t),
+    ):
         rpe_index_add_(output, change(x), ids)
         rpe_index_add_(output, change(keys_x), ids, by_key=True)
         rpe_bucket_sum_add_(outer_sums, change(y), ids)
@@ -396,8 +416,10 @@ def test_adding_operators_take_any_strides_of_what_they_read(number):
 @pytest.mark.parametrize("shape", [(0, 3, 5, 9, 7), (2, 0, 5, 9, 7), (2, 3, 0, 9, 7), (2, 3, 5, 0, 7), (2, 3, 5, 0, 0)])
 def test_adding_operators_take_empty_sizes(shape):
     batch, heads, queries, keys, buckets = shape
-    y, x, keys_x, sums = (torch.ones(batch, heads, *size) for size in (
-        (queries, keys), (queries, buckets), (keys, buckets), (keys, buckets)))
+    y, x, keys_x, sums = (
+        torch.ones(batch, heads, *size)
+        for size in ((queries, keys), (queries, buckets), (keys, buckets), (keys, buckets))
+    )
     index = torch.zeros(queries, keys, dtype=torch.int32)
     rpe_index_add_(y, x, index)
     rpe_index_add_(y, keys_x, index, by_key=True)
@@ -413,14 +435,21 @@ def test_adding_operators_pass_opcheck(dtype):
     torch.library.opcheck(torch.ops.rpe_ops.rpe_bucket_sum_add_.default, (sums, y, index))
 
 
-@pytest.mark.parametrize(("change", "error", "message"), [
-    (lambda y, x, i: (y, x[:, :, 1:], i), ValueError, "_add_.*(queries and index has|keys, buckets|must have shape)"),
-    (lambda y, x, i: (y[:, :1], x, i), ValueError, "output must have shape"),
-    (lambda y, x, i: (y.transpose(2, 3).contiguous().transpose(2, 3), x, i), ValueError, "contiguous"),
-    (lambda y, x, i: (y, x.float(), i), TypeError, "output is Double and input is Float"),
-    (lambda y, x, i: (y.half(), x.half(), i), TypeError, "float32 or float64, got Half"),
-    (lambda y, x, i: (y, x, i + 1), IndexError, "is not one of the 7 buckets"),
-])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda y, x, i: (y, x[:, :, 1:], i),
+            ValueError,
+            "_add_.*(queries and index has|keys, buckets|must have shape)",
+        ),
+        (lambda y, x, i: (y[:, :1], x, i), ValueError, "output must have shape"),
+        (lambda y, x, i: (y.transpose(2, 3).contiguous().transpose(2, 3), x, i), ValueError, "contiguous"),
+        (lambda y, x, i: (y, x.float(), i), TypeError, "output is Double and input is Float"),
+        (lambda y, x, i: (y.half(), x.half(), i), TypeError, "float32 or float64, got Half"),
+        (lambda y, x, i: (y, x, i + 1), IndexError, "is not one of the 7 buckets"),
+    ],
+)
 def test_wrong_arguments_of_adding_operators_are_named(change, error, message):
     y, x, keys_x, sums, index = make_adding((2, 3, 5, 9, 7))
     index[2, 3] = 6

@@ -1,4 +1,5 @@
 """Attention by rows of the map: random cases against the definition, and what a case alone does not show."""
+
 import collections
 import importlib.util
 import json
@@ -18,9 +19,23 @@ from rows_cases import DEVICE, Case, excess, row_layout, tiles
 from rpe_ops import blockwise, rows
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SMALL = {"dtype": torch.float32, "channels": 16, "batch": 1, "heads": 1, "map": (3, 3), "prefix": 1, "places": "qkv",
-         "kind": "shared", "method": "product", "classes": 3, "mask": None, "dropout_p": 0.0, "size": 1.0,
-         "together": True, "tiles": "large"}
+SMALL = {
+    "dtype": torch.float32,
+    "channels": 16,
+    "batch": 1,
+    "heads": 1,
+    "map": (3, 3),
+    "prefix": 1,
+    "places": "qkv",
+    "kind": "shared",
+    "method": "product",
+    "classes": 3,
+    "mask": None,
+    "dropout_p": 0.0,
+    "size": 1.0,
+    "together": True,
+    "tiles": "large",
+}
 
 
 @pytest.fixture
@@ -36,19 +51,53 @@ def launches(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("fixed", [
-    {"dtype": torch.float16, "channels": 48, "map": (3, 18), "prefix": 2, "kind": "heads", "heads": 2, "mask": "blind",
-     "size": 4.0},
-    {"dtype": torch.bfloat16, "channels": 80, "map": (9, 2), "prefix": 0, "method": "cross", "dropout_p": 0.5,
-     "mask": "padding"},
-    {"dtype": torch.float32, "channels": 24, "map": (7, 5), "prefix": 5, "batch": 2, "mask": "full", "classes": 5,
-     "together": False},
-    {"dtype": torch.float32, "kind": "bias", "heads": 2, "batch": 2, "places": "qk", "map": (2, 17),
-     "mask": "full bool"},
-    {"dtype": torch.float16, "places": "v", "map": (1, 7), "tiles": "usual", "mask": "bool"},
-    {"dtype": torch.float32, "map": (1, 1), "prefix": 0, "tiles": "usual"},
-    {"dtype": torch.float16, "channels": 128, "prefix": 16, "places": "kv"},
-], ids=str)
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        {
+            "dtype": torch.float16,
+            "channels": 48,
+            "map": (3, 18),
+            "prefix": 2,
+            "kind": "heads",
+            "heads": 2,
+            "mask": "blind",
+            "size": 4.0,
+        },
+        {
+            "dtype": torch.bfloat16,
+            "channels": 80,
+            "map": (9, 2),
+            "prefix": 0,
+            "method": "cross",
+            "dropout_p": 0.5,
+            "mask": "padding",
+        },
+        {
+            "dtype": torch.float32,
+            "channels": 24,
+            "map": (7, 5),
+            "prefix": 5,
+            "batch": 2,
+            "mask": "full",
+            "classes": 5,
+            "together": False,
+        },
+        {
+            "dtype": torch.float32,
+            "kind": "bias",
+            "heads": 2,
+            "batch": 2,
+            "places": "qk",
+            "map": (2, 17),
+            "mask": "full bool",
+        },
+        {"dtype": torch.float16, "places": "v", "map": (1, 7), "tiles": "usual", "mask": "bool"},
+        {"dtype": torch.float32, "map": (1, 1), "prefix": 0, "tiles": "usual"},
+        {"dtype": torch.float16, "channels": 128, "prefix": 16, "places": "kv"},
+    ],
+    ids=str,
+)
 def test_output_and_gradients_equal_the_definition(fixed):
     assert excess(Case(0, **SMALL | fixed)) <= 1
 
@@ -67,9 +116,14 @@ def test_gradients_where_values_have_much_in_common(dtype):
         assert excess(case) <= 1
         return
     kept = case.kept()
-    exact, plain, found = (case.results(*x) for x in (
-        (lambda *x: case.definition(*x, kept=kept), torch.float64), (lambda *x: case.definition(*x, kept=kept), dtype),
-        (case.by_rows, dtype)))
+    exact, plain, found = (
+        case.results(*x)
+        for x in (
+            (lambda *x: case.definition(*x, kept=kept), torch.float64),
+            (lambda *x: case.definition(*x, kept=kept), dtype),
+            (case.by_rows, dtype),
+        )
+    )
     for x, y, z in list(zip(exact, plain, found, strict=True))[1:]:
         assert (z - x).norm() < 3 * (y - x).norm() + 1e-6 * x.norm()
 
@@ -91,8 +145,10 @@ def test_tensors_may_lie_in_memory_as_they_like():
     assert case.inputs[0].stride(3) != 1
     torch.testing.assert_close(case.results(case.by_rows, torch.float32), expected)
     out = case.by_rows(*case.inputs)
-    grads = [torch.autograd.grad(out, case.inputs, weight, retain_graph=True) for weight in (
-        torch.ones_like(out), torch.ones((), device=DEVICE).expand_as(out))]
+    grads = [
+        torch.autograd.grad(out, case.inputs, weight, retain_graph=True)
+        for weight in (torch.ones_like(out), torch.ones((), device=DEVICE).expand_as(out))
+    ]
     assert all(map(torch.equal, *grads))
 
 
@@ -107,9 +163,28 @@ def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass():
 
 class Operators(TorchDispatchMode):
     """Counts operators that a GPU would be given something to do by."""
-    quiet = ("view", "as_strided", "detach", "empty", "unbind", "split", "select", "slice", "expand", "transpose",
-             "permute", "attention_by_rows", "alias", "t.", "unsqueeze", "squeeze", "new_empty", "_unsafe_view",
-             "reshape")
+
+    quiet = (
+        "view",
+        "as_strided",
+        "detach",
+        "empty",
+        "unbind",
+        "split",
+        "select",
+        "slice",
+        "expand",
+        "transpose",
+        "permute",
+        "attention_by_rows",
+        "alias",
+        "t.",
+        "unsqueeze",
+        "squeeze",
+        "new_empty",
+        "_unsafe_view",
+        "reshape",
+    )
 
     def __init__(self):
         super().__init__()
@@ -123,18 +198,30 @@ class Operators(TorchDispatchMode):
 
 
 FORWARD = ["_product_kernel", "_attention_kernel"]
-BACKWARD = ["_product_kernel", "_attention_kernel", "_attention_kernel", "_product_kernel", "_gradient_kernel",
-            "_collect_kernel"]
+BACKWARD = [
+    "_product_kernel",
+    "_attention_kernel",
+    "_attention_kernel",
+    "_product_kernel",
+    "_gradient_kernel",
+    "_collect_kernel",
+]
 
 
-@pytest.mark.parametrize(("fixed", "forward", "backward"), [
-    ({"places": "k"}, FORWARD, BACKWARD), ({"places": "q"}, FORWARD, BACKWARD), ({"places": "qk"}, FORWARD, BACKWARD),
-    ({"places": "qkv"}, [*FORWARD, "_product_kernel"], BACKWARD),
-    ({"places": "qkv", "method": "cross", "mask": "padding"}, [*FORWARD, "_product_kernel"], BACKWARD),
-    ({"places": "k", "method": "cross", "kind": "heads", "mask": "bool"}, FORWARD, BACKWARD),
-    ({"places": "v"}, ["_attention_kernel", "_product_kernel"], [*BACKWARD[:3], *BACKWARD[4:]]),
-    ({"places": "qk", "kind": "bias"}, FORWARD, [*BACKWARD[:3], *BACKWARD[4:]]),
-], ids=str)
+@pytest.mark.parametrize(
+    ("fixed", "forward", "backward"),
+    [
+        ({"places": "k"}, FORWARD, BACKWARD),
+        ({"places": "q"}, FORWARD, BACKWARD),
+        ({"places": "qk"}, FORWARD, BACKWARD),
+        ({"places": "qkv"}, [*FORWARD, "_product_kernel"], BACKWARD),
+        ({"places": "qkv", "method": "cross", "mask": "padding"}, [*FORWARD, "_product_kernel"], BACKWARD),
+        ({"places": "k", "method": "cross", "kind": "heads", "mask": "bool"}, FORWARD, BACKWARD),
+        ({"places": "v"}, ["_attention_kernel", "_product_kernel"], [*BACKWARD[:3], *BACKWARD[4:]]),
+        ({"places": "qk", "kind": "bias"}, FORWARD, [*BACKWARD[:3], *BACKWARD[4:]]),
+    ],
+    ids=str,
+)
 def test_a_call_launches_few_kernels_and_nothing_else(fixed, forward, backward, launches):
     case = Case(0, **SMALL | {"dtype": torch.float16} | fixed)
     with torch.no_grad():
@@ -143,7 +230,7 @@ def test_a_call_launches_few_kernels_and_nothing_else(fixed, forward, backward, 
         out = case.by_rows(*case.inputs)
         seen = list(launches)
         torch.autograd.grad(out, case.inputs, out.detach())
-    assert (seen, launches[len(seen):], operators.seen) == (forward, backward, [])
+    assert (seen, launches[len(seen) :], operators.seen) == (forward, backward, [])
 
 
 def test_dropout_keeps_each_place_with_its_probability_and_draws_anew_for_every_call():
@@ -172,14 +259,16 @@ def test_the_operators_pass_opcheck(places):
     torch.library.opcheck(torch.ops.rpe_ops.attention_by_rows.default, [q, k, v, *inputs], test_utils=tests)
     saved = [x.detach() for x in torch.ops.rpe_ops.attention_by_rows(q, k, v, *inputs)]
     inputs[0] = [x.detach() for x in tables]
-    torch.library.opcheck(torch.ops.rpe_ops.attention_by_rows_backward.default,
-                          [saved[0], *saved, q.detach(), k.detach(), v.detach(), *inputs],
-                          test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.rpe_ops.attention_by_rows_backward.default,
+        [saved[0], *saved, q.detach(), k.detach(), v.detach(), *inputs],
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_a_second_derivative_is_refused():
     case = Case(0, **SMALL | {"map": (2, 2), "places": "k"})
-    grad, = torch.autograd.grad(case.by_rows(*case.inputs).square().sum(), case.inputs[0], create_graph=True)
+    (grad,) = torch.autograd.grad(case.by_rows(*case.inputs).square().sum(), case.inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="attention_by_rows_backward"):
         grad.sum().backward()
 
@@ -206,8 +295,13 @@ def test_it_says_which_calls_it_takes(monkeypatch):
     assert take(q, q, q, [table], 1, None, [hooked])
     hooked[0].register_forward_hook(lambda *_: None)
     assert not take(q, q, q, [table], 1, None, [hooked])
-    for wrong in ((q, q[:, :, :3], q), (q, q, q[..., :4]), [torch.zeros(1, 1, 3, 129, device=DEVICE).half()] * 3,
-                  [q.double()] * 3, [q[:0]] * 3):
+    for wrong in (
+        (q, q[:, :, :3], q),
+        (q, q, q[..., :4]),
+        [torch.zeros(1, 1, 3, 129, device=DEVICE).half()] * 3,
+        [q.double()] * 3,
+        [q[:0]] * 3,
+    ):
         assert not take(*wrong, [table], 1)
     for wrong in (torch.zeros(1, 7, 50), torch.zeros(3, 8, 50), torch.zeros(3, 50)):  # of other channels or heads
         assert not take(q, q, q, [wrong.to(DEVICE)], 1)
@@ -223,17 +317,22 @@ def test_methods_that_mix_rows_and_columns_have_no_layout():
 
 def test_columns_are_the_axis_that_fills_chunks_better():
     index = torch.arange(-33, 34).clamp(-3, 3) + 3
-    for height, width, expected in ((25, 34, (34, 25, 0, 7, 1, 34)), (34, 25, (34, 25, 0, 7, 25, 1)),
-                                    (14, 14, (14, 14, 0, 7, 14, 1))):
-        rows_of, columns = (index[34 - size:33 + size] for size in (height, width))
+    for height, width, expected in (
+        (25, 34, (34, 25, 0, 7, 1, 34)),
+        (34, 25, (34, 25, 0, 7, 25, 1)),
+        (14, 14, (14, 14, 0, 7, 14, 1)),
+    ):
+        rows_of, columns = (index[34 - size : 33 + size] for size in (height, width))
         assert row_layout((rows_of[:, None] * 7 + columns)[None], 0, 49)[1] == expected
 
 
 def test_the_choice_is_read_from_the_environment():
     def say(before="pass", **choice):
         environment = {name: value for name, value in os.environ.items() if name != "IRPE_ATTENTION"} | choice
-        code = (f"{before}; import rpe_ops, sys, torch; print(rpe_ops.ATTENTION, 'triton' in sys.modules); "
-                "x = torch.zeros(1, 1, 2, 4); rpe_ops.rows_take(x, x, x, [x], 0)")
+        code = (
+            f"{before}; import rpe_ops, sys, torch; print(rpe_ops.ATTENTION, 'triton' in sys.modules); "
+            "x = torch.zeros(1, 1, 2, 4); rpe_ops.rows_take(x, x, x, [x], 0)"
+        )
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
     assert say().stdout == "composed False\n"
@@ -246,8 +345,9 @@ def test_the_choice_is_read_from_the_environment():
 def in_benchmarks(code):
     """What Python prints there, not interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, env=environment, check=True,
-                          capture_output=True, text=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=BENCHMARKS, env=environment, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def test_maps_of_all_sizes_share_their_kernels():
@@ -343,13 +443,20 @@ torch.compile(step, fullgraph=True, backend=backend)(x, tables, layout, mask).su
 
 def test_torch_compile_sees_the_kernels_and_what_they_write_to():
     forward, backward = (json.loads(line) for line in in_benchmarks(COMPILE).splitlines())
-    kernels = [[(name, changed) for name, changed in graph if name.endswith("_kernel")]
-               for graph in (forward, backward)]
+    kernels = [
+        [(name, changed) for name, changed in graph if name.endswith("_kernel")] for graph in (forward, backward)
+    ]
     assert [name for name, _ in kernels[0]] == [*FORWARD, "_product_kernel"]
     assert [name for name, _ in kernels[1]] == BACKWARD
     assert [changed for _, changed in kernels[0]] == [["products"], ["log_sums", "out", "sums"], ["x_0"]]
     assert [changed for _, changed in kernels[1]] == [
-        ["products"], ["deltas", "grads", "sums"], ["grads", "sums"], ["x_0"], ["partial"], ["grads"]]
+        ["products"],
+        ["deltas", "grads", "sums"],
+        ["grads", "sums"],
+        ["x_0"],
+        ["partial"],
+        ["grads"],
+    ]
     others = collections.Counter(name for graph in (forward, backward) for name, _ in graph)
     # a view of bool as another type is more than the compiler of PyTorch 2.11 can do
     unwanted = "clone", "copy", "zero", "full", "cat", "view.dtype"

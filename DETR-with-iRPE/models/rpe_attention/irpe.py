@@ -9,6 +9,7 @@ Wu, Peng, Chen, Fu, Chao: "Rethinking and Improving Relative Position Encoding f
 Shapes: B pictures, H heads, L tokens (`skip` prefix tokens, then the map row by row), D channels of a head,
 `nb` buckets, H' = 1 if the heads share their tables, else H.
 """
+
 import enum
 import functools
 import math
@@ -26,23 +27,31 @@ from torch import nn
 try:  # kernels that do the same faster; a build that does not fit this PyTorch says so itself
     import rpe_ops
     from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index
+
     HAS_RPE_OPS = True
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("rpe_ops"):
         raise
     HAS_RPE_OPS = False
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        warnings.warn("the extension rpe_ops is not installed; iRPE computes the same without it, but slower. To build "
-                      "it, in the iRPE repository: pip install ./rpe_ops --no-build-isolation", stacklevel=2)
+        warnings.warn(
+            "the extension rpe_ops is not installed; iRPE computes the same without it, but slower. To build "
+            "it, in the iRPE repository: pip install ./rpe_ops --no-build-isolation",
+            stacklevel=2,
+        )
 if HAS_RPE_OPS and not hasattr(rpe_ops, "rows_take"):
-    raise ImportError("the installed rpe_ops is older than this irpe.py; build it anew, in the iRPE repository: "
-                      "pip install ./rpe_ops --no-build-isolation --no-deps --force-reinstall")
+    raise ImportError(
+        "the installed rpe_ops is older than this irpe.py; build it anew, in the iRPE repository: "
+        "pip install ./rpe_ops --no-build-isolation --no-deps --force-reinstall"
+    )
 
 
 # --- From positions to buckets ---------------------------------------------------------------------------------------
 
+
 class METHOD(str, enum.Enum):
     """How an offset on the map becomes a bucket. The short names work wherever a member does."""
+
     EUCLIDEAN = "euc"
     QUANT = "quant"
     PRODUCT = "product"
@@ -106,8 +115,9 @@ def get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype=tor
 def _offset_ids(method, height, width, alpha, beta, gamma, dtype, device):
     """Bucket of every offset, (2·height - 1, 2·width - 1), from 1 - height and 1 - width on."""
     dr, dc = (torch.arange(1 - n, n, device=device) for n in (height, width))
-    return _MAPPINGS[method][0](dr[:, None], dc, lambda x: piecewise_index(x, alpha, beta, gamma, dtype) + int(beta),
-                                2 * int(beta) + 1).expand(2 * height - 1, 2 * width - 1)
+    return _MAPPINGS[method][0](
+        dr[:, None], dc, lambda x: piecewise_index(x, alpha, beta, gamma, dtype) + int(beta), 2 * int(beta) + 1
+    ).expand(2 * height - 1, 2 * width - 1)
 
 
 def _parts(method):
@@ -161,7 +171,7 @@ def row_layout(offset_ids, skip, num_buckets):
     of_classes = offset_ids[:, torch.searchsorted(class_of, torch.arange(classes))]
     ids[:, :-1, :classes, :columns] = of_classes[:, :, column[:, None] - column + columns - 1].transpose(1, 2)
     if skip:
-        ids[:, :-1, -1, :skip] = ids[:, -1, -1, :max(columns, skip)] = num_buckets - 1
+        ids[:, :-1, -1, :skip] = ids[:, -1, -1, : max(columns, skip)] = num_buckets - 1
     ids = ids.flatten(1)
     places = [(of_table == bucket).nonzero()[:, 0] for of_table in ids for bucket in range(num_buckets)]
     starts = torch.tensor([0, *map(len, places)]).cumsum(0)
@@ -199,6 +209,7 @@ def _choice(name, value, allowed):
 @dataclass(frozen=True)
 class RPEConfig:
     """What `build_rpe` builds; made, with checks, by `get_rpe_config`."""
+
     ratio: float
     method: METHOD
     mode: str
@@ -232,8 +243,9 @@ def get_rpe_config(ratio=1.9, method="product", mode="ctx", shared_head=True, sk
     mode = _MODES[_choice("mode", mode, tuple(_MODES))]
     shared_head = bool(_choice("shared_head", shared_head, (True, False)))
     if mode == "bias" and "v" in _choice("rpe_on", rpe_on, _RPE_ON):
-        raise ValueError(f"mode 'bias' with rpe_on {rpe_on!r}: a bias on values does not exist; use mode 'ctx', or "
-                         "rpe_on q, k or qk")
+        raise ValueError(
+            f"mode 'bias' with rpe_on {rpe_on!r}: a bias on values does not exist; use mode 'ctx', or rpe_on q, k or qk"
+        )
     return RPEConfig(float(ratio), method, mode, shared_head, int(skip), _choice("rpe_on", rpe_on, _RPE_ON))
 
 
@@ -312,11 +324,15 @@ def _map_size(length, height, width, skip):
         height = width = math.isqrt(length)  # which another skip would give
     prefix = length - height * width
     if height > 0 and 0 <= prefix <= _LIKELY_PREFIX_TOKENS:
-        raise ValueError(f"{length} tokens on a map of {height}×{width} leave {prefix} prefix tokens, but the encoding "
-                         f"was built with skip={skip}; set skip={prefix}, or give the height and width of the map")
+        raise ValueError(
+            f"{length} tokens on a map of {height}×{width} leave {prefix} prefix tokens, but the encoding "
+            f"was built with skip={skip}; set skip={prefix}, or give the height and width of the map"
+        )
     kind = "a square map" if square else f"a map of {height}×{width}"
-    raise ValueError(f"{length} tokens do not form {kind} after the prefix tokens (skip={skip}); give the height and "
-                     "width of the map, which is 2-D: fold a video's frames into the batch")
+    raise ValueError(
+        f"{length} tokens do not form {kind} after the prefix tokens (skip={skip}); give the height and "
+        "width of the map, which is 2-D: fold a video's frames into the batch"
+    )
 
 
 class iRPE(nn.Module):
@@ -399,8 +415,10 @@ class iRPE(nn.Module):
 
     def __prepare_scriptable__(self):
         """What torch.jit.script calls on every module before it compiles one."""
-        raise RuntimeError("torch.jit.script cannot compile iRPE, whose bucket ids Python computes; use "
-                           "torch.jit.trace, torch.export or torch.compile")
+        raise RuntimeError(
+            "torch.jit.script cannot compile iRPE, whose bucket ids Python computes; use "
+            "torch.jit.trace, torch.export or torch.compile"
+        )
 
     def extra_repr(self):
         return f"on={self.on}, method={self.method.value}, num_buckets={self.num_buckets}, {self.config}"
@@ -462,8 +480,10 @@ class _AlignedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         # autograd brings a gradient to its input's type
-        return None, *(grad.sum_to_size(shape) if needed else None
-                       for shape, needed in zip(ctx.shapes, ctx.needs_input_grad[1:], strict=True))
+        return None, *(
+            grad.sum_to_size(shape) if needed else None
+            for shape, needed in zip(ctx.shapes, ctx.needs_input_grad[1:], strict=True)
+        )
 
 
 def add_terms(terms):
@@ -471,13 +491,15 @@ def add_terms(terms):
     with the fewest copies: on a GPU with aligned rows, in the type that it computes in."""
     device = terms[0].device.type
     # torch.compile aligns the masks that it writes itself; traces and torch.func take no autograd.Function
-    traced = (torch.compiler.is_compiling() or torch.jit.is_tracing()
-              or torch._C._are_functorch_transforms_active())
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     if device not in _ALIGNED_DEVICES or traced:
         return functools.reduce(torch.add, terms)
     autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else functools.reduce(torch.promote_types,
-                                                                              [term.dtype for term in terms])
+    dtype = (
+        torch.get_autocast_dtype(device)
+        if autocast
+        else functools.reduce(torch.promote_types, [term.dtype for term in terms])
+    )
     if len(terms) == 1 and terms[0].dtype == dtype and _has_aligned_rows(terms[0]):
         return terms[0]
     return _AlignedSum.apply(dtype, *terms)
@@ -494,8 +516,11 @@ def _goes_by_rows(q, k, v, modules, mask):
     """Whether `rpe_ops.rows` is for this call. Buckets of euclid and quantization mix rows and columns."""
     configs = [module.config for module in modules]
     kinds = {(x.ratio, x.method, x.mode, x.shared_head, x.skip) for x in configs}
-    fits = (len(kinds) == 1 and configs[0].method in (METHOD.PRODUCT, METHOD.CROSS)
-            and 2 * int(configs[0].piecewise[1]) + 1 <= _MOST_CLASSES)
+    fits = (
+        len(kinds) == 1
+        and configs[0].method in (METHOD.PRODUCT, METHOD.CROSS)
+        and 2 * int(configs[0].piecewise[1]) + 1 <= _MOST_CLASSES
+    )
     tables = [table for module in modules for table in module.tables]
     # asked in any case: it refuses an unknown IRPE_ATTENTION
     return rpe_ops.rows_take(q, k, v, tables, configs[0].skip, mask, modules) and fits
@@ -523,9 +548,11 @@ def _check_self_attention(q, k, v):
         fits = fits and all(a == b or a == 1 or b == 1 for a, b in zip(one.shape[:2], other.shape[:2], strict=True))
     if not fits:
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
-        raise ValueError(f"q, k and v have shapes {shapes}; relative positions are for self-attention on one map: give "
-                         "all three as (batch, heads, tokens, channels) of the same tokens, or leave out rpe_q, rpe_k "
-                         "and rpe_v for cross-attention")
+        raise ValueError(
+            f"q, k and v have shapes {shapes}; relative positions are for self-attention on one map: give "
+            "all three as (batch, heads, tokens, channels) of the same tokens, or leave out rpe_q, rpe_k "
+            "and rpe_v for cross-attention"
+        )
 
 
 def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, width=None, attn_mask=None, dropout_p=0.0):
@@ -570,14 +597,26 @@ def _attention_by_rows(q, k, v, modules, height, width, attn_mask, dropout_p):
     tables = [module.tables if module is not None else [] for module in modules]
     size = _map_size(operator.index(q.shape[2]), height, width, config.skip)
     key = config.method, *size, config.skip, config.piecewise, q.device
-    return rpe_ops.blockwise.rows.attention(q, k, v, *tables, _constant_row_layout(*key), _constant_row_sizes(*key),
-                                            config.mode == "bias", attn_mask, dropout_p)
+    return rpe_ops.blockwise.rows.attention(
+        q,
+        k,
+        v,
+        *tables,
+        _constant_row_layout(*key),
+        _constant_row_sizes(*key),
+        config.mode == "bias",
+        attn_mask,
+        dropout_p,
+    )
 
 
 def _composed_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p):
     """Attention from the modules' own terms and PyTorch's operators; q is scaled, and the mask is added."""
-    terms = [rpe_k and rpe_k(q, height, width),
-             rpe_q and rpe_q(k * q.shape[-1] ** -0.5, height, width).transpose(-2, -1), mask]
+    terms = [
+        rpe_k and rpe_k(q, height, width),
+        rpe_q and rpe_q(k * q.shape[-1] ** -0.5, height, width).transpose(-2, -1),
+        mask,
+    ]
     terms = [term for term in terms if term is not None]
     if rpe_v is not None:
         logits = functools.reduce(torch.add, terms, torch.matmul(q, k.transpose(-2, -1)))

@@ -1,4 +1,5 @@
 """`nn.MultiheadAttention` whose core is `irpe.rpe_attention`."""
+
 import math
 
 import torch
@@ -32,8 +33,10 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
     def __init__(self, *args, rpe_config=None, **kwargs):
         super().__init__(*args, **kwargs)
         if self.bias_k is not None or self.add_zero_attn or self.in_proj_weight is None:
-            raise ValueError(f"add_bias_kv, add_zero_attn, kdim={self.kdim} or vdim={self.vdim} is asked for: leave "
-                             f"them out; keys and values have embed_dim={self.embed_dim} channels, one for each token")
+            raise ValueError(
+                f"add_bias_kv, add_zero_attn, kdim={self.kdim} or vdim={self.vdim} is asked for: leave "
+                f"them out; keys and values have embed_dim={self.embed_dim} channels, one for each token"
+            )
         self.rpe_q, self.rpe_k, self.rpe_v = build_rpe(rpe_config, self.head_dim, self.num_heads)
         self.to(self.in_proj_weight)  # tables go where device and dtype put the rest
         # For inference, nn.TransformerEncoderLayer and nn.TransformerEncoder compute attention from the weights without
@@ -48,8 +51,19 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         super()._reset_parameters()
         self._qkv_same_embed_dim = False
 
-    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
-                average_attn_weights=True, is_causal=False, *, hw=None):
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        key_padding_mask=None,
+        need_weights=True,
+        attn_mask=None,
+        average_attn_weights=True,
+        is_causal=False,
+        *,
+        hw=None,
+    ):
         """Attend, as `nn.MultiheadAttention` on batches.
 
         Args:
@@ -65,14 +79,18 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         Raises: ValueError if L does not fit the map, or arguments have shapes or types other than these.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            raise ValueError("query, key or value is a nested tensor, which does not tell the map's size; give a "
-                             "padded one with key_padding_mask (in nn.TransformerEncoder, set use_nested_tensor=False "
-                             "if it was built before its layers got this attention)")
+            raise ValueError(
+                "query, key or value is a nested tensor, which does not tell the map's size; give a "
+                "padded one with key_padding_mask (in nn.TransformerEncoder, set use_nested_tensor=False "
+                "if it was built before its layers got this attention)"
+            )
         shapes = [tuple(x.shape) for x in (query, key, value)]
         encoded = self.rpe_q or self.rpe_k or self.rpe_v
         if any(len(shape) != 3 for shape in shapes) or (encoded and not shapes[0] == shapes[1] == shapes[2]):
-            raise ValueError(f"query, key and value have shapes {shapes}: give batches, of three dimensions; relative "
-                             "positions are for self-attention on one map, so with them all are of one shape")
+            raise ValueError(
+                f"query, key and value have shapes {shapes}: give batches, of three dimensions; relative "
+                "positions are for self-attention on one map, so with them all are of one shape"
+            )
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is only a hint about attn_mask: give the causal attn_mask with it")
         if not self.batch_first:
@@ -101,8 +119,8 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             biases = (None,) * 3 if bias is None else bias.chunk(3)
             return map(F.linear, (query, key, value), weight.chunk(3), biases)
         c = self.embed_dim  # in the encoder queries and keys come from the same tokens: one product for both
-        q, k = F.linear(query, weight[:2 * c], None if bias is None else bias[:2 * c]).chunk(2, -1)
-        return q, k, F.linear(value, weight[2 * c:], None if bias is None else bias[2 * c:])
+        q, k = F.linear(query, weight[: 2 * c], None if bias is None else bias[: 2 * c]).chunk(2, -1)
+        return q, k, F.linear(value, weight[2 * c :], None if bias is None else bias[2 * c :])
 
     def split_heads(self, x):
         """(B, L, C) → (B, H, L, D)"""
