@@ -261,8 +261,15 @@ def parse_rpe(text):
 
 # --- Modules ---------------------------------------------------------------------------------------------------------
 
-# PyTorch 2.6 cannot tell when torch.export is at work
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
+@torch.compiler.assume_constant_result
+def _is_exporting():
+    """Whether torch.export is tracing this call; PyTorch 2.6 cannot tell.
+
+    torch.compile evaluates this function instead of tracing it, because PyTorch 2.11 would treat the answer as always
+    True inside a compiled model.
+    """
+    return getattr(torch.compiler, "is_exporting", bool)()
 
 
 def _is_recorded():
