@@ -39,13 +39,11 @@ def launches(dtype, channels, places, masked, dropout_p, height=14, width=14, bi
     """{kernel's name: (kernel, its tile, its arguments)} of a forward and backward pass, which are not run."""
     found = {}
 
-    def record(kernel, grid, options, arguments):
-        name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
-        if name == "attention":
-            name = "forward" if arguments["FORWARD"] else "keys" if arguments["BY_KEY"] else "queries"
-        if name == "product" and arguments["ADJOINT"]:
-            name = "adjoint"
-        found.setdefault(name, (kernel, options, arguments))  # a product of the forward pass is as in the backward pass
+    def record(kernel, grid, options, values):
+        values = values | {"OWN": options.own, "OTHER": options.other}
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        # A product of the forward pass is compiled as in the backward pass.
+        found.setdefault(name, (kernel, options, {name: values[name] for name in kernel.arg_names}))
 
     launch, rows._launch = rows._launch, record
     try:
