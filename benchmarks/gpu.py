@@ -179,7 +179,9 @@ class Runner:
                 self.step(mode)
             self.synchronize()
 
-        milliseconds, launches = profile(run, self.args.device)
+        kernels = profile(run, self.args.device)
+        milliseconds = sum(time for _, time, _ in kernels)
+        launches = sum(number for _, _, number in kernels)
         return milliseconds / steps, round(launches / steps)
 
     def memory(self, mode):
@@ -195,7 +197,7 @@ class Runner:
 
 
 def profile(function, device):
-    """Milliseconds and number of the kernels (on a CPU the operators) that a function runs."""
+    """[(name, milliseconds, number)] of the kernels (on a CPU the operators) that a function runs."""
     import torch
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
@@ -205,14 +207,13 @@ def profile(function, device):
     with torch.profiler.profile(activities=activities) as profiler:
         function()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    # a named region has a time on the GPU too, that of the kernels in it
-    events = [
-        event
+    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    # A named region also has a time on the GPU, that of the kernels in it.
+    return [
+        (event.key, getattr(event, time_of) / 1e3, event.count)
         for event in profiler.key_averages()
         if event.device_type == kind and not getattr(event, "is_user_annotation", False)
     ]
-    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    return sum(getattr(event, time_of) for event in events) / 1e3, sum(event.count for event in events)
 
 
 def serve(connection, subject, args):
@@ -357,7 +358,7 @@ def variations(tile, fixed_other):
     """The tile, and those that differ from it in one thing."""
     others = {
         "own": (32, 64, 128),
-        "other": () if fixed_other else (16, 32, 64),
+        "other": () if fixed_other else (16, 32, 64, 128),
         "num_warps": (2, 4, 8),
         "num_stages": (1, 2, 3),
     }
@@ -373,7 +374,7 @@ def candidates(args):
     """[(terms on, kernel, tile)] of DeiT-S in half precision."""
     from rpe_ops import rows
 
-    chosen, unused = [], {"k": ("queries", "keys, sums"), "qkv": ("queries", "keys")}
+    chosen, unused = [], {"k": ("forward, sums", "queries", "keys, sums"), "qkv": ("forward", "queries", "keys")}
     for on in unused:
         for kernel, tile in rows.KERNELS.items():
             if kernel in unused[on]:
@@ -430,26 +431,44 @@ def compile_tiling(candidate, args):
     return with_tile(one_attention(on, args), kernel, tile, args)
 
 
+def profile_attention(run, args):
+    """[(name, microseconds)] of the kernels of an attention, a mean over some runs."""
+    times = 1 if args.tiny else 5
+
+    def several():
+        for _ in range(times):
+            run()
+
+    return [(name, 1e3 * time / times) for name, time, _ in profile(several, args.device)]
+
+
+def time_kernels(args):
+    """Print the time of every kernel of an attention."""
+    for on in ("k",) if args.tiny else ("k", "qkv"):
+        run = one_attention(on, args)
+        run()
+        found = profile_attention(run, args)
+        total = sum(time for _, time in found)
+        print(f"\nOne attention of DeiT-S by rows on {on}, forward and backward: {total:.0f} microseconds")
+        for name, time in sorted(found, key=lambda pair: -pair[1])[:12]:
+            print(f"  {time:8.1f}  {name[:100]}", flush=True)
+
+
 def time_tilings(tilings, args):
-    """Print for each candidate the time of all kernels of an attention, forward and backward."""
-    shape = "one attention of DeiT-S, forward and backward, all kernels, microseconds"
-    print(f"\nTilings: {shape}; each differs from the first in one thing")
+    """Print the time of a kernel for each of its candidates."""
+    print("\nTilings: microseconds of the kernel in one attention of DeiT-S; each differs from the first in one thing")
     runs = {on: one_attention(on, args) for on in dict.fromkeys(on for on, *_ in tilings)}
     for on, kernel, tile in tilings:
         name = (
-            f"  {on:4}{kernel:15}own {tile.own:3} other {tile.other:2} warps {tile.num_warps} stages {tile.num_stages}"
+            f"  {on:4}{kernel:15}own {tile.own:3} other {tile.other:3} warps {tile.num_warps} stages {tile.num_stages}"
         )
-
-        def several(run=runs[on]):
-            for _ in range(1 if args.tiny else 5):
-                run()
-
         if problem := with_tile(runs[on], kernel, tile, args):
             print(f"{name}  {problem}", flush=True)
             continue
-        times = []
-        with_tile(lambda: times.append(profile(several, args.device)[0]), kernel, tile, args)  # noqa: B023
-        print(f"{name}{1e3 * times[0] / (1 if args.tiny else 5):10.0f}", flush=True)
+        found = []
+        with_tile(lambda: found.extend(profile_attention(runs[on], args)), kernel, tile, args)  # noqa: B023
+        function = f"{kernel.split(',')[0]}_kernel"
+        print(f"{name}{sum(time for name, time in found if function in name):10.1f}", flush=True)
 
 
 @contextlib.contextmanager
@@ -489,10 +508,11 @@ def header(args):
     import triton
     from machine import machine
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit = os.environ.get("COMMIT") or git.stdout.strip() or "unknown"
     return (
         f"{datetime.date.today()}, {machine(args.device)}, PyTorch {torch.__version__}, Triton "
-        f"{triton.__version__}, commit {commit.stdout.strip() or 'unknown'}, {args.rounds} rounds"
+        f"{triton.__version__}, commit {commit}, {args.rounds} rounds"
     )
 
 
@@ -513,6 +533,7 @@ def main(args):
     wait_for(args.after)
     ratios = report(time_workers(workers, args), args)
     if tilings:
+        time_kernels(args)
         time_tilings(tilings, args)
     if ratios:
         compare_with_goals(ratios)

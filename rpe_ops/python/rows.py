@@ -11,7 +11,6 @@ import os
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -33,10 +32,10 @@ class Tile(NamedTuple):
     num_stages: int = 1
 
 
-# The tile of each kernel, for a type and a number of channels up to 64 or 128; a benchmark may assign others. Both sizes
-# are powers of two and multiples of 16, and `other` is 16 for kernels with sums. For product, adjoint and gradient,
-# `own` are tokens and `other` is a part of the products. Those of half precision and 64 channels are the fastest of
-# benchmarks/gpu_*.txt; benchmarks/rows_ptxas.txt lists the registers that each takes.
+# The tile of each kernel, for a type and a number of channels up to 64 or 128; a benchmark may assign others. Both
+# sizes are powers of two and multiples of 16, and `other` is 16 for kernels with sums. For product, adjoint and
+# gradient, `own` are tokens and `other` is a part of the products. Those of half precision and 64 channels are the
+# fastest of benchmarks/gpu_*.txt; benchmarks/rows_ptxas.txt lists the registers that each takes.
 TILES = {
     (kernel, *key): tile
     for key, tiles in {
@@ -172,7 +171,7 @@ class _Call:
     def __init__(self, q, tables, places, layout, sizes, bias, mask, seed, dropout_p):
         batch, heads, length, channels = q.shape
         rows, columns, prefix, classes, row_step, column_step = sizes
-        padded = triton.cdiv(columns, 16) * 16
+        padded = _ceil_div(columns, 16) * 16
         self.q = q
         self.places = places
         self.on_logits = places.replace("v", "")
@@ -208,7 +207,7 @@ class _Call:
             "CROSS": self.per_place > 1,
             "scale": channels**-0.5,
             "CHANNELS": channels,
-            "BLOCK_D": max(16, triton.next_power_of_2(channels)),
+            "BLOCK_D": max(16, 1 << (channels - 1).bit_length()),
             "ids": (rows + 1) ** 2,
             "planes": batch * heads // self.groups,
             "groups": self.groups,
@@ -267,7 +266,7 @@ class _Call:
 
     def _blocks_of_columns(self, values, options):
         tokens = values["planes"] * max(values["rows"], values["prefix"])
-        return triton.cdiv(tokens, options.own) * values["count"] * self.groups
+        return _ceil_div(tokens, options.own) * values["count"] * self.groups
 
     def _tables(self, first_place):
         tables = self.tables[first_place * self.per_place :]
@@ -286,7 +285,7 @@ class _Call:
         for name, x in tokens.items():
             values |= _strided(name, x)
         planes = self.q.shape[0] * self.q.shape[1]
-        blocks = triton.cdiv(self.values["chunks"] * 16, options.own)
+        blocks = _ceil_div(self.values["chunks"] * 16, options.own)
         _launch(
             kernel,
             (planes * blocks,),
@@ -321,8 +320,8 @@ class _Call:
         """Gradients of the tables, flat and one after the other, from those of the products, a tensor a place."""
         values = self.of_tables
         options = self.tile("gradient")
-        programs = triton.cdiv(self.size, options.other) * values["count"] * self.groups
-        blocks = triton.cdiv(values["planes"] * max(values["rows"], values["prefix"]), options.own)
+        programs = _ceil_div(self.size, options.other) * values["count"] * self.groups
+        blocks = _ceil_div(values["planes"] * max(values["rows"], values["prefix"]), options.own)
         splits = max(1, min(blocks, _SPLIT_PROGRAMS // (programs * len(self.places))))
         partial = self.q.new_empty(
             splits,
@@ -333,7 +332,7 @@ class _Call:
             values["CHANNELS"],
             dtype=torch.float32,
         )
-        values = values | {"partial": partial, "splits": splits, "steps": triton.cdiv(blocks, splits)}
+        values = values | {"partial": partial, "splits": splits, "steps": _ceil_div(blocks, splits)}
         _launch(
             kernels.gradient_kernel,
             (programs, len(self.places), splits),
@@ -360,6 +359,10 @@ def _launch(kernel, grid, options, values):
     launcher = torch.library.wrap_triton(kernel) if traced else kernel
     with torch.cuda.device_of(tensor):
         launcher[grid](**arguments, num_warps=options.num_warps, num_stages=options.num_stages)
+
+
+def _ceil_div(a, b):
+    return -(-a // b)  # Triton's cdiv takes longer, since kernels may call it too
 
 
 def _strided(name, x):

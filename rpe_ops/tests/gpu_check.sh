@@ -6,9 +6,11 @@
 #                                  to try the script itself
 #
 # Run from anywhere, with the environment's Python as `python`. What it prints is kept in FILE (default: gpu_NAME.txt in
-# benchmarks/, with the GPU's name). Exits with 1 if a test, a case or a model fails. In the environment CASES says how
-# many random cases (default: 64), and CHECK_MEMORY=1 adds compute-sanitizer's checks of memory and races, which take
-# some minutes more.
+# benchmarks/, with the GPU's name). Exits with 1 if a test, a case or a model fails. In the environment:
+#     CASES, ROUNDS   number of random cases (default: 64) and of rounds of timing (6)
+#     BUILT           a folder with an rpe_ops built for this PyTorch and GPU, to use it instead of building
+#     COMMIT          the commit to name, where git cannot tell
+#     CHECK_MEMORY=1  add compute-sanitizer's checks of memory and races, which take some minutes more
 set -euo pipefail
 tiny=
 if [ "${1:-}" = --tiny ]; then
@@ -32,11 +34,18 @@ if [ -n "$tiny" ]; then
     cases=1
     many=(--processes 1)
 else
-    stage build
-    FORCE_CUDA=1 MAX_JOBS=16 python -m pip install --quiet --no-build-isolation --no-deps --target "$scratch/site" .
-    export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
-    gpu=(--device cuda)
-    tests=(tests -m "not slow")
+    if [ -z "${BUILT:-}" ]; then
+        stage build
+        BUILT="$scratch/site"
+        FORCE_CUDA=1 python -m pip install --quiet --no-build-isolation --no-deps --target "$BUILT" .
+    fi
+    export PYTHONPATH="$BUILT${PYTHONPATH:+:$PYTHONPATH}"
+    gpu=(--device cuda --rounds "${ROUNDS:-6}")
+    # The other tests build for a CPU or try this script.
+    tests=(tests/test_operators.py tests/test_rows.py tests/test_attention.py -m "not slow")
+    if python -c "import xdist" 2>/dev/null; then
+        tests+=(-n 4)
+    fi
     cases=${CASES:-64}
     many=(--processes 8) # beside those of gpu.py
 fi
@@ -48,7 +57,7 @@ python tests/rows_cases.py --cases "$cases" --quiet "${many[@]}" >"$scratch/case
 random=$!
 failed=0
 stage tests
-python -m pytest -q -p no:cacheprovider "${tests[@]}" 2>&1 | tail -n 15 || failed=1
+timeout 240 python -m pytest -q -p no:cacheprovider "${tests[@]}" 2>&1 | tail -n 15 || failed=1
 stage "random cases against float64"
 wait "$random" || failed=1
 cat "$scratch/cases"
