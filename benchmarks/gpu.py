@@ -450,8 +450,8 @@ def time_kernels(args):
         found = profile_attention(run, args)
         total = sum(time for _, time in found)
         print(f"\nOne attention of DeiT-S by rows on {on}, forward and backward: {total:.0f} microseconds")
-        for name, time in sorted(found, key=lambda pair: -pair[1])[:12]:
-            print(f"  {time:8.1f}  {name[:100]}", flush=True)
+        for name, spent in sorted(found, key=lambda pair: -pair[1])[:12]:
+            print(f"  {spent:8.1f}  {name[:100]}", flush=True)
 
 
 def time_tilings(tilings, args):
