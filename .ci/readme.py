@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Parameters in millions and MACs in billions for an image of 800×1088 pixels, counted as tools/reproduce.py counts them.
-# The authors' tables do not list them for DETR. tests/test_readme.py checks them against the models.
+# Parameters in millions, and MACs in billions for an image of 800×1088 pixels. The authors' tables do not list them for
+# DETR, so they are counted with tools/reproduce.py. tests/test_readme.py checks them against the models.
 DETR_SIZES = {
     "detr_resnet50_rpe_19_product_ctx_1_k": (41.53, 82.2),
     "detr_resnet50_rpe_20_product_ctx_1_k": (41.54, 82.3),
