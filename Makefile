@@ -44,4 +44,4 @@ format: build
 	$(PY) -m ruff check --fix .
 
 clean:
-	rm -rf $(VENV) outputs *.egg-info rpe_ops/build rpe_ops/*.egg-info
+	rm -rf $(VENV) outputs build *.egg-info rpe_ops/build rpe_ops/*.egg-info

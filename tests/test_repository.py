@@ -70,7 +70,7 @@ def test_each_requirements_file_refers_to_an_extra_of_pyproject_and_dev_has_them
     referred = set()
     for path in ROOT.glob("requirements*.txt"):
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-        assert len(lines) == 1 and lines[0].startswith("-e ."), path.name
+        assert len(lines) == 1 and re.fullmatch(r"\.(\[\w+\])?", lines[0]), path.name
         referred |= set(re.findall(r"\[(\w+)\]", lines[0]))
     assert referred == {"dev", "export", "slurm"} and referred | {"demo"} == set(extras)
     assert f"{project['name']}[demo,export,slurm]" in extras["dev"]
