@@ -1,20 +1,23 @@
-# make        set up .venv and build rpe_ops into it
-# make test   all tests
-# make faults kill runs that then go on, and damage files: benchmarks/faults.txt is what it printed
-# make demo   train and evaluate a small DeiT on real digits      make demo-detr   a small DETR on pictures of them
+# make            create .venv and build rpe_ops into it
+# make test       run the linter and all tests
+# make demo       train and evaluate a small DeiT on real digits
+# make demo-detr  train and evaluate a small DETR on images of the same digits
+# make faults     kill and resume runs, and damage files; benchmarks/faults.txt shows what it printed
+# make vendor     copy the files that both codebases share from DeiT-with-iRPE to DETR-with-iRPE
+# make format     format all Python files
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(abspath $(VENV))/bin/python
 
-.PHONY: build test faults demo demo-detr clean
+.PHONY: build test faults demo demo-detr vendor format clean
 .DELETE_ON_ERROR:
 
 build: $(VENV)/rpe_ops.done
 
-$(VENV)/packages.done: requirements.txt requirements-dev.txt requirements-export.txt requirements-submitit.txt
+$(VENV)/packages.done: pyproject.toml requirements-dev.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(PY) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
 $(VENV)/rpe_ops.done: $(VENV)/packages.done $(shell git ls-files rpe_ops 2>/dev/null)
@@ -33,5 +36,12 @@ demo: build
 demo-detr: build
 	cd DETR-with-iRPE && $(PY) demo/run.py --output_dir ../outputs/demo-detr
 
+vendor:
+	$(PYTHON) .ci/vendor.py
+
+format: build
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
 clean:
-	rm -rf $(VENV) outputs rpe_ops/build rpe_ops/*.egg-info
+	rm -rf $(VENV) outputs build *.egg-info rpe_ops/build rpe_ops/*.egg-info

@@ -1,7 +1,7 @@
-"""torch.hub.load(FOLDER, name, source="local"): every model of both codebases, as their own hubconf.py make them.
+"""Every model of both codebases for torch.hub: `torch.hub.load(FOLDER, NAME, source="local")`.
 
-A codebase is imported when one of its models, or what `torch.hub.help` says of it, is asked for; so the DeiT models
-need no pycocotools and DETR no timm.
+The models are built by the hubconf.py of their codebase. A codebase is imported when one of its models, or its help, is
+requested for the first time. DeiT therefore works without pycocotools, and DETR works without timm.
 """
 
 import functools
@@ -49,7 +49,7 @@ def _hubconf(folder):
 
 
 class _Entry:
-    # no docstring: an instance's is that of the codebase's own entry, for torch.hub.help
+    # This class has no docstring, because torch.hub.help shows the one of the codebase's own entry.
     def __init__(self, folder, name):
         self._folder, self._name = folder, name
 

@@ -1,4 +1,4 @@
-"""Every block of HOW_TO_EQUIP_iRPE.md runs, in order, in a folder that holds only what the text said to copy."""
+"""Every block of HOW_TO_EQUIP_iRPE.md runs, in order, in a folder that contains only what the text says to copy."""
 
 import importlib.util
 import os
@@ -16,17 +16,17 @@ LACKING = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.u
 
 
 def steps():
-    """(Python code, what the text says that it prints) of every block; a shell block prints nothing."""
+    """(Python code, expected output) of every block; a shell block prints nothing."""
     found = []
     for language, content in BLOCKS:
         if language == "text":
             code, before = found.pop()
-            assert not before, "two outputs under one block"
+            assert not before, "one block has two outputs"
             found.append((code, content))
         elif language == "bash":
             found.append((f"import subprocess\nsubprocess.run(['bash', '-ec', {content!r}], check=True)\n", ""))
         else:
-            assert language == "python", f"a block of {language or 'no language'}, which nothing runs"
+            assert language == "python", f"nothing runs a block of {language or 'no language'}"
             found.append((content, ""))
     return found
 

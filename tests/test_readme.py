@@ -1,17 +1,24 @@
-"""The READMEs' tables are released.json's, and released.json says what the code does."""
+"""The READMEs agree with released.json and with the code, and what they tell the reader to run works."""
 
 import importlib.util
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 
 import pytest
 import reproduce
 import torch
 
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 RELEASED = json.loads((ROOT / "tools" / "released.json").read_text(encoding="utf-8"))
 ROWS = reproduce.read_table(ROOT / "tools" / "released.json")
+FOLDERS = ("*.md", "docs/*.md", "benchmarks/**/*.md", "rpe_ops/*.md", "D*-with-iRPE/*.md")
+MARKDOWN = [path for folder in FOLDERS for path in sorted(ROOT.glob(folder))]
+CODEBASES = ("DeiT-with-iRPE", "DETR-with-iRPE")
 
 
 def load(path):
@@ -21,15 +28,29 @@ def load(path):
     return module
 
 
-@pytest.mark.parametrize("name", ("deit", "detr"))
-def test_each_model_zoo_is_that_of_released_json_and_changes_with_it(name):
-    readme = load(ROOT / ".ci" / "readme.py")
-    text = readme.READMES[name].read_text(encoding="utf-8")
-    assert readme.rewrite(text, name, RELEASED) == text, "run python .ci/readme.py"
-    score = {"deit": "top1", "detr": "ap"}[name]
-    changed = {name: [{**row, score: 0.125} for row in RELEASED[name]]}
-    made = readme.TABLES[name]["top-1" if name == "deit" else "AP"].format(**{score: 0.125})
-    assert readme.rewrite(text, name, changed).count(f"| {made} |") == len(RELEASED[name])
+README = load(ROOT / ".ci" / "readme.py")
+
+
+@pytest.mark.parametrize("name", README.TABLES)
+def test_each_table_shows_released_json_and_changes_with_it(name):
+    table = README.TABLES[name]
+    text = table.readme.read_text(encoding="utf-8")
+    assert README.rewrite(text, name, RELEASED) == text, "run python .ci/readme.py"
+    score, title = {"deit": ("top1", "top-1"), "detr": ("ap", "AP")}[table.codebase]
+    rows = RELEASED[table.codebase]
+    (cell,) = (cell for column, cell in table.columns.items() if column.split(" ")[0] == title)
+    changed = README.rewrite(text, name, {table.codebase: [{**row, score: 0.125} for row in rows]})
+    assert changed.count(f"| {cell.format(**{score: 0.125})} |") == len(rows)
+
+
+@pytest.mark.parametrize("name", README.TABLES)
+def test_each_table_links_the_checkpoint_and_the_authors_log_beside_it(name):
+    table = README.TABLES[name]
+    text = table.readme.read_text(encoding="utf-8")
+    for row in RELEASED[table.codebase]:
+        folder, file = row["url"].rsplit("/", 1)
+        log = f"{folder}/log_{file.replace('.pth', '.txt')}"
+        assert text.count(f"[checkpoint]({row['url']}), [log]({log})") == 1
 
 
 def test_the_code_knows_the_released_names_files_and_urls():
@@ -68,6 +89,8 @@ def test_parameters_macs_and_buckets_are_those_of_the_models(row):
     else:
         side, _ = map(int, row["buckets"].split("×"))
         assert buckets == {side * side}
+        counted = reproduce.count(model.eval().requires_grad_(False).to("meta"), (800, 1088))
+        assert (round(counted["params"] / 1e6, 2), round(counted["macs"] / 1e9, 1)) == README.DETR_SIZES[row["name"]]
 
 
 def test_every_test_that_the_list_of_bug_reports_names_exists():
@@ -81,3 +104,78 @@ def test_every_test_that_the_list_of_bug_reports_names_exists():
             assert f"def {name}(" in path.read_text(encoding="utf-8"), f"{path.name}::{name}"
             named += 1
     assert named > 20
+
+
+def code_blocks(text, language):
+    """The contents of a text's code blocks in this language; "" is none."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_readmes_example_runs_in_another_folder_and_prints_what_the_text_says(tmp_path):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (shell,), (code,), (output,) = (code_blocks(text, language) for language in ("bash", "python", "text"))
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env.update(IRPE=str(ROOT), OMP_NUM_THREADS="1")
+    subprocess.run(["bash", "-ec", shell], cwd=tmp_path, env=env, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    assert (done.stdout, done.returncode) == (output, 0), done.stderr
+
+
+def documented_commands():
+    """{codebase: [(program, flags)]} of the commands in Markdown code blocks that run a program of a codebase.
+
+    A command in a codebase's README runs in that folder. Elsewhere the last `cd` before it names the folder.
+    """
+    found = {codebase: [] for codebase in CODEBASES}
+    for path in MARKDOWN:
+        folder = path.parent.name
+        for line in "".join(code_blocks(path.read_text(encoding="utf-8"), "")).splitlines():
+            if match := re.fullmatch(r"cd (DeiT-with-iRPE|DETR-with-iRPE)", line):
+                folder = match[1]
+            program = re.search(r"(?:^|\s)(main|run_with_submitit)\.py (.*)", line)
+            if program and folder in found and "..." not in line:
+                found[folder].append((program[1], shlex.split(program[2], comments=True)))
+    return found
+
+
+@pytest.mark.parametrize("codebase", CODEBASES)
+def test_every_documented_command_has_only_flags_that_its_program_accepts(codebase):
+    commands = documented_commands()[codebase]
+    assert len(commands) > 6 and {program for program, _ in commands} == {"main", "run_with_submitit"}
+    code = f"""
+import argparse, main, run_with_submitit
+for program, flags in {commands!r}:
+    parents = [main.get_args_parser() if program == "main" else run_with_submitit.get_parser()]
+    argparse.ArgumentParser(parents=parents, allow_abbrev=False, conflict_handler="resolve").parse_args(flags)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT / codebase,
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def anchor(title):
+    """The name that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file_and_a_heading(path):
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        file, _, heading = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        assert not heading or heading in map(anchor, titles), link
