@@ -15,6 +15,7 @@ from torchvision.ops import masks_to_boxes
 from conftest import COCO_SAMPLE, load_annotations, pack, parse, save_annotations, small, write_set
 from datasets import build_dataset, eval_loader, train_loader
 from datasets.coco import CocoDetection
+from datasets.rle import to_rle
 from util.box_ops import box_cxcywh_to_xyxy
 from util.runtime import UserError
 
@@ -87,6 +88,21 @@ def test_masks_come_from_polygons_and_both_kinds_of_rle(own, segmentation, expec
     assert np.array_equal(masks[0], expected)
 
 
+def test_compressed_and_uncompressed_counts_of_random_masks_are_accepted():
+    random = np.random.RandomState(0)
+    for _ in range(50):
+        height, width = random.randint(1, 90, 2)
+        mask = random.rand(height, width) < random.rand()
+        mask[: random.randint(height + 1)] = random.randint(2)  # long and short runs
+        compressed = rle_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
+        pixels = np.r_[0, mask.ravel(order="F")]  # counts start with the zeros, if there are any
+        changes = np.flatnonzero(np.diff(pixels))
+        uncompressed = np.diff(np.r_[0, changes, mask.size]).tolist()
+        for counts in (compressed["counts"].decode(), uncompressed, [float(count) for count in uncompressed]):
+            rle = to_rle({"size": [height, width], "counts": counts}, height, width, "object")
+            assert np.array_equal(rle_tools.decode(rle), mask)
+
+
 def test_targets_have_a_bool_mask_of_every_object_in_the_size_of_the_picture(coco):
     for (picture, target), (_, bare) in zip(dataset(coco, "val", "--masks"), dataset(coco), strict=True):
         masks, (height, width) = target["masks"], picture.shape[1:]
@@ -114,13 +130,17 @@ def test_a_set_without_any_object_has_empty_targets_of_the_same_types(own):
         ([[1, 2, 4, 2, 4, "6"]], "pixels"),
         ([1, 2, 4, 2, 4, 6], "three points"),
         ({"size": [6, 8], "counts": [10, 38]}, "[6, 8]"),
-        ({"size": [8, 6], "counts": [10, 37]}, "48"),
+        ({"size": [8, 6], "counts": [10, 37]}, "counts add up to 47:"),
+        ({"size": [8, 6], "counts": [10, 39]}, "counts add up to 49:"),
         ({"size": [8, 6], "counts": [-10, 58]}, "48"),
-        ({"size": [8, 6], "counts": "abc"}, "decoded"),
-        ({"size": [8, 6], "counts": ":44000"}, "end early"),
-        ({"size": [8, 6], "counts": ""}, "end early"),
+        ({"size": [8, 6], "counts": "abc"}, "decoded (its last count is incomplete)"),
+        ({"size": [8, 6], "counts": "~"}, "decoded (its counts contain the character '~')"),
+        ({"size": [8, 6], "counts": ":44000"}, "counts add up to 30:"),
+        ({"size": [8, 6], "counts": ""}, "counts add up to 0:"),
+        ({"size": [8, 6], "counts": "Pb0"}, "counts add up to 1600:"),
         ({"size": [8, 6], "counts": ["a"]}, "decoded"),
-        ({"size": [8, 6]}, "decoded"),
+        ({"size": [8, 6], "counts": [10.5, 37.5]}, "decoded"),
+        ({"size": [8, 6]}, "decoded (its counts are None"),
     ],
 )
 def test_a_segmentation_that_cannot_be_drawn_is_named_where_masks_are_asked_for(own, segmentation, words):

@@ -18,7 +18,7 @@ import main
 import visualize
 from conftest import load_annotations, pack, parse, save_annotations, small, write_panoptic, write_set
 from datasets import build_dataset, eval_loader
-from datasets.coco import read_picture
+from datasets.coco import read_image
 from datasets.coco_panoptic import read_ids
 from datasets.transforms import make_coco_transforms
 from util.images import resized
@@ -92,13 +92,15 @@ def ids_image(mode):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_a_panoptic_map_may_have_a_palette_or_transparency(mode):
-    assert read_picture(ids_image(mode), "map", read_ids).tolist() == [[5, 9, 5]]
+    assert read_image(ids_image(mode), "map", read_ids).tolist() == [[5, 9, 5]]
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "F"])
 def test_a_panoptic_map_without_colours_of_8_bits_is_refused(mode):
-    with pytest.raises(UserError, match=f"^map cannot be read: its mode is {mode}, but the ids of segments are col"):
-        read_picture(ids_image(mode), "map", read_ids)
+    with pytest.raises(
+        UserError, match=f"^image map cannot be read: its mode is {mode}, but the ids of segments are col"
+    ):
+        read_image(ids_image(mode), "map", read_ids)
 
 
 def test_a_panoptic_map_of_16_bits_per_colour_does_not_pass_for_one_of_void(own):

@@ -42,6 +42,7 @@ def tiny(*flags):
         ("util/watchdog.py", "watchdog.py"),
         ("util/images.py", "images.py"),
         ("tests/fill.py", "tests/fill.py"),
+        ("codebase_import.py", "codebase_import.py"),
     ],
 )
 def test_the_copy_of_a_file_of_deit_is_the_same(here, there):
@@ -215,7 +216,7 @@ def test_attention_refuses_at_once_what_has_no_place_on_a_map(arguments, words):
     ("shapes", "arguments", "words"),
     [
         ([(4, 8)] * 3, {}, r"\(4, 8\).*three dimensions"),
-        ([(4, 1, 8), (5, 1, 8), (5, 1, 8)], {}, r"\(5, 1, 8\).*one shape"),
+        ([(4, 1, 8), (5, 1, 8), (5, 1, 8)], {}, r"\(5, 1, 8\).*same shape"),
         ([(4, 1, 8)] * 3, {"is_causal": True}, "give the causal attn_mask"),
         ([(4, 1, 8)] * 3, {"key_padding_mask": torch.ones(1, 4).long()}, "int64.*bool"),
         ([(4, 1, 8)] * 3, {"hw": (3, 2)}, "3×2"),
