@@ -27,13 +27,13 @@ CATEGORIES = [{"id": 1, "name": "ant"}, {"id": 3, "name": "bee"}, {"id": 4, "nam
 
 
 def random_boxes(random, count, width, height):
-    """(count, 4) as x, y, width, height inside the picture, each with an area."""
+    """(count, 4) as x, y, width, height inside the image, each with an area."""
     x, y = random.uniform(0, 0.7 * width, count), random.uniform(0, 0.7 * height, count)
     return np.stack([x, y, random.uniform(2, width - x), random.uniform(2, height - y)], axis=1).round(2)
 
 
 def write_set(root, count=6, seed=0, splits=("train", "val")):
-    """Random pictures of several sizes with up to three objects; the third has none, a grey and a crowd are among."""
+    """Random images of several sizes with up to three objects; the third has none, a grey and a crowd are among."""
     random = np.random.RandomState(seed)
     for split in splits:
         folder = Path(root, f"{split}2017")
@@ -41,9 +41,9 @@ def write_set(root, count=6, seed=0, splits=("train", "val")):
         data = {"images": [], "annotations": [], "categories": CATEGORIES}
         for number in range(count):
             width, height = (int(side) for side in random.randint(40, 90, 2))
-            picture = Image.fromarray(random.randint(0, 255, (height, width, 3)).astype(np.uint8))
+            image = Image.fromarray(random.randint(0, 255, (height, width, 3)).astype(np.uint8))
             name = f"{number:04}.png"
-            (picture.convert("L") if number == 1 else picture).save(folder / name)
+            (image.convert("L") if number == 1 else image).save(folder / name)
             data["images"].append({"id": 10 * number + 7, "file_name": name, "width": width, "height": height})
             for box in random_boxes(random, 0 if number == 2 else random.randint(1, 4), width, height):
                 x, y, w, h = box
@@ -74,8 +74,8 @@ def write_panoptic(root, folder, split="val", seed=0):
     random, folder, truth = np.random.RandomState(seed), Path(folder), COCO()
     truth.dataset = load_annotations(root, split)
     truth.createIndex()
-    pictures = folder / f"panoptic_{split}2017"
-    pictures.mkdir(parents=True)
+    maps = folder / f"panoptic_{split}2017"
+    maps.mkdir(parents=True)
     categories = [{**category, "isthing": 1} for category in truth.dataset["categories"]]
     data = {
         "images": truth.dataset["images"],
@@ -96,7 +96,7 @@ def write_panoptic(root, folder, split="val", seed=0):
             )
             ids[truth.annToMask(entry) > 0] = segments[-1]["id"]
         segments = [{**segment, "area": int((ids == segment["id"]).sum())} for segment in segments]
-        save_ids(pictures / f"{image['id']}.png", ids)
+        save_ids(maps / f"{image['id']}.png", ids)
         data["annotations"].append(
             {
                 "image_id": image["id"],
@@ -119,7 +119,7 @@ def load_annotations(root, split):
 
 
 def pack(root, split, folder=None):
-    """Write `root`/{split}2017.zip of a folder of pictures."""
+    """Write `root`/{split}2017.zip of a folder of images."""
     folder = folder or Path(root, f"{split}2017")
     with zipfile.ZipFile(Path(root, f"{split}2017.zip"), "w") as archive:
         for file in sorted(folder.iterdir()):

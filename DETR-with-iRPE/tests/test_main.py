@@ -207,7 +207,7 @@ def test_the_demo_runs_from_end_to_end(tmp_path):
     for name in ("AP of boxes", "AP50 of masks", "panoptic quality"):
         assert f"{name} 0.0" in out
     assert (tmp_path / "curves.png").stat().st_size > 5000
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "drawings").iterdir()) == [
         f"{number:06}_{kind}.png" for number in (0, 1) for kind in ("detections", "panoptic")
     ]
 
