@@ -1,4 +1,4 @@
-"""--compile: the same results and checkpoints, few compilations for images of many sizes."""
+"""--compile gives the same results and checkpoints, and compiles once for images of all sizes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from util.misc import nested_tensor_from_tensor_list
 
 
 class Graphs(list):
-    """A backend of torch.compile that keeps what it is given and runs it as it is."""
+    """A torch.compile backend that records the graphs and runs them eagerly."""
 
     def __call__(self, graph, inputs):
         self.append(graph)
@@ -21,16 +21,16 @@ class Graphs(list):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that torch.compile makes, which then run without a compiler."""
+    """The graphs that torch.compile captures, which run without a compiler."""
     graphs, compile = Graphs(), torch.compile
-    torch._dynamo.reset()  # other tests' graphs count towards its limit
+    torch._dynamo.reset()  # graphs of other tests count towards the limit of recompilations
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, **options, backend=graphs))
     yield graphs
     torch._dynamo.reset()
 
 
 class Patches(torch.nn.Module):
-    """A backbone of one layer, since it takes long to trace a ResNet."""
+    """A backbone of a single layer, since tracing a ResNet takes long."""
 
     def __init__(self):
         super().__init__()
@@ -63,8 +63,8 @@ def gradients(model, samples):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-# the backbone, the decoder; the encoder, or with relative positions what follows the attention of its first layer,
-# whose tokens are a transposed map, and of the others
+# The number of graphs: backbone, decoder and encoder. With relative positions, the encoder has two graphs, both for what
+# follows the attention of a layer: one for the first layer, whose tokens are a transposed map, and one for the others.
 @pytest.mark.parametrize(("flags", "count"), [(["--enc_rpe2d", ""], 3), ([], 4)])
 def test_new_image_sizes_need_no_compilation_and_give_the_same_gradients(graphs, flags, count):
     compiled, plain = detector(*flags), detector(*flags)

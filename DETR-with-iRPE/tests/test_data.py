@@ -1,4 +1,4 @@
-"""Reading images and annotations: from folders and zips, by several workers, and with every mistake named."""
+"""Images and annotations are read from folders and zips and by several workers, and errors name what is wrong."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def dataset(root, split="val", *flags):
 
 @pytest.fixture
 def own(tmp_path):
-    """A set that a test may damage."""
+    """A data set that a test may change."""
     return write_set(tmp_path / "set", count=4, splits=("val",))
 
 
@@ -51,7 +51,7 @@ def test_targets_are_the_annotations_without_crowds(coco):
 
 
 def drawn(segmentation):
-    """The mask of an image of 8×6 (height, width) whose only object has the segmentation."""
+    """A change of the annotations to an image of 8×6 pixels (height, width) whose only object has the segmentation."""
 
     def find(data):
         data["images"] = [{**data["images"][0], "height": 8, "width": 6}]
@@ -95,7 +95,7 @@ def test_compressed_and_uncompressed_counts_of_random_masks_are_accepted():
         mask = random.rand(height, width) < random.rand()
         mask[: random.randint(height + 1)] = random.randint(2)  # long and short runs
         compressed = rle_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
-        pixels = np.r_[0, mask.ravel(order="F")]  # counts start with the zeros, if there are any
+        pixels = np.r_[0, mask.ravel(order="F")]  # the first count is that of leading zeros
         changes = np.flatnonzero(np.diff(pixels))
         uncompressed = np.diff(np.r_[0, changes, mask.size]).tolist()
         for counts in (compressed["counts"].decode(), uncompressed, [float(count) for count in uncompressed]):
@@ -168,7 +168,7 @@ def test_several_workers_can_read_a_zip(coco, tmp_path):
     shutil.copytree(coco / "annotations", tmp_path / "annotations")
     pack(tmp_path, "val", coco / "val2017")
     images = dataset(tmp_path)
-    expected = [images[i][0] for i in range(len(images))]  # opens the zip before the workers are forked
+    expected = [images[i][0] for i in range(len(images))]  # opens the zip before the workers start
     for _ in range(3):
         loader = eval_loader(images, parse(*small(tmp_path, "--num_workers", 2, "--batch_size", 1)))
         assert all(torch.equal(batch.tensors[0], image) for (batch, _), image in zip(loader, expected, strict=True))
@@ -238,7 +238,7 @@ def test_a_single_box_outside_the_image_among_thousands_is_clipped_with_a_note(t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mistakes: each a UserError whose sentence names what is wrong
+# Errors: each is a UserError whose message names what is wrong
 
 
 def refused(root, *words, read=False):
@@ -282,7 +282,7 @@ def test_error_names_missing_folder_and_zip(own):
 def test_error_names_an_image_missing_from_folder_and_zip(own):
     pack(own, "val")
     (own / "val2017" / "0002.png").unlink()
-    dataset(own)  # the zip still has it
+    dataset(own)  # the image is still in the zip
     (own / "val2017.zip").unlink()
     refused(own, "0002.png", own / "val2017", "1 of 4")
 
@@ -312,7 +312,7 @@ def test_error_names_an_encrypted_zip(own):
     shutil.rmtree(own / "val2017")
     archive = own / "val2017.zip"
     content = bytearray(archive.read_bytes())
-    content[content.index(b"PK\1\2") + 8] |= 1  # the flag of the first member in the directory
+    content[content.index(b"PK\1\2") + 8] |= 1  # mark the first file as encrypted in the zip's directory
     archive.write_bytes(content)
     refused(own, "0000.png", archive, "encrypted", read=True)
 

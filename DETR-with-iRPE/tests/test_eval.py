@@ -1,5 +1,4 @@
-"""The evaluation against pycocotools itself; that it is the same for 1, 2 and 3 processes is tested with masks, in
-test_panoptic.py."""
+"""Box AP equals that of pycocotools. test_panoptic.py tests that metrics do not depend on the number of ranks."""
 
 import contextlib
 import io
@@ -21,7 +20,7 @@ from models import build_model
 
 
 def noisy_copies(data, seed=0):
-    """Detections (image id → result of PostProcess): the objects, moved a little, a few in another class."""
+    """Detections (image id → result of PostProcess): the objects, shifted a little, and some with another class."""
     random, found = np.random.RandomState(seed), {}
     for image in data["images"]:
         rows = []
@@ -36,7 +35,7 @@ def noisy_copies(data, seed=0):
 
 
 def direct(path, found):
-    """The twelve numbers by pycocotools alone, from a list of results as COCO's server takes it."""
+    """The twelve metrics of pycocotools, from a list of results in COCO's format."""
     results = [
         {
             "image_id": image_id,
@@ -63,8 +62,8 @@ def larger(tmp_path_factory):
 
 def test_evaluator_equals_pycocotools_on_noisy_copies(larger):
     found = noisy_copies(load_annotations(larger, "val"))
-    found[17] = {name: values[:0] for name, values in found[17].items()}  # nothing detected in this one
-    assert not len(found[27]["scores"])  # and nothing there in this one
+    found[17] = {name: values[:0] for name, values in found[17].items()}  # no detections in this image
+    assert not len(found[27]["scores"])  # and no objects in this one
     evaluator = CocoEvaluator(build_dataset("val", parse(*small(larger))).ground_truth())
     for image_id in reversed(found):
         evaluator.update({image_id: found[image_id]})
@@ -114,8 +113,8 @@ def test_objects_count_also_where_their_ids_begin_at_0_or_are_all_the_same(tmp_p
 
 
 def oracle(args):
-    """What `evaluate` says of a model that tells images by their colours and answers with noisy copies of their
-    objects, so that the numbers are far from 0 and 1."""
+    """The result of `evaluate` for a model that recognizes images by their pixels and returns noisy copies of their
+    objects, so that the metrics are far from 0 and 1."""
     dataset = build_dataset("val", args)
     _, criterion, postprocessors = build_model(args)
     found = noisy_copies(load_annotations(args.coco_path, "val"))
@@ -153,7 +152,7 @@ def test_metrics_do_not_depend_on_the_batch_size(larger):
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, larger):
-    """A checkpoint in the released form for the model of `small`."""
+    """A checkpoint in the released format, for the model of `small`."""
     model, _, _ = build_model(parse(*small(larger, "--num_classes", 5, "--eval")))
     path = tmp_path_factory.mktemp("filled") / "filled.pth"
     torch.save({"model": fill_state_dict(model.state_dict())}, path)
@@ -161,7 +160,7 @@ def filled(tmp_path_factory, larger):
 
 
 def report(text):
-    """The lines of a program's output that carry numbers of the evaluation."""
+    """The lines of a program's output that contain metrics."""
     return [line for line in text.splitlines() if line.startswith(("Averaged stats:", " Average "))]
 
 

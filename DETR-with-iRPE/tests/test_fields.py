@@ -1,5 +1,5 @@
-"""Fields of annotations: every wrong type is one sentence when the file is read, what is odd but right is read, and
-what is probably a mistake is noted."""
+"""Fields of annotations: errors name invalid values, unusual but valid values are accepted, and notes report values
+that are probably wrong."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ NAN = math.nan
 
 @pytest.fixture
 def own(tmp_path):
-    """A set, also as a panoptic one, that a test may damage."""
+    """A data set with panoptic annotations, which a test may change."""
     root = write_set(tmp_path / "set", count=4)
     for split in ("train", "val"):
         write_panoptic(root, root / "panoptic", split)
@@ -58,7 +58,7 @@ def refused(function, *arguments):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Wrong types
+# Invalid values
 
 WRONG_IDS = [True, "7", -1, 1.5, NAN, math.inf, [7], 2**63]
 WRONG_FLAGS = ["0", "1", 2, -1, 0.5, NAN, [], "false"]
@@ -193,11 +193,11 @@ def test_error_names_duplicate_segments_and_segments_that_are_not_objects(own, c
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Odd, but right
+# Unusual but valid values
 
 
 def measured(dataset):
-    """AP of the objects themselves as detections."""
+    """The metrics if the objects themselves are the detections."""
     truth = dataset.ground_truth()
     found = [
         {"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": entry["bbox"], "score": 0.9}
@@ -384,7 +384,7 @@ def test_a_note_reports_images_that_share_a_file(own, capsys):
 
 @pytest.mark.parametrize("area", [0, 1, 1e6])
 def test_areas_that_do_not_fit_the_boxes_are_noted(own, capsys, area):
-    """COCO's numbers by size would be of the wrong objects."""
+    """COCO's metrics by size would count the wrong objects."""
     edit(instances(own), lambda data: [entry.update(area=area, bbox=[1, 1, 35, 33]) for entry in data["annotations"]])
     run(own, "--eval")
     (note,) = (line for line in capsys.readouterr().out.splitlines() if "the area of" in line)
@@ -400,7 +400,7 @@ def test_areas_of_masks_and_of_a_few_odd_objects_give_no_note(own, capsys):
     objects = [
         {"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 1, 30, 30], "area": area, "iscrowd": 0}
         for area in [*[2] * 20, *[900] * 19, 0]
-    ]  # a rope, boxes, and one without an area in 40
+    ]  # ropes, boxes, and one object in 40 without an area
     edit(instances(own), lambda data: data.update(annotations=objects))
     run(own, "--eval")
     assert "the area of" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The detector against numbers measured on the public implementation (tests/golden/)."""
+"""The detector reproduces the golden numbers of the public implementation (tests/golden/)."""
 
 import functools
 import json
@@ -21,14 +21,13 @@ ARRAYS = np.load(GOLDEN / "detr_arrays.npz")
 NAMES = list(META)
 
 
-# Matches (layer, image, query, object) of the golden files for which another assignment is nearly as good: its cost is
-# higher by 4e-8, which is less than the effect of the number of threads, or by 2e-6 of 12, which is less than the effect
-# of another order of the attention's sums.
+# Golden matches (layer, image, query, object) with a competitor that costs 4e-8 more, which is less than the effect of
+# the number of threads, or 2e-6 of 12, which is less than the effect of another order of the attention's sums.
 TIES = {"rpe-2.0-product-ctx-1-qkv": [(3, 1, 4, 5), (-1, 1, 4, 6)], "rpe-2.0-product-ctx-1-k": [(0, 1, 22, 5)]}
 
 
 class Matcher(HungarianMatcher):
-    """The matcher with near ties broken as in the golden files."""
+    """The matcher, which decides these near ties as in the golden files."""
 
     def __init__(self, ties):
         super().__init__(1, 5, 2)
@@ -43,7 +42,7 @@ class Matcher(HungarianMatcher):
 
 
 def build(name):
-    """Model, criterion and postprocessors of a golden configuration, filled and without dropout."""
+    """Model, criterion and postprocessors of a golden configuration, with deterministic weights and no dropout."""
     args = main.get_args_parser().parse_args([*META[name]["argv"], "--eval", "--dropout", "0"])
     model, criterion, postprocessors = models.build_model(args)
     model.load_state_dict(fill_state_dict(model.state_dict()))
@@ -66,7 +65,7 @@ def targets():
 
 @functools.lru_cache
 def run(name):
-    """Everything that the golden files say about a configuration, from one forward and backward pass."""
+    """All quantities of the golden files for a configuration, from one forward and backward pass."""
     _, model, criterion, postprocessors = build(name)
     model.eval()
     outputs = model(batch())
@@ -160,7 +159,7 @@ def test_training_steps_equal_the_released_ones(name):
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_max_norm).item())
         optimizer.step()
         losses.append(loss.item())
-    # Adam's first steps amplify rounding errors: one more thread changes the fourth loss by 4e-4 and its gradient by 8e-3
+    # Adam's first steps amplify rounding errors: one more thread changes the fourth loss by 4e-4, its gradient by 8e-3.
     assert losses[:3] == pytest.approx(expected["losses"][:3], rel=1e-4)
     assert norms[:3] == pytest.approx(expected["grad_norm_before_clip"][:3], rel=1e-3)
     assert losses[3] == pytest.approx(expected["losses"][3], rel=1e-3)

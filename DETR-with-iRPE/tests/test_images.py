@@ -1,4 +1,4 @@
-"""Images of every mode, orientation and shape in a set of COCO's format, and errors that name them."""
+"""Images of every mode, orientation and shape are read, and errors name the image."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def read(root, split="val", *flags):
 
 @pytest.fixture
 def own(tmp_path):
-    """A set, also as a panoptic one, that a test may damage."""
+    """A data set with panoptic annotations, which a test may change."""
     root = write_set(tmp_path / "set", count=4)
     for split in ("train", "val"):
         write_panoptic(root, root / "panoptic", split)
@@ -78,7 +78,7 @@ def test_error_names_an_image_whose_mode_has_an_unknown_range_also_in_a_worker(o
 
 
 def ids_image(mode):
-    """An image of the ids 5 and 9 in a mode, as a file object."""
+    """A file object with a map of the segment ids 5, 9 and 5 in an image mode."""
     ids = np.array([[5, 9, 5]])
     if mode in ("RGB", "RGBA", "P"):
         image = Image.fromarray(np.stack([ids, 0 * ids, 0 * ids], axis=-1).astype(np.uint8))
@@ -105,7 +105,7 @@ def test_a_panoptic_map_without_8_bit_colours_is_rejected(mode):
 
 def test_a_panoptic_map_with_16_bits_per_colour_is_not_read_as_void(own):
     path = own / "panoptic" / "panoptic_val2017" / "7.png"
-    colours = np.asarray(Image.open(path)).astype(">u2")  # Pillow reads the high bytes, which are 0
+    colours = np.asarray(Image.open(path)).astype(">u2")  # Pillow keeps the high bytes, which are 0
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -125,7 +125,7 @@ def test_a_panoptic_map_with_16_bits_per_colour_is_not_read_as_void(own):
 
 
 def turn(path, orientation=6):
-    """Mark an image file as one to be shown turned; its pixels stay."""
+    """Set the EXIF orientation of an image file without changing its pixels."""
     with Image.open(path) as image:
         exif = image.getexif()
         exif[ORIENTATION] = orientation

@@ -1,5 +1,5 @@
-"""PyTorch's encoder layers, which skip the attention's `forward` at inference if they can, compute what they do in
-training."""
+"""PyTorch's encoder layers with our attention give the same results in training and inference, where PyTorch tries to
+skip the attention's `forward`."""
 
 import copy
 import itertools
@@ -28,7 +28,7 @@ LAYER_MASKS = {
 
 
 def with_attention(layer, rpe_config):
-    """The layer with our attention in it, whose weights and tables are random, and without dropout's randomness."""
+    """Replace the layer's attention by ours, with random weights and tables and without dropout."""
     old = layer.self_attn
     layer.self_attn = RPEMultiheadAttention(
         CHANNELS, HEADS, bias=old.in_proj_bias is not None, batch_first=old.batch_first, rpe_config=rpe_config
@@ -47,7 +47,7 @@ def make_layer(rpe_config=CONFIG, batch_first=True, **arguments):
 
 def make_stack(**arguments):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # PyTorch says that it does without nested tensors
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that it does not use nested tensors
         return nn.TransformerEncoder(make_layer(**arguments), 2)
 
 
@@ -57,7 +57,7 @@ def tokens(batch_first=True):
 
 
 def assert_same_at_inference(module, x, **masks):
-    """Equal in training and evaluation, with and without gradients; and what it computes is returned."""
+    """Compare the results in training and evaluation mode, with and without gradients, and return them."""
     expected = module.train()(x, **masks)
     module.eval()
     torch.testing.assert_close(module(x, **masks), expected)
@@ -96,10 +96,10 @@ def test_copies_and_pickled_layers_keep_the_encoding_at_inference():
     layer = make_layer()
     expected = assert_same_at_inference(layer, tokens())
     pickled_before = copy.deepcopy(layer)
-    vars(pickled_before.self_attn)["_qkv_same_embed_dim"] = True  # as in modules that older code pickled
+    vars(pickled_before.self_attn)["_qkv_same_embed_dim"] = True  # as in modules pickled by older versions
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), pickle.loads(pickle.dumps(pickled_before))):
         torch.testing.assert_close(assert_same_at_inference(copied, tokens()), expected)
-    layer.self_attn._reset_parameters()  # PyTorch's, which must still find its weights
+    layer.self_attn._reset_parameters()  # PyTorch's initialization must still find the weights
     assert_same_at_inference(layer, tokens())
 
 

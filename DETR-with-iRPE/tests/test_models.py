@@ -1,4 +1,4 @@
-"""The parts of the detector, each against something simpler."""
+"""The parts of the detector, compared with simpler implementations."""
 
 import argparse
 import filecmp
@@ -28,7 +28,7 @@ from util.runtime import UserError
 
 
 def tiny(*flags):
-    """A filled small detector in evaluation mode."""
+    """A small detector with deterministic weights in evaluation mode."""
     model, criterion, postprocessors = build_model(parse(*small("unused", "--num_classes", 7, "--eval", *flags)))
     model.load_state_dict(fill_state_dict(model.state_dict()))
     return model.eval(), criterion, postprocessors
@@ -150,7 +150,7 @@ def test_attention_without_encoding_or_with_tables_of_zeros_equals_pytorchs(rpe_
 
 
 def loop_over_queries(attention, x, hidden, ids):
-    """Output and weights of each head, from the formula."""
+    """The output and the weights of each head, computed by loops from the formula."""
     q, k, v = (attention.split_heads(y) for y in attention.project(x, x, x))
     (batch, heads, length, channels), weights = q.shape, torch.zeros(*q.shape[:3], q.shape[2], dtype=x.dtype)
     scale, out = channels**-0.5, torch.zeros_like(x)
@@ -319,7 +319,7 @@ def test_a_backbone_with_random_weights_is_trained_completely_and_loads_with_fro
     trained, _, _ = build_model(parse(*flags))
     assert all(p.requires_grad for p in trained.parameters())
     trained.train()
-    trained(image(1, (2, 3, 64, 64)))  # moves the running statistics
+    trained(image(1, (2, 3, 64, 64)))  # updates the running statistics
     frozen, _, _ = build_model(parse(*flags, "--eval"))
     names = {name for name, p in frozen.named_parameters() if not p.requires_grad}
     assert names == {
@@ -441,7 +441,7 @@ def test_matcher_and_criterion_copy_from_the_device_once(monkeypatch):
         )
     logits, boxes = predictions(2, 6, 10)
     criterion_of()(outputs_of(logits, boxes), objects(3, 4, 2))
-    assert [name for name in copies if name != "numpy"] == ["cpu"]  # numpy: of the copy, on the CPU
+    assert [name for name in copies if name != "numpy"] == ["cpu"]  # numpy() is called on the copy on the CPU
 
 
 def test_boxes_are_counted_over_all_ranks_in_training_within_the_step_timeout(monkeypatch):

@@ -1,5 +1,5 @@
-"""Masks and panoptic sets: read, measured as pycocotools and another implementation of panoptic quality measure them,
-and the same for any number of processes."""
+"""Panoptic data sets, mask AP and panoptic quality. The metrics equal those of pycocotools and of an independent
+implementation, and do not depend on the number of ranks."""
 
 import contextlib
 import io
@@ -44,7 +44,7 @@ from util.runtime import UserError
 
 
 def flags_of(root, *flags):
-    """Of a run on the panoptic set in root/panoptic, with the images in root."""
+    """Flags of a run on the panoptic data set in root/panoptic, with the images in root."""
     return small(root, "--masks", "--dataset_file", "coco_panoptic", "--coco_panoptic_path", f"{root}/panoptic", *flags)
 
 
@@ -58,7 +58,7 @@ def annotations(root):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A panoptic set with crowds and void that tests only read."""
+    """A panoptic data set with crowds and void, which tests must not change."""
     root = write_set(tmp_path_factory.mktemp("made"), count=12)
     for split in ("train", "val"):
         write_panoptic(root, root / "panoptic", split)
@@ -67,7 +67,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def own(tmp_path):
-    """A panoptic set that a test may damage."""
+    """A panoptic data set that a test may change."""
     root = write_set(tmp_path / "set", count=3, splits=("val",))
     write_panoptic(root, root / "panoptic")
     return root
@@ -128,7 +128,7 @@ def test_the_annotations_determine_which_categories_are_things(made, monkeypatch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mistakes: each a UserError whose sentence names what is wrong
+# Errors: each is a UserError whose message names what is wrong
 
 
 def refused(root, *words):
@@ -201,7 +201,7 @@ def test_instances_of_another_data_set_are_rejected(own):
 
 
 def noisy_masks(root, seed=0):
-    """Detections (image id → result of PostProcessSegm): the objects' masks, moved, a few of another class."""
+    """Detections (image id → result of PostProcessSegm): the objects' masks, shifted, and some with another class."""
     random, truth = np.random.RandomState(seed), COCO(root / "annotations" / "instances_val2017.json")
     found = {}
     for image in truth.imgs.values():
@@ -245,21 +245,21 @@ def test_mask_ap_equals_pycocotools_in_any_order_of_the_images(made):
 # ---------------------------------------------------------------------------------------------------------------------
 # Panoptic quality
 
-ROW = np.arange(20)[None]  # ids by columns of one row of pixels
+ROW = np.arange(20)[None]  # the column of each pixel of a row
 
 
 def segments(*limits):
-    """Ids of a row of 20 pixels: (id, first pixel, one past the last) each; the rest is 0."""
+    """The ids of a row of 20 pixels, from (id, first pixel, one past the last pixel) of each segment; 0 elsewhere."""
     return sum(((ROW >= first) & (ROW < end)) * number for number, first, end in limits)
 
 
 @pytest.mark.parametrize(
     ("truth", "true_segments", "found", "found_segments", "expected"),
     [
-        # an IoU of a half is none of a match: a miss and a false find
+        # an IoU of one half is not a match: one missed and one wrong segment
         (segments((1, 0, 8)), [(1, 5, 0)], segments((1, 0, 4)), [(1, 5, 0)], [(5, 0), (5, 0)]),
         (segments((1, 0, 8)), [(1, 5, 0)], segments((9, 0, 6)), [(9, 5, 0)], [(5, 0.75)]),
-        # void does not count to the union: 6 of 8, not 6 of 12
+        # the union excludes void: 6 of 8, not 6 of 12
         (
             segments((1, 0, 8), (2, 12, 20)),
             [(1, 5, 0), (2, 6, 0)],
@@ -267,19 +267,19 @@ def segments(*limits):
             [(9, 5, 0)],
             [(5, 0.75), (6, 0)],
         ),
-        # a found segment of which more than half lies on void is no false one; with a half it is
+        # a found segment is not wrong if more than half of it is void; with exactly half it is
         (segments((1, 0, 8)), [(1, 5, 0)], segments((9, 5, 12)), [(9, 7, 0)], [(5, 0)]),
         (segments((1, 0, 8)), [(1, 5, 0)], segments((9, 4, 12)), [(9, 7, 0)], [(5, 0), (7, 0)]),
-        # a crowd is not missed, never matched, and swallows the found of its category alone
+        # a crowd is never matched or missed, and found segments of its category are not wrong
         (segments((1, 0, 20)), [(1, 5, 1)], segments((0, 0, 0)), [], []),
         (segments((1, 0, 20)), [(1, 5, 1)], segments((9, 0, 20)), [(9, 5, 0)], []),
         (segments((1, 0, 20)), [(1, 5, 1)], segments((9, 0, 20)), [(9, 6, 0)], [(6, 0)]),
         (segments((1, 0, 20)), [(1, 5, 1)], segments((8, 0, 9), (9, 9, 20)), [(8, 5, 0), (9, 5, 0)], []),
-        # void and crowd together are more than half
+        # void and crowd together make up more than half
         (segments((1, 0, 4), (2, 4, 8)), [(1, 5, 1), (2, 6, 0)], segments((9, 1, 11)), [(9, 5, 0)], [(6, 0)]),
-        # another category, and a true segment without pixels
+        # a wrong category, and a true segment without pixels
         (segments((1, 0, 20)), [(1, 5, 0), (3, 8, 0)], segments((9, 0, 20)), [(9, 6, 0)], [(5, 0), (6, 0), (8, 0)]),
-        # the id 0 is a segment where it is listed, also in the found map alone
+        # a segment may have the id 0, in both maps or in the found map only
         (segments((1, 0, 10)), [(1, 5, 0)], segments((1, 10, 20)), [(0, 5, 0), (1, 5, 0)], [(5, 1.0)]),
     ],
 )
@@ -288,14 +288,14 @@ def test_matching_follows_the_rules_for_void_and_crowds(truth, true_segments, fo
 
 
 def test_quality_equals_equations_1_and_2():
-    found = quality([0.6, 0.8, 0, 0, 0])  # two matches, three without
+    found = quality([0.6, 0.8, 0, 0, 0])  # two matches, three segments without a match
     assert found == pytest.approx({"pq": 1.4 / 3.5, "sq": 0.7, "rq": 2 / 3.5})
     assert quality([0, 0]) == {"pq": 0, "sq": 0, "rq": 0}
 
 
 def perturbed(dataset, seed=0):
-    """Image id → as PostProcessPanoptic would have it: the true map shifted, with false segments, holes, and classes
-    changed."""
+    """Image id → result of PostProcessPanoptic: the true map, shifted, with additional segments, holes and changed
+    classes."""
     random, found = np.random.RandomState(seed), {}
     for image in dataset.images:
         ids = np.roll(dataset.read_map(image), random.randint(0, 4, 2), (0, 1))
@@ -349,7 +349,7 @@ def test_quality_equals_another_implementation_on_the_written_files(made, tmp_pa
 def test_failed_writes_do_not_change_the_metrics(made, tmp_path, capsys):
     dataset = read(made)
     expected, stopped = PanopticEvaluator(dataset), PanopticEvaluator(dataset, tmp_path)
-    (tmp_path / "panoptic_eval").touch()  # a file where the folder should be
+    (tmp_path / "panoptic_eval").touch()  # a file in place of the folder
     for evaluator in (expected, stopped):
         evaluator.update(perturbed(dataset))
     capsys.readouterr()
@@ -370,8 +370,8 @@ def test_without_an_output_directory_nothing_is_written(made, tmp_path, monkeypa
 
 
 class Oracle(nn.Module):
-    """Tells images by their colours and answers with their objects, moved and some in another class, so that the
-    numbers are far from 0 and 1."""
+    """A model that recognizes images by their pixels and returns their objects, shifted and some with another class, so
+    that the metrics are far from 0 and 1."""
 
     def __init__(self, dataset, queries, num_classes):
         super().__init__()
@@ -401,7 +401,7 @@ class Oracle(nn.Module):
 
 
 def _oracle(args):
-    """In a process: what `evaluate` says of the oracle on each set of the list of paths."""
+    """Run in a process of its own: the result of `evaluate` for the oracle on each data set of a list of paths."""
     device, results = runtime.init_distributed(args), []
     for root in args.coco_path.split(os.pathsep):
         args.coco_path, args.coco_panoptic_path = root, os.path.join(root, "panoptic")
@@ -422,7 +422,7 @@ def _oracle(args):
 
 
 def _save(results, folder):
-    """Not printed: what processes print into one pipe may be cut at any place."""
+    """Write to a file, since the outputs of several processes to the same pipe may interleave."""
     Path(folder, f"stats{runtime.get_rank()}.json").write_text(json.dumps(results))
 
 

@@ -1,5 +1,5 @@
-"""The mask head and what is made of its masks: numbers measured on the public implementation (tests/golden/), and small
-parts done by hand."""
+"""The mask head and the postprocessing of its masks: they reproduce the golden numbers of the public implementation
+(tests/golden/), and their parts equal simpler implementations."""
 
 import functools
 import io
@@ -37,7 +37,7 @@ def close(found, expected, tolerance):
 
 
 def targets(meta):
-    """As the golden file had them: what RandomState(tseed) draws, each object's mask its box in whole pixels."""
+    """The targets of a golden file: boxes from RandomState(tseed), each with the whole pixels inside it as its mask."""
     random, result = np.random.RandomState(meta["tseed"]), []
     for n, (height, width) in zip((3, 5), meta["sizes"], strict=True):
         boxes = np.concatenate([random.uniform(0.3, 0.7, (n, 2)), random.uniform(0.1, 0.4, (n, 2))], axis=1)
@@ -113,16 +113,16 @@ def test_losses_equal_the_released_ones(name):
 
 
 def gradient_norms(name):
-    """Norms of the golden configuration's gradients."""
+    """The norms of a golden configuration's gradients."""
     gradients = run(name)[3]
     return {key: gradients[key].norm().item() for key in SEGM[name]["grads"]}
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_gradients_equal_the_released_ones(name):
-    """In a process of its own, since MKL reads when it is loaded which instructions to use. Its AVX-512 products move
-    some activations of the mask head across the kink of a ReLU, and with them, on an Intel Xeon, four of segm_k's
-    gradients of norm 1e-5 by 2e-3; with AVX2 they agree to 2e-6. Other processors ignore the setting."""
+    """Run in a process of its own, since MKL selects its instructions when it is loaded. With AVX-512, some activations
+    of the mask head cross the kink of a ReLU, which changes four of segm_k's gradients of norm 1e-5 by 2e-3 on an Intel
+    Xeon. With AVX2 they agree to 2e-6. Other processors ignore the setting."""
     code = f"import json, test_segmentation; print(json.dumps(test_segmentation.gradient_norms({name!r})))"
     status, out, said = finish(start(PROJECT / "tests" / "run_code.py", code, MKL_CBWR="AVX2"))
     assert status == 0, said
@@ -144,11 +144,11 @@ def test_results_equal_the_released_ones(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From outputs to results
+# Postprocessing
 
 
 def same_segments(found, expected):
-    """All of a list of images' segments, up to 3 pixels of area."""
+    """Compare the segments of a list of images. Areas may differ by 3 pixels."""
     for ours, theirs in zip(found, expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert {**one, "area": 0} == {**other, "area": 0}
@@ -197,7 +197,7 @@ def check_areas(result):
 
 
 def panoptic(masks, classes, things=(1, 2), sizes=None):
-    """Result for queries that are sure of their classes, of 5; the masks are logits in rows of numbers."""
+    """The panoptic map of confident queries, from their mask logits as nested lists and their classes, of 5 classes."""
     logits = torch.full((1, len(classes), 6), -9.0)
     logits[0, range(len(classes)), classes] = 9
     post = PostProcessPanoptic({category: category in things for category in range(5)})
@@ -216,30 +216,31 @@ def test_each_pixel_belongs_to_the_query_with_the_largest_logit():
 
 
 def test_queries_of_a_stuff_class_are_merged_and_those_of_a_thing_class_are_not():
-    # the second query of class 3 gives its pixels to the first and is gone; then the map is made again without it
+    # The second query of class 3 is merged into the first, has no pixels left and is removed. The map is then computed
+    # again without it.
     thirds = [[[9 * (column // 2 == third) - third for column in range(6)]] * 3 for third in range(3)]
     for things, expected in (((), [12, 6]), ((3,), [6, 6, 6])):
         segments = panoptic(thirds, [3, 3, 4], things)["segments_info"]
         assert [segment["area"] for segment in segments] == expected
         assert [segment["category_id"] for segment in segments] == [3] * (len(expected) - 1) + [4]
         assert [segment["isthing"] for segment in segments] == [3 in things] * (len(expected) - 1) + [False]
-    # what it loses need not stay with the first: without the second, the third claims more of its pixels
+    # Its pixels need not stay with the first query: without the second, some of them belong to the third.
     claims = [[[9, 0, 0, 0, 0, 0]] * 5, [[0, 9, 9, 0, 0, 0]] * 5, [[0, 1, 1, 9, 9, 9]] * 5]
     assert [segment["area"] for segment in panoptic(claims, [3, 3, 4])["segments_info"]] == [5, 25]
 
 
 def test_segments_of_four_pixels_or_fewer_are_removed_until_none_is_left():
     a, b, c = np.zeros((3, 3, 7))
-    a[:], b[0, :4], c[0, :5] = 1, 3, 2  # b has four pixels, of c's five one is left: both go, and none comes back
+    a[:], b[0, :4], c[0, :5] = 1, 3, 2  # b has four pixels and c one of its five: both are removed for good
     segments = panoptic(np.stack([a, b, c]).tolist(), [1, 1, 2])["segments_info"]
     assert [(segment["category_id"], segment["area"]) for segment in segments] == [(1, 21)]
-    b[0, 4] = 3  # five are enough
+    b[0, 4] = 3  # five pixels are enough
     segments = panoptic(np.stack([a, b, c]).tolist(), [1, 1, 2])["segments_info"]
     assert [segment["area"] for segment in segments] == [16, 5]
 
 
 def test_removal_continues_after_pixels_of_a_removed_query_moved_to_others():
-    # merged, the stuff has 4 + 5 pixels; without its second query five of them go to the thing, and 4 are too few
+    # The merged stuff has 4 + 5 pixels. Without its second query, five of them belong to the thing, and 4 are too few.
     claims = np.zeros((3, 1, 14))
     claims[0, 0, :4], claims[1, 0, 4:9], claims[2, 0, 4:] = 9, 9, 1
     segments = panoptic(claims.tolist(), [3, 3, 2])["segments_info"]
@@ -253,7 +254,7 @@ def test_without_confident_or_large_segments_the_map_is_zero():
 
 def test_masks_are_cropped_to_each_image_before_they_are_resized():
     logits = torch.full((2, 1, 4, 4), -5.0)
-    logits[0, :, :, 2:] = 5  # the right half of a full image; the second image ends before it
+    logits[0, :, :, 2:] = 5  # the right half of the batch, where the second image has padding
     logits[1, :, :, 2:] = 5
     results = PostProcessSegm()(
         [{}, {}], {"pred_masks": logits}, torch.tensor([[8, 32], [8, 8]]), torch.tensor([[16, 16], [16, 8]])
@@ -263,7 +264,7 @@ def test_masks_are_cropped_to_each_image_before_they_are_resized():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parts of the head and the losses, in float64
+# Parts of the mask head and the losses, in float64
 
 
 def test_attention_maps_are_one_softmax_over_all_heads_and_positions_without_padding():
@@ -352,7 +353,7 @@ def test_mask_losses_are_sums_over_the_matched_masks_on_the_padded_images():
         {"labels": torch.randint(0, 3, (n,)), "boxes": torch.rand(n, 4), "masks": torch.rand(n, *size) > 0.5}
         for n, size in zip((2, 1), sizes, strict=True)
     ]
-    earlier = {"pred_logits": torch.randn(2, 4, 4), "pred_boxes": torch.rand(2, 4, 4)}  # matched otherwise
+    earlier = {"pred_logits": torch.randn(2, 4, 4), "pred_boxes": torch.rand(2, 4, 4)}  # with other matches
     losses = criterion({**outputs, "aux_outputs": [earlier]}, wanted)
     focal = dice = 0.0
     for index, (queries, objects) in enumerate(criterion.matcher(outputs, wanted)):
@@ -401,7 +402,7 @@ def narrow(*flags):
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    """File of a detector's weights, with batch norm as trained from random weights."""
+    """A checkpoint of a detector with trainable batch norm, as trained from random weights."""
     torch.manual_seed(1)
     path = tmp_path_factory.mktemp("detector") / "detector.pth"
     torch.save({"model": fill_state_dict(models.build_model(narrow())[0].state_dict())}, path)
@@ -409,7 +410,7 @@ def detector(tmp_path_factory):
 
 
 def start_training(args):
-    """Training state at the start of a command line, and its criterion."""
+    """The training state at the start of a run, and its criterion."""
     model, criterion, _ = models.build_model(args)
     optimizer = main.build_optimizer(model, args)
     state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1), torch.amp.GradScaler("cpu"))
@@ -495,7 +496,7 @@ def test_masks_of_a_frozen_detector_are_trained_evaluated_and_resumed(coco, tmp_
     shutil.move(tmp_path / "checkpoint.pth", tmp_path / "detector.pth")
     frozen = ["--masks", "--frozen_weights", tmp_path / "detector.pth"]
     run(*frozen)
-    shutil.move(tmp_path / "detector.pth", tmp_path / "away.pth")  # what goes on needs it no more
+    shutil.move(tmp_path / "detector.pth", tmp_path / "away.pth")  # resuming does not need it
     run(*frozen, "--resume", tmp_path / "checkpoint.pth", "--epochs", 2)
     after = runtime.load_checkpoint(tmp_path / "checkpoint.pth")
     assert after["epoch"] == 1

@@ -1,4 +1,4 @@
-"""Boxes survive every transform: compared with masks that are drawn, transformed and measured."""
+"""Transforms move boxes as they move masks that are drawn for comparison."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from util.box_ops import box_cxcywh_to_xyxy
 
 
 def sample(seed, integral=False):
-    """A random image and its target, and for each box a mask that is white inside it."""
+    """A random image, its target, and for each box a PIL mask that is white inside the box."""
     random = np.random.RandomState(seed)
     width, height = (int(side) for side in random.randint(80, 300, 2))
     boxes = random_boxes(random, 4, width, height)
@@ -34,7 +34,7 @@ def sample(seed, integral=False):
 
 
 def extent(mask):
-    """(x1, y1, x2, y2) of what is white in a PIL mask; None if nothing is."""
+    """(x1, y1, x2, y2) of the white pixels of a PIL mask; None without white pixels."""
     rows, columns = (np.flatnonzero((np.asarray(mask) > 127).any(axis)) for axis in (1, 0))
     return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if len(rows) else None
 
