@@ -63,7 +63,7 @@ def gradients(model, samples):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-# The number of graphs: backbone, decoder and encoder. With relative positions, the encoder has two graphs, both for what
+# There are three graphs: backbone, decoder and encoder. With relative positions, the encoder has two graphs, for what
 # follows the attention of a layer: one for the first layer, whose tokens are a transposed map, and one for the others.
 @pytest.mark.parametrize(("flags", "count"), [(["--enc_rpe2d", ""], 3), ([], 4)])
 def test_new_image_sizes_need_no_compilation_and_give_the_same_gradients(graphs, flags, count):

@@ -113,7 +113,7 @@ def test_a_segment_without_pixels_is_not_an_object(own):
 
 
 @pytest.mark.parametrize(("iscrowd", "crowd"), [(None, 0), (False, 0), (True, 1)])
-def test_crowds_may_be_marked_by_0_and_1_or_false_and_true(own, iscrowd, crowd):
+def test_iscrowd_of_a_segment_may_be_null_false_or_true(own, iscrowd, crowd):
     data = json.loads(annotations(own).read_text())
     data["annotations"][0]["segments_info"][0]["iscrowd"] = iscrowd
     annotations(own).write_text(json.dumps(data))
