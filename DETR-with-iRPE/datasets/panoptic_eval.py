@@ -121,16 +121,11 @@ def compare(
     overlaps = _count_overlaps(truth, found)
 
     true_area, found_area = Counter(), Counter()
-    ignored = Counter()  # found id → pixels on void or on crowds of the same category
-    void = Counter()  # found id → pixels on void
     for true_id, found_id, pixels in overlaps:
         true_area[true_id] += pixels
         found_area[found_id] += pixels
-        if true_id == VOID:
-            void[found_id] += pixels
-            ignored[found_id] += pixels
-        elif found_id in found_category and crowd_category.get(true_id) == found_category[found_id]:
-            ignored[found_id] += pixels
+    void = Counter({found_id: pixels for true_id, found_id, pixels in overlaps if true_id == VOID})
+    on_crowds = _count_pixels_on_crowds(overlaps, crowd_category, found_category)
 
     results = []
     for true_id, found_id, pixels in overlaps:
@@ -142,18 +137,29 @@ def compare(
             del true_category[true_id]
             results.append((found_category.pop(found_id), pixels / union))
     results += [(category, 0) for category in true_category.values()]
-    results += [
-        (category, 0) for found_id, category in found_category.items() if ignored[found_id] <= found_area[found_id] / 2
-    ]
+    for found_id, category in found_category.items():
+        if void[found_id] + on_crowds[found_id] <= found_area[found_id] / 2:
+            results.append((category, 0))
     return results
 
 
 def _count_overlaps(truth: np.ndarray, found: np.ndarray) -> list[tuple[int, int, int]]:
     """Count the common pixels of all pairs of segments: (true id, found id, pixels), for pairs with common pixels."""
-    pair_of_pixel = truth.astype(np.int64) * ID_RANGE + found  # a single number for both ids
+    pair_of_pixel = truth.astype(np.int64) * ID_RANGE + found  # pack both ids into a single number
     pairs, pixels = np.unique(pair_of_pixel, return_counts=True)
-    true_ids, found_ids = np.divmod(pairs, ID_RANGE)
+    true_ids, found_ids = np.divmod(pairs, ID_RANGE)  # unpack the ids
     return list(zip(true_ids.tolist(), found_ids.tolist(), pixels.tolist(), strict=True))
+
+
+def _count_pixels_on_crowds(
+    overlaps: list[tuple[int, int, int]], crowd_category: dict[int, int], found_category: dict[int, int]
+) -> Counter:
+    """The pixels of each found segment that lie on crowds of its category, by its id."""
+    on_crowds = Counter()
+    for true_id, found_id, pixels in overlaps:
+        if true_id in crowd_category and crowd_category[true_id] == found_category.get(found_id):
+            on_crowds[found_id] += pixels
+    return on_crowds
 
 
 def quality(ious: list[float]) -> dict[str, float]:
