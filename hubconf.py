@@ -1,12 +1,14 @@
-"""Every model of both codebases for torch.hub: `torch.hub.load(FOLDER, NAME, source="local")`.
+"""torch.hub.load(FOLDER, name, source="local"): every model of both codebases, as their own hubconf.py builds it.
 
-The models are built by the hubconf.py of their codebase. A codebase is imported when one of its models, or its help, is
-requested for the first time. DeiT therefore works without pycocotools, and DETR works without timm.
+A codebase is imported on the first request for one of its models or docstrings. The DeiT models therefore do not need
+pycocotools, and DETR does not need timm.
 """
 
 import functools
 import importlib.util
 import pathlib
+import types
+import typing
 
 dependencies = ["torch", "torchvision"]
 
@@ -34,7 +36,8 @@ detr_resnet50_rpe_20_product_ctx_1_k_300epochs
 
 
 @functools.cache
-def _hubconf(folder):
+def _hubconf(folder: str) -> types.ModuleType:
+    """The hubconf.py of the codebase in `folder`."""
     path = pathlib.Path(__file__).resolve().parent / folder / "hubconf.py"
     spec = importlib.util.spec_from_file_location(f"hubconf of {folder}", path)
     module = importlib.util.module_from_spec(spec)
@@ -49,15 +52,16 @@ def _hubconf(folder):
 
 
 class _Entry:
-    # This class has no docstring, because torch.hub.help shows the one of the codebase's own entry.
-    def __init__(self, folder, name):
+    # A hub entry that imports its codebase when it is called. A comment and no docstring: torch.hub.help prints the
+    # instance's __doc__, which is that of the codebase's own entry.
+    def __init__(self, folder: str, name: str) -> None:
         self._folder, self._name = folder, name
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: typing.Any, **kwargs: typing.Any) -> typing.Any:
         return getattr(_hubconf(self._folder), self._name)(*args, **kwargs)
 
     @property
-    def __doc__(self):
+    def __doc__(self) -> str:
         return getattr(_hubconf(self._folder), self._name).__doc__
 
 

@@ -1,46 +1,30 @@
-"""torch.hub.load(FOLDER, name, source="local"): DETR and DETR with iRPE.
+"""torch.hub.load(FOLDER, name, source="local"): DETR, and DETR with iRPE.
 
-Every entry takes `pretrained` (load the released weights), `num_classes` (highest category id + 1) and
-`return_postprocessor` (give (model, PostProcess) rather than the model), and returns the model in evaluation mode.
-Those for panoptic segmentation take `threshold` too, the least probability of a query that PostProcessPanoptic keeps.
+Every entry returns the model in evaluation mode and takes
+
+- `pretrained`: load the released weights;
+- `num_classes`: the highest category id + 1;
+- `return_postprocessor`: return (model, postprocessor) instead of the model. The postprocessor is `PostProcess`, and
+  `PostProcessPanoptic` for panoptic models;
+- `threshold` (panoptic models only): drop queries whose most probable class has a lower probability.
 """
 
-import importlib
+import collections.abc
+import importlib.util
 import pathlib
-import sys
+import typing
 
 import torch
+from torch import nn
 
-
-def _import_siblings(*names):
-    """Modules of this folder, also where the caller has imported others of the same common names (`models`, ...).
-
-    Those are put aside for the while, with what lies in them, and come back; without them the folder's own stay
-    importable.
-    """
-    folder = pathlib.Path(__file__).resolve().parent
-    own = {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/__init__.py")}
-    foreign = {
-        name
-        for name in own
-        if name in sys.modules
-        and not pathlib.Path(getattr(sys.modules[name], "__file__", None) or "/").resolve().is_relative_to(folder)
-    }
-
-    def take():
-        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in foreign}
-
-    aside = take()
-    sys.path.insert(0, str(folder))
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path.remove(str(folder))
-        take()
-        sys.modules.update(aside)
-
-
-_main, _models, _checkpoint, _runtime = _import_siblings("main", "models", "util.checkpoint", "util.runtime")
+_FOLDER = pathlib.Path(__file__).resolve().parent
+# This folder need not be on sys.path, so that the helper is loaded from its file.
+_spec = importlib.util.spec_from_file_location("codebase_import", _FOLDER / "codebase_import.py")
+_codebase_import = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_codebase_import)
+_main, _models, _checkpoint, _runtime = _codebase_import.import_modules(
+    _FOLDER, "main", "models", "util.checkpoint", "util.runtime"
+)
 
 dependencies = ["torch", "torchvision", "scipy", "pycocotools"]
 
@@ -48,7 +32,10 @@ _DETR = "https://dl.fbaipublicfiles.com/detr/"
 _IRPE = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/"
 
 
-def _build(flags, url, pretrained, num_classes):
+def _build(
+    flags: tuple[str, ...], url: str, pretrained: bool, num_classes: int
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The model that main.py builds from `flags`, and its postprocessors by name."""
     args = _main.get_args_parser().parse_args([*flags, "--num_classes", str(num_classes), "--eval"])
     model, _, postprocessors = _models.build_model(args)
     if pretrained:
@@ -63,8 +50,12 @@ def _build(flags, url, pretrained, num_classes):
     return model.eval(), postprocessors
 
 
-def _detector(description, url, *flags):
-    def entry(pretrained=False, num_classes=91, return_postprocessor=False):
+def _detector(description: str, url: str, *flags: str) -> collections.abc.Callable[..., typing.Any]:
+    """A hub entry for a detector: `description` is its docstring, `flags` are those of main.py."""
+
+    def entry(
+        pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
+    ) -> nn.Module | tuple[nn.Module, nn.Module]:
         model, postprocessors = _build(flags, url, pretrained, num_classes)
         return (model, postprocessors["bbox"]) if return_postprocessor else model
 
@@ -72,8 +63,12 @@ def _detector(description, url, *flags):
     return entry
 
 
-def _panoptic(description, url, *flags):
-    def entry(pretrained=False, num_classes=250, threshold=0.85, return_postprocessor=False):
+def _panoptic(description: str, url: str, *flags: str) -> collections.abc.Callable[..., typing.Any]:
+    """A hub entry for a panoptic model, as `_detector`."""
+
+    def entry(
+        pretrained: bool = False, num_classes: int = 250, threshold: float = 0.85, return_postprocessor: bool = False
+    ) -> nn.Module | tuple[nn.Module, nn.Module]:
         panoptic = ("--masks", "--dataset_file", "coco_panoptic")
         model, postprocessors = _build(panoptic + flags, url, pretrained, num_classes)
         postprocessors["panoptic"].threshold = threshold

@@ -6,7 +6,6 @@ read from a file opened anew. The order is torchvision's, so folder and tar give
 """
 
 import argparse
-import contextlib
 import functools
 import glob
 import io
@@ -30,7 +29,7 @@ from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from images import Oddities, describe, oddities, to_rgb, without_ends
+from images import Oddities, naming, oddities, to_rgb, without_ends
 from runtime import UserError, print_once
 
 IMAGENET_CLASSES = 1000
@@ -177,17 +176,6 @@ def _collate_and_erase(erase: RandomErasing, samples: list) -> Any:
 
 
 # Images
-
-
-@contextlib.contextmanager
-def naming(name: str, action: str = "read") -> Iterator[None]:
-    """Where an image cannot be read (or what the action is) inside, a ``UserError`` names it and says why."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # decoders and transforms raise all kinds, and without the name none of them helps
-        raise UserError(f"image {name} cannot be {action}: {describe(error)}") from error
 
 
 def load_image(path: str) -> Image.Image:

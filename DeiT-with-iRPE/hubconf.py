@@ -1,33 +1,16 @@
-"""torch.hub.load(DIR, name, source="local"): the eight DeiT baselines and the nine models with iRPE."""
+"""torch.hub.load(FOLDER, name, source="local"): the eight DeiT baselines and the nine models with iRPE."""
 
-import importlib
+import importlib.util
 import pathlib
-import sys
+
+_FOLDER = pathlib.Path(__file__).resolve().parent
+# This folder need not be on sys.path, so that the helper is loaded from its file.
+_spec = importlib.util.spec_from_file_location("codebase_import", _FOLDER / "codebase_import.py")
+_codebase_import = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_codebase_import)
+_models, _rpe_models = _codebase_import.import_modules(_FOLDER, "models", "rpe_models")
 
 dependencies = ["torch", "torchvision", "timm"]
 
-
-def _import_siblings(*names):
-    """Modules of this folder, also where the caller has imported others of the same common names (`models`, ...).
-
-    Those are put aside for the while and come back; without them the folder's own stay importable.
-    """
-    folder = pathlib.Path(__file__).resolve().parent
-    own = [path.stem for path in folder.glob("*.py") if path.stem != pathlib.Path(__file__).stem]
-    aside = {
-        name: sys.modules.pop(name)
-        for name in own
-        if name in sys.modules
-        and pathlib.Path(getattr(sys.modules[name], "__file__", None) or ".").resolve().parent != folder
-    }
-    sys.path.insert(0, str(folder))
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path.remove(str(folder))
-        sys.modules.update(aside)
-
-
-_models, _rpe_models = _import_siblings("models", "rpe_models")
 for _module, _names in ((_models, _models.__all__), (_rpe_models, _rpe_models.RELEASED + _rpe_models.UNRELEASED)):
     globals().update({_name: getattr(_module, _name) for _name in _names})

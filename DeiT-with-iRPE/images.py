@@ -1,10 +1,11 @@
-"""Pixels of image files as 8-bit RGB, and what a user should know about them.
+"""Read image files as 8-bit RGB, and tell users which images need their attention.
 
 The DeiT and the DETR codebase hold the same file.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,12 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-# Pillow's modes with more than 8 bits per channel, and what they hold
+if __package__:  # DETR keeps this file in its package `util`, DeiT beside main.py
+    from .runtime import UserError
+else:
+    from runtime import UserError
+
+# Pillow's modes with more than 8 bits per channel, and what they hold.
 DEEP_MODES = {
     "I;16": "16-bit integers",
     "I;16B": "16-bit integers",
@@ -21,11 +27,11 @@ DEEP_MODES = {
     "I": "32-bit integers",
     "F": "floating-point numbers",
 }
-# Formats of which Pillow opens 16-bit greyscale as I (PNG only in older versions), always scaled to 0 … 65535
+# Pillow opens 16-bit greyscale of these formats in mode I (PNG only in older versions), always scaled to 0 … 65535.
 FORMATS_OF_16_BIT_I = ("PNG", "PPM")
-BITS_PER_SAMPLE = 258  # tag of a TIFF
-MAX_ASPECT = 100  # of the sides of an image that is made larger; one row of 5000 pixels would become gigabytes
-SIDEWAYS, DARK = 1, 2  # bits of what `oddities` finds
+BITS_PER_SAMPLE = 258  # tag of a TIFF file
+MAX_ASPECT = 100  # longest to shortest side of an image to enlarge; a single row of 5000 pixels would need gigabytes
+SIDEWAYS, DARK = 1, 2  # the flags that `oddities` returns
 NOTES = {
     SIDEWAYS: "have an EXIF orientation other than the one they are stored in; the stored pixels are used, as by "
     "torchvision, timm and COCO's tools: rotate the files if that is wrong",
@@ -35,13 +41,13 @@ NOTES = {
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The stored pixels of an open image (of the first frame) as 8-bit RGB.
+    """Convert an open image (its first frame) to 8-bit RGB, with the pixels in the order in which they are stored.
 
-    Pillow converts what has 8 bits per channel, without transparency. Deeper greyscale keeps its highest 8 bits, so
-    that 65535 becomes 255, exactly as Pillow itself reads 16-bit colour.
+    Pillow converts images with 8 bits per channel and drops transparency. Deeper greyscale images keep their highest
+    8 bits, so that 65535 becomes 255, exactly as Pillow itself reads 16-bit colour.
 
-    Raises: ValueError with the mode, where its range of values is unknown or Pillow cannot convert it; whatever Pillow
-        raises for damaged files.
+    Raises: ValueError that states the mode if its range of values is unknown or Pillow cannot convert it; any error
+        that Pillow raises for damaged files.
     """
     image.load()
     mode = image.mode
@@ -54,7 +60,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _bits(image: Image.Image) -> int:
-    """Bits per channel of greyscale in one of DEEP_MODES."""
+    """Bits per channel of a greyscale image in one of DEEP_MODES."""
     if image.mode.startswith("I;16"):
         return image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] if image.format == "TIFF" else 16
     if image.mode == "I" and image.format in FORMATS_OF_16_BIT_I:
@@ -65,7 +71,7 @@ def _bits(image: Image.Image) -> int:
 
 
 def oddities(image: Image.Image) -> int:
-    """What of NOTES is true of an image that `to_rgb` has taken, as the sum of their bits."""
+    """The flags of NOTES that apply to an image, combined with `|`; `to_rgb` must have accepted the image."""
     odd = SIDEWAYS if orientation(image) != 1 else 0
     if image.mode in DEEP_MODES and 0 < np.asarray(image).max() < 2 ** (_bits(image) - 8):
         odd |= DARK
@@ -73,18 +79,18 @@ def oddities(image: Image.Image) -> int:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an open image, from 1 (as stored) to 8; 1 if it has none that can be read."""
+    """The EXIF orientation of an open image, from 1 (as stored) to 8; 1 if it is missing or unreadable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Corrupt EXIF data"
             value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow raises many kinds for damaged EXIF data, on which the pixels do not depend
+    except Exception:  # Pillow raises many types for damaged EXIF data, which does not affect the pixels
         return 1
     return value if value in range(1, 9) else 1
 
 
 def describe(error: Exception) -> str:
-    """What an error that came up while an image was read or transformed says, in a few words."""
+    """A short description of an error that occurred while an image was read or transformed."""
     if isinstance(error, UnidentifiedImageError):
         return "it is in no format that Pillow knows"
     if isinstance(error, OSError):
@@ -94,11 +100,27 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-class Oddities:
-    """Which images of a data set are odd; loading processes write it, the training process reads it.
+@contextlib.contextmanager
+def naming(name: str, action: str = "read") -> Iterator[None]:
+    """Convert any error inside the block to a ``UserError`` that names the image.
 
-    Nothing is opened for it that is not opened anyway: reading the headers of all of COCO or ImageNet first would take
-    minutes on a network disk.
+    Args:
+        name: of the image, usually its path.
+        action: what the block does to the image, as a past participle.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # decoders and transforms raise many types, and no message says which image it was
+        raise UserError(f"image {name} cannot be {action}: {describe(error)}") from error
+
+
+class Oddities:
+    """Records which images of a data set are odd. Loader workers write it and the training process reads it.
+
+    It learns only from images that are loaded anyway: reading the headers of all of COCO or ImageNet beforehand would
+    take minutes on a network disk.
     """
 
     def __init__(self, count: int) -> None:
@@ -106,16 +128,16 @@ class Oddities:
         self._told = False
 
     def add(self, index: int, bits: int) -> None:
-        """Remember the bits of an image."""
+        """Record the flags of an image (see `oddities`)."""
         if bits:
             self._bits[index] = bits
 
     def tell(self, name: Callable[[int], str], gather: Callable[[Any], list[Any]]) -> list[str]:
-        """A sentence for each kind that some process has met; only the first call returns any.
+        """One sentence for each kind of oddity that any rank has found; later calls return no sentence.
 
         Args:
-            name: of an image, by its index.
-            gather: collects a value of every process, which all have to call this.
+            name: returns the name of the image with an index.
+            gather: collects one value from every rank, so that all ranks must call this method.
         """
         if self._told:
             return []
@@ -133,19 +155,19 @@ class Oddities:
 
 
 def notes_on(dataset: Dataset, gather: Callable[[Any], list[Any]]) -> list[str]:
-    """`Oddities.tell` of a data set after the first pass over it; nothing for sets that keep none.
+    """The sentences of `Oddities.tell` after the first pass over a data set; none if it does not record oddities.
 
-    The set calls an image by its `name`, or by its `place` if it tells that too.
+    The sentences use the data set's `place(index)` if it has that method, otherwise its `name(index)`.
     """
-    dataset = getattr(dataset, "dataset", dataset)  # as it is inside a SeededDataset
+    dataset = getattr(dataset, "dataset", dataset)  # a SeededDataset wraps the data set
     odd = getattr(dataset, "oddities", None)
     return odd.tell(getattr(dataset, "place", dataset.name), gather) if odd else []
 
 
 def resized(height: int, width: int, short_side: int, max_size: int | None = None) -> tuple[int, int]:
-    """Height and width after the short side became ``short_side``, or less if the long one would exceed ``max_size``.
+    """(height, width) after the short side was scaled to ``short_side``, or less to keep the long one in ``max_size``.
 
-    torchvision's rule, but no side is less than a pixel.
+    This is torchvision's rule, except that no side becomes shorter than one pixel.
     """
     short, long = sorted((height, width))
     new_short, new_long = short_side, int(short_side * long / short)
@@ -155,7 +177,7 @@ def resized(height: int, width: int, short_side: int, max_size: int | None = Non
 
 
 def without_ends(image: Image.Image) -> Image.Image:
-    """The middle of an image that is longer than MAX_ASPECT times its short side; other images as they are."""
+    """Crop an image longer than MAX_ASPECT times its short side to its middle; return other images unchanged."""
     longest = MAX_ASPECT * min(image.size)
     width, height = (min(side, longest) for side in image.size)
     if (width, height) == image.size:

@@ -54,14 +54,11 @@ def test_each_table_links_the_checkpoint_and_the_authors_log_beside_it(name):
 
 
 def test_the_code_knows_the_released_names_files_and_urls():
-    load(ROOT / "DeiT-with-iRPE" / "hubconf.py")  # leaves the modules that it needed importable
-    from rpe_models import RELEASED as names
-    from rpe_models import RELEASES, default_cfgs
-
-    assert [row["name"] for row in RELEASED["deit"]] == list(names)
+    models = load(ROOT / "DeiT-with-iRPE" / "hubconf.py")._rpe_models
+    assert [row["name"] for row in RELEASED["deit"]] == list(models.RELEASED)
     for row in RELEASED["deit"]:
-        assert row["file"] == f"{row['name']}.pth" and row["url"] == RELEASES + row["file"]
-        assert default_cfgs[row["name"]].default.url == row["url"]
+        assert row["file"] == f"{row['name']}.pth" and row["url"] == models.RELEASES + row["file"]
+        assert models.default_cfgs[row["name"]].default.url == row["url"]
 
 
 def test_detrs_rows_are_entries_of_its_hubconf_and_fetch_their_url(monkeypatch):

@@ -77,7 +77,7 @@ def load_detr(args, checkpoint):
     """As `load_deit`."""
     sys.path.insert(0, str(ROOT / "DETR-with-iRPE"))
     from datasets import build_dataset
-    from datasets.coco import read_picture
+    from datasets.coco import read_image
     from main import check_args, get_args_parser
     from models import build_model
     from util.checkpoint import count_classes, load_weights
@@ -92,7 +92,7 @@ def load_detr(args, checkpoint):
         model,
         f"DETR, --enc_rpe2d {flags.enc_rpe2d}",
         flags.short_side,
-        lambda file: prepare(read_picture(file, f"image {file}"), flags),
+        lambda file: prepare(read_image(file, file), flags),
         lambda: build_dataset("val", flags),
     )
 

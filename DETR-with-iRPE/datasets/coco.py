@@ -1,4 +1,4 @@
-"""Images and objects of a set in COCO's format, from a folder or straight from its zip."""
+"""Data sets in COCO's format, with images from a folder or directly from its zip."""
 
 import contextlib
 import functools
@@ -8,7 +8,9 @@ import os
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 from torchvision import tv_tensors
 
-from util.images import Oddities, describe, oddities, orientation, to_rgb
+from util.images import Oddities, naming, oddities, orientation, to_rgb
 from util.runtime import UserError, print_once
 
 from .fields import (
@@ -29,21 +31,28 @@ from .fields import (
     SEGMENTATION,
     SIDE,
     TEXT,
+    Kind,
     check_entries,
     optional,
     read_column,
 )
 from .rle import to_rle
 
-# Rounding lets some boxes of COCO stick out a little; more than that, in more than a few, is a mistake in the file
-TOLERATED_PIXELS, TOLERATED_SHARE = 2.0, 1e-3
-# More areas than this share that no mask in the box can have are a mistake; a mask may be thin, as of a rope
-TOLERATED_AREAS, LEAST_AREA = 0.05, 1e-3
-MOST_DETECTIONS = 100  # of a category in an image, that COCO's numbers count
+# Some of COCO's boxes exceed the image by up to 2 pixels, through rounding. A file is wrong if more than one box in a
+# thousand exceeds it by more.
+TOLERATED_PIXELS = 2.0
+TOLERATED_SHARE = 1e-3
+# The areas of a file are wrong if more than 5 % of them do not fit the box. The mask of a thin object, for example a
+# rope, may cover as little as a thousandth of its box.
+TOLERATED_AREAS = 0.05
+LEAST_AREA = 1e-3
+MOST_DETECTIONS = 100  # COCO's metrics count this many detections of a category in an image
+# Part of a file → field → kind. All of COCO's files have these fields.
 PARTS = {
     "images": {"id": ID, "file_name": FILE_NAME, "height": SIDE, "width": SIDE},
     "categories": {"id": ID, "name": optional(TEXT)},
-}  # and their fields, in all of COCO's files
+}
+# The fields of instance annotations.
 INSTANCES = {
     "annotations": {
         "image_id": ID,
@@ -58,41 +67,62 @@ INSTANCES = {
 
 
 class CocoSet(torch.utils.data.Dataset):
-    """The images of a split; a subclass knows what is in them and says it in `read_objects` and `object_counts`.
+    """The images of a split. A subclass provides their objects in `read_objects` and `object_counts`.
+
+    Items are (image, target), as `transforms` returns them. The target it receives has `image_id` (), `orig_size` (2,)
+    as height and width, `boxes` (n, 4), `labels` (n,) and, with `masks`, `masks` (n, H, W).
 
     Args:
-        path: annotations, for messages.
-        data: their content.
+        path: file of the annotations, for messages.
+        data: content of this file.
         root: folder with `{split}2017/` or `{split}2017.zip` and `annotations/instances_{split}2017.json`.
         split: `train` or `val`.
-        transforms: of (PIL image, target), see transforms.py.
+        transforms: maps (PIL image, target) to (image, target), see transforms.py.
         masks: whether targets have masks.
-
-    Items are (image, target) with `image_id` (), `orig_size` (2,) as height and width, `boxes`, `labels` and, with
-    masks, `masks` (n, H, W).
     """
 
-    def __init__(self, path, data, root, split, transforms, masks):
-        self.path, self.transforms, self.masks = path, transforms, masks
+    def __init__(
+        self, path: Path, data: dict, root: str | os.PathLike, split: str, transforms: Callable, masks: bool
+    ) -> None:
+        self.path = path
+        self.transforms = transforms
+        self.masks = masks
         self.instances = Path(root, "annotations", f"instances_{split}2017.json")
         self.categories = {
             category["id"]: str(category["id"] if category["name"] is None else category["name"])
             for category in data["categories"]
         }
         self.images = sorted(data["images"], key=lambda image: image["id"])
-        self.pictures = Pictures(Path(root, f"{split}2017"))
-        self.pictures.check([image["file_name"] for image in self.images])
+        self.image_files = ImageFiles(Path(root, f"{split}2017"))
+        self.image_files.check([image["file_name"] for image in self.images])
         self.oddities = Oddities(len(self.images))
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         """Highest category id + 1."""
         return max(self.categories) + 1
 
-    def ground_truth(self):
-        """The instances in these images as pycocotools.COCO, with ids of their own: it counts the object of id 0 as
-        never found, and of several objects with one id only the last."""
-        coco, ours = COCO(), {image["id"] for image in self.images}
+    def read_objects(self, image: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The objects of an image, given its entry in the annotations.
+
+        Returns: boxes (n, 4) as corners in pixels, labels (n,), and masks (n, H, W), uint8 of 0 and 1, or None.
+        """
+        raise NotImplementedError
+
+    def object_counts(self) -> dict[int, int]:
+        """The number of objects of each image that has objects, by image id."""
+        raise NotImplementedError
+
+    def ground_truth(self) -> COCO | None:
+        """The instances of these images, for pycocotools.
+
+        Objects get new ids, since pycocotools counts an object with id 0 as never detected, and counts only the last
+        of several objects with the same id.
+
+        Raises: UserError if the file of instances lacks one of the images.
+        """
+        coco = COCO()
+        ours = {image["id"] for image in self.images}
         coco.dataset = read_instances(self.instances, self.masks)
         coco.dataset["images"] = [image for image in coco.dataset["images"] if image["id"] in ours]
         if len(coco.dataset["images"]) < len(ours):
@@ -104,45 +134,52 @@ class CocoSet(torch.utils.data.Dataset):
             coco.createIndex()
         return coco
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
-    def name(self, index):
+    def name(self, index: int) -> str:
         """File name of an image."""
         return self.images[index]["file_name"]
 
-    def place(self, index):
-        """Path of an image, which may be in a zip instead."""
-        return str(self.pictures.folder / self.name(index))
+    def place(self, index: int) -> str:
+        """Path of an image; the zip may hold the image instead."""
+        return str(self.image_files.folder / self.name(index))
 
-    def __getitem__(self, index):
-        image = self.images[index]
-        size = (image["height"], image["width"])
-        picture, odd = self.pictures.read(image["file_name"], size, self.path, read_noting)
+    def __getitem__(self, index: int) -> tuple[Any, dict]:
+        entry = self.images[index]
+        size = (entry["height"], entry["width"])
+        image, odd = self.image_files.read(entry["file_name"], size, self.path, _to_rgb_with_oddities)
         self.oddities.add(index, odd)
-        with naming(f"image {image['file_name']} of {self.path}", "transformed"):
-            boxes, labels, masks = self.read_objects(image)
+        with naming(f"{entry['file_name']} of {self.path}", "transformed"):
+            boxes, labels, masks = self.read_objects(entry)
             target = {
-                "image_id": torch.tensor(image["id"]),
+                "image_id": torch.tensor(entry["id"]),
                 "orig_size": torch.tensor(size),
                 "labels": labels,
                 "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
             }
             if self.masks:
                 target["masks"] = tv_tensors.Mask(masks)
-            return self.transforms(picture, target)
+            return self.transforms(image, target)
 
 
 class CocoDetection(CocoSet):
-    """Instances; crowds are left out of the targets.
+    """Instances, without crowds.
 
     Args:
-        remove_difficult: leave out objects that are marked `difficult`, as in Pascal VOC written in COCO's format.
-        The others as CocoSet's.
-    Raises: UserError for files that are missing or damaged and for annotations that cannot be right.
+        root, split, transforms, masks: as for `CocoSet`.
+        remove_difficult: remove objects that are marked `difficult`, as in Pascal VOC converted to COCO's format.
+    Raises: UserError for files that are missing or damaged, and for invalid annotations.
     """
 
-    def __init__(self, root, split, transforms, remove_difficult=False, masks=False):
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        split: str,
+        transforms: Callable,
+        remove_difficult: bool = False,
+        masks: bool = False,
+    ) -> None:
         path = Path(root, "annotations", f"instances_{split}2017.json")
         data = read_instances(path, masks)
         super().__init__(path, data, root, split, transforms, masks)
@@ -155,21 +192,23 @@ class CocoDetection(CocoSet):
         self.boxes = boxes
         self.labels = torch.tensor([int(entry["category_id"]) for entry in entries], dtype=torch.int64)
         self.rles = [entry["segmentation"]["counts"] for entry in entries] if masks else None
-        self.rows = {}  # image id → its objects' places in the three
+        self.rows = {}  # image id → indices of its objects in boxes, labels and rles
         for row, entry in enumerate(entries):
             self.rows.setdefault(entry["image_id"], []).append(row)
 
-    def read_objects(self, image):
-        """(boxes (n, 4) as corners inside the image, labels (n,), masks (n, H, W) as uint8 of 0 and 1, or None)"""
-        rows, size, masks = self.rows.get(image["id"], []), (image["height"], image["width"]), None
+    def read_objects(self, image: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """See `CocoSet.read_objects`; boxes are clipped to the image."""
+        rows = self.rows.get(image["id"], [])
+        masks = None
         if self.masks:
+            size = (image["height"], image["width"])
             rles = [{"size": size, "counts": self.rles[row]} for row in rows]
             masks = torch.from_numpy(rle_tools.decode(rles) if rles else np.empty((*size, 0), np.uint8))
             masks = masks.permute(2, 0, 1)
         return self.boxes[rows], self.labels[rows], masks
 
-    def object_counts(self):
-        """How many objects each image has that has any, by the image's id."""
+    def object_counts(self) -> dict[int, int]:
+        """The number of objects of each image that has objects, by image id."""
         return {image_id: len(rows) for image_id, rows in self.rows.items()}
 
 
@@ -177,24 +216,17 @@ class CocoDetection(CocoSet):
 # Annotations
 
 
-def read_annotations(path, flag, fields):
-    """A file of annotations as a dict whose lists have what is asked for.
+def read_annotations(path: Path, flag: str, fields: Mapping[str, Mapping[str, Kind]]) -> dict[str, list[dict]]:
+    """Read a file of annotations and check its fields.
 
     Args:
-        flag: of the command line, by which the user named its folder.
-        fields: of the annotations, and more of the other parts: part → field → fields.Kind.
-    Raises: UserError that names the file, and the entry and the field in which something is wrong.
+        path: the JSON file.
+        flag: the command line's flag for the folder of the file, for messages.
+        fields: part of the file → field → kind, in addition to the fields in PARTS.
+    Returns: the content of the file, with the values of the fields as `Kind.read` returns them.
+    Raises: UserError that names the file and, where a field is invalid, the entry and the field.
     """
-    try:
-        data = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"annotations {path} cannot be read ({error.strerror}): {flag} must be the folder that holds annotations/"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"annotations {path} are not JSON, perhaps truncated: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"annotations {path} have no list of images: this is not COCO's format")
+    data = _read_json(path, flag)
     for part in ("images", "categories", "annotations"):
         check_entries(data.get(part), path, part)
         if not data[part] and part != "annotations":
@@ -209,25 +241,44 @@ def read_annotations(path, flag, fields):
     return data
 
 
-def _entry_name(path, part, entries, number):
+def _read_json(path: Path, flag: str) -> dict:
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"annotations {path} cannot be read ({error.strerror}): {flag} must be the folder that holds annotations/"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"annotations {path} are not JSON, perhaps truncated: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"annotations {path} have no list of images: this is not COCO's format")
+    return data
+
+
+def _entry_name(path: Path, part: str, entries: list[dict], number: int) -> str:
+    """How messages call an entry of a part of the file."""
     entry = entries[number]
     return f"annotations {path}: {part}: entry {number}" + (f" (id {entry['id']!r})" if entry.get("id") else "")
 
 
-def _note_shared_files(images, path):
+def _note_shared_files(images: list[dict], path: Path) -> None:
+    """Print a note if several images have the same file."""
     name, count = Counter(image["file_name"] for image in images).most_common(1)[0]
     if count > 1:
         print_once(
-            f"note: annotations {path}: {count} of the images have the same file, {name}: what one of them says "
-            "of its objects the others do not know"
+            f"note: annotations {path}: {count} of the images have the same file, {name}: each of them has "
+            "only its own objects, so that the others count as background"
         )
 
 
-def read_instances(path, masks=False):
-    """COCO's instances as a dict whose images, categories and objects fit together.
+def read_instances(path: Path, masks: bool = False) -> dict[str, list[dict]]:
+    """Read COCO's instances, and check that images, categories and objects fit together.
 
-    Every object has `id`, `iscrowd` (0 or 1) and `area`, and its `segmentation` as compressed RLE with masks, else
-    none. Raises: UserError that names the file and what is wrong in it.
+    Args:
+        path: the JSON file.
+        masks: convert the objects' `segmentation` to compressed RLE instead of removing it.
+    Returns: the content of the file. Every object has `id`, `iscrowd` (0 or 1) and `area`.
+    Raises: UserError that names the file and what is wrong in it.
     """
     data = read_annotations(path, "--coco_path", INSTANCES)
     entries, images = data["annotations"], {image["id"]: image for image in data["images"]}
@@ -248,26 +299,26 @@ def read_instances(path, masks=False):
             entry["id"] = number
         if entry["area"] is None:
             entry["area"] = max(0, entry["bbox"][2] * entry["bbox"][3])
-        segmentation = entry.pop("segmentation", None)  # the most of file and memory
+        segmentation = entry.pop("segmentation", None)  # takes most of the memory, and is only needed for masks
         if masks:
             image = images[entry["image_id"]]
             entry["segmentation"] = to_rle(segmentation, image["height"], image["width"], _object_name(path, entry))
     return data
 
 
-def _object_name(path, entry):
+def _object_name(path: Path, entry: dict) -> str:
     return f"annotations {path}: object {entry['id']}"
 
 
-def _check_known(entries, field, known, path, relation, part):
+def _check_known(entries: list[dict], field: str, known: Collection[int], path: Path, relation: str, part: str) -> None:
     """Raise UserError for the first entry whose field is not among the known ids."""
     for unknown in {entry[field] for entry in entries}.difference(known):
         entry = next(entry for entry in entries if entry[field] == unknown)
         raise UserError(f"{_object_name(path, entry)} {relation} {unknown}, which is not among the {part}")
 
 
-def check_categories(dataset, num_classes):
-    """Raise UserError if the classes 0 ... num_classes − 1 do not cover the set's categories."""
+def check_categories(dataset: CocoSet, num_classes: int) -> None:
+    """Raise UserError unless the classes 0 ... num_classes − 1 cover all categories of the data set."""
     highest = max(dataset.categories)
     if highest >= num_classes:
         raise UserError(
@@ -276,10 +327,14 @@ def check_categories(dataset, num_classes):
         )
 
 
-def check_same_categories(ours, path, theirs, other_path):
-    """Raise UserError unless categories (id → name) of two files have the same name wherever both name an id.
+def check_same_categories(ours: Mapping[int, str], path: Any, theirs: Mapping[int, str], other_path: Any) -> None:
+    """Raise UserError if a category id that two files share has different names in them.
 
-    A category without a name of its own is called by its id. Upper case and spaces at the ends make no other name.
+    A category whose name is its id has no name, and fits any other. Case and surrounding spaces do not matter.
+
+    Args:
+        ours, theirs: category id → name.
+        path, other_path: the files, for the message.
     """
     differing = [
         number
@@ -295,16 +350,20 @@ def check_same_categories(ours, path, theirs, other_path):
         )
 
 
-def _bare(name):
+def _bare(name: str) -> str:
     return name.strip().casefold()
 
 
-def check_same_sets(train_set, val_set):
-    """Raise UserError if a category's id means another one in the two sets; print a note if only one set has it."""
+def check_same_sets(train_set: CocoSet, val_set: CocoSet) -> None:
+    """Raise UserError if a category id has different meanings in two data sets.
+
+    Print a note if the validation set has categories that the training set lacks.
+    """
     check_same_categories(train_set.categories, train_set.path, val_set.categories, val_set.path)
-    things = [getattr(dataset, "is_thing_map", {}) for dataset in (train_set, val_set)]
-    shared = sorted(things[0].keys() & things[1].keys())
-    if differing := [number for number in shared if things[0][number] != things[1][number]]:
+    train_things = getattr(train_set, "is_thing_map", {})
+    val_things = getattr(val_set, "is_thing_map", {})
+    shared = sorted(train_things.keys() & val_things.keys())
+    if differing := [number for number in shared if train_things[number] != val_things[number]]:
         raise UserError(
             f"categories {', '.join(map(str, differing))} are things in one of {train_set.path} "
             f"and {val_set.path} and stuff in the other: correct isthing in one of them"
@@ -316,35 +375,37 @@ def check_same_sets(train_set, val_set):
         )
 
 
-def note_objects(dataset, num_queries, learns):
-    """Print a note if the set has no object, or more in an image than DETR can find.
+def note_objects(dataset: CocoSet, num_queries: int, learns: bool) -> None:
+    """Print a note if a data set has no objects, and if an image has more objects than DETR can detect.
 
     Args:
-        dataset: CocoSet.
-        learns: whether it is to be trained on.
+        dataset: the data set.
+        num_queries: the largest number of objects that the model can detect in an image.
+        learns: whether the data set is the training set.
     """
     counts = dataset.object_counts()
     if not counts:
+        consequence = "training on it learns to find nothing" if learns else "its AP is -1"
         print_once(
-            f"note: {dataset.path} has no object that counts (crowds and boxes without area do not): "
-            + ("training on it learns to find nothing" if learns else "its AP is -1")
+            f"note: {dataset.path} has no object that counts (crowds and boxes without area do not): {consequence}"
         )
     full = [image for image in dataset.images if counts.get(image["id"], 0) > num_queries]
     if full:
         most = max(full, key=lambda image: counts[image["id"]])
+        consequence = "is not learned" if learns else "cannot be found"
         print_once(
             f"note: {len(full)} of {len(dataset)} images of {dataset.path} have more objects than the "
             f"{num_queries} of --num_queries, such as {most['file_name']} with {counts[most['id']]}: the rest "
-            + ("is not learned" if learns else "cannot be found")
+            f"{consequence}"
         )
 
 
-def note_measures(ground_truth, path):
-    """Print a note for what makes COCO's numbers other than one may think.
+def note_measures(ground_truth: COCO, path: Path) -> None:
+    """Print a note for annotations that make COCO's metrics misleading.
 
     Args:
-        ground_truth: pycocotools.COCO, as of `CocoSet.ground_truth`.
-        path: of its file.
+        ground_truth: the result of `CocoSet.ground_truth`.
+        path: its file, for the notes.
     """
     entries = ground_truth.dataset["annotations"]
     odd = [entry for entry in entries if not _is_area_in_box(entry)]
@@ -353,7 +414,7 @@ def note_measures(ground_truth, path):
         print_once(
             f"note: annotations {path}: the area of {len(odd)} of {len(entries)} objects does not fit the box, "
             f"such as {first['area']} for {first['bbox']} (x, y, width, height) in image {first['image_id']}: "
-            "COCO's numbers for small, medium and large objects go by the area; leave it out to use the boxes'"
+            "COCO's metrics for small, medium and large objects use the area; leave it out to use the boxes' areas"
         )
     counts = Counter((entry["image_id"], entry["category_id"]) for entry in entries if not entry["iscrowd"])
     full = {image_id: count for (image_id, _), count in counts.items() if count > MOST_DETECTIONS}
@@ -361,19 +422,19 @@ def note_measures(ground_truth, path):
         name = ground_truth.imgs[max(full, key=full.get)]["file_name"]
         print_once(
             f"note: {len(full)} images of {path} have more than {MOST_DETECTIONS} objects of one category, such "
-            f"as {name}: COCO's numbers take no more detections of a category in an image, and cannot reach 1"
+            f"as {name}: COCO's metrics count no more detections of a category in an image, and cannot reach 1"
         )
 
 
-def _is_area_in_box(entry):
-    """Whether an object's area may be that of a mask in its box."""
+def _is_area_in_box(entry: dict) -> bool:
+    """Whether a mask inside the object's box can have the object's area."""
     width, height = (max(0, side) for side in entry["bbox"][2:])
-    # masks are drawn to whole pixels, and so may be larger than small boxes
+    # Masks consist of whole pixels, and may therefore be larger than a small box.
     return LEAST_AREA * width * height <= entry["area"] <= (width + 2) * (height + 2)
 
 
-def note_category_ids(dataset):
-    """Print a note if the categories' ids are so far apart that most classes have no category."""
+def note_category_ids(dataset: CocoSet) -> None:
+    """Print a note if the category ids are so large that most classes have no category."""
     if dataset.num_classes > 1000 + 10 * len(dataset.categories):
         highest = max(dataset.categories)
         print_once(
@@ -383,15 +444,26 @@ def note_category_ids(dataset):
         )
 
 
-def _clip_boxes(entries, images, path):
-    """(those of the entries whose box has an area in its image, these boxes (n, 4) as corners in it, float32)"""
-    sizes = [(images[entry["image_id"]]["width"], images[entry["image_id"]]["height"]) * 2 for entry in entries]
+def _clip_boxes(entries: list[dict], images: Mapping[int, dict], path: Path) -> tuple[list[dict], torch.Tensor]:
+    """Clip the boxes of annotations to their images, and remove entries whose box has no area there.
+
+    Args:
+        entries: annotations with `bbox` (x, y, width, height).
+        images: image id → entry.
+        path: their file, for messages.
+    Returns: the remaining entries, and their boxes (n, 4) as corners in pixels, float32.
+    Raises: UserError if too many boxes are outside of their image, or all have no area.
+    """
     boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
     if len(boxes) and (0 <= boxes).all() and (boxes <= 1).all():
         print_once(
-            f"note: annotations {path}: all {len(boxes)} boxes lie within 0 ... 1, as shares of the image do, "
-            "and are taken as pixels: multiply x and width by the image's width, y and height by its height"
+            f"note: annotations {path}: all {len(boxes)} boxes lie within 0 ... 1, as if they were relative to the "
+            "image, and are used as pixels: multiply x and width by the image's width, y and height by its height"
         )
+    sizes = []
+    for entry in entries:
+        image = images[entry["image_id"]]
+        sizes.append((image["width"], image["height"], image["width"], image["height"]))
     boxes[:, 2:] += boxes[:, :2]
     clipped = np.clip(boxes, 0, np.array(sizes, dtype=np.float64).reshape(-1, 4))
     outside = ~(np.abs(clipped - boxes) <= TOLERATED_PIXELS).all(1)
@@ -402,7 +474,8 @@ def _clip_boxes(entries, images, path):
     return [entries[row] for row in np.flatnonzero(~empty)], torch.from_numpy(clipped[~empty].astype(np.float32))
 
 
-def _judge_boxes(entries, path, bad, problem, cure, fatal):
+def _judge_boxes(entries: list[dict], path: Path, bad: np.ndarray, problem: str, cure: str, fatal: bool) -> None:
+    """Report the boxes where `bad` (n,) is true: raise UserError if `fatal`, otherwise print a note."""
     if not bad.any():
         return
     first = entries[bad.argmax()]
@@ -419,44 +492,47 @@ def _judge_boxes(entries, path, bad, problem, cure, fatal):
 # Images
 
 
-@contextlib.contextmanager
-def naming(name, action="read"):
-    """Where an image cannot be read (or what the action is) inside, a UserError names it and says why."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # decoders and transforms raise all kinds, and without the name none of them helps
-        raise UserError(f"{name} cannot be {action}: {describe(error)}") from error
-
-
-def read_noting(image):
-    """RGB image of an open PIL image, and what `images.oddities` says of it."""
+def _to_rgb_with_oddities(image: Image.Image) -> tuple[Image.Image, int]:
+    """The RGB version of an open image, and its `oddities`."""
     return to_rgb(image), oddities(image)
 
 
-def read_picture(source, name, read=to_rgb):
-    """What `read` makes of the PIL image in a path or file object. Raises UserError with its `name` if it fails."""
+def read_image(source: Path | BinaryIO, name: str, read: Callable[[Image.Image], Any] = to_rgb) -> Any:
+    """Open an image and return the result of `read`.
+
+    Args:
+        source: path or file object.
+        name: of the image, for messages.
+        read: takes the open PIL image.
+    Raises: UserError that names the image if it cannot be opened or `read` fails.
+    """
     with naming(name), Image.open(source) as image:
         return read(image)
 
 
 @functools.lru_cache(maxsize=8)
-def _open_zip(path, pid):
-    # a file handle that forked workers share has one position for all: every process opens its own
+def _open_zip(path: Path, pid: int) -> zipfile.ZipFile:
+    # The process id is part of the cache's key: forked workers would share the position of a common file handle, so
+    # that every process must open the zip itself.
     return zipfile.ZipFile(path)
 
 
-class Pictures:
-    """The images in a folder or, where it lacks them, in the zip of the same name beside it."""
+class ImageFiles:
+    """Image files in a folder or, if the folder lacks them, in the zip of the same name beside it.
 
-    def __init__(self, folder):
-        self.folder, self.archive = folder, folder.with_name(folder.name + ".zip")
+    Args:
+        folder: path of the folder. The zip contains the folder.
+    Raises: UserError if neither exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.archive = folder.with_name(folder.name + ".zip")
         if not folder.is_dir() and not self.archive.is_file():
             raise UserError(f"there is neither a folder {folder} nor {self.archive}: one of them must be there")
 
-    def check(self, names):
-        """Raise UserError if one is missing, or the zip is damaged."""
+    def check(self, names: Sequence[str]) -> None:
+        """Raise UserError if one of the files is missing or the zip is damaged."""
         unpacked = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         packed = set(self._zip().namelist()) if self.archive.is_file() else set()
         missing = [
@@ -472,18 +548,23 @@ class Pictures:
                 f"({len(missing)} of {len(names)} are missing)"
             )
 
-    def read(self, name, size, annotations, read):
-        """What `read` makes of the PIL image. Raises UserError that names it if that fails, or if it has not the size
-        (height, width) that the annotations say."""
+    def read(self, name: str, size: tuple[int, int], annotations: Path, read: Callable[[Image.Image], Any]) -> Any:
+        """Open an image, check its size and return the result of `read`.
+
+        Args:
+            name: the file's path in the folder.
+            size: height and width according to the annotations.
+            annotations: their file, for messages.
+            read: takes the open PIL image.
+        Raises: UserError that names the image if it has another size, cannot be opened or `read` fails.
+        """
         path = self.folder / name
 
-        def read_checked(image):
+        def read_checked(image: Image.Image) -> Any:
             if (image.height, image.width) != size:
-                turned = (
-                    "; its EXIF orientation turns it, but COCO's boxes are those of the stored pixels"
-                    if orientation(image) > 4 and size == image.size
-                    else ""
-                )
+                turned = ""
+                if orientation(image) > 4 and size == image.size:
+                    turned = "; its EXIF orientation turns it, but COCO's boxes are those of the stored pixels"
                 raise UserError(
                     f"image {name} has {image.height}×{image.width} pixels, but {annotations} says "
                     f"{size[0]}×{size[1]}{turned}: correct the file, or its objects would be misplaced"
@@ -491,16 +572,17 @@ class Pictures:
             return read(image)
 
         if path.is_file():
-            return read_picture(path, f"image {path}", read_checked)
-        return read_picture(self._unpack(name), f"image {name} in {self.archive}", read_checked)
+            return read_image(path, str(path), read_checked)
+        return read_image(self._unpack(name), f"{name} in {self.archive}", read_checked)
 
-    def _unpack(self, name):
+    def _unpack(self, name: str) -> io.BytesIO:
+        """The content of a file in the zip."""
         try:
             return io.BytesIO(self._zip().read(f"{self.folder.name}/{name}"))
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeError) as error:
             raise UserError(f"image {name} in {self.archive} cannot be unpacked: {error}") from error
 
-    def _zip(self):
+    def _zip(self) -> zipfile.ZipFile:
         try:
             return _open_zip(self.archive, os.getpid())
         except (zipfile.BadZipFile, OSError) as error:

@@ -1,15 +1,19 @@
-"""COCO's panoptic format: maps of segments in PNGs, things and stuff."""
+"""Data sets in COCO's panoptic format: things and stuff, with segment ids as the colours of PNG files."""
 
+import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from pycocotools.coco import COCO
 from torchvision.ops import masks_to_boxes
 
 from util.runtime import UserError
 
-from .coco import CocoSet, Pictures, check_same_categories, read_annotations
+from .coco import CocoSet, ImageFiles, check_same_categories, read_annotations
 from .fields import AREA, BOX, FILE_NAME, FLAG, ID, LIST, check_entries, optional, read_column
 
 FIELDS = {
@@ -23,21 +27,27 @@ SEGMENT_FIELDS = {
     "area": optional(AREA),
     "bbox": optional(BOX),
 }
-MAP_MODES = ("RGB", "RGBA", "P")  # Pillow's of PNGs whose colours are three times 8 bits
+MAP_MODES = ("RGB", "RGBA", "P")  # Pillow's modes of PNG files with 8 bits per channel
 
 
 class CocoPanoptic(CocoSet):
-    """Segments of things and stuff; crowds are among the targets, as in the released models' training.
+    """Segments of things and stuff. Targets include crowds, as in the training of the released models.
 
     Args:
-        root: folder of the images, and of `annotations/instances_{split}2017.json` if boxes and masks of instances
-            are to be measured too.
+        root: folder of the images. Box and mask AP also need its `annotations/instances_{split}2017.json`.
         panoptic_root: folder with `annotations/panoptic_{split}2017.json`, and `panoptic_{split}2017/` or its zip.
-        The others as CocoSet's.
-    Raises: UserError for files that are missing or damaged and for annotations that cannot be right.
+        split, transforms, masks: as for `CocoSet`.
+    Raises: UserError for files that are missing or damaged, and for invalid annotations.
     """
 
-    def __init__(self, root, panoptic_root, split, transforms, masks=False):
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        panoptic_root: str | os.PathLike,
+        split: str,
+        transforms: Callable,
+        masks: bool = False,
+    ) -> None:
         path = Path(panoptic_root, "annotations", f"panoptic_{split}2017.json")
         data = read_annotations(path, "--coco_panoptic_path", FIELDS)
         super().__init__(path, data, root, split, transforms, masks)
@@ -53,53 +63,63 @@ class CocoPanoptic(CocoSet):
             twice = Counter(entry["image_id"] for entry in data["annotations"]).most_common(1)[0][0]
             raise UserError(f"annotations {path}: image {twice} has several annotations; each must have one")
         self.segments = self._read_segments(data["annotations"])
-        self.maps = Pictures(Path(panoptic_root, f"panoptic_{split}2017"))
+        self.maps = ImageFiles(Path(panoptic_root, f"panoptic_{split}2017"))
         self.maps.check(list(self.files.values()))
 
-    def _read_segments(self, annotations):
-        """Image id → (n, 3): id, category and whether it is a crowd."""
-        segments, files = [], []
+    def _read_segments(self, annotations: list[dict]) -> dict[int, np.ndarray]:
+        """Read the `segments_info` of all images: image id → (n, 3), whose columns are id, category and crowd (0 or 1).
+
+        Raises: UserError for invalid fields, unknown categories, and several segments of an image with the same id.
+        """
+        # All segments in one list, so that read_column checks each field of millions of segments at once.
+        segments = []
+        files = []  # the file of each segment's image
         for annotation in annotations:
-            segments += annotation["segments_info"]
-            files += [annotation["file_name"]] * len(annotation["segments_info"])
+            for segment in annotation["segments_info"]:
+                segments.append(segment)
+                files.append(annotation["file_name"])
         check_entries(segments, self.path, "segments_info")
-        columns = [
-            read_column(segments, field, kind, lambda number: self._segment_name(files, segments, number))
+        columns = {
+            field: read_column(segments, field, kind, lambda number: self._segment_name(files, segments, number))
             for field, kind in SEGMENT_FIELDS.items()
-        ]
-        for number, category in enumerate(columns[1]):
+        }
+        for number, category in enumerate(columns["category_id"]):
             if category not in self.categories:
                 raise UserError(
                     f"{self._segment_name(files, segments, number)} has category {category}, which is not "
                     "among the categories"
                 )
-        rows = np.array(columns[:3], dtype=np.int64).reshape(3, -1).T
-        limits = np.cumsum([0, *(len(annotation["segments_info"]) for annotation in annotations)])
-        found = {
-            annotation["image_id"]: rows[first:end]
-            for annotation, first, end in zip(annotations, limits, limits[1:], strict=False)
-        }
-        for image_id, of_image in found.items():
-            if len(np.unique(of_image[:, 0])) < len(of_image):
+        rows = np.array([columns["id"], columns["category_id"], columns["iscrowd"]], dtype=np.int64).T
+        by_image = {}
+        first = 0
+        for annotation in annotations:
+            end = first + len(annotation["segments_info"])
+            in_image = by_image[annotation["image_id"]] = rows[first:end]
+            if len(np.unique(in_image[:, 0])) < len(in_image):
                 raise UserError(
-                    f"annotations {self.path}: two segments in the segments_info of {self.files[image_id]} "
+                    f"annotations {self.path}: two segments in the segments_info of {annotation['file_name']} "
                     "have the same id"
                 )
-        return found
+            first = end
+        return by_image
 
-    def _segment_name(self, files, segments, number):
+    def _segment_name(self, files: list[str], segments: list[dict], number: int) -> str:
+        """How messages call a segment, given by its index in the lists of all segments and their files."""
         place = number - files.index(files[number])
         given = segments[number].get("id")
         return f"annotations {self.path}: segments_info of {files[number]}: segment {place}" + (
             f" (id {given!r})" if given else ""
         )
 
-    def object_counts(self):
-        """How many segments each image has that has any, by the image's id."""
+    def object_counts(self) -> dict[int, int]:
+        """The number of segments of each image that has segments, by image id."""
         return {image_id: len(segments) for image_id, segments in self.segments.items() if len(segments)}
 
-    def ground_truth(self):
-        """The instances in these images as pycocotools.COCO; None if there is no file of instances."""
+    def ground_truth(self) -> COCO | None:
+        """The instances of these images for pycocotools, or None if there is no file of instances.
+
+        Raises: UserError if the file lacks one of the images or names categories differently.
+        """
         if not self.instances.is_file():
             return None
         coco = super().ground_truth()
@@ -107,10 +127,15 @@ class CocoPanoptic(CocoSet):
         check_same_categories(self.categories, self.path, names, self.instances)
         return coco
 
-    def read_map(self, image):
-        """Ids (H, W), int64, of the segments in an image; 0 is void, unless a segment has that id."""
-        name, size = self.files[image["id"]], (image["height"], image["width"])
-        ids = self.maps.read(name, size, self.path, read_ids)
+    def read_map(self, image: dict) -> np.ndarray:
+        """The segment ids (H, W), int64, of an image, given its entry in the annotations.
+
+        The id 0 is void, unless a segment has that id.
+
+        Raises: UserError for a map that cannot be read, has another size, or has ids that no segment has.
+        """
+        name = self.files[image["id"]]
+        ids = self.maps.read(name, (image["height"], image["width"]), self.path, read_ids)
         unknown = ids[~np.isin(ids, [0, *self.segments[image["id"]][:, 0]])]
         if len(unknown):
             raise UserError(
@@ -119,8 +144,8 @@ class CocoPanoptic(CocoSet):
             )
         return ids
 
-    def read_objects(self, image):
-        """(boxes (n, 4) as corners around the pixels of every segment, labels (n,), masks (n, H, W) as uint8)"""
+    def read_objects(self, image: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `CocoSet.read_objects`; segments without a pixel are removed, and boxes enclose the others' pixels."""
         ids, categories, _ = self.segments[image["id"]].T
         masks = torch.from_numpy(self.read_map(image) == ids[:, None, None])
         seen = masks.flatten(1).any(1)
@@ -130,13 +155,13 @@ class CocoPanoptic(CocoSet):
                 f"segments that {self.path} says are in it: the two are not of the same set"
             )
         masks = masks[seen]
-        # its corners are pixels, ours are their outer edges, as COCO's
+        # masks_to_boxes returns the indices of the outermost pixels; COCO's boxes end at their outer edges.
         boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
         return boxes, torch.from_numpy(categories)[seen], masks.view(torch.uint8)
 
 
-def read_ids(image):
-    """`to_ids` of an open PIL image. Raises ValueError for one that cannot be a map of COCO's panoptic format."""
+def read_ids(image: Image.Image) -> np.ndarray:
+    """`to_ids` of an open image. Raises ValueError for modes that COCO's panoptic format does not use."""
     if image.mode not in MAP_MODES:
         raise ValueError(
             f"its mode is {image.mode}, but the ids of segments are colours: maps are PNGs in RGB with 8 "
@@ -145,6 +170,6 @@ def read_ids(image):
     return to_ids(image)
 
 
-def to_ids(image):
-    """The ids (H, W), int64, that the colours of a PIL image stand for: R + 256·G + 65536·B."""
+def to_ids(image: Image.Image) -> np.ndarray:
+    """Decode the segment ids (H, W), int64, from the colours of an image: R + 256·G + 65536·B."""
     return np.asarray(image.convert("RGB")) @ np.array([1, 256, 256**2])

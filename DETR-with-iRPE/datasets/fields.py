@@ -1,4 +1,8 @@
-"""What the fields of a JSON file may hold: checked column by column, since COCO has 860,000 annotations."""
+"""Checks of the fields of COCO's JSON files.
+
+COCO has 860,000 annotations. To keep their checks fast, `read_column` checks a field in all entries at once, and looks
+at single entries only if that fails.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,18 +11,19 @@ from typing import Any
 
 from util.runtime import UserError
 
-LARGEST_ID = 2**63  # the first that int64 does not hold
-LARGEST = 1e18  # number of pixels that anything can be; JSON's NaN and Infinity are beyond it
+ID_LIMIT = 2**63  # ids must be less, to fit into int64
+NUMBER_LIMIT = 1e18  # the absolute values of numbers must be less, which NaN and Infinity are not
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field may hold.
+    """The kind of values that a field may have.
 
     Attributes:
-        words: the same for messages, after "it must be".
-        all_right: whether every value of a list is right as it is; it is fast, and may say no where `read` says yes.
-        read: a value as the program uses it; raises ValueError for a wrong one.
+        words: a description for messages, after "it must be".
+        all_right: whether all values of a list are valid and need no conversion. It is fast, and may return False for
+            values that `read` accepts.
+        read: converts a value to the type that the program uses. Raises ValueError for an invalid value.
     """
 
     words: str
@@ -27,11 +32,15 @@ class Kind:
 
 
 def read_column(entries: list[dict], field: str, kind: Kind, name: Callable[[int], str]) -> list:
-    """The values of a field in all entries, which are set to what `kind.read` makes of them.
+    """Read a field of all entries, and replace its values in the entries by the results of `kind.read`.
 
     Args:
-        name: of an entry by its place in the list, for messages.
-    Raises: UserError that names the entry and the field of the first wrong value.
+        entries: JSON objects.
+        field: name of the field.
+        kind: kind of its values.
+        name: returns how messages call the entry with an index.
+    Returns: the values.
+    Raises: UserError that names the entry and the field of the first invalid value.
     """
     values = [entry.get(field) for entry in entries]
     if kind.all_right(values):
@@ -45,7 +54,7 @@ def read_column(entries: list[dict], field: str, kind: Kind, name: Callable[[int
 
 
 def check_entries(entries: Any, path: Any, part: str) -> None:
-    """Raise UserError unless a part of a file is a list of JSON objects."""
+    """Raise UserError unless a part of the annotations in the file `path` is a list of JSON objects."""
     if not isinstance(entries, list):
         raise UserError(f"annotations {path} have no list of {part}: this is not COCO's format")
     for number, entry in enumerate(entries):
@@ -56,18 +65,19 @@ def check_entries(entries: Any, path: Any, part: str) -> None:
 
 
 def _shown(value: Any) -> str:
+    """A value for messages, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def optional(kind: Kind, default: Any = None) -> Kind:
-    """A kind whose field may also be missing or null, which both mean ``default``."""
+    """A kind for fields that may also be missing or null, in which case their value is ``default``."""
     return Kind(f"{kind.words}, or null", kind.all_right, lambda value: default if value is None else kind.read(value))
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number; true and false are none."""
-    return type(value) in (int, float) and -LARGEST < value < LARGEST
+    """Whether a JSON value is a finite number; true and false are not numbers."""
+    return type(value) in (int, float) and -NUMBER_LIMIT < value < NUMBER_LIMIT
 
 
 def _is_whole(value: Any) -> bool:
@@ -75,11 +85,13 @@ def _is_whole(value: Any) -> bool:
 
 
 def _whole_from(least: int) -> Kind:
+    """The kind of whole numbers from ``least``. Floats such as 7.0 are whole numbers."""
+
     def all_right(values: list) -> bool:
-        return set(map(type, values)) <= {int} and (not values or least <= min(values) <= max(values) < LARGEST_ID)
+        return set(map(type, values)) <= {int} and (not values or least <= min(values) <= max(values) < ID_LIMIT)
 
     def read(value: Any) -> int:
-        if not (_is_whole(value) and least <= value < LARGEST_ID):
+        if not (_is_whole(value) and least <= value < ID_LIMIT):
             raise ValueError
         return int(value)
 
@@ -100,10 +112,12 @@ def _are_boxes(values: list) -> bool:
     if not (set(map(type, values)) <= {list} and set(map(len, values)) <= {4}):
         return False
     numbers = list(chain.from_iterable(values))
-    return set(map(type, numbers)) <= {int, float} and all(-LARGEST < number < LARGEST for number in numbers)
+    return set(map(type, numbers)) <= {int, float} and all(-NUMBER_LIMIT < number < NUMBER_LIMIT for number in numbers)
 
 
 def _checked(check: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    """A function for `Kind.read` that returns values unchanged if they pass the check."""
+
     def read(value: Any) -> Any:
         if not check(value):
             raise ValueError
@@ -118,14 +132,14 @@ def _of_type(words: str, *types: type) -> Kind:
     )
 
 
-ID = _whole_from(0)  # 7.0 is 7, as programs write it that keep ids in a column of floats
+ID = _whole_from(0)  # includes 7.0, as written by programs that keep ids in a column of floats
 SIDE = _whole_from(1)
 FLAG = Kind(
     "0 or 1, true or false", lambda values: set(map(type, values)) <= {int} and set(values) <= {0, 1}, _read_flag
 )
 AREA = Kind(
     "a number, at least 0",
-    lambda values: set(map(type, values)) <= {int, float} and all(0 <= value < LARGEST for value in values),
+    lambda values: set(map(type, values)) <= {int, float} and all(0 <= value < NUMBER_LIMIT for value in values),
     _checked(lambda value: is_number(value) and value >= 0),
 )
 BOX = Kind("four finite numbers: x, y, width, height", _are_boxes, _checked(_is_box))

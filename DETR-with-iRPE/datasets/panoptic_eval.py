@@ -3,36 +3,44 @@
 import io
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from util.runtime import UserError, gather_on_main, print_once, writing
 
-from .coco_panoptic import to_ids
+from .coco_panoptic import CocoPanoptic, to_ids
 
-VOID = -1  # for pixels of no segment; their id may be one of the other map's
+VOID = -1  # replaces the id of pixels that belong to no true segment
+ID_RANGE = 2**24  # ids are three bytes, see `to_ids`
 
 
 class PanopticEvaluator:
-    """Collects maps of segments, each image's once, writes them as COCO wants them, and measures them.
+    """Collects panoptic maps, writes them in COCO's format and computes their panoptic quality.
 
     Args:
-        dataset: CocoPanoptic of all images to count.
-        output_dir: where `panoptic_eval/*.png` and `panoptic_eval/predictions.json` go; nothing is written without it.
-            What cannot be written there is noted at the end, and changes no number.
+        dataset: the data set of all images to evaluate.
+        output_dir: write `panoptic_eval/*.png` and `panoptic_eval/predictions.json` here; empty to write nothing. If
+            writing fails, `summarize` prints a note, and the metrics are complete nevertheless.
     """
 
-    def __init__(self, dataset, output_dir=""):
-        self.dataset, self.images = dataset, {image["id"]: image for image in dataset.images}
+    def __init__(self, dataset: CocoPanoptic, output_dir: str | os.PathLike = "") -> None:
+        self.dataset = dataset
+        self.images = {image["id"]: image for image in dataset.images}
         self.folder = Path(output_dir, "panoptic_eval") if output_dir else None
         self.found = []
-        self.failure = None  # the first write that failed; none is tried after it
+        self.failure = None  # the message of the first write that failed; there are no writes after it
 
-    def update(self, predictions):
-        """Add maps: image id → dict whose `panoptic` has PostProcessPanoptic's `png_string` and `segments_info`."""
+    def update(self, predictions: dict[int, dict[str, Any]]) -> None:
+        """Add the maps of images, each image once.
+
+        Args:
+            predictions: image id → dict whose item `panoptic` is a result of `PostProcessPanoptic`.
+        """
         for image_id, result in predictions.items():
             png, segments = result["panoptic"]["png_string"], result["panoptic"]["segments_info"]
             name = f"{image_id:012}.png"
@@ -45,12 +53,14 @@ class PanopticEvaluator:
             )
             self.found.append(({"image_id": image_id, "file_name": name, "segments_info": segments}, ious))
 
-    def summarize(self):
-        """Gather all processes' segments once; the main process measures them, writes predictions.json and prints.
+    def summarize(self) -> dict[str, dict]:
+        """Gather the segments of all ranks. Rank 0 computes and prints the metrics and writes predictions.json.
 
-        Returns: on the main process `PQ_all`, `PQ_th` (things) and `PQ_st` (stuff), each with `pq`, `sq` and `rq` as
-            shares, the means over the `n` categories that occur, and `PQ_categories`, category id → the same; {} on the
-            others. Equal for any number of processes.
+        The metrics do not depend on the number of ranks.
+
+        Returns: on rank 0, `PQ_all`, `PQ_th` (things) and `PQ_st` (stuff), each a dict with `pq`, `sq` and `rq` from 0
+            to 1 as means over the `n` categories that occur, and `PQ_categories`, which has such a dict for each
+            category id; {} on other ranks.
         """
         gathered = gather_on_main((self.found, self.failure))
         if gathered is None:
@@ -59,15 +69,14 @@ class PanopticEvaluator:
         self.failure = next((failure for _, failure in gathered if failure), None)
         self._write("predictions.json", json.dumps({"annotations": [row for row, _ in found]}).encode())
         if self.failure:
-            print_once(f"note: {self.failure}: {self.folder} is incomplete, the numbers are not")
+            print_once(f"note: {self.failure}: {self.folder} is incomplete, but the metrics are complete")
         ious = {}
-        for category, iou in (pair for _, pairs in found for pair in pairs):
-            ious.setdefault(category, []).append(iou)
+        for _, pairs in found:
+            for category, iou in pairs:
+                ious.setdefault(category, []).append(iou)
         each = {category: quality(ious[category]) for category in sorted(self.dataset.categories) if category in ious}
-        things, stuff = (
-            [values for category, values in each.items() if self.dataset.is_thing_map[category] == thing]
-            for thing in (True, False)
-        )
+        things = [values for category, values in each.items() if self.dataset.is_thing_map[category]]
+        stuff = [values for category, values in each.items() if not self.dataset.is_thing_map[category]]
         stats = {"PQ_all": _mean([*things, *stuff]), "PQ_th": _mean(things), "PQ_st": _mean(stuff)}
         for name, values in zip(("All", "Things", "Stuff"), stats.values(), strict=True):
             print(_line(name, values) + f"  of {values['n']} categories")
@@ -75,7 +84,8 @@ class PanopticEvaluator:
             print(_line(self.dataset.categories[category], values))
         return {**stats, "PQ_categories": each}
 
-    def _write(self, name, content):
+    def _write(self, name: str, content: bytes) -> None:
+        """Write a file of the folder, unless a write has failed before."""
         if self.folder is None or self.failure:
             return
         try:
@@ -86,49 +96,90 @@ class PanopticEvaluator:
             self.failure = str(error)
 
 
-def compare(truth, true_segments, found, found_segments):
-    """Match the segments of one image where their IoU, without the pixels of void, is above a half.
+def compare(
+    truth: np.ndarray,
+    true_segments: list[tuple[int, int, int]],
+    found: np.ndarray,
+    found_segments: list[tuple[int, int, int]],
+) -> list[tuple[int, float]]:
+    """Match the true and the found segments of one image.
+
+    Two segments of the same category match if their IoU exceeds one half, where the union excludes void pixels.
 
     Args:
-        truth, found: ids (H, W), at least 0 and below 2²⁴.
-        true_segments, found_segments: lists of (id, category, whether it is a crowd); other ids are void.
-    Returns: list of (category, IoU) of every match, and of (category, 0) for every segment without one, but for crowds,
-        and for found ones of which more than half lies on void or on crowds of their category.
+        truth, found: segment ids (H, W), from 0 to 2²⁴ − 1.
+        true_segments, found_segments: (id, category, crowd) of each segment, where `crowd` is 0 or 1, and 0 for found
+            segments. Ids that are not listed are void.
+    Returns: (category, IoU) for every match, and (category, 0) for every segment without a match. Unmatched crowds do
+        not count, nor do unmatched found segments that lie mostly on void or on crowds of their category.
     """
-    true_kind, found_kind = ({segment: kind for segment, *kind in rows} for rows in (true_segments, found_segments))
-    truth = np.where(np.isin(truth, list(true_kind)), truth, VOID)
-    pairs, pixels = np.unique((truth.astype(np.int64) << 24) + found, return_counts=True)
-    overlaps = [(int(pair >> 24), int(pair & 0xFFFFFF), int(n)) for pair, n in zip(pairs, pixels, strict=True)]
-    true_area, found_area, void, crowded = Counter(), Counter(), Counter(), Counter()
-    for t, f, n in overlaps:
-        true_area[t] += n
-        found_area[f] += n
-        if t == VOID:
-            void[f] += n
-        elif f in found_kind and true_kind[t] == [found_kind[f][0], 1]:
-            crowded[f] += n
-    matches = []
-    for t, f, n in overlaps:
-        union = true_area[t] + found_area[f] - n - void[f]
-        if f in found_kind and true_kind.get(t) == found_kind[f] and n > union / 2:
-            matches.append((found_kind.pop(f)[0], n / union))
-            true_kind.pop(t)
-    missed = [(category, 0) for category, crowd in true_kind.values() if not crowd]
-    wrong = [(category, 0) for f, (category, _) in found_kind.items() if void[f] + crowded[f] <= found_area[f] / 2]
-    return matches + missed + wrong
+    true_category = {segment: category for segment, category, crowd in true_segments if not crowd}
+    crowd_category = {segment: category for segment, category, crowd in true_segments if crowd}
+    found_category = {segment: category for segment, category, _ in found_segments}
+    # Pixels of segments that are not listed become void.
+    truth = np.where(np.isin(truth, [*true_category, *crowd_category]), truth, VOID)
+    overlaps = _count_overlaps(truth, found)
+
+    true_area, found_area = Counter(), Counter()
+    for true_id, found_id, pixels in overlaps:
+        true_area[true_id] += pixels
+        found_area[found_id] += pixels
+    void = Counter({found_id: pixels for true_id, found_id, pixels in overlaps if true_id == VOID})
+    on_crowds = _count_pixels_on_crowds(overlaps, crowd_category, found_category)
+
+    results = []
+    for true_id, found_id, pixels in overlaps:
+        if found_id not in found_category or true_category.get(true_id) != found_category[found_id]:
+            continue
+        union = true_area[true_id] + found_area[found_id] - pixels - void[found_id]
+        if pixels > union / 2:
+            # No other segment can match either of the two.
+            del true_category[true_id]
+            results.append((found_category.pop(found_id), pixels / union))
+    results += [(category, 0) for category in true_category.values()]
+    for found_id, category in found_category.items():
+        if void[found_id] + on_crowds[found_id] <= found_area[found_id] / 2:
+            results.append((category, 0))
+    return results
 
 
-def quality(ious):
-    """PQ, SQ and RQ (equations 1 and 2) of one category, from the IoU of every match and 0 for what has none."""
-    total, matched = math.fsum(ious), sum(iou > 0 for iou in ious)
-    halves = matched + (len(ious) - matched) / 2
-    return {"pq": total / halves, "sq": total / max(matched, 1), "rq": matched / halves}
+def _count_overlaps(truth: np.ndarray, found: np.ndarray) -> list[tuple[int, int, int]]:
+    """Count the common pixels of all pairs of segments: (true id, found id, pixels), for pairs with common pixels."""
+    pair_of_pixel = truth.astype(np.int64) * ID_RANGE + found  # pack both ids into a single number
+    pairs, pixels = np.unique(pair_of_pixel, return_counts=True)
+    true_ids, found_ids = np.divmod(pairs, ID_RANGE)  # unpack the ids
+    return list(zip(true_ids.tolist(), found_ids.tolist(), pixels.tolist(), strict=True))
 
 
-def _mean(values):
+def _count_pixels_on_crowds(
+    overlaps: list[tuple[int, int, int]], crowd_category: dict[int, int], found_category: dict[int, int]
+) -> Counter:
+    """The pixels of each found segment that lie on crowds of its category, by its id."""
+    on_crowds = Counter()
+    for true_id, found_id, pixels in overlaps:
+        if true_id in crowd_category and crowd_category[true_id] == found_category.get(found_id):
+            on_crowds[found_id] += pixels
+    return on_crowds
+
+
+def quality(ious: list[float]) -> dict[str, float]:
+    """Panoptic, segmentation and recognition quality (equations 1 and 2) of one category.
+
+    Args:
+        ious: as `compare` returns them: the IoU of every match, and 0 for every segment without a match.
+    """
+    total = math.fsum(ious)
+    matched = sum(iou > 0 for iou in ious)
+    denominator = matched + (len(ious) - matched) / 2
+    return {"pq": total / denominator, "sq": total / max(matched, 1), "rq": matched / denominator}
+
+
+def _mean(values: list[dict[str, float]]) -> dict[str, float]:
+    """The mean qualities over categories, and the number `n` of categories."""
     means = {key: math.fsum(value[key] for value in values) / max(len(values), 1) for key in ("pq", "sq", "rq")}
     return {**means, "n": len(values)}
 
 
-def _line(name, values):
+def _line(name: str, values: dict[str, float]) -> str:
+    """A row of the printed table."""
     return f"{name:24}" + "".join(f"  {key.upper()} {100 * values[key]:5.1f}" for key in ("pq", "sq", "rq"))

@@ -1,26 +1,28 @@
-"""The detector of a command line."""
+"""Build the detector that a command line asks for."""
 
 import argparse
+
+from torch import nn
 
 from util.runtime import UserError
 
 from .backbone import build_backbone
 from .detr import DETR, PostProcess, SetCriterion
 from .matcher import HungarianMatcher
-from .rpe_attention.irpe import RPE_GRAMMAR, parse_rpe
+from .rpe_attention.irpe import RPE_GRAMMAR, RPEConfig, parse_rpe
 from .segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm
 from .transformer import Transformer
 
-NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}  # of the released models
+NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}  # of the released models, by --dataset_file
 COCO_THINGS = {category: category <= 90 for category in range(1, 201)}
-# what the arguments stored in released checkpoints lack
+# Flags that the arguments stored in released checkpoints lack, with the values that these models were built with.
 _NEW_FLAGS = {"num_classes": None, "last_stride": 2, "no_pretrained_backbone": False, "is_thing_map": None}
 
 
-def parse_enc_rpe2d(text):
-    """The encoding that `--enc_rpe2d` names: `irpe.RPEConfig`, or None for the empty string.
+def parse_enc_rpe2d(text: str) -> RPEConfig | None:
+    """Parse `--enc_rpe2d`. The empty string stands for no relative position encoding, for which the result is None.
 
-    Raises: UserError that says which part is wrong and shows the grammar.
+    Raises: UserError that states which part is wrong and shows the grammar.
     """
     if not text:
         return None
@@ -30,10 +32,14 @@ def parse_enc_rpe2d(text):
         raise UserError(f"--enc_rpe2d {text}: {error}; it must be {RPE_GRAMMAR}, as rpe-2.0-product-ctx-1-k") from error
 
 
-def build_model(args):
-    """Model, criterion and postprocessors of a parsed command line (see main.py), or of the `args` in a checkpoint.
+def build_model(args: argparse.Namespace) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
+    """Build the model, its criterion and its postprocessors.
 
-    The postprocessors are {"bbox": PostProcess}, with masks also "segm", and "panoptic" if the set is a panoptic one.
+    Args:
+        args: the parsed command line (see main.py), or the `args` of a checkpoint.
+    Returns: the model, the criterion and the postprocessors by name: `bbox`; with `--masks` also `segm`; with
+        `--masks` and a panoptic data set also `panoptic`.
+    Raises: UserError for flags that do not fit together.
     """
     args = argparse.Namespace(**{**_NEW_FLAGS, **vars(args)})
     num_classes = args.num_classes or NUM_CLASSES[args.dataset_file]
@@ -56,7 +62,8 @@ def build_model(args):
     weights = {"loss_ce": 1, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
     if args.aux_loss:
         weights.update({f"{name}_{i}": weight for i in range(args.dec_layers - 1) for name, weight in weights.items()})
-    losses, postprocessors = ["labels", "boxes", "cardinality"], {"bbox": PostProcess()}
+    losses = ["labels", "boxes", "cardinality"]
+    postprocessors = {"bbox": PostProcess()}
     if args.masks:
         model = DETRsegm(model, freeze_detr=bool(args.frozen_weights))
         weights.update(loss_mask=args.mask_loss_coef, loss_dice=args.dice_loss_coef)
@@ -64,4 +71,5 @@ def build_model(args):
         postprocessors["segm"] = PostProcessSegm()
         if args.dataset_file == "coco_panoptic":
             postprocessors["panoptic"] = PostProcessPanoptic(args.is_thing_map or COCO_THINGS)
-    return model, SetCriterion(num_classes, matcher, weights, args.eos_coef, losses), postprocessors
+    criterion = SetCriterion(num_classes, matcher, weights, args.eos_coef, losses)
+    return model, criterion, postprocessors

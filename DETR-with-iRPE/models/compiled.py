@@ -1,16 +1,17 @@
-"""Which parts of a detector `--compile` compiles."""
+"""The parts of a detector that `--compile` compiles."""
 
 import torch
+from torch import nn
 
 from .rpe_attention.irpe import iRPE
 
 
-def compile_detector(model):
-    """Compile, in place, what can be compiled once for images of all sizes; the names of the weights stay.
+def compile_detector(model: nn.Module) -> None:
+    """Compile in place the parts that need a single compilation for images of all sizes. Weights keep their names.
 
-    That is the backbone, the decoder, and the encoder: all of it without relative positions, and with them what follows
-    the attention in each layer. The attention itself stays eager there, since the ids of its buckets are constants of
-    a map's size and it would be compiled anew for every size. The projection, the heads and the masks stay eager too.
+    These parts are the backbone, the decoder and the encoder. An encoder with relative positions is compiled except for
+    its attention: the bucket ids are constants that depend on the map's size, so that every new size would trigger a
+    compilation. The input projection, the prediction heads and the mask head stay eager too.
 
     Args:
         model: `DETR` or `DETRsegm`.

@@ -1,9 +1,11 @@
-"""Masks on top of DETR: a head that draws a mask for every query, and the way from its outputs to masks and panoptic
-maps (Carion et al., "End-to-End Object Detection with Transformers", section 4.4)."""
+"""Segmentation with DETR: a head that predicts a mask for every query, and the conversion of its outputs to masks and
+panoptic maps (Carion et al., "End-to-End Object Detection with Transformers", section 4.4)."""
 
 import io
 import itertools
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,26 +13,38 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from util.misc import NestedTensor
 from util.runtime import UserError
 
-SMALLEST_AREA = 5  # pixels that a segment of a panoptic map must have
+SMALLEST_AREA = 5  # pixels; smaller segments are removed from panoptic maps
 
 
 class AttentionMaps(nn.Module):
-    """Where on the encoder's map each query looks, by several heads."""
+    """Multi-head attention weights of the object queries over the encoder's output.
 
-    def __init__(self, dim, heads):
+    Args:
+        dim: C, channels of tokens and map.
+        heads: number of heads.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.scale = heads, (dim / heads) ** -0.5
-        self.q_linear, self.k_linear = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.heads = heads
+        self.scale = (dim / heads) ** -0.5
+        self.q_linear = nn.Linear(dim, dim)
+        self.k_linear = nn.Linear(dim, dim)
         for linear in (self.q_linear, self.k_linear):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, tokens, memory, mask):
-        """Tokens (B, Q, C), map (B, C, H, W) and its mask (B, H, W), True on padding → (B, Q, heads, H, W).
+    def forward(self, tokens: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Compute the attention weights, whose sum over all heads and positions is 1 for each query.
 
-        What a query gives to all places by all heads together is 1; padding gets 0.
+        Args:
+            tokens: object tokens (B, Q, C).
+            memory: the encoder's output as a map (B, C, H, W).
+            mask: (B, H, W), bool, True on the padding, where the weights are 0.
+        Returns: (B, Q, heads, H, W).
         """
         queries = self.q_linear(tokens).unflatten(-1, (self.heads, -1)) * self.scale
         keys = self.k_linear(memory.flatten(2).mT).unflatten(-1, (self.heads, -1))
@@ -40,15 +54,17 @@ class AttentionMaps(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Convolutions from a picture's map and a query's attention to the query's mask, over ever finer maps.
+    """Predicts a query's mask from the image's feature map and the query's attention maps.
+
+    Its convolutions raise the resolution step by step and add the backbone's finer maps, as a feature pyramid network.
 
     Args:
-        dim: C, channels of the map; the layers have C + heads, C/2, C/4, C/8 and C/16.
-        heads: attention maps of a query.
-        fine_channels: of the backbone's three finer maps, the coarsest first.
+        dim: C, channels of the last map. The layers have C + heads, C/2, C/4, C/8 and C/16 channels.
+        heads: number of attention maps for each query.
+        fine_channels: channels of the backbone's three finer maps, the coarsest first.
     """
 
-    def __init__(self, dim, heads, fine_channels):
+    def __init__(self, dim: int, heads: int, fine_channels: Sequence[int]) -> None:
         super().__init__()
         widths = [dim + heads, dim + heads, dim // 2, dim // 4, dim // 8, dim // 16]
         for number, (before, after) in enumerate(itertools.pairwise(widths), 1):
@@ -62,20 +78,23 @@ class MaskHead(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, projected, attention, fine_maps):
-        """Draw.
+    def forward(
+        self, projected: torch.Tensor, attention: torch.Tensor, fine_maps: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Predict the masks.
 
         Args:
-            projected: the last map, projected to C channels, (B, C, H, W).
-            attention: (B, Q, heads, H, W).
-            fine_maps: the backbone's, (B, channels, h, w), the coarsest first.
-        Returns: logits (B, Q, h, w) of the finest map's size.
+            projected: the last map, projected to C channels (B, C, H, W).
+            attention: attention maps (B, Q, heads, H, W).
+            fine_maps: the backbone's finer maps (B, channels, h, w), the coarsest first.
+        Returns: mask logits (B, Q, h, w) in the resolution of the finest map.
         """
-        # lay1 on the map with the attention behind it; the map's part once a picture and not once a query
-        of_map, of_attention = self.lay1.weight.split([projected.shape[1], attention.shape[2]], dim=1)
-        shared = F.conv2d(projected, of_map, self.lay1.bias, padding=1)
-        x = F.conv2d(attention.flatten(0, 1), of_attention, padding=1)
-        # what tells queries apart is small beside what they share: a sum in bfloat16 would lose it
+        # lay1 convolves the concatenation of the map and the attention maps. The map is the same for all queries of
+        # an image, so its part of the convolution is computed once for each image.
+        map_weight, attention_weight = self.lay1.weight.split([projected.shape[1], attention.shape[2]], dim=1)
+        shared = F.conv2d(projected, map_weight, self.lay1.bias, padding=1)
+        x = F.conv2d(attention.flatten(0, 1), attention_weight, padding=1)
+        # Queries differ by values that are small beside the shared ones: their sum in bfloat16 would lose them.
         x = _add_to_queries(x.to(torch.promote_types(x.dtype, torch.float32)), shared)
         x = self._finish(1, x)
         x = self._finish(2, self.lay2(x))
@@ -85,25 +104,26 @@ class MaskHead(nn.Module):
             x = self._finish(number + 2, self.get_submodule(f"lay{number + 2}")(x))
         return self.out_lay(x).view(*attention.shape[:2], *x.shape[-2:])
 
-    def _finish(self, number, x):
+    def _finish(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """The norm and the ReLU after layer `number`."""
         return F.relu(self.get_submodule(f"gn{number}")(x), inplace=True)
 
 
-def _add_to_queries(x, shared):
-    """Add in place, to the maps of all queries (B·Q, C, H, W), what those of one picture share (B, C, H, W)."""
+def _add_to_queries(x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """Add the map that all queries of an image share (B, C, H, W) in place to the queries' maps (B·Q, C, H, W)."""
     return x.unflatten(0, (shared.shape[0], -1)).add_(shared[:, None]).flatten(0, 1)
 
 
 class DETRsegm(nn.Module):
-    """A detector that draws its objects.
+    """A detector with a mask head.
 
     Args:
-        detr: `DETR` whose backbone returns all four maps.
-        freeze_detr: only the mask head learns.
-    Raises: UserError for a width that does not halve four times.
+        detr: a `DETR` whose backbone returns all four feature maps.
+        freeze_detr: train the mask head only.
+    Raises: UserError for a number of channels that is not a multiple of 16.
     """
 
-    def __init__(self, detr, freeze_detr=False):
+    def __init__(self, detr: nn.Module, freeze_detr: bool = False) -> None:
         super().__init__()
         dim, heads = detr.transformer.d_model, detr.transformer.nhead
         if dim % 16:
@@ -114,46 +134,66 @@ class DETRsegm(nn.Module):
         self.bbox_attention = AttentionMaps(dim, heads)
         self.mask_head = MaskHead(dim, heads, [detr.backbone.num_channels // divisor for divisor in (2, 4, 8)])
 
-    def forward(self, samples):
-        """As `DETR.forward`, with `pred_masks` (B, Q, H/4, W/4) in the result: logits, of the last layer's queries, on
-        the padded picture."""
+    def forward(self, samples: NestedTensor | torch.Tensor | Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Detect objects and predict their masks.
+
+        Returns: the result of `DETR.forward`, with the mask logits of the last layer's queries for the padded image as
+            `pred_masks` (B, Q, H/4, W/4).
+        """
         maps, projected, tokens, memory = self.detr.encode(samples)
         attention = self.bbox_attention(tokens[-1], memory, maps[-1].mask)
         masks = self.mask_head(projected, attention, [x.tensors for x in maps[-2::-1]])
         return {**self.detr.predict(tokens), "pred_masks": masks}
 
 
-def dice_loss(logits, targets):
-    """1 − (2·Σpt + 1) / (Σp + Σt + 1) of masks (N, H, W), p being the sigmoid of the logits: (N,)."""
-    p, t = logits.sigmoid().flatten(1), targets.flatten(1)
+def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """1 − (2·Σpt + 1) / (Σp + Σt + 1) for each mask, where p is the sigmoid of the logits.
+
+    Args:
+        logits, targets: (N, H, W); targets are 0 or 1.
+    Returns: (N,)
+    """
+    p = logits.sigmoid().flatten(1)
+    t = targets.flatten(1)
     return 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
 
 
-def enlarge(logits, size):
-    """(N, h, w) → (N, *size), bilinear."""
+def enlarge(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Resize mask logits (N, h, w) to `size` (height, width) by bilinear interpolation, in float32."""
     return F.interpolate(logits[:, None].float(), size, mode="bilinear")[:, 0]
 
 
 class PostProcessSegm(nn.Module):
-    """Adds the masks to the detections; a pixel belongs to one where the sigmoid is above the threshold."""
+    """Adds masks to the detections.
 
-    def __init__(self, threshold=0.5):
+    Args:
+        threshold: a pixel belongs to the mask if its probability exceeds this.
+    """
+
+    def __init__(self, threshold: float = 0.5) -> None:
         super().__init__()
         self.limit = math.log(threshold / (1 - threshold))
 
     @torch.no_grad()
-    def forward(self, results, outputs, orig_target_sizes, max_target_sizes):
-        """Masks in the original pictures' pixels.
+    def forward(
+        self,
+        results: list[dict[str, torch.Tensor]],
+        outputs: dict[str, Any],
+        orig_target_sizes: torch.Tensor,
+        max_target_sizes: torch.Tensor,
+    ) -> list[dict[str, torch.Tensor]]:
+        """Resize the masks to the original images.
 
         Args:
-            results: of `PostProcess`, a dict for each picture, which gets `masks` (Q, 1, h, w), uint8.
+            results: of `PostProcess`, a dict for each image, which this method extends by `masks` (Q, 1, h, w), uint8.
             outputs: of `DETRsegm`.
-            orig_target_sizes, max_target_sizes: (B, 2), height and width of the original and the processed pictures.
+            orig_target_sizes: (B, 2), height and width of the original images.
+            max_target_sizes: (B, 2), height and width of the images that the model processed, without padding.
         Returns: `results`.
         """
         padded = max_target_sizes.amax(0).tolist()
         sizes = zip(max_target_sizes.tolist(), orig_target_sizes.tolist(), strict=True)
-        # one picture at a time: the enlarged logits of a batch are large
+        # One image at a time, since the enlarged logits of a batch need much memory.
         for result, logits, ((height, width), original) in zip(results, outputs["pred_masks"], sizes, strict=True):
             masks = enlarge(logits, padded)[:, None, :height, :width] > self.limit
             result["masks"] = F.interpolate(masks.byte(), original)
@@ -161,51 +201,64 @@ class PostProcessSegm(nn.Module):
 
 
 class PostProcessPanoptic(nn.Module):
-    """Outputs of `DETRsegm` → panoptic maps, in which every pixel belongs to one segment.
+    """Converts the outputs of `DETRsegm` to panoptic maps, in which every pixel belongs to exactly one segment.
 
     Args:
-        is_thing_map: category id → whether its objects are told apart; those that it lacks are stuff.
-        threshold: least probability of a query's class.
+        is_thing_map: whether a category is a thing, by category id. Missing categories are stuff.
+        threshold: drop queries whose most probable class has a lower probability.
     """
 
-    def __init__(self, is_thing_map, threshold=0.85):
+    def __init__(self, is_thing_map: Mapping[int, bool], threshold: float = 0.85) -> None:
         super().__init__()
-        self.is_thing_map, self.threshold = is_thing_map, threshold
+        self.is_thing_map = is_thing_map
+        self.threshold = threshold
 
     @torch.no_grad()
-    def forward(self, outputs, processed_sizes, target_sizes=None):
-        """Panoptic maps.
+    def forward(
+        self, outputs: dict[str, Any], processed_sizes: torch.Tensor, target_sizes: torch.Tensor | None = None
+    ) -> list[dict[str, Any]]:
+        """Compute the panoptic maps.
 
         Args:
-            outputs: of `DETRsegm`. Their masks are fitted to each processed picture with the padding, as published;
-                a batch of one picture has none.
-            processed_sizes, target_sizes: (height, width) of each picture as the model saw it, and of its map; the
-                first again if not given.
-        Returns: for each picture a dict of `png_string`, the bytes of a PNG with id = R + 256·G + 65536·B, and
-            `segments_info`, a list of {"id", "isthing", "category_id", "area"}, empty if no query is sure.
+            outputs: of `DETRsegm`. As in the published code, their masks are resized to each processed image without
+                removing the padding first. A batch of a single image has no padding.
+            processed_sizes: (B, 2), height and width of the images that the model processed.
+            target_sizes: (B, 2), height and width of the panoptic maps; `processed_sizes` if not given.
+        Returns: for each image a dict with `png_string`, the bytes of a PNG file whose colours encode the segment ids
+            as R + 256·G + 65536·B, and `segments_info`, a list of dicts with `id`, `isthing`, `category_id` and `area`
+            in pixels. The list is empty if no query exceeds the threshold.
         """
+        if target_sizes is None:
+            target_sizes = processed_sizes
+        num_classes = outputs["pred_logits"].shape[-1] - 1
         scores, labels = outputs["pred_logits"].float().softmax(-1).max(-1)
-        sure = (scores > self.threshold) & (labels < outputs["pred_logits"].shape[-1] - 1)
-        both = processed_sizes, processed_sizes if target_sizes is None else target_sizes
-        processed, target = ([tuple(map(int, size)) for size in sizes] for sizes in both)
-        pictures = zip(outputs["pred_masks"], labels, sure, processed, target, strict=True)
-        return [
-            self._draw(masks[chosen], classes[chosen].tolist(), *sizes) for masks, classes, chosen, *sizes in pictures
-        ]
+        confident = (scores > self.threshold) & (labels < num_classes)
+        results = []
+        for image, masks in enumerate(outputs["pred_masks"]):
+            chosen = confident[image]
+            processed_size = tuple(map(int, processed_sizes[image]))
+            target_size = tuple(map(int, target_sizes[image]))
+            results.append(self._segment(masks[chosen], labels[image][chosen].tolist(), processed_size, target_size))
+        return results
 
-    def _draw(self, masks, classes, processed, target):
-        masks = enlarge(masks, processed)
-        kept, ids = np.arange(len(classes)), _largest(masks, target)
+    def _segment(
+        self, masks: torch.Tensor, classes: list[int], processed_size: tuple[int, int], target_size: tuple[int, int]
+    ) -> dict[str, Any]:
+        """The panoptic map of one image, from the mask logits (n, h, w) and the classes of its confident queries."""
+        masks = enlarge(masks, processed_size)
+        kept = np.arange(len(classes))  # the query of each remaining mask
+        ids = _largest(masks, target_size)
         if classes:
-            ids = self._first_of_stuff(classes)[ids]
-        # queries merged into another have no pixels left, so they go with the small ones, and what is left shares anew
+            ids = self._merge_stuff(classes)[ids]
+        # Remove small segments and assign their pixels to the remaining masks, until all segments are large enough.
+        # Queries that were merged into another one have no pixels and are removed as well.
         while True:
             areas = np.bincount(ids.ravel(), minlength=len(kept))[: len(kept)]
             large = areas >= SMALLEST_AREA
             if large.all():
                 break
             kept, masks = kept[large], masks[torch.from_numpy(large)]
-            ids = _largest(masks, target)
+            ids = _largest(masks, target_size)
         segments = [
             {
                 "id": number,
@@ -217,28 +270,28 @@ class PostProcessPanoptic(nn.Module):
         ]
         return {"png_string": _png(ids), "segments_info": segments}
 
-    def _first_of_stuff(self, classes):
-        """For each query the first of its class if that is stuff, else itself."""
-        first = {}
-        return np.array(
-            [
-                number if self.is_thing_map.get(label, False) else first.setdefault(label, number)
-                for number, label in enumerate(classes)
-            ],
-            np.int32,
-        )
+    def _merge_stuff(self, classes: list[int]) -> np.ndarray:
+        """For each query the query to merge it into: the first of the same class for stuff, itself for things."""
+        first_query = {}
+        merged = np.arange(len(classes), dtype=np.int32)
+        for query, label in enumerate(classes):
+            if not self.is_thing_map.get(label, False):
+                merged[query] = first_query.setdefault(label, query)
+        return merged
 
 
-def _largest(masks, size):
-    """Which mask of (n, h, w) has the largest logit at each pixel, resized (nearest): int32 array of `size`; 0 where
-    there is none."""
+def _largest(masks: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    """The index of the mask (n, h, w) with the largest logit at each pixel, resized (nearest) to an int32 array of
+    `size` (height, width); 0 everywhere if there are no masks."""
     if not len(masks):
         return np.zeros(size, np.int32)
     ids = Image.fromarray(masks.argmax(0).int().cpu().numpy())
     return np.asarray(ids.resize(size[::-1], Image.Resampling.NEAREST))
 
 
-def _png(ids):
+def _png(ids: np.ndarray) -> bytes:
+    """Encode segment ids (H, W) as the colours of a PNG file: id = R + 256·G + 65536·B."""
+    colours = np.stack([ids % 256, ids // 256 % 256, ids // 256**2], axis=-1)
     file = io.BytesIO()
-    Image.fromarray(np.stack([ids >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)).save(file, "PNG")
+    Image.fromarray(colours.astype(np.uint8)).save(file, "PNG")
     return file.getvalue()

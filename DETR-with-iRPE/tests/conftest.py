@@ -1,4 +1,4 @@
-"""A small set in COCO's format, parsed flags and launched processes for the tests."""
+"""Small data sets in COCO's format, command lines and processes for the tests."""
 
 import argparse
 import contextlib
@@ -17,23 +17,24 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-torch.set_num_threads(1)  # threads that wait for each other make small models slow on a machine that does more
+torch.set_num_threads(1)  # on a busy machine, threads of small models spend their time waiting for each other
 PROJECT = Path(__file__).resolve().parent.parent
 COCO_SAMPLE = PROJECT.parent.parent / "shared" / "data" / "coco-sample"
 sys.path[:0] = [str(PROJECT), str(PROJECT / "demo")]
 
-PATIENCE = 1200  # seconds after which a process counts as hanging, which a busy machine must not look like
+PATIENCE = 1200  # seconds until a test kills a process; long enough for a busy machine
 CATEGORIES = [{"id": 1, "name": "ant"}, {"id": 3, "name": "bee"}, {"id": 4, "name": "cat"}]
 
 
 def random_boxes(random, count, width, height):
-    """(count, 4) as x, y, width, height inside the picture, each with an area."""
+    """Random boxes (count, 4) inside an image, as (x, y, width, height), with an area greater than 0."""
     x, y = random.uniform(0, 0.7 * width, count), random.uniform(0, 0.7 * height, count)
     return np.stack([x, y, random.uniform(2, width - x), random.uniform(2, height - y)], axis=1).round(2)
 
 
 def write_set(root, count=6, seed=0, splits=("train", "val")):
-    """Random pictures of several sizes with up to three objects; the third has none, a grey and a crowd are among."""
+    """Write random images of different sizes with up to three objects. The second image is grey, the third has no
+    objects, and the fourth may have crowds."""
     random = np.random.RandomState(seed)
     for split in splits:
         folder = Path(root, f"{split}2017")
@@ -41,9 +42,9 @@ def write_set(root, count=6, seed=0, splits=("train", "val")):
         data = {"images": [], "annotations": [], "categories": CATEGORIES}
         for number in range(count):
             width, height = (int(side) for side in random.randint(40, 90, 2))
-            picture = Image.fromarray(random.randint(0, 255, (height, width, 3)).astype(np.uint8))
+            image = Image.fromarray(random.randint(0, 255, (height, width, 3)).astype(np.uint8))
             name = f"{number:04}.png"
-            (picture.convert("L") if number == 1 else picture).save(folder / name)
+            (image.convert("L") if number == 1 else image).save(folder / name)
             data["images"].append({"id": 10 * number + 7, "file_name": name, "width": width, "height": height})
             for box in random_boxes(random, 0 if number == 2 else random.randint(1, 4), width, height):
                 x, y, w, h = box
@@ -69,13 +70,13 @@ def save_annotations(root, split, data):
 
 
 def write_panoptic(root, folder, split="val", seed=0):
-    """The panoptic set of a set's instances, later ones over earlier ones, with some crowds, one kind of stuff on part
-    of the rest, and void."""
+    """Write panoptic annotations for a data set: its instances, of which later ones cover earlier ones and some are
+    crowds, one category of stuff on part of the other pixels, and void."""
     random, folder, truth = np.random.RandomState(seed), Path(folder), COCO()
     truth.dataset = load_annotations(root, split)
     truth.createIndex()
-    pictures = folder / f"panoptic_{split}2017"
-    pictures.mkdir(parents=True)
+    maps = folder / f"panoptic_{split}2017"
+    maps.mkdir(parents=True)
     categories = [{**category, "isthing": 1} for category in truth.dataset["categories"]]
     data = {
         "images": truth.dataset["images"],
@@ -96,7 +97,7 @@ def write_panoptic(root, folder, split="val", seed=0):
             )
             ids[truth.annToMask(entry) > 0] = segments[-1]["id"]
         segments = [{**segment, "area": int((ids == segment["id"]).sum())} for segment in segments]
-        save_ids(pictures / f"{image['id']}.png", ids)
+        save_ids(maps / f"{image['id']}.png", ids)
         data["annotations"].append(
             {
                 "image_id": image["id"],
@@ -110,7 +111,7 @@ def write_panoptic(root, folder, split="val", seed=0):
 
 
 def save_ids(path, ids):
-    """Write ids (H, W) as a PNG of COCO's panoptic format."""
+    """Write segment ids (H, W) as a PNG file in COCO's panoptic format."""
     Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)).save(path)
 
 
@@ -119,7 +120,7 @@ def load_annotations(root, split):
 
 
 def pack(root, split, folder=None):
-    """Write `root`/{split}2017.zip of a folder of pictures."""
+    """Write `root`/{split}2017.zip with the images of a folder."""
     folder = folder or Path(root, f"{split}2017")
     with zipfile.ZipFile(Path(root, f"{split}2017.zip"), "w") as archive:
         for file in sorted(folder.iterdir()):
@@ -128,19 +129,19 @@ def pack(root, split, folder=None):
 
 @pytest.fixture(scope="session")
 def coco(tmp_path_factory):
-    """A set that tests only read."""
+    """A data set that tests must not change."""
     return write_set(tmp_path_factory.mktemp("coco"))
 
 
 def parse(*flags):
-    """Arguments of main.py."""
+    """Parse flags of main.py."""
     from main import get_args_parser
 
     return argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([str(flag) for flag in flags])
 
 
 def small(coco_path, *flags):
-    """Flags of a run on the CPU that takes a second or two."""
+    """Flags for a run of a second or two on the CPU."""
     return [
         "--device",
         "cpu",
@@ -176,9 +177,9 @@ def small(coco_path, *flags):
 
 
 def start(*command, **environment):
-    """Start Python with one thread in the project's folder; its output is captured.
+    """Start Python with one thread in the project's folder, and capture its output.
 
-    That the compiled rpe_ops is not there, which a user is told, is no matter of these tests.
+    The note about a missing rpe_ops extension is suppressed, since these tests do not depend on it.
     """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:the extension rpe_ops", **environment}
     return subprocess.Popen(
@@ -192,7 +193,7 @@ def start(*command, **environment):
 
 
 def free_port():
-    """A port that stays free until it is used: it is below those that Linux gives to all programs' connections."""
+    """A free port below the range from which Linux assigns ports to outgoing connections, so that it stays free."""
     while True:
         port = 10000 + secrets.randbelow(22000)
         with socket.socket() as sock, contextlib.suppress(OSError):
@@ -201,7 +202,7 @@ def free_port():
 
 
 def launcher(world_size, *command):
-    """Start of a command under torch.distributed.launch; the released commands have --use_env before it."""
+    """The beginning of a command line with torch.distributed.launch; released commands also have --use_env."""
     return [
         "-m",
         "torch.distributed.launch",
@@ -212,7 +213,7 @@ def launcher(world_size, *command):
 
 
 def finish(process):
-    """(exit status, standard output, standard error)"""
+    """Wait for a process: (exit status, standard output, standard error)."""
     try:
         out, err = process.communicate(timeout=PATIENCE)
     finally:

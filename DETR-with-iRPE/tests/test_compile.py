@@ -1,4 +1,4 @@
-"""--compile: the same results and checkpoints, few compilations for images of many sizes."""
+"""--compile gives the same results and checkpoints, and compiles once for images of all sizes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from util.misc import nested_tensor_from_tensor_list
 
 
 class Graphs(list):
-    """A backend of torch.compile that keeps what it is given and runs it as it is."""
+    """A torch.compile backend that records the graphs and runs them eagerly."""
 
     def __call__(self, graph, inputs):
         self.append(graph)
@@ -21,16 +21,16 @@ class Graphs(list):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that torch.compile makes, which then run without a compiler."""
+    """The graphs that torch.compile captures, which run without a compiler."""
     graphs, compile = Graphs(), torch.compile
-    torch._dynamo.reset()  # other tests' graphs count towards its limit
+    torch._dynamo.reset()  # graphs of other tests count towards the limit of recompilations
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, **options, backend=graphs))
     yield graphs
     torch._dynamo.reset()
 
 
 class Patches(torch.nn.Module):
-    """A backbone of one layer, since it takes long to trace a ResNet."""
+    """A backbone of a single layer, since tracing a ResNet takes long."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ def detector(*flags):
     return model
 
 
-def pictures(height, width):
+def images(height, width):
     """Two images of different sizes, padded."""
     generator = torch.Generator().manual_seed(height * width)
     return nested_tensor_from_tensor_list(
@@ -63,20 +63,20 @@ def gradients(model, samples):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-# the backbone, the decoder; the encoder, or with relative positions what follows the attention of its first layer,
-# whose tokens are a transposed map, and of the others
+# There are three graphs: backbone, decoder and encoder. With relative positions, the encoder has two graphs, for what
+# follows the attention of a layer: one for the first layer, whose tokens are a transposed map, and one for the others.
 @pytest.mark.parametrize(("flags", "count"), [(["--enc_rpe2d", ""], 3), ([], 4)])
-def test_images_of_new_sizes_are_not_compiled_again_and_give_the_same_gradients(graphs, flags, count):
+def test_new_image_sizes_need_no_compilation_and_give_the_same_gradients(graphs, flags, count):
     compiled, plain = detector(*flags), detector(*flags)
     compile_detector(compiled)
     assert list(compiled.state_dict()) == list(plain.state_dict())
     for height, width in ((100, 140), (96, 160), (64, 200), (200, 140)):
-        samples = pictures(height, width)
+        samples = images(height, width)
         torch.testing.assert_close(gradients(compiled, samples), gradients(plain, samples), rtol=1e-4, atol=1e-4)
         assert len(graphs) == count
     with torch.inference_mode():
         for height, width in ((100, 140), (64, 200)):
-            samples = pictures(height, width)
+            samples = images(height, width)
             outputs = compiled.eval()(samples)
             torch.testing.assert_close(outputs["pred_logits"], plain.eval()(samples)["pred_logits"])
         assert len(graphs) <= 2 * count
@@ -90,7 +90,7 @@ def test_the_detector_under_a_mask_head_is_compiled(graphs):
     assert all(part._compiled_call_impl for part in parts) and list(model.state_dict()) == before
 
 
-def test_a_compiled_run_resumes_and_is_resumed_by_a_plain_one(coco, tmp_path, graphs, monkeypatch):
+def test_compiled_and_eager_runs_can_resume_each_other(coco, tmp_path, graphs, monkeypatch):
     monkeypatch.setattr(main, "evaluate", lambda *args: ({}, None))
     for name, steps in (
         ("straight", [["--compile", "--epochs", 2]]),
@@ -107,7 +107,7 @@ def test_a_compiled_run_resumes_and_is_resumed_by_a_plain_one(coco, tmp_path, gr
     torch.testing.assert_close(mixed, straight, rtol=1e-3, atol=1e-4)
 
 
-def test_evaluation_of_a_compiled_model_measures_the_same(coco, tmp_path, graphs):
+def test_evaluation_of_a_compiled_model_gives_the_same_metrics(coco, tmp_path, graphs):
     main.main(parse(*small(coco, "--output_dir", tmp_path)))
     flags = small(coco, "--eval", "--resume", tmp_path / "checkpoint.pth")
     plain, compiled = main.main(parse(*flags)), main.main(parse(*flags, "--compile"))
@@ -115,14 +115,14 @@ def test_evaluation_of_a_compiled_model_measures_the_same(coco, tmp_path, graphs
     assert compiled == pytest.approx(plain, rel=1e-4, abs=1e-4)
 
 
-def test_the_decoder_compiles_to_code_with_the_same_gradients():
+def test_the_compiled_decoder_gives_the_same_gradients():
     model, plain = detector("--dec_layers", 1), detector("--dec_layers", 1)
     model.transformer.decoder.compile(dynamic=True)
-    samples = pictures(100, 140)
+    samples = images(100, 140)
     torch.testing.assert_close(gradients(model, samples), gradients(plain, samples), rtol=1e-3, atol=1e-3)
 
 
-def test_an_environment_that_cannot_compile_is_one_sentence(coco):
+def test_a_missing_compiler_is_reported_in_one_sentence(coco):
     status, _, err = finish(start("main.py", *small(coco, "--compile"), CXX="/nowhere/g++"))
     assert status == 1
     assert err.count("error: ") == 1 and "Traceback" not in err

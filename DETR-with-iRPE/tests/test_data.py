@@ -1,4 +1,4 @@
-"""Reading pictures and annotations: from folders and zips, by several workers, and with every mistake named."""
+"""Images and annotations are read from folders and zips and by several workers, and errors name what is wrong."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ from torchvision.ops import masks_to_boxes
 from conftest import COCO_SAMPLE, load_annotations, pack, parse, save_annotations, small, write_set
 from datasets import build_dataset, eval_loader, train_loader
 from datasets.coco import CocoDetection
+from datasets.rle import to_rle
 from util.box_ops import box_cxcywh_to_xyxy
 from util.runtime import UserError
 
@@ -25,7 +26,7 @@ def dataset(root, split="val", *flags):
 
 @pytest.fixture
 def own(tmp_path):
-    """A set that a test may damage."""
+    """A data set that a test may change."""
     return write_set(tmp_path / "set", count=4, splits=("val",))
 
 
@@ -38,7 +39,7 @@ def edit(root, change):
 def test_targets_are_the_annotations_without_crowds(coco):
     data, images = load_annotations(coco, "val"), dataset(coco)
     assert len(images) == len(data["images"])
-    for picture, target in images:
+    for image, target in images:
         objects = [a for a in data["annotations"] if a["image_id"] == target["image_id"] and not a["iscrowd"]]
         height, width = target["orig_size"].tolist()
         boxes = box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([width, height, width, height])
@@ -46,11 +47,11 @@ def test_targets_are_the_annotations_without_crowds(coco):
         expected[:, 2:] += expected[:, :2]
         torch.testing.assert_close(boxes, expected, rtol=0, atol=1e-3)
         assert target["labels"].tolist() == [a["category_id"] for a in objects]
-        assert min(picture.shape[1:]) == 64 and picture.shape[1:] == tuple(target["size"].tolist())
+        assert min(image.shape[1:]) == 64 and image.shape[1:] == tuple(target["size"].tolist())
 
 
 def drawn(segmentation):
-    """The mask of a picture of 8×6 (height, width) whose only object has the segmentation."""
+    """A change of the annotations to an image of 8×6 pixels (height, width) whose only object has the segmentation."""
 
     def find(data):
         data["images"] = [{**data["images"][0], "height": 8, "width": 6}]
@@ -76,7 +77,7 @@ NOTCHED[4:6, 2:4] = 0
         ("compressed", NOTCHED),
     ],
 )
-def test_masks_come_from_polygons_and_both_kinds_of_rle(own, segmentation, expected):
+def test_masks_are_read_from_polygons_and_both_kinds_of_rle(own, segmentation, expected):
     if segmentation == "compressed":
         rle = rle_tools.encode(np.asfortranarray(expected))
         segmentation = {**rle, "counts": rle["counts"].decode()}
@@ -87,16 +88,31 @@ def test_masks_come_from_polygons_and_both_kinds_of_rle(own, segmentation, expec
     assert np.array_equal(masks[0], expected)
 
 
-def test_targets_have_a_bool_mask_of_every_object_in_the_size_of_the_picture(coco):
-    for (picture, target), (_, bare) in zip(dataset(coco, "val", "--masks"), dataset(coco), strict=True):
-        masks, (height, width) = target["masks"], picture.shape[1:]
+def test_compressed_and_uncompressed_counts_of_random_masks_are_accepted():
+    random = np.random.RandomState(0)
+    for _ in range(50):
+        height, width = random.randint(1, 90, 2)
+        mask = random.rand(height, width) < random.rand()
+        mask[: random.randint(height + 1)] = random.randint(2)  # long and short runs
+        compressed = rle_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
+        pixels = np.r_[0, mask.ravel(order="F")]  # the first count is that of leading zeros
+        changes = np.flatnonzero(np.diff(pixels))
+        uncompressed = np.diff(np.r_[0, changes, mask.size]).tolist()
+        for counts in (compressed["counts"].decode(), uncompressed, [float(count) for count in uncompressed]):
+            rle = to_rle({"size": [height, width], "counts": counts}, height, width, "object")
+            assert np.array_equal(rle_tools.decode(rle), mask)
+
+
+def test_targets_have_a_bool_mask_of_every_object_with_the_size_of_the_image(coco):
+    for (image, target), (_, bare) in zip(dataset(coco, "val", "--masks"), dataset(coco), strict=True):
+        masks, (height, width) = target["masks"], image.shape[1:]
         assert masks.dtype == torch.bool and masks.shape == (len(target["labels"]), height, width)
         assert "masks" not in bare and torch.equal(bare["boxes"], target["boxes"])
         boxes = box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([width, height, width, height])
         torch.testing.assert_close(masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1]), boxes, rtol=0, atol=2.5)
 
 
-def test_a_set_without_any_object_has_empty_targets_of_the_same_types(own):
+def test_a_data_set_without_objects_has_empty_targets_of_the_same_types(own):
     edit(own, lambda data: data.update(annotations=[]))
     target = dataset(own, "val", "--masks")[0][1]
     assert target["boxes"].shape == (0, 4) and target["labels"].dtype == torch.int64
@@ -114,13 +130,17 @@ def test_a_set_without_any_object_has_empty_targets_of_the_same_types(own):
         ([[1, 2, 4, 2, 4, "6"]], "pixels"),
         ([1, 2, 4, 2, 4, 6], "three points"),
         ({"size": [6, 8], "counts": [10, 38]}, "[6, 8]"),
-        ({"size": [8, 6], "counts": [10, 37]}, "48"),
+        ({"size": [8, 6], "counts": [10, 37]}, "counts add up to 47:"),
+        ({"size": [8, 6], "counts": [10, 39]}, "counts add up to 49:"),
         ({"size": [8, 6], "counts": [-10, 58]}, "48"),
-        ({"size": [8, 6], "counts": "abc"}, "decoded"),
-        ({"size": [8, 6], "counts": ":44000"}, "end early"),
-        ({"size": [8, 6], "counts": ""}, "end early"),
+        ({"size": [8, 6], "counts": "abc"}, "decoded (its last count is incomplete)"),
+        ({"size": [8, 6], "counts": "~"}, "decoded (its counts contain the character '~')"),
+        ({"size": [8, 6], "counts": ":44000"}, "counts add up to 30:"),
+        ({"size": [8, 6], "counts": ""}, "counts add up to 0:"),
+        ({"size": [8, 6], "counts": "Pb0"}, "counts add up to 576:"),
         ({"size": [8, 6], "counts": ["a"]}, "decoded"),
-        ({"size": [8, 6]}, "decoded"),
+        ({"size": [8, 6], "counts": [10.5, 37.5]}, "decoded"),
+        ({"size": [8, 6]}, "decoded (its counts are None"),
     ],
 )
 def test_a_segmentation_that_cannot_be_drawn_is_named_where_masks_are_asked_for(own, segmentation, words):
@@ -131,7 +151,7 @@ def test_a_segmentation_that_cannot_be_drawn_is_named_where_masks_are_asked_for(
     assert "object 4711" in str(caught.value) and words in str(caught.value)
 
 
-def test_folder_zip_and_a_zip_that_completes_a_folder_give_the_same(coco, tmp_path):
+def test_a_folder_a_zip_and_both_together_give_the_same_images(coco, tmp_path):
     packed, mixed = tmp_path / "packed", tmp_path / "mixed"
     for root in (packed, mixed):
         shutil.copytree(coco / "annotations", root / "annotations")
@@ -140,18 +160,18 @@ def test_folder_zip_and_a_zip_that_completes_a_folder_give_the_same(coco, tmp_pa
     shutil.copy(coco / "val2017" / "0001.png", mixed / "val2017")
     expected = list(dataset(coco))
     for root in (packed, mixed):
-        for (picture, target), (other, other_target) in zip(expected, dataset(root), strict=True):
-            assert torch.equal(picture, other) and torch.equal(target["boxes"], other_target["boxes"])
+        for (image, target), (other, other_target) in zip(expected, dataset(root), strict=True):
+            assert torch.equal(image, other) and torch.equal(target["boxes"], other_target["boxes"])
 
 
-def test_zips_are_read_safely_by_several_workers(coco, tmp_path):
+def test_several_workers_can_read_a_zip(coco, tmp_path):
     shutil.copytree(coco / "annotations", tmp_path / "annotations")
     pack(tmp_path, "val", coco / "val2017")
     images = dataset(tmp_path)
-    expected = [images[i][0] for i in range(len(images))]  # opens the zip before the workers are forked
+    expected = [images[i][0] for i in range(len(images))]  # opens the zip before the workers start
     for _ in range(3):
         loader = eval_loader(images, parse(*small(tmp_path, "--num_workers", 2, "--batch_size", 1)))
-        assert all(torch.equal(batch.tensors[0], picture) for (batch, _), picture in zip(loader, expected, strict=True))
+        assert all(torch.equal(batch.tensors[0], image) for (batch, _), image in zip(loader, expected, strict=True))
 
 
 def test_class_count_comes_from_the_annotations(coco):
@@ -160,7 +180,7 @@ def test_class_count_comes_from_the_annotations(coco):
         assert dataset(COCO_SAMPLE).num_classes == 91
 
 
-def test_training_loader_gives_every_picture_in_an_epochs_own_order(coco):
+def test_training_loader_shuffles_all_images_anew_in_each_epoch(coco):
     loader = train_loader(dataset(coco, "train"), parse(*small(coco)))
     orders = []
     for epoch in (0, 1, 0):
@@ -169,7 +189,7 @@ def test_training_loader_gives_every_picture_in_an_epochs_own_order(coco):
     assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == [7, 17, 27, 37, 47, 57]
 
 
-def test_difficult_objects_are_left_out_of_training_when_asked(tmp_path):
+def test_remove_difficult_removes_difficult_objects_from_training(tmp_path):
     root = write_set(tmp_path / "set", count=2)
     for split in ("train", "val"):
         data = load_annotations(root, split)
@@ -184,7 +204,7 @@ def test_difficult_objects_are_left_out_of_training_when_asked(tmp_path):
     assert counts["val", ("--remove_difficult",)] == counts["val", ()]
 
 
-def test_boxes_without_area_are_left_out_with_one_note_however_many_there_are(tmp_path, capsys):
+def test_boxes_without_area_are_removed_with_a_single_note(tmp_path, capsys):
     root = write_set(tmp_path / "set", count=2, splits=("val",))
 
     def change(data):
@@ -203,7 +223,7 @@ def test_boxes_without_area_are_left_out_with_one_note_however_many_there_are(tm
     assert labels == [load_annotations(root, "val")["annotations"][0]["category_id"], 4]
 
 
-def test_a_box_among_thousands_that_reaches_out_is_clipped_with_a_note(tmp_path, capsys):
+def test_a_single_box_outside_the_image_among_thousands_is_clipped_with_a_note(tmp_path, capsys):
     root = write_set(tmp_path / "set", count=2, splits=("val",))
 
     def change(data):
@@ -218,7 +238,7 @@ def test_a_box_among_thousands_that_reaches_out_is_clipped_with_a_note(tmp_path,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mistakes: each a UserError whose sentence names what is wrong
+# Errors: each is a UserError whose message names what is wrong
 
 
 def refused(root, *words, read=False):
@@ -230,11 +250,11 @@ def refused(root, *words, read=False):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_annotations_are_named(tmp_path):
+def test_error_names_missing_annotations(tmp_path):
     refused(tmp_path, "instances_val2017.json", "--coco_path")
 
 
-def test_truncated_annotations_are_named(own):
+def test_error_names_truncated_annotations(own):
     path = own / "annotations" / "instances_val2017.json"
     path.write_text(path.read_text()[:200])
     refused(own, path, "not JSON")
@@ -249,25 +269,25 @@ def test_truncated_annotations_are_named(own):
         json.dumps({"images": [{"id": 1}], "categories": [], "annotations": []}),
     ],
 )
-def test_json_of_another_format_is_refused(own, content):
+def test_json_in_another_format_is_rejected(own, content):
     (own / "annotations" / "instances_val2017.json").write_text(content)
     refused(own, "instances_val2017.json")
 
 
-def test_missing_folder_and_zip_are_both_named(own):
+def test_error_names_missing_folder_and_zip(own):
     shutil.rmtree(own / "val2017")
     refused(own, own / "val2017", own / "val2017.zip")
 
 
-def test_a_picture_missing_from_folder_and_zip_is_named(own):
+def test_error_names_an_image_missing_from_folder_and_zip(own):
     pack(own, "val")
     (own / "val2017" / "0002.png").unlink()
-    dataset(own)  # the zip still has it
+    dataset(own)  # the image is still in the zip
     (own / "val2017.zip").unlink()
     refused(own, "0002.png", own / "val2017", "1 of 4")
 
 
-def test_a_truncated_zip_is_named(own):
+def test_error_names_a_truncated_zip(own):
     pack(own, "val")
     shutil.rmtree(own / "val2017")
     archive = own / "val2017.zip"
@@ -275,7 +295,7 @@ def test_a_truncated_zip_is_named(own):
     refused(own, archive, "truncated")
 
 
-def test_a_damaged_member_of_a_zip_is_named(own):
+def test_error_names_a_damaged_file_in_a_zip(own):
     pack(own, "val")
     shutil.rmtree(own / "val2017")
     archive = own / "val2017.zip"
@@ -287,12 +307,12 @@ def test_a_damaged_member_of_a_zip_is_named(own):
     refused(own, "0002.png", archive, read=True)
 
 
-def test_an_encrypted_zip_is_named(own):
+def test_error_names_an_encrypted_zip(own):
     pack(own, "val")
     shutil.rmtree(own / "val2017")
     archive = own / "val2017.zip"
     content = bytearray(archive.read_bytes())
-    content[content.index(b"PK\1\2") + 8] |= 1  # the flag of the first member in the directory
+    content[content.index(b"PK\1\2") + 8] |= 1  # mark the first file as encrypted in the zip's directory
     archive.write_bytes(content)
     refused(own, "0000.png", archive, "encrypted", read=True)
 
@@ -301,19 +321,19 @@ def test_an_encrypted_zip_is_named(own):
     ("part", "field", "value"),
     [("images", "file_name", 3), ("annotations", "image_id", [7]), ("annotations", "category_id", {})],
 )
-def test_a_field_of_another_type_is_named(own, part, field, value):
+def test_error_names_a_field_of_another_type(own, part, field, value):
     edit(own, lambda data: data[part][0].update({field: value}))
     refused(own, field, repr(value), part)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", None])
-def test_a_truncated_picture_is_named(own, content):
+@pytest.mark.parametrize("content", [b"", b"no image", None])
+def test_error_names_a_truncated_image(own, content):
     path = own / "val2017" / "0003.png"
     path.write_bytes(path.read_bytes()[:1500] if content is None else content)
     refused(own, path, read=True)
 
 
-def test_a_truncated_picture_is_named_by_a_worker_too(own):
+def test_error_of_a_worker_names_a_truncated_image(own):
     path = own / "val2017" / "0003.png"
     path.write_bytes(path.read_bytes()[:1500])
     with pytest.raises(UserError) as caught:
@@ -321,7 +341,7 @@ def test_a_truncated_picture_is_named_by_a_worker_too(own):
     assert str(path) in str(caught.value) and "Traceback" not in str(caught.value)
 
 
-def test_a_picture_of_another_size_than_annotated_is_named(own):
+def test_error_names_an_image_of_another_size_than_annotated(own):
     Image.new("RGB", (33, 44)).save(own / "val2017" / "0000.png")
     refused(own, "0000.png", "44×33", read=True)
 
@@ -336,7 +356,7 @@ def test_a_picture_of_another_size_than_annotated_is_named(own):
         ([float("nan"), 1, 2, 3], "four finite numbers"),
     ],
 )
-def test_a_box_outside_the_picture_is_named(own, box, words):
+def test_error_names_a_box_outside_the_image(own, box, words):
     edit(
         own,
         lambda data: data["annotations"].append(
@@ -346,7 +366,7 @@ def test_a_box_outside_the_picture_is_named(own, box, words):
     refused(own, "4711", words)
 
 
-def test_a_set_in_which_no_box_has_an_area_is_refused(own):
+def test_a_data_set_in_which_no_box_has_an_area_is_rejected(own):
     edit(own, lambda data: [entry.update(bbox=[5, 5, 10, 0], iscrowd=0) for entry in data["annotations"]])
     refused(own, "object 1 ", "no area")
 
@@ -354,23 +374,23 @@ def test_a_set_in_which_no_box_has_an_area_is_refused(own):
 @pytest.mark.parametrize(
     ("field", "value", "words"), [("image_id", 99, "image 99"), ("category_id", 99, "category 99")]
 )
-def test_an_object_of_an_unknown_picture_or_category_is_named(own, field, value, words):
+def test_error_names_an_object_of_an_unknown_image_or_category(own, field, value, words):
     edit(own, lambda data: data["annotations"][0].update({field: value}))
     refused(own, "object 1 ", words)
 
 
 @pytest.mark.parametrize("part", ["images", "categories"])
-def test_an_id_that_is_no_whole_number_is_named(own, part):
+def test_error_names_an_id_that_is_not_a_whole_number(own, part):
     edit(own, lambda data: data[part][0].update(id="seven"))
     refused(own, "'seven'", part)
 
 
-def test_two_pictures_with_one_id_are_refused(own):
+def test_two_images_with_the_same_id_are_rejected(own):
     edit(own, lambda data: data["images"][1].update(id=7))
     refused(own, "same id")
 
 
-def test_boxes_may_stick_out_by_a_rounding_error(own):
+def test_boxes_may_exceed_the_image_by_a_rounding_error(own):
     edit(
         own,
         lambda data: data["annotations"][0].update(

@@ -1,5 +1,4 @@
-"""The evaluation against pycocotools itself; that it is the same for 1, 2 and 3 processes is tested with masks, in
-test_panoptic.py."""
+"""Box AP equals that of pycocotools. test_panoptic.py tests that metrics do not depend on the number of ranks."""
 
 import contextlib
 import io
@@ -21,7 +20,7 @@ from models import build_model
 
 
 def noisy_copies(data, seed=0):
-    """Detections (picture id → result of PostProcess): the objects, moved a little, a few in another class."""
+    """Detections (image id → result of PostProcess): the objects, shifted a little, and some with another class."""
     random, found = np.random.RandomState(seed), {}
     for image in data["images"]:
         rows = []
@@ -36,7 +35,7 @@ def noisy_copies(data, seed=0):
 
 
 def direct(path, found):
-    """The twelve numbers by pycocotools alone, from a list of results as COCO's server takes it."""
+    """The twelve metrics of pycocotools, from a list of results in COCO's format."""
     results = [
         {
             "image_id": image_id,
@@ -63,8 +62,8 @@ def larger(tmp_path_factory):
 
 def test_evaluator_equals_pycocotools_on_noisy_copies(larger):
     found = noisy_copies(load_annotations(larger, "val"))
-    found[17] = {name: values[:0] for name, values in found[17].items()}  # nothing detected in this one
-    assert not len(found[27]["scores"])  # and nothing there in this one
+    found[17] = {name: values[:0] for name, values in found[17].items()}  # no detections in this image
+    assert not len(found[27]["scores"])  # and no objects in this one
     evaluator = CocoEvaluator(build_dataset("val", parse(*small(larger))).ground_truth())
     for image_id in reversed(found):
         evaluator.update({image_id: found[image_id]})
@@ -73,14 +72,14 @@ def test_evaluator_equals_pycocotools_on_noisy_copies(larger):
     np.testing.assert_allclose(evaluator.summarize().stats, expected, rtol=1e-12)
 
 
-def test_a_model_that_finds_nothing_is_measured_as_zero(larger):
+def test_a_model_without_detections_has_an_ap_of_zero(larger):
     evaluator = CocoEvaluator(build_dataset("val", parse(*small(larger))).ground_truth())
     empty = {"boxes": torch.empty(0, 4), "scores": torch.empty(0), "labels": torch.empty(0, dtype=torch.long)}
     evaluator.update({image["id"]: empty for image in load_annotations(larger, "val")["images"]})
     assert evaluator.summarize().stats[0] == 0
 
 
-def test_a_set_without_any_object_is_measured_as_minus_one(tmp_path):
+def test_a_data_set_without_objects_has_an_ap_of_minus_one(tmp_path):
     root = write_set(tmp_path / "set", count=2, splits=("val",))
     data = load_annotations(root, "val")
     found = noisy_copies(data)
@@ -114,23 +113,22 @@ def test_objects_count_also_where_their_ids_begin_at_0_or_are_all_the_same(tmp_p
 
 
 def oracle(args):
-    """What `evaluate` says of a model that tells pictures by their colours and answers with noisy copies of their
-    objects, so that the numbers are far from 0 and 1."""
+    """The result of `evaluate` for a model that recognizes images by their pixels and returns noisy copies of their
+    objects, so that the metrics are far from 0 and 1."""
     dataset = build_dataset("val", args)
     _, criterion, postprocessors = build_model(args)
     found = noisy_copies(load_annotations(args.coco_path, "val"))
-    pictures = [picture for picture, _ in dataset]
+    images = [image for image, _ in dataset]
 
     class Oracle(torch.nn.Module):
         def forward(self, samples):
             logits, boxes = torch.zeros(len(samples.tensors), 5, 6), torch.full((len(samples.tensors), 5, 4), 0.5)
             logits[..., 5] = 9.0
-            for i, picture in enumerate(samples.tensors):
+            for i, image in enumerate(samples.tensors):
                 index = next(
                     j
-                    for j, known in enumerate(pictures)
-                    if known.shape <= picture.shape
-                    and torch.equal(known, picture[:, : known.shape[1], : known.shape[2]])
+                    for j, known in enumerate(images)
+                    if known.shape <= image.shape and torch.equal(known, image[:, : known.shape[1], : known.shape[2]])
                 )
                 size, result = dataset[index][1]["orig_size"], found[dataset.images[index]["id"]]
                 corners = result["boxes"] / torch.tensor([size[1], size[0], size[1], size[0]])
@@ -144,7 +142,7 @@ def oracle(args):
     )[0]
 
 
-def test_numbers_are_the_same_for_any_batch_size(larger):
+def test_metrics_do_not_depend_on_the_batch_size(larger):
     one, few, many = (
         oracle(parse(*small(larger, "--eval", "--num_classes", 5, "--eval_batch_size", size))) for size in (1, 2, 20)
     )
@@ -154,7 +152,7 @@ def test_numbers_are_the_same_for_any_batch_size(larger):
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, larger):
-    """A checkpoint in the released form for the model of `small`."""
+    """A checkpoint in the released format, for the model of `small`."""
     model, _, _ = build_model(parse(*small(larger, "--num_classes", 5, "--eval")))
     path = tmp_path_factory.mktemp("filled") / "filled.pth"
     torch.save({"model": fill_state_dict(model.state_dict())}, path)
@@ -162,11 +160,13 @@ def filled(tmp_path_factory, larger):
 
 
 def report(text):
-    """The lines of a program's output that carry numbers of the evaluation."""
+    """The lines of a program's output that contain metrics."""
     return [line for line in text.splitlines() if line.startswith(("Averaged stats:", " Average "))]
 
 
-def test_the_released_command_says_the_same_from_folder_and_zip_alone_or_with_another(larger, filled, tmp_path, capsys):
+def test_the_released_command_gives_the_same_metrics_from_folder_and_zip_on_one_or_two_ranks(
+    larger, filled, tmp_path, capsys
+):
     (tmp_path / "annotations").symlink_to(larger / "annotations")
     pack(tmp_path, "val", larger / "val2017")
     flags = ["--eval", "--resume", filled, "--output_dir", tmp_path / "out"]
@@ -181,7 +181,7 @@ def test_the_released_command_says_the_same_from_folder_and_zip_alone_or_with_an
     assert arrays["precision"].shape == (10, 101, 3, 4, 3)
 
 
-def test_with_batch_1_a_picture_is_seen_alone(larger, filled, capsys):
+def test_with_batch_size_1_results_do_not_depend_on_other_images(larger, filled, capsys):
     for flags in (("--eval_batch_size", 1), ("--batch_size", 1)):
         main.main(parse(*small(larger, "--eval", "--resume", filled, *flags)))
     first, second = np.array_split(report(capsys.readouterr().out), 2)

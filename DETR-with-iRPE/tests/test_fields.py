@@ -1,5 +1,5 @@
-"""Fields of annotations: every wrong type is one sentence when the file is read, what is odd but right is read, and
-what is probably a mistake is noted."""
+"""Fields of annotations: errors name invalid values, unusual but valid values are accepted, and notes report values
+that are probably wrong."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ NAN = math.nan
 
 @pytest.fixture
 def own(tmp_path):
-    """A set, also as a panoptic one, that a test may damage."""
+    """A data set with panoptic annotations, which a test may change."""
     root = write_set(tmp_path / "set", count=4)
     for split in ("train", "val"):
         write_panoptic(root, root / "panoptic", split)
@@ -58,7 +58,7 @@ def refused(function, *arguments):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Wrong types
+# Invalid values
 
 WRONG_IDS = [True, "7", -1, 1.5, NAN, math.inf, [7], 2**63]
 WRONG_FLAGS = ["0", "1", 2, -1, 0.5, NAN, [], "false"]
@@ -97,7 +97,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("part", "field"), WRONG, ids=map(".".join, WRONG))
-def test_a_field_of_a_wrong_type_is_named_with_file_entry_and_value(own, part, field):
+def test_error_names_file_entry_and_value_of_a_field_of_a_wrong_type(own, part, field):
     original = load_annotations(own, "val")
     for value in WRONG[part, field]:
         entries = [dict(entry) for entry in original[part]]
@@ -109,24 +109,24 @@ def test_a_field_of_a_wrong_type_is_named_with_file_entry_and_value(own, part, f
 
 
 @pytest.mark.parametrize(("part", "field"), [("images", "width"), ("annotations", "bbox"), ("categories", "id")])
-def test_a_missing_field_is_named(own, part, field):
+def test_error_names_a_missing_field(own, part, field):
     edit(instances(own), lambda data: data[part][1].pop(field))
     assert f"{part}: entry 1" in (sentence := refused(read, own)) and f"{field} is None" in sentence
 
 
 @pytest.mark.parametrize("part", ["images", "categories", "annotations"])
 @pytest.mark.parametrize("entry", [None, 3, "a", [1]])
-def test_an_entry_that_is_no_object_is_named(own, part, entry):
+def test_error_names_an_entry_that_is_not_an_object(own, part, entry):
     edit(instances(own), lambda data: data[part].insert(1, entry))
     assert f"{part}: entry 1 is {entry!r}; it must be an object" in refused(read, own)
 
 
-def test_a_long_value_is_not_shown_whole(own):
+def test_errors_shorten_long_values(own):
     edit(instances(own), lambda data: data["annotations"][0].update(segmentation="1 2 " * 1000))
     assert len(refused(read, own)) < 400
 
 
-def test_coordinates_of_polygons_are_numbers_too(own):
+def test_coordinates_of_polygons_must_be_numbers(own):
     edit(instances(own), lambda data: data["annotations"][0].update(segmentation=[[1, 2, True, 4, 5, 6]]))
     assert "polygon [1, 2, True" in refused(read, own, "val", "--masks")
 
@@ -135,7 +135,7 @@ def test_coordinates_of_polygons_are_numbers_too(own):
     ("part", "words"),
     [("images", "two images have the same id, 7"), ("categories", "two categories have the same id, 1")],
 )
-def test_an_id_given_twice_is_named(own, part, words):
+def test_error_names_a_duplicate_id(own, part, words):
     edit(instances(own), lambda data: data[part].append({**data[part][0], "name": "another"}))
     assert words in refused(read, own)
 
@@ -150,7 +150,7 @@ SEGMENT = {
 
 
 @pytest.mark.parametrize("field", SEGMENT)
-def test_a_field_of_a_segment_of_a_wrong_type_is_named(own, field):
+def test_error_names_a_segments_field_of_a_wrong_type(own, field):
     original = json.loads(panoptic(own).read_text())
     for value in SEGMENT[field]:
         data = json.loads(json.dumps(original))
@@ -170,7 +170,7 @@ def test_a_field_of_a_segment_of_a_wrong_type_is_named(own, field):
         ("annotations", "segments_info", [None, {}, "a"]),
     ],
 )
-def test_a_field_of_a_panoptic_file_of_a_wrong_type_is_named(own, part, field, values):
+def test_error_names_a_panoptic_field_of_a_wrong_type(own, part, field, values):
     original = json.loads(panoptic(own).read_text())
     for value in values:
         entries = [dict(entry) for entry in original[part]]
@@ -187,17 +187,17 @@ def test_a_field_of_a_panoptic_file_of_a_wrong_type_is_named(own, part, field, v
         (lambda entries: entries[0]["segments_info"].append(3), "segments_info: entry"),
     ],
 )
-def test_segments_that_are_there_twice_or_no_objects_are_named(own, change, words):
+def test_error_names_duplicate_segments_and_segments_that_are_not_objects(own, change, words):
     edit(panoptic(own), lambda data: change(data["annotations"]))
     assert words in refused(read_panoptic, own)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Odd, but right
+# Unusual but valid values
 
 
 def measured(dataset):
-    """AP of the objects themselves as detections."""
+    """The metrics if the objects themselves are the detections."""
     truth = dataset.ground_truth()
     found = [
         {"image_id": entry["image_id"], "category_id": entry["category_id"], "bbox": entry["bbox"], "score": 0.9}
@@ -225,7 +225,7 @@ def measured(dataset):
     ],
     ids=str,
 )
-def test_null_means_missing_false_means_0_and_whole_floats_are_ids(own, odd):
+def test_null_false_and_whole_floats_are_accepted(own, odd):
     plain = {"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 20, 30]}
     results = []
     for entry in (plain, {**plain, **odd}):
@@ -239,25 +239,25 @@ def test_null_means_missing_false_means_0_and_whole_floats_are_ids(own, odd):
     assert results[0] == results[1] and results[0][0] == pytest.approx(1)
 
 
-def test_true_means_a_crowd(own):
+def test_true_marks_a_crowd(own):
     edit(instances(own), lambda data: [entry.update(iscrowd=True) for entry in data["annotations"][:2]])
     crowds = [entry["iscrowd"] for entry in read(own).ground_truth().dataset["annotations"]]
     assert crowds[:2] == [1, 1] and sum(len(target["labels"]) for _, target in read(own)) == len(crowds) - 2
 
 
-def test_whole_floats_are_sides_and_ids_of_images(own):
+def test_sides_and_ids_of_images_may_be_whole_floats(own):
     def change(data):
         for image in data["images"]:
             image.update(id=float(image["id"]), width=float(image["width"]), height=float(image["height"]))
 
     plain = list(read(own))
     edit(instances(own), change)
-    for (picture, target), (expected, expected_target) in zip(read(own), plain, strict=True):
-        assert torch.equal(picture, expected) and target["orig_size"].dtype == torch.int64
+    for (image, target), (expected, expected_target) in zip(read(own), plain, strict=True):
+        assert torch.equal(image, expected) and target["orig_size"].dtype == torch.int64
         assert all(torch.equal(target[name], expected_target[name]) for name in expected_target)
 
 
-def test_categories_without_a_name_are_called_by_their_id(own):
+def test_the_name_of_a_category_without_a_name_is_its_id(own):
     edit(
         instances(own),
         lambda data: data.update(categories=[{"id": 1}, {"id": 3, "name": None}, {"id": 4, "name": "cat"}]),
@@ -274,7 +274,7 @@ def run(root, *flags):
 
 
 @pytest.mark.parametrize("flags", [[], ["--masks", "--dataset_file", "coco_panoptic"]])
-def test_ids_that_mean_other_categories_in_training_and_validation_are_named(own, flags):
+def test_error_names_ids_that_differ_in_meaning_between_training_and_validation(own, flags):
     path = panoptic(own) if flags else instances(own)
     edit(path, lambda data: [data["categories"][i].update(name=name) for i, name in ((0, "bee"), (1, "ant"))])
     flags = [*flags, "--coco_panoptic_path", own / "panoptic"] if flags else []
@@ -282,26 +282,26 @@ def test_ids_that_mean_other_categories_in_training_and_validation_are_named(own
     assert "4 (" not in sentence
 
 
-def test_upper_case_and_spaces_make_no_other_category(own, capsys):
+def test_category_names_may_differ_in_case_and_spaces(own, capsys):
     edit(instances(own), lambda data: data["categories"][0].update(name=" Ant"))
     main.build_datasets(parse(*small(own)))
     assert capsys.readouterr().out == ""
 
 
-def test_things_in_training_that_are_stuff_in_validation_are_named(own):
+def test_error_names_things_in_training_that_are_stuff_in_validation(own):
     edit(panoptic(own), lambda data: data["categories"][1].update(isthing=0))
     assert "categories 3 are things in one of" in refused(
         run, own, "--masks", "--dataset_file", "coco_panoptic", "--coco_panoptic_path", own / "panoptic"
     )
 
 
-def test_instances_whose_names_differ_from_the_panoptic_ones_are_named(own):
+def test_error_names_instance_categories_whose_names_differ_from_the_panoptic_ones(own):
     edit(instances(own), lambda data: data["categories"][0].update(name="asp"))
     assert "1 (ant and asp)" in refused(read_panoptic(own).ground_truth)
 
 
 @pytest.mark.parametrize(("flags", "fails"), [(["--eval"], True), (["--epochs", 2], True), (["--finetune"], False)])
-def test_a_checkpoint_of_other_categories_is_named_but_may_be_finetuned(own, tmp_path, flags, fails):
+def test_a_checkpoint_of_other_categories_is_rejected_except_for_finetuning(own, tmp_path, flags, fails):
     run(own, "--output_dir", tmp_path)
     for split in ("train", "val"):
         data = load_annotations(own, split)
@@ -314,7 +314,7 @@ def test_a_checkpoint_of_other_categories_is_named_but_may_be_finetuned(own, tmp
         run(own, *flags)
 
 
-def test_categories_of_validation_alone_and_without_names_are_no_error(own, capsys):
+def test_categories_of_validation_alone_or_without_names_are_accepted(own, capsys):
     def change(data):
         data["categories"][0].pop("name")
         data["categories"].append({"id": 5, "name": "dog"})
@@ -335,13 +335,13 @@ def notes_of(capsys, root, *flags):
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
 
 
-def test_a_set_as_it_should_be_gives_no_note(own, capsys):
+def test_a_correct_data_set_gives_no_note(own, capsys):
     assert notes_of(capsys, own) == []
     assert notes_of(capsys, own, "--dataset_file", "coco_panoptic", "--coco_panoptic_path", own / "panoptic") == []
 
 
 @pytest.mark.parametrize("crowds", [False, True])
-def test_a_training_set_without_an_object_is_noted(own, capsys, crowds):
+def test_a_note_reports_a_training_set_without_objects(own, capsys, crowds):
     data = load_annotations(own, "train")
     data["annotations"] = [{**entry, "iscrowd": 1} for entry in data["annotations"]] if crowds else []
     save_annotations(own, "train", data)
@@ -351,7 +351,7 @@ def test_a_training_set_without_an_object_is_noted(own, capsys, crowds):
     assert "has no object" in note
 
 
-def test_boxes_as_shares_of_the_image_are_noted(own, capsys):
+def test_a_note_reports_boxes_relative_to_the_image(own, capsys):
     def change(data):
         for entry in data["annotations"]:
             entry["bbox"] = [0.25, 0.5, 0.5, 0.5]
@@ -365,7 +365,7 @@ def test_boxes_as_shares_of_the_image_are_noted(own, capsys):
 
 
 @pytest.mark.parametrize("flags", [[], ["--dataset_file", "coco_panoptic"]])
-def test_more_objects_in_an_image_than_queries_are_noted_with_the_fullest(own, capsys, flags):
+def test_a_note_reports_more_objects_than_queries_and_names_the_image_with_the_most(own, capsys, flags):
     dataset = read_panoptic(own) if flags else read(own)
     flags = ["--eval", *flags, "--coco_panoptic_path", own / "panoptic"]
     counts = [len(target["labels"]) for _, target in dataset]
@@ -376,7 +376,7 @@ def test_more_objects_in_an_image_than_queries_are_noted_with_the_fullest(own, c
     assert notes_of(capsys, own, *flags, "--num_queries", max(counts)) == []
 
 
-def test_images_that_share_a_file_are_noted(own, capsys):
+def test_a_note_reports_images_that_share_a_file(own, capsys):
     edit(instances(own), lambda data: data["images"].append({**data["images"][0], "id": 4711}))
     (note,) = notes_of(capsys, own, "--eval")
     assert "2 of the images have the same file, 0000.png" in note
@@ -384,7 +384,7 @@ def test_images_that_share_a_file_are_noted(own, capsys):
 
 @pytest.mark.parametrize("area", [0, 1, 1e6])
 def test_areas_that_do_not_fit_the_boxes_are_noted(own, capsys, area):
-    """COCO's numbers by size would be of the wrong objects."""
+    """COCO's metrics by size would count the wrong objects."""
     edit(instances(own), lambda data: [entry.update(area=area, bbox=[1, 1, 35, 33]) for entry in data["annotations"]])
     run(own, "--eval")
     (note,) = (line for line in capsys.readouterr().out.splitlines() if "the area of" in line)
@@ -396,11 +396,11 @@ def test_areas_that_do_not_fit_the_boxes_are_noted(own, capsys, area):
     assert "the area of" not in capsys.readouterr().out
 
 
-def test_areas_of_masks_and_of_a_few_odd_objects_are_not_noted(own, capsys):
+def test_areas_of_masks_and_of_a_few_odd_objects_give_no_note(own, capsys):
     objects = [
         {"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 1, 30, 30], "area": area, "iscrowd": 0}
         for area in [*[2] * 20, *[900] * 19, 0]
-    ]  # a rope, boxes, and one without an area in 40
+    ]  # ropes, boxes, and one object in 40 without an area
     edit(instances(own), lambda data: data.update(annotations=objects))
     run(own, "--eval")
     assert "the area of" not in capsys.readouterr().out

@@ -30,8 +30,8 @@ def test_every_released_flag_has_its_name_type_and_default(flag):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A set, also as a panoptic one, whose first training picture has an object marked difficult, and weights of a
-    detector for it in detector.pth."""
+    """A data set with panoptic annotations, whose first training image has an object marked difficult, and the weights
+    of a detector for it in detector.pth."""
     root = write_set(tmp_path_factory.mktemp("flags"), count=4)
     for split in ("train", "val"):
         write_panoptic(root, root / "panoptic", split)
@@ -202,7 +202,7 @@ def test_both_spellings_of_the_launchers_flag_are_taken_and_not_shown(program, s
         parser = visualize.parser()
     else:
         parser = run_with_submitit.get_parser()
-    required = ["--image", "x"] * (program == "visualize")
+    required = ["--image", "x"] if program == "visualize" else []
     assert parser.parse_args([spelling, *required]).local_rank == 1
     assert "rank" not in parser.format_help()
 

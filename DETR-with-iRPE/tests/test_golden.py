@@ -1,4 +1,4 @@
-"""The detector against numbers measured on the public implementation (tests/golden/)."""
+"""The detector reproduces the golden numbers of the public implementation (tests/golden/)."""
 
 import functools
 import json
@@ -21,13 +21,13 @@ ARRAYS = np.load(GOLDEN / "detr_arrays.npz")
 NAMES = list(META)
 
 
-# (layer, picture, query, object) that the golden assignments have where others cost 4e-8 more, less than what the
-# number of threads changes, or 2e-6 of 12, less than what another order of the attention's sums does
+# Golden matches (layer, image, query, object) with a competitor that costs 4e-8 more, which is less than the effect of
+# the number of threads, or 2e-6 of 12, which is less than the effect of another order of the attention's sums.
 TIES = {"rpe-2.0-product-ctx-1-qkv": [(3, 1, 4, 5), (-1, 1, 4, 6)], "rpe-2.0-product-ctx-1-k": [(0, 1, 22, 5)]}
 
 
 class Matcher(HungarianMatcher):
-    """The matcher with near ties broken as in the golden files."""
+    """The matcher, which decides these near ties as in the golden files."""
 
     def __init__(self, ties):
         super().__init__(1, 5, 2)
@@ -35,14 +35,14 @@ class Matcher(HungarianMatcher):
 
     def _cost(self, logits, boxes, targets):
         cost = super()._cost(logits, boxes, targets)
-        for layer, picture, query, obj in self.ties:
+        for layer, index, query, obj in self.ties:
             if layer < len(cost):
-                cost[layer, picture, query, obj] -= 1e-5
+                cost[layer, index, query, obj] -= 1e-5
         return cost
 
 
 def build(name):
-    """Model, criterion and postprocessors of a golden configuration, filled and without dropout."""
+    """Model, criterion and postprocessors of a golden configuration, with deterministic weights and no dropout."""
     args = main.get_args_parser().parse_args([*META[name]["argv"], "--eval", "--dropout", "0"])
     model, criterion, postprocessors = models.build_model(args)
     model.load_state_dict(fill_state_dict(model.state_dict()))
@@ -65,7 +65,7 @@ def targets():
 
 @functools.lru_cache
 def run(name):
-    """Everything that the golden files say about a configuration, from one forward and backward pass."""
+    """All quantities of the golden files for a configuration, from one forward and backward pass."""
     _, model, criterion, postprocessors = build(name)
     model.eval()
     outputs = model(batch())
@@ -138,7 +138,7 @@ def test_gradients_equal_the_released_ones(name):
             assert gradients[key] is None
         else:
             assert gradients[key].norm().item() == pytest.approx(expected[0], rel=1e-3)
-            # values next to zero carry the rounding of the whole tensor
+            # values near zero have rounding errors in proportion to the whole tensor
             np.testing.assert_allclose(
                 gradients[key].flatten()[:6], expected[1:], rtol=1e-2, atol=1e-5 * gradients[key].abs().max().item()
             )
@@ -159,7 +159,7 @@ def test_training_steps_equal_the_released_ones(name):
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_max_norm).item())
         optimizer.step()
         losses.append(loss.item())
-    # Adam's first steps blow rounding up: one thread more moves the fourth loss by 4e-4 and its gradient by 8e-3
+    # Adam's first steps amplify rounding errors: one more thread changes the fourth loss by 4e-4, its gradient by 8e-3.
     assert losses[:3] == pytest.approx(expected["losses"][:3], rel=1e-4)
     assert norms[:3] == pytest.approx(expected["grad_norm_before_clip"][:3], rel=1e-3)
     assert losses[3] == pytest.approx(expected["losses"][3], rel=1e-3)

@@ -1,4 +1,4 @@
-"""Images of every mode, orientation and shape in a set of COCO's format, and errors that name them."""
+"""Images of every mode, orientation and shape are read, and errors name the image."""
 
 import io
 import json
@@ -18,7 +18,7 @@ import main
 import visualize
 from conftest import load_annotations, pack, parse, save_annotations, small, write_panoptic, write_set
 from datasets import build_dataset, eval_loader
-from datasets.coco import read_picture
+from datasets.coco import read_image
 from datasets.coco_panoptic import read_ids
 from datasets.transforms import make_coco_transforms
 from util.images import resized
@@ -33,7 +33,7 @@ def read(root, split="val", *flags):
 
 @pytest.fixture
 def own(tmp_path):
-    """A set, also as a panoptic one, that a test may damage."""
+    """A data set with panoptic annotations, which a test may change."""
     root = write_set(tmp_path / "set", count=4)
     for split in ("train", "val"):
         write_panoptic(root, root / "panoptic", split)
@@ -65,7 +65,7 @@ def test_deep_images_are_scaled_in_a_folder_and_in_a_zip(own, packed):
 
 
 @pytest.mark.parametrize(("mode", "packed"), [("F", False), ("I", False), ("F", True)])
-def test_a_mode_of_unknown_range_is_refused_with_the_file_also_in_a_worker(own, mode, packed):
+def test_error_names_an_image_whose_mode_has_an_unknown_range_also_in_a_worker(own, mode, packed):
     path = own / "val2017" / "0003.png"
     Image.new(mode, Image.open(path).size).save(path, "TIFF")
     if packed:
@@ -78,7 +78,7 @@ def test_a_mode_of_unknown_range_is_refused_with_the_file_also_in_a_worker(own, 
 
 
 def ids_image(mode):
-    """An image of the ids 5 and 9 in a mode, as a file object."""
+    """A file object with a map of the segment ids 5, 9 and 5 in an image mode."""
     ids = np.array([[5, 9, 5]])
     if mode in ("RGB", "RGBA", "P"):
         image = Image.fromarray(np.stack([ids, 0 * ids, 0 * ids], axis=-1).astype(np.uint8))
@@ -92,18 +92,20 @@ def ids_image(mode):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 def test_a_panoptic_map_may_have_a_palette_or_transparency(mode):
-    assert read_picture(ids_image(mode), "map", read_ids).tolist() == [[5, 9, 5]]
+    assert read_image(ids_image(mode), "map", read_ids).tolist() == [[5, 9, 5]]
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "F"])
-def test_a_panoptic_map_without_colours_of_8_bits_is_refused(mode):
-    with pytest.raises(UserError, match=f"^map cannot be read: its mode is {mode}, but the ids of segments are col"):
-        read_picture(ids_image(mode), "map", read_ids)
+def test_a_panoptic_map_without_8_bit_colours_is_rejected(mode):
+    with pytest.raises(
+        UserError, match=f"^image map cannot be read: its mode is {mode}, but the ids of segments are col"
+    ):
+        read_image(ids_image(mode), "map", read_ids)
 
 
-def test_a_panoptic_map_of_16_bits_per_colour_does_not_pass_for_one_of_void(own):
+def test_a_panoptic_map_with_16_bits_per_colour_is_not_read_as_void(own):
     path = own / "panoptic" / "panoptic_val2017" / "7.png"
-    colours = np.asarray(Image.open(path)).astype(">u2")  # Pillow reads the high bytes, which are 0
+    colours = np.asarray(Image.open(path)).astype(">u2")  # Pillow keeps the high bytes, which are 0
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -123,20 +125,20 @@ def test_a_panoptic_map_of_16_bits_per_colour_does_not_pass_for_one_of_void(own)
 
 
 def turn(path, orientation=6):
-    """Mark an image file as one to be shown turned; its pixels stay."""
+    """Set the EXIF orientation of an image file without changing its pixels."""
     with Image.open(path) as image:
         exif = image.getexif()
         exif[ORIENTATION] = orientation
         image.save(path, exif=exif)
 
 
-def test_the_stored_pixels_and_their_boxes_are_used_with_one_note_of_all_workers(own, capsys):
+def test_pixels_are_used_as_stored_with_a_single_note_for_all_workers(own, capsys):
     plain = list(read(own))
     for split, count in (("train", 4), ("val", 2)):
         for number in range(count):
             turn(own / f"{split}2017" / f"{number:04}.png")
-    for (picture, target), (expected, expected_target) in zip(read(own), plain, strict=True):
-        assert torch.equal(picture, expected) and torch.equal(target["boxes"], expected_target["boxes"])
+    for (image, target), (expected, expected_target) in zip(read(own), plain, strict=True):
+        assert torch.equal(image, expected) and torch.equal(target["boxes"], expected_target["boxes"])
     capsys.readouterr()
     main.main(parse(*small(own, "--num_workers", 2, "--epochs", 2)))
     notes = [line for line in capsys.readouterr().out.splitlines() if "EXIF" in line]
@@ -147,7 +149,7 @@ def test_the_stored_pixels_and_their_boxes_are_used_with_one_note_of_all_workers
     )
 
 
-def test_annotations_of_the_turned_image_are_told_what_is_wrong(own):
+def test_error_explains_annotations_of_the_rotated_image(own):
     turn(own / "val2017" / "0001.png")
     data = load_annotations(own, "val")
     image = data["images"][1]
@@ -158,12 +160,12 @@ def test_annotations_of_the_turned_image_are_told_what_is_wrong(own):
         list(read(own))
 
 
-def test_a_drawing_is_of_the_stored_pixels_with_a_note(own, tmp_path, monkeypatch, capsys):
+def test_drawings_use_pixels_as_stored_and_print_a_note(own, tmp_path, monkeypatch, capsys):
     path = own / "val2017" / "0001.png"
     turn(path)
     seen = []
     monkeypatch.setattr(visualize, "load_model", lambda args, argv: (args, torch.nn.Identity(), {}, {}))
-    monkeypatch.setattr(visualize, "drawings", lambda model, picture, *_: seen.append(picture) or [])
+    monkeypatch.setattr(visualize, "drawings", lambda model, image, *_: seen.append(image) or [])
     visualize.main(
         visualize.parser().parse_args(
             ["--resume", "x", "--output_dir", str(tmp_path / "out"), "--device", "cpu", "--image", str(path)]
@@ -188,18 +190,18 @@ def sample(width, height):
 
 
 @pytest.mark.parametrize("shape", [(2000, 10), (10, 2000), (1, 1), (2, 1), (1, 300), (5000, 1)])
-def test_images_of_extreme_shape_keep_a_pixel_and_their_boxes(shape):
+def test_images_of_extreme_shape_keep_at_least_one_pixel_and_their_boxes(shape):
     for split in ("train", "val"):
         transforms = make_coco_transforms(split, 64)
         for seed in range(20 if split == "train" else 1):
             torch.manual_seed(seed)
-            picture, target = transforms(*sample(*shape))
-            assert min(picture.shape[1:]) >= 1 and max(picture.shape[1:]) <= 107
-            assert target["masks"].shape[1:] == picture.shape[1:] and len(target["boxes"]) == len(target["masks"])
+            image, target = transforms(*sample(*shape))
+            assert min(image.shape[1:]) >= 1 and max(image.shape[1:]) <= 107
+            assert target["masks"].shape[1:] == image.shape[1:] and len(target["boxes"]) == len(target["masks"])
             assert ((0 <= target["boxes"]) & (target["boxes"] < 1 + 1e-6)).all()
 
 
-def test_sides_are_torchvisions_unless_one_would_be_0():
+def test_resized_sides_are_torchvisions_unless_one_would_be_0():
     random = np.random.RandomState(0)
     for _ in range(500):
         height, width, short_side, more = (int(value) for value in random.randint(1, 900, 4))
@@ -209,7 +211,7 @@ def test_sides_are_torchvisions_unless_one_would_be_0():
             assert resized(height, width, short_side, max_size) == tuple(max(1, side) for side in expected)
 
 
-def test_a_run_trains_on_and_measures_images_of_extreme_shape(tmp_path):
+def test_training_and_evaluation_accept_images_of_extreme_shape(tmp_path):
     root = write_set(tmp_path / "set", count=4)
     for split in ("train", "val"):
         data = load_annotations(root, split)

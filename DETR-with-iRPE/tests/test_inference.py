@@ -1,5 +1,5 @@
-"""PyTorch's encoder layers, which skip the attention's `forward` at inference if they can, compute what they do in
-training."""
+"""PyTorch's encoder layers with our attention give the same results in training and inference, where PyTorch tries to
+skip the attention's `forward`."""
 
 import copy
 import itertools
@@ -28,7 +28,7 @@ LAYER_MASKS = {
 
 
 def with_attention(layer, rpe_config):
-    """The layer with our attention in it, whose weights and tables are random, and without dropout's randomness."""
+    """Replace the layer's attention by ours, with random weights and tables and without dropout."""
     old = layer.self_attn
     layer.self_attn = RPEMultiheadAttention(
         CHANNELS, HEADS, bias=old.in_proj_bias is not None, batch_first=old.batch_first, rpe_config=rpe_config
@@ -47,7 +47,7 @@ def make_layer(rpe_config=CONFIG, batch_first=True, **arguments):
 
 def make_stack(**arguments):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # PyTorch says that it does without nested tensors
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that it does not use nested tensors
         return nn.TransformerEncoder(make_layer(**arguments), 2)
 
 
@@ -57,7 +57,7 @@ def tokens(batch_first=True):
 
 
 def assert_same_at_inference(module, x, **masks):
-    """Equal in training and evaluation, with and without gradients; and what it computes is returned."""
+    """Compare the results in training and evaluation mode, with and without gradients, and return them."""
     expected = module.train()(x, **masks)
     module.eval()
     torch.testing.assert_close(module(x, **masks), expected)
@@ -70,7 +70,7 @@ def assert_same_at_inference(module, x, **masks):
 @pytest.mark.parametrize("masks", LAYER_MASKS.values(), ids=LAYER_MASKS)
 @pytest.mark.parametrize("rpe_config", [CONFIG, None], ids=["iRPE", "plain"])
 @pytest.mark.parametrize("make", [make_layer, make_stack])
-def test_an_encoder_computes_at_inference_what_it_does_in_training(make, rpe_config, masks):
+def test_an_encoder_gives_the_same_results_in_training_and_inference(make, rpe_config, masks):
     if make is make_stack:
         masks = {name.replace("src_mask", "mask"): mask for name, mask in masks.items()}
     assert_same_at_inference(make(rpe_config=rpe_config), tokens(), **masks)
@@ -78,12 +78,12 @@ def test_an_encoder_computes_at_inference_what_it_does_in_training(make, rpe_con
 
 @pytest.mark.parametrize("make", [make_layer, make_stack])
 @pytest.mark.parametrize("norm_first, bias, batch_first", list(itertools.product([False, True], repeat=3)))
-def test_so_it_does_in_every_kind_of_layer(make, norm_first, bias, batch_first):
+def test_every_kind_of_layer_gives_the_same_results_in_training_and_inference(make, norm_first, bias, batch_first):
     module = make(norm_first=norm_first, bias=bias, batch_first=batch_first)
     assert_same_at_inference(module, tokens(batch_first), src_key_padding_mask=PADDING)
 
 
-def test_the_tables_matter_in_these_tests():
+def test_the_lookup_tables_affect_the_results_of_these_tests():
     layer = make_layer()
     expected = assert_same_at_inference(layer, tokens())
     for name, parameter in layer.named_parameters():
@@ -96,10 +96,10 @@ def test_copies_and_pickled_layers_keep_the_encoding_at_inference():
     layer = make_layer()
     expected = assert_same_at_inference(layer, tokens())
     pickled_before = copy.deepcopy(layer)
-    vars(pickled_before.self_attn)["_qkv_same_embed_dim"] = True  # as in modules that older code pickled
+    vars(pickled_before.self_attn)["_qkv_same_embed_dim"] = True  # as in modules pickled by older versions
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), pickle.loads(pickle.dumps(pickled_before))):
         torch.testing.assert_close(assert_same_at_inference(copied, tokens()), expected)
-    layer.self_attn._reset_parameters()  # PyTorch's, which must still find its weights
+    layer.self_attn._reset_parameters()  # PyTorch's initialization must still find the weights
     assert_same_at_inference(layer, tokens())
 
 
@@ -124,7 +124,7 @@ def test_an_encoder_under_autocast_keeps_the_encoding_at_inference():
         assert_same_at_inference(module, tokens(), src_key_padding_mask=PADDING)
 
 
-def test_attention_alone_and_in_a_decoder_layer_computes_the_same_at_inference():
+def test_attention_alone_and_in_a_decoder_layer_gives_the_same_results_in_inference():
     attention = make_layer().self_attn
     memory = image(2, (2, 5, CHANNELS))
     decoder = with_attention(nn.TransformerDecoderLayer(CHANNELS, HEADS, 32, dropout=0.0, batch_first=True), CONFIG)
@@ -142,7 +142,7 @@ def test_attention_alone_and_in_a_decoder_layer_computes_the_same_at_inference()
 
 
 @pytest.mark.parametrize("rpe_config", [CONFIG, None], ids=["iRPE", "plain"])
-def test_a_stack_whose_layers_got_their_attention_later_refuses_nested_tensors(rpe_config):
+def test_an_encoder_whose_attention_was_replaced_later_rejects_nested_tensors(rpe_config):
     stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(CHANNELS, HEADS, 32, dropout=0.0, batch_first=True), 2)
     for layer in stack.layers:
         with_attention(layer, rpe_config)

@@ -207,7 +207,7 @@ def test_the_demo_runs_from_end_to_end(tmp_path):
     for name in ("AP of boxes", "AP50 of masks", "panoptic quality"):
         assert f"{name} 0.0" in out
     assert (tmp_path / "curves.png").stat().st_size > 5000
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "drawings").iterdir()) == [
         f"{number:06}_{kind}.png" for number in (0, 1) for kind in ("detections", "panoptic")
     ]
 
@@ -290,17 +290,19 @@ def test_hub_entries_build_their_models_and_load_what_is_cached(offline, tmp_pat
         ("detr_resnet50_dc5_panoptic", "detr-r50-dc5-panoptic-da08f1b1.pth"),
         ("detr_resnet101_panoptic", "detr-r101-panoptic-40021d53.pth"),
     ):
-        with pytest.raises(UserError, match=f"https://dl.fbaipublicfiles.com/detr/{file}"):
+        with pytest.raises(hubconf._runtime.UserError, match=f"https://dl.fbaipublicfiles.com/detr/{file}"):
             getattr(hubconf, name)(pretrained=True)
     weights = fill_state_dict(hubconf.detr_resnet50_rpe_19_product_ctx_1_k().state_dict())
     torch.save({"model": weights}, tmp_path / "checkpoints" / "rpe-1.9-product-ctx-1-k.pth")
     loaded = hubconf.detr_resnet50_rpe_19_product_ctx_1_k(pretrained=True).state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
-    with pytest.raises(UserError, match="91 classes and this run 20: leave num_classes out"):
+    with pytest.raises(hubconf._runtime.UserError, match="91 classes and this run 20: leave num_classes out"):
         hubconf.detr_resnet50_rpe_19_product_ctx_1_k(pretrained=True, num_classes=20)
     file = tmp_path / "checkpoints" / "rpe-2.0-product-ctx-1-k.pth"
     torch.save({"model": weights}, file)
-    with pytest.raises(UserError, match=f"of another shape.*; remove {file} to have the file fetched anew"):
+    with pytest.raises(
+        hubconf._runtime.UserError, match=f"of another shape.*; remove {file} to have the file fetched anew"
+    ):
         hubconf.detr_resnet50_rpe_20_product_ctx_1_k(pretrained=True)
 
 

@@ -1,4 +1,4 @@
-"""The parts of the detector, each against something simpler."""
+"""The parts of the detector, compared with simpler implementations."""
 
 import argparse
 import filecmp
@@ -28,7 +28,7 @@ from util.runtime import UserError
 
 
 def tiny(*flags):
-    """A filled small detector in evaluation mode."""
+    """A small detector with deterministic weights in evaluation mode."""
     model, criterion, postprocessors = build_model(parse(*small("unused", "--num_classes", 7, "--eval", *flags)))
     model.load_state_dict(fill_state_dict(model.state_dict()))
     return model.eval(), criterion, postprocessors
@@ -42,9 +42,10 @@ def tiny(*flags):
         ("util/watchdog.py", "watchdog.py"),
         ("util/images.py", "images.py"),
         ("tests/fill.py", "tests/fill.py"),
+        ("codebase_import.py", "codebase_import.py"),
     ],
 )
-def test_the_copy_of_a_file_of_deit_is_the_same(here, there):
+def test_files_shared_with_deit_are_identical(here, there):
     original = PROJECT.parent / "DeiT-with-iRPE" / there
     if not original.is_file():
         pytest.skip("needs DeiT-with-iRPE beside this folder")
@@ -67,7 +68,7 @@ VALID = [
 ]
 
 
-def test_every_valid_encoding_is_parsed_as_it_says():
+def test_every_valid_encoding_is_parsed():
     assert len(VALID) == 2 * 4 * 2 * (3 + 7)
     for text in VALID:
         _, ratio, method, mode, shared, on = text.split("-")
@@ -109,7 +110,7 @@ def test_every_mapping_runs_in_the_encoder_and_learns(method, mode, on):
         ("rpe-nan-product-ctx-1-k", "ratio"),
     ],
 )
-def test_a_wrong_encoding_is_refused_with_its_wrong_part_and_the_grammar(text, part):
+def test_error_for_an_invalid_encoding_names_its_part_and_the_grammar(text, part):
     with pytest.raises(UserError) as caught:
         parse_enc_rpe2d(text)
     assert part in str(caught.value) and "rpe-{ratio}-{euc|quant|cross|product}" in str(caught.value)
@@ -129,7 +130,7 @@ MASKS = {
 @pytest.mark.parametrize("rpe_on", [None, "qkv"])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
-def test_without_encoding_or_with_empty_tables_attention_equals_pytorchs(rpe_on, batch_first, masks):
+def test_attention_without_encoding_or_with_tables_of_zeros_equals_pytorchs(rpe_on, batch_first, masks):
     config = rpe_on and get_rpe_config(2.0, "product", "ctx", shared_head=False, skip=0, rpe_on=rpe_on)
     theirs = nn.MultiheadAttention(16, 4, batch_first=batch_first, dtype=torch.float64)
     ours = RPEMultiheadAttention(16, 4, batch_first=batch_first, dtype=torch.float64, rpe_config=config)  # tables are 0
@@ -149,7 +150,7 @@ def test_without_encoding_or_with_empty_tables_attention_equals_pytorchs(rpe_on,
 
 
 def loop_over_queries(attention, x, hidden, ids):
-    """Output and weights of each head, from the formula."""
+    """The output and the weights of each head, computed by loops from the formula."""
     q, k, v = (attention.split_heads(y) for y in attention.project(x, x, x))
     (batch, heads, length, channels), weights = q.shape, torch.zeros(*q.shape[:3], q.shape[2], dtype=x.dtype)
     scale, out = channels**-0.5, torch.zeros_like(x)
@@ -185,7 +186,7 @@ def test_attention_with_encoding_equals_a_loop_over_queries_and_so_do_its_weight
         torch.testing.assert_close(found, (expected, seen))
 
 
-def test_attention_weights_in_training_are_those_that_dropout_left():
+def test_attention_weights_in_training_are_those_after_dropout():
     config = get_rpe_config(2.0, "product", "ctx", shared_head=False, skip=0, rpe_on="qkv")
     attention = RPEMultiheadAttention(8, 2, dropout=0.5, batch_first=True, rpe_config=config).train()
     attention.load_state_dict(fill_state_dict(attention.state_dict()))
@@ -206,7 +207,7 @@ def test_attention_weights_in_training_are_those_that_dropout_left():
         ({"vdim": 4}, "vdim=4"),
     ],
 )
-def test_attention_refuses_at_once_what_has_no_place_on_a_map(arguments, words):
+def test_attention_rejects_arguments_that_add_keys_without_a_position(arguments, words):
     with pytest.raises(ValueError, match=words):
         RPEMultiheadAttention(8, 2, **arguments)
 
@@ -215,7 +216,7 @@ def test_attention_refuses_at_once_what_has_no_place_on_a_map(arguments, words):
     ("shapes", "arguments", "words"),
     [
         ([(4, 8)] * 3, {}, r"\(4, 8\).*three dimensions"),
-        ([(4, 1, 8), (5, 1, 8), (5, 1, 8)], {}, r"\(5, 1, 8\).*one shape"),
+        ([(4, 1, 8), (5, 1, 8), (5, 1, 8)], {}, r"\(5, 1, 8\).*same shape"),
         ([(4, 1, 8)] * 3, {"is_causal": True}, "give the causal attn_mask"),
         ([(4, 1, 8)] * 3, {"key_padding_mask": torch.ones(1, 4).long()}, "int64.*bool"),
         ([(4, 1, 8)] * 3, {"hw": (3, 2)}, "3×2"),
@@ -228,11 +229,11 @@ def test_attention_refuses_inputs_that_it_would_misread(shapes, arguments, words
 
 
 @pytest.mark.parametrize("flags", [(), ("--pre_norm",), ("--enc_rpe2d", "rpe-2.0-product-ctx-1-qkv")])
-def test_tokens_on_padding_change_nothing(flags):
+def test_padding_does_not_change_the_results(flags):
     model, _, _ = tiny(*flags)
-    picture = image(1, (3, 64, 96))
+    pixels = image(1, (3, 64, 96))
     maps = NestedTensor(torch.zeros(1, 3, 128, 160), torch.ones(1, 128, 160, dtype=torch.bool))
-    maps.tensors[0, :, :64, :96], maps.mask[0, :64, :96] = picture, False
+    maps.tensors[0, :, :64, :96], maps.mask[0, :64, :96] = pixels, False
     src, pos = image(2, (1, 16, 4, 5)), image(3, (1, 16, 4, 5))
     mask = torch.ones(1, 4, 5, dtype=torch.bool)
     mask[:, :2, :3] = False
@@ -253,7 +254,7 @@ def test_tables_of_the_encoding_start_xavier_uniform():
     assert 0.9 * bound < table.abs().max() <= bound
 
 
-def test_arguments_stored_by_the_public_code_build_a_model():
+def test_build_model_accepts_the_arguments_in_released_checkpoints():
     released = json.loads((PROJECT / "tests" / "golden" / "cli_detr.json").read_text())
     args = argparse.Namespace(**{flag["dest"]: flag["default"] for flag in released})
     args.eval, args.enc_rpe2d = True, "rpe-1.9-product-ctx-1-k"
@@ -284,7 +285,7 @@ def test_learned_positions_are_a_column_and_a_row_and_end_at_50():
         positions(NestedTensor(None, torch.zeros(1, 4, 51, dtype=torch.bool)))
 
 
-def test_nested_tensor_list_and_batch_give_the_same_detections():
+def test_nested_tensors_lists_and_batches_give_the_same_detections():
     model, _, _ = tiny()
     batch = image(3, (2, 3, 64, 96))
     with torch.no_grad():
@@ -295,14 +296,14 @@ def test_nested_tensor_list_and_batch_give_the_same_detections():
 
 
 @pytest.mark.parametrize(("flags", "stride"), [((), 32), (("--last_stride", 1), 16)])
-def test_last_stride_sets_the_size_of_the_map(flags, stride):
+def test_last_stride_determines_the_size_of_the_map(flags, stride):
     model, _, _ = tiny(*flags)
     maps, positions = model.backbone(nested_tensor_from_tensor_list([torch.zeros(3, 64, 96)]))
     assert maps[-1].tensors.shape == (1, 512, 64 // stride, 96 // stride)
     assert maps[-1].mask.shape[1:] == positions[-1].shape[2:] == maps[-1].tensors.shape[2:]
 
 
-def test_dilation_keeps_the_resolution_and_needs_bottlenecks():
+def test_dilation_keeps_the_resolution_and_needs_bottleneck_blocks():
     backbone = Backbone("resnet50", True, return_interm_layers=True, dilation=True, pretrained=False)
     maps = backbone(nested_tensor_from_tensor_list([torch.zeros(3, 64, 64)]))
     shapes = [tuple(x.tensors.shape[1:]) for x in maps.values()]
@@ -313,12 +314,12 @@ def test_dilation_keeps_the_resolution_and_needs_bottlenecks():
         Backbone("resnet49", True, pretrained=False)
 
 
-def test_a_backbone_from_random_weights_trains_whole_and_loads_into_the_frozen_form():
+def test_a_backbone_with_random_weights_is_trained_completely_and_loads_with_frozen_norms():
     flags = small("unused", "--num_classes", 7)
     trained, _, _ = build_model(parse(*flags))
     assert all(p.requires_grad for p in trained.parameters())
     trained.train()
-    trained(image(1, (2, 3, 64, 64)))  # moves the running statistics
+    trained(image(1, (2, 3, 64, 64)))  # updates the running statistics
     frozen, _, _ = build_model(parse(*flags, "--eval"))
     names = {name for name, p in frozen.named_parameters() if not p.requires_grad}
     assert names == {
@@ -328,9 +329,9 @@ def test_a_backbone_from_random_weights_trains_whole_and_loads_into_the_frozen_f
     }
     load_weights(frozen, {"model": trained.state_dict()}, "x")
     load_weights(trained, {"model": frozen.state_dict()}, "x")
-    picture = image(2, (1, 3, 64, 96))
+    pixels = image(2, (1, 3, 64, 96))
     torch.testing.assert_close(
-        frozen.eval()(picture)["pred_logits"], trained.eval()(picture)["pred_logits"], rtol=1e-4, atol=1e-5
+        frozen.eval()(pixels)["pred_logits"], trained.eval()(pixels)["pred_logits"], rtol=1e-4, atol=1e-5
     )
 
 
@@ -388,7 +389,7 @@ def outputs_of(logits, boxes):
     return {**layers[-1], "aux_outputs": layers[:-1]}
 
 
-def test_losses_of_many_layers_are_those_of_each_layer_alone():
+def test_losses_of_several_layers_equal_those_of_each_layer_alone():
     logits, boxes = predictions(8, 3, 6)
     targets, criterion = objects(9, 2, 4), criterion_of()
     together = criterion(outputs_of(logits, boxes), targets)
@@ -398,7 +399,7 @@ def test_losses_of_many_layers_are_those_of_each_layer_alone():
             torch.testing.assert_close(together[name + suffix], alone[name])
 
 
-def test_perfect_predictions_cost_nothing():
+def test_perfect_predictions_have_zero_losses():
     targets = objects(4, 3, 1)
     logits, boxes = torch.full((2, 3, 6), -30.0), torch.full((2, 3, 4), 0.5)
     for i, target in enumerate(targets):
@@ -419,7 +420,7 @@ def test_a_batch_without_objects_has_finite_losses_and_gradients_for_all_outputs
     assert logits.grad.abs().max() > 0 and torch.equal(boxes.grad, torch.zeros_like(boxes))
 
 
-def test_predictions_that_are_not_finite_reach_the_loss():
+def test_predictions_that_are_not_finite_give_a_loss_that_is_not_finite():
     logits, boxes = predictions(1, 2, 4)
     logits[0, 0, 0, 0] = math.nan
     losses = criterion_of()(outputs_of(logits, boxes), objects(1, 2, 1))
@@ -440,10 +441,10 @@ def test_matcher_and_criterion_copy_from_the_device_once(monkeypatch):
         )
     logits, boxes = predictions(2, 6, 10)
     criterion_of()(outputs_of(logits, boxes), objects(3, 4, 2))
-    assert [name for name in copies if name != "numpy"] == ["cpu"]  # numpy: of the copy, on the CPU
+    assert [name for name in copies if name != "numpy"] == ["cpu"]  # numpy() is called on the copy on the CPU
 
 
-def test_boxes_are_counted_among_the_processes_of_a_training_step_which_do_not_wait_long(monkeypatch):
+def test_boxes_are_counted_over_all_ranks_in_training_within_the_step_timeout(monkeypatch):
     groups, training_group = [], object()
     monkeypatch.setattr(runtime, "training_group", training_group)
     monkeypatch.setattr(runtime, "all_reduce_sum", lambda count, group=None: groups.append(group) or count)

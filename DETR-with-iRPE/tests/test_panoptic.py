@@ -1,5 +1,5 @@
-"""Masks and panoptic sets: read, measured as pycocotools and another implementation of panoptic quality measure them,
-and the same for any number of processes."""
+"""Panoptic data sets, mask AP and panoptic quality. The metrics equal those of pycocotools and of an independent
+implementation, and do not depend on the number of ranks."""
 
 import contextlib
 import io
@@ -44,7 +44,7 @@ from util.runtime import UserError
 
 
 def flags_of(root, *flags):
-    """Of a run on the panoptic set in root/panoptic, with the pictures in root."""
+    """Flags of a run on the panoptic data set in root/panoptic, with the images in root."""
     return small(root, "--masks", "--dataset_file", "coco_panoptic", "--coco_panoptic_path", f"{root}/panoptic", *flags)
 
 
@@ -58,7 +58,7 @@ def annotations(root):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A panoptic set with crowds and void that tests only read."""
+    """A panoptic data set with crowds and void, which tests must not change."""
     root = write_set(tmp_path_factory.mktemp("made"), count=12)
     for split in ("train", "val"):
         write_panoptic(root, root / "panoptic", split)
@@ -67,7 +67,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def own(tmp_path):
-    """A panoptic set that a test may damage."""
+    """A panoptic data set that a test may change."""
     root = write_set(tmp_path / "set", count=3, splits=("val",))
     write_panoptic(root, root / "panoptic")
     return root
@@ -104,7 +104,7 @@ def test_maps_in_a_zip_and_without_masks_give_the_same_boxes(made, tmp_path):
         assert expected["masks"].dtype == torch.bool and len(expected["masks"]) == len(expected["labels"])
 
 
-def test_a_segment_without_pixels_is_no_object(own):
+def test_a_segment_without_pixels_is_not_an_object(own):
     data = json.loads(annotations(own).read_text())
     data["annotations"][0]["segments_info"].append({"id": 5, "category_id": 1})
     annotations(own).write_text(json.dumps(data))
@@ -113,14 +113,14 @@ def test_a_segment_without_pixels_is_no_object(own):
 
 
 @pytest.mark.parametrize(("iscrowd", "crowd"), [(None, 0), (False, 0), (True, 1)])
-def test_a_crowd_is_what_is_marked_as_one_in_whatever_way(own, iscrowd, crowd):
+def test_iscrowd_of_a_segment_may_be_null_false_or_true(own, iscrowd, crowd):
     data = json.loads(annotations(own).read_text())
     data["annotations"][0]["segments_info"][0]["iscrowd"] = iscrowd
     annotations(own).write_text(json.dumps(data))
     assert read(own).segments[7][0, 2] == crowd
 
 
-def test_things_are_what_the_set_says(made, monkeypatch):
+def test_the_annotations_determine_which_categories_are_things(made, monkeypatch):
     seen = []
     monkeypatch.setattr(main, "evaluate", lambda model, criterion, post, *rest: seen.append(post) or ({}, None))
     main.main(parse(*flags_of(made, "--eval")))
@@ -128,7 +128,7 @@ def test_things_are_what_the_set_says(made, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mistakes: each a UserError whose sentence names what is wrong
+# Errors: each is a UserError whose message names what is wrong
 
 
 def refused(root, *words):
@@ -138,7 +138,7 @@ def refused(root, *words):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_maps_and_annotations_are_named(own):
+def test_error_names_missing_maps_and_annotations(own):
     folder = own / "panoptic" / "panoptic_val2017"
     (folder / "17.png").unlink()
     refused(own, "17.png", folder, "1 of 3")
@@ -148,7 +148,7 @@ def test_missing_maps_and_annotations_are_named(own):
     refused(own, annotations(own), "--coco_panoptic_path")
 
 
-def test_a_map_with_pixels_of_an_unknown_segment_is_named(own):
+def test_error_names_a_map_with_pixels_of_an_unknown_segment(own):
     path = own / "panoptic" / "panoptic_val2017" / "7.png"
     ids = to_ids(Image.open(path))
     ids[0, 0] = 4711
@@ -156,7 +156,7 @@ def test_a_map_with_pixels_of_an_unknown_segment_is_named(own):
     refused(own, path, "segment 4711")
 
 
-def test_a_map_of_another_size_than_its_picture_is_named(own):
+def test_error_names_a_map_of_another_size_than_its_image(own):
     Image.new("RGB", (33, 44)).save(own / "panoptic" / "panoptic_val2017" / "7.png")
     refused(own, "7.png", "44×33")
 
@@ -173,21 +173,21 @@ def test_a_map_of_another_size_than_its_picture_is_named(own):
         (lambda data: data["categories"][0].pop("isthing"), ["categories", "isthing"]),
     ],
 )
-def test_annotations_that_do_not_fit_together_are_refused(own, change, words):
+def test_inconsistent_annotations_are_rejected(own, change, words):
     data = json.loads(annotations(own).read_text())
     change(data)
     annotations(own).write_text(json.dumps(data))
     refused(own, annotations(own) if "1 of 3" not in words else own, *words)
 
 
-def test_instances_are_measured_on_the_pictures_of_the_panoptic_set_alone(own):
+def test_instances_are_evaluated_only_on_the_images_of_the_panoptic_data_set(own):
     data = json.loads(annotations(own).read_text())
     data["images"], data["annotations"] = data["images"][1:], data["annotations"][1:]
     annotations(own).write_text(json.dumps(data))
     assert read(own).ground_truth().getImgIds() == [17, 27]
 
 
-def test_instances_of_another_set_are_refused(own):
+def test_instances_of_another_data_set_are_rejected(own):
     data = load_annotations(own, "val")
     data["images"] = data["images"][1:]
     data["annotations"] = [entry for entry in data["annotations"] if entry["image_id"] != 7]
@@ -201,7 +201,7 @@ def test_instances_of_another_set_are_refused(own):
 
 
 def noisy_masks(root, seed=0):
-    """Detections (picture id → result of PostProcessSegm): the objects' masks, moved, a few of another class."""
+    """Detections (image id → result of PostProcessSegm): the objects' masks, shifted, and some with another class."""
     random, truth = np.random.RandomState(seed), COCO(root / "annotations" / "instances_val2017.json")
     found = {}
     for image in truth.imgs.values():
@@ -217,7 +217,7 @@ def noisy_masks(root, seed=0):
     return found
 
 
-def test_mask_ap_equals_pycocotools_called_directly_in_whatever_order_pictures_come(made):
+def test_mask_ap_equals_pycocotools_in_any_order_of_the_images(made):
     found, path = noisy_masks(made), made / "annotations" / "instances_val2017.json"
     results = [
         {
@@ -245,21 +245,21 @@ def test_mask_ap_equals_pycocotools_called_directly_in_whatever_order_pictures_c
 # ---------------------------------------------------------------------------------------------------------------------
 # Panoptic quality
 
-ROW = np.arange(20)[None]  # ids by columns of one row of pixels
+ROW = np.arange(20)[None]  # the column of each pixel of a row
 
 
 def segments(*limits):
-    """Ids of a row of 20 pixels: (id, first pixel, one past the last) each; the rest is 0."""
+    """The ids of a row of 20 pixels, from (id, first pixel, one past the last pixel) of each segment; 0 elsewhere."""
     return sum(((ROW >= first) & (ROW < end)) * number for number, first, end in limits)
 
 
 @pytest.mark.parametrize(
     ("truth", "true_segments", "found", "found_segments", "expected"),
     [
-        # an IoU of a half is none of a match: a miss and a false find
+        # an IoU of one half is not a match: one missed and one wrong segment
         (segments((1, 0, 8)), [(1, 5, 0)], segments((1, 0, 4)), [(1, 5, 0)], [(5, 0), (5, 0)]),
         (segments((1, 0, 8)), [(1, 5, 0)], segments((9, 0, 6)), [(9, 5, 0)], [(5, 0.75)]),
-        # void does not count to the union: 6 of 8, not 6 of 12
+        # the union excludes void: 6 of 8, not 6 of 12
         (
             segments((1, 0, 8), (2, 12, 20)),
             [(1, 5, 0), (2, 6, 0)],
@@ -267,35 +267,35 @@ def segments(*limits):
             [(9, 5, 0)],
             [(5, 0.75), (6, 0)],
         ),
-        # a found segment of which more than half lies on void is no false one; with a half it is
+        # a found segment is not wrong if more than half of it is void; with exactly half it is
         (segments((1, 0, 8)), [(1, 5, 0)], segments((9, 5, 12)), [(9, 7, 0)], [(5, 0)]),
         (segments((1, 0, 8)), [(1, 5, 0)], segments((9, 4, 12)), [(9, 7, 0)], [(5, 0), (7, 0)]),
-        # a crowd is not missed, never matched, and swallows the found of its category alone
+        # a crowd is never matched or missed, and found segments of its category are not wrong
         (segments((1, 0, 20)), [(1, 5, 1)], segments((0, 0, 0)), [], []),
         (segments((1, 0, 20)), [(1, 5, 1)], segments((9, 0, 20)), [(9, 5, 0)], []),
         (segments((1, 0, 20)), [(1, 5, 1)], segments((9, 0, 20)), [(9, 6, 0)], [(6, 0)]),
         (segments((1, 0, 20)), [(1, 5, 1)], segments((8, 0, 9), (9, 9, 20)), [(8, 5, 0), (9, 5, 0)], []),
-        # void and crowd together are more than half
+        # void and crowd together make up more than half
         (segments((1, 0, 4), (2, 4, 8)), [(1, 5, 1), (2, 6, 0)], segments((9, 1, 11)), [(9, 5, 0)], [(6, 0)]),
-        # another category, and a true segment without pixels
+        # a wrong category, and a true segment without pixels
         (segments((1, 0, 20)), [(1, 5, 0), (3, 8, 0)], segments((9, 0, 20)), [(9, 6, 0)], [(5, 0), (6, 0), (8, 0)]),
-        # the id 0 is a segment where it is listed, also in the found map alone
+        # a segment may have the id 0, in both maps or in the found map only
         (segments((1, 0, 10)), [(1, 5, 0)], segments((1, 10, 20)), [(0, 5, 0), (1, 5, 0)], [(5, 1.0)]),
     ],
 )
-def test_segments_match_by_the_rules_of_void_and_crowds(truth, true_segments, found, found_segments, expected):
+def test_matching_follows_the_rules_for_void_and_crowds(truth, true_segments, found, found_segments, expected):
     assert sorted(compare(truth, true_segments, found, found_segments)) == expected
 
 
-def test_quality_is_the_mean_iou_of_matches_times_their_share():
-    found = quality([0.6, 0.8, 0, 0, 0])  # two matches, three without
+def test_quality_equals_equations_1_and_2():
+    found = quality([0.6, 0.8, 0, 0, 0])  # two matches, three segments without a match
     assert found == pytest.approx({"pq": 1.4 / 3.5, "sq": 0.7, "rq": 2 / 3.5})
     assert quality([0, 0]) == {"pq": 0, "sq": 0, "rq": 0}
 
 
 def perturbed(dataset, seed=0):
-    """Picture id → as PostProcessPanoptic would have it: the true map shifted, with false segments, holes, and classes
-    changed."""
+    """Image id → result of PostProcessPanoptic: the true map, shifted, with additional segments, holes and changed
+    classes."""
     random, found = np.random.RandomState(seed), {}
     for image in dataset.images:
         ids = np.roll(dataset.read_map(image), random.randint(0, 4, 2), (0, 1))
@@ -322,7 +322,7 @@ def perturbed(dataset, seed=0):
     return found
 
 
-def test_quality_equals_another_implementation_on_the_files_that_are_written(made, tmp_path, capsys):
+def test_quality_equals_another_implementation_on_the_written_files(made, tmp_path, capsys):
     panoptic = pytest.importorskip("hotcoco.panoptic", reason="pip install hotcoco")
     dataset = read(made)
     found, evaluator = perturbed(dataset), PanopticEvaluator(dataset, tmp_path)
@@ -346,16 +346,16 @@ def test_quality_equals_another_implementation_on_the_files_that_are_written(mad
     assert f"PQ  {100 * stats['PQ_st']['pq']:.1f}" in capsys.readouterr().out.replace("   ", "  ")
 
 
-def test_files_that_cannot_be_written_cost_no_number(made, tmp_path, capsys):
+def test_failed_writes_do_not_change_the_metrics(made, tmp_path, capsys):
     dataset = read(made)
     expected, stopped = PanopticEvaluator(dataset), PanopticEvaluator(dataset, tmp_path)
-    (tmp_path / "panoptic_eval").touch()  # a file where the folder should be
+    (tmp_path / "panoptic_eval").touch()  # a file in place of the folder
     for evaluator in (expected, stopped):
         evaluator.update(perturbed(dataset))
     capsys.readouterr()
     assert stopped.summarize() == expected.summarize()
     said = capsys.readouterr().out
-    assert said.count(f"note: {tmp_path}/panoptic_eval/") == 1 and "is incomplete, the numbers are not" in said
+    assert said.count(f"note: {tmp_path}/panoptic_eval/") == 1 and "is incomplete, but the metrics are complete" in said
 
 
 def test_without_an_output_directory_nothing_is_written(made, tmp_path, monkeypatch):
@@ -370,8 +370,8 @@ def test_without_an_output_directory_nothing_is_written(made, tmp_path, monkeypa
 
 
 class Oracle(nn.Module):
-    """Tells pictures by their colours and answers with their objects, moved and some in another class, so that the
-    numbers are far from 0 and 1."""
+    """A model that recognizes images by their pixels and returns their objects, shifted and some with another class, so
+    that the metrics are far from 0 and 1."""
 
     def __init__(self, dataset, queries, num_classes):
         super().__init__()
@@ -383,11 +383,11 @@ class Oracle(nn.Module):
         logits[..., -1] = 9.0
         boxes = torch.full((*logits.shape[:2], 4), 0.5)
         masks = torch.full((*logits.shape[:2], height // 4, width // 4), -9.0)
-        for i, picture in enumerate(samples.tensors):
+        for i, image in enumerate(samples.tensors):
             number, target = next(
                 (n, target)
                 for n, (known, target) in enumerate(self.known)
-                if (known.shape <= picture.shape and torch.equal(known, picture[:, : known.shape[1], : known.shape[2]]))
+                if (known.shape <= image.shape and torch.equal(known, image[:, : known.shape[1], : known.shape[2]]))
             )
             random = np.random.RandomState(number)
             for n in range(min(len(target["labels"]), self.queries)):
@@ -401,7 +401,7 @@ class Oracle(nn.Module):
 
 
 def _oracle(args):
-    """In a process: what `evaluate` says of the oracle on each set of the list of paths."""
+    """Run in a process of its own: the result of `evaluate` for the oracle on each data set of a list of paths."""
     device, results = runtime.init_distributed(args), []
     for root in args.coco_path.split(os.pathsep):
         args.coco_path, args.coco_panoptic_path = root, os.path.join(root, "panoptic")
@@ -422,11 +422,11 @@ def _oracle(args):
 
 
 def _save(results, folder):
-    """Not printed: what processes print into one pipe may be cut at any place."""
+    """Write to a file, since the outputs of several processes to the same pipe may interleave."""
     Path(folder, f"stats{runtime.get_rank()}.json").write_text(json.dumps(results))
 
 
-def test_mask_ap_and_quality_are_the_same_for_any_number_of_processes(made, tmp_path):
+def test_mask_ap_and_quality_do_not_depend_on_the_number_of_ranks(made, tmp_path):
     roots = [made]
     if COCO_SAMPLE.is_dir():
         roots.append(tmp_path / "sample")
@@ -463,7 +463,7 @@ def test_mask_ap_and_quality_are_the_same_for_any_number_of_processes(made, tmp_
         assert len(stats["coco_eval_bbox"]) == 12
 
 
-def test_log_and_eval_json_have_the_numbers_of_masks_and_quality(made, tmp_path):
+def test_log_and_eval_json_contain_mask_ap_and_quality(made, tmp_path):
     main.main(parse(*flags_of(made, "--output_dir", tmp_path)))
     row = json.loads((tmp_path / "log.txt").read_text())
     assert len(row["test_coco_eval_masks"]) == len(row["test_coco_eval_bbox"]) == 12
@@ -476,7 +476,7 @@ def test_log_and_eval_json_have_the_numbers_of_masks_and_quality(made, tmp_path)
         assert stats[name] == row[f"test_{name}"]
 
 
-def test_without_instances_panoptic_quality_is_measured_alone_also_of_categories_without_names(made, tmp_path):
+def test_without_instances_only_panoptic_quality_is_evaluated_also_without_category_names(made, tmp_path):
     (tmp_path / "val2017").symlink_to(made / "val2017")
     shutil.copytree(made / "panoptic", tmp_path / "panoptic", ignore=shutil.ignore_patterns("*train*"))
     data = json.loads(annotations(tmp_path).read_text())

@@ -1,5 +1,5 @@
-"""The mask head and what is made of its masks: numbers measured on the public implementation (tests/golden/), and small
-parts done by hand."""
+"""The mask head and the postprocessing of its masks: they reproduce the golden numbers of the public implementation
+(tests/golden/), and their parts equal simpler implementations."""
 
 import functools
 import io
@@ -37,7 +37,7 @@ def close(found, expected, tolerance):
 
 
 def targets(meta):
-    """As the golden file had them: what RandomState(tseed) draws, each object's mask its box in whole pixels."""
+    """The targets of a golden file: boxes from RandomState(tseed), each with the whole pixels inside it as its mask."""
     random, result = np.random.RandomState(meta["tseed"]), []
     for n, (height, width) in zip((3, 5), meta["sizes"], strict=True):
         boxes = np.concatenate([random.uniform(0.3, 0.7, (n, 2)), random.uniform(0.1, 0.4, (n, 2))], axis=1)
@@ -74,14 +74,14 @@ def run(name):
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_state_dict_is_the_released_one(name):
+def test_state_dict_equals_the_released_one(name):
     shapes = {key: list(value.shape) for key, value in run(name)[0].state_dict().items()}
     head = {key: shape for key, shape in shapes.items() if not key.startswith("detr.")}
     assert head == SEGM[name]["new_keys"]
     assert len(shapes) == SEGM[name]["n_keys"]
 
 
-def test_the_detector_inside_has_the_keys_of_the_detector_alone():
+def test_the_detector_under_a_mask_head_has_the_keys_of_a_detector_alone():
     inside = {key.removeprefix("detr."): list(value.shape) for key, value in run("segm_k")[0].detr.state_dict().items()}
     assert inside == MANIFEST["rpe-2.0-product-ctx-1-k"]
 
@@ -113,16 +113,16 @@ def test_losses_equal_the_released_ones(name):
 
 
 def gradient_norms(name):
-    """Norms of the golden configuration's gradients."""
+    """The norms of a golden configuration's gradients."""
     gradients = run(name)[3]
     return {key: gradients[key].norm().item() for key in SEGM[name]["grads"]}
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_gradients_equal_the_released_ones(name):
-    """In a process of its own, since MKL reads when it is loaded which instructions to use. Its AVX-512 products move
-    some activations of the mask head across the kink of a ReLU, and with them, on an Intel Xeon, four of segm_k's
-    gradients of norm 1e-5 by 2e-3; with AVX2 they agree to 2e-6. Other processors ignore the setting."""
+    """Run in a process of its own, since MKL selects its instructions when it is loaded. With AVX-512, some activations
+    of the mask head cross the kink of a ReLU, which changes four of segm_k's gradients of norm 1e-5 by 2e-3 on an Intel
+    Xeon. With AVX2 they agree to 2e-6. Other processors ignore the setting."""
     code = f"import json, test_segmentation; print(json.dumps(test_segmentation.gradient_norms({name!r})))"
     status, out, said = finish(start(PROJECT / "tests" / "run_code.py", code, MKL_CBWR="AVX2"))
     assert status == 0, said
@@ -144,11 +144,11 @@ def test_results_equal_the_released_ones(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From outputs to results
+# Postprocessing
 
 
 def same_segments(found, expected):
-    """All of a list of pictures' segments, up to 3 pixels of area."""
+    """Compare the segments of a list of images. Areas may differ by 3 pixels."""
     for ours, theirs in zip(found, expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert {**one, "area": 0} == {**other, "area": 0}
@@ -165,7 +165,7 @@ def made_outputs(seed):
 
 
 @pytest.mark.parametrize("name", POSTS)
-def test_masks_of_made_outputs_have_the_released_areas(name):
+def test_masks_of_synthetic_outputs_have_the_released_areas(name):
     meta, outputs = SEGM[name], made_outputs(SEGM[name]["seed"])
     results = PostProcessSegm()([{}, {}], outputs, torch.tensor(meta["original"]), torch.tensor(meta["processed"]))
     for result, size, areas in zip(results, meta["original"], meta["mask_areas"], strict=True):
@@ -174,7 +174,7 @@ def test_masks_of_made_outputs_have_the_released_areas(name):
 
 
 @pytest.mark.parametrize("name", POSTS)
-def test_panoptic_maps_of_made_outputs_are_the_released_ones_and_their_pngs_agree_with_the_areas(name):
+def test_panoptic_maps_of_synthetic_outputs_equal_the_released_ones(name):
     meta = SEGM[name]
     post = PostProcessPanoptic({category: category <= 90 for category in range(201)}, meta["threshold"])
     results = post(made_outputs(meta["seed"]), torch.tensor(meta["processed"]), torch.tensor(meta["original"]))
@@ -197,7 +197,7 @@ def check_areas(result):
 
 
 def panoptic(masks, classes, things=(1, 2), sizes=None):
-    """Result for queries that are sure of their classes, of 5; the masks are logits in rows of numbers."""
+    """The panoptic map of confident queries, from their mask logits as nested lists and their classes, of 5 classes."""
     logits = torch.full((1, len(classes), 6), -9.0)
     logits[0, range(len(classes)), classes] = 9
     post = PostProcessPanoptic({category: category in things for category in range(5)})
@@ -205,7 +205,7 @@ def panoptic(masks, classes, things=(1, 2), sizes=None):
     return post({"pred_logits": logits, "pred_masks": masks}, sizes or [masks.shape[-2:]])[0]
 
 
-def test_each_pixel_goes_to_the_query_that_claims_it_most():
+def test_each_pixel_belongs_to_the_query_with_the_largest_logit():
     left, right = [[5, 5, 5, 1, 1, 1]] * 4, [[1, 1, 4, 4, 4, 4]] * 4
     result = panoptic([left, right], [2, 2])
     assert result["segments_info"] == [
@@ -215,45 +215,46 @@ def test_each_pixel_goes_to_the_query_that_claims_it_most():
     assert check_areas(result).tolist() == [[0, 0, 0, 1, 1, 1]] * 4
 
 
-def test_queries_of_one_stuff_class_are_one_segment_and_those_of_a_thing_are_not():
-    # the second query of class 3 gives its pixels to the first and is gone; then the map is made again without it
+def test_queries_of_a_stuff_class_are_merged_and_those_of_a_thing_class_are_not():
+    # The second query of class 3 is merged into the first, has no pixels left and is removed. The map is then computed
+    # again without it.
     thirds = [[[9 * (column // 2 == third) - third for column in range(6)]] * 3 for third in range(3)]
     for things, expected in (((), [12, 6]), ((3,), [6, 6, 6])):
         segments = panoptic(thirds, [3, 3, 4], things)["segments_info"]
         assert [segment["area"] for segment in segments] == expected
         assert [segment["category_id"] for segment in segments] == [3] * (len(expected) - 1) + [4]
         assert [segment["isthing"] for segment in segments] == [3 in things] * (len(expected) - 1) + [False]
-    # what it loses need not stay with the first: without the second, the third claims more of its pixels
+    # Its pixels need not stay with the first query: without the second, some of them belong to the third.
     claims = [[[9, 0, 0, 0, 0, 0]] * 5, [[0, 9, 9, 0, 0, 0]] * 5, [[0, 1, 1, 9, 9, 9]] * 5]
     assert [segment["area"] for segment in panoptic(claims, [3, 3, 4])["segments_info"]] == [5, 25]
 
 
-def test_segments_of_four_pixels_or_fewer_go_until_none_is_left():
+def test_segments_of_four_pixels_or_fewer_are_removed_until_none_is_left():
     a, b, c = np.zeros((3, 3, 7))
-    a[:], b[0, :4], c[0, :5] = 1, 3, 2  # b has four pixels, of c's five one is left: both go, and none comes back
+    a[:], b[0, :4], c[0, :5] = 1, 3, 2  # b has four pixels and c one of its five: both are removed for good
     segments = panoptic(np.stack([a, b, c]).tolist(), [1, 1, 2])["segments_info"]
     assert [(segment["category_id"], segment["area"]) for segment in segments] == [(1, 21)]
-    b[0, 4] = 3  # five are enough
+    b[0, 4] = 3  # five pixels are enough
     segments = panoptic(np.stack([a, b, c]).tolist(), [1, 1, 2])["segments_info"]
     assert [segment["area"] for segment in segments] == [16, 5]
 
 
-def test_removal_goes_on_where_a_removed_query_gave_its_pixels_to_others():
-    # merged, the stuff has 4 + 5 pixels; without its second query five of them go to the thing, and 4 are too few
+def test_removal_continues_after_pixels_of_a_removed_query_moved_to_others():
+    # The merged stuff has 4 + 5 pixels. Without its second query, five of them belong to the thing, and 4 are too few.
     claims = np.zeros((3, 1, 14))
     claims[0, 0, :4], claims[1, 0, 4:9], claims[2, 0, 4:] = 9, 9, 1
     segments = panoptic(claims.tolist(), [3, 3, 2])["segments_info"]
     assert segments == [{"id": 0, "isthing": True, "category_id": 2, "area": 14}]
 
 
-def test_nothing_sure_or_nothing_large_is_a_map_of_zeros_without_segments():
+def test_without_confident_or_large_segments_the_map_is_zero():
     for result in (panoptic([[[1.0] * 9] * 9], [5]), panoptic([[[1.0, 1.0]] * 2], [1])):
         assert result["segments_info"] == [] and not read_ids(result).any()
 
 
-def test_masks_are_cut_to_each_picture_before_they_get_its_original_size():
+def test_masks_are_cropped_to_each_image_before_they_are_resized():
     logits = torch.full((2, 1, 4, 4), -5.0)
-    logits[0, :, :, 2:] = 5  # the right half of a full picture; the second picture ends before it
+    logits[0, :, :, 2:] = 5  # the right half of the batch, where the second image has padding
     logits[1, :, :, 2:] = 5
     results = PostProcessSegm()(
         [{}, {}], {"pred_masks": logits}, torch.tensor([[8, 32], [8, 8]]), torch.tensor([[16, 16], [16, 8]])
@@ -263,10 +264,10 @@ def test_masks_are_cut_to_each_picture_before_they_get_its_original_size():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parts of the head and the losses, in float64
+# Parts of the mask head and the losses, in float64
 
 
-def test_attention_over_the_map_is_one_softmax_of_all_heads_and_places_without_the_padding():
+def test_attention_maps_are_one_softmax_over_all_heads_and_positions_without_padding():
     torch.manual_seed(0)
     module = AttentionMaps(8, 2).double()
     for bias in (module.q_linear.bias, module.k_linear.bias):
@@ -289,7 +290,7 @@ def test_attention_over_the_map_is_one_softmax_of_all_heads_and_places_without_t
             torch.testing.assert_close(found[b, q], expected)
 
 
-def test_the_head_sees_for_each_query_the_map_with_its_attention_behind_it():
+def test_the_mask_head_equals_convolutions_of_the_map_concatenated_with_the_attention():
     torch.manual_seed(0)
     head = MaskHead(16, 2, (6, 5, 4)).double()
     for parameter in head.parameters():
@@ -309,7 +310,7 @@ def test_the_head_sees_for_each_query_the_map_with_its_attention_behind_it():
             torch.testing.assert_close(found[b, q], head.out_lay(x)[0, 0])
 
 
-def test_mixed_precision_keeps_what_tells_queries_apart_under_what_they_share():
+def test_mixed_precision_keeps_the_differences_between_queries():
     torch.manual_seed(0)
     head, seen = MaskHead(16, 2, (6, 5, 4)), []
     head.gn1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][1] - inputs[0][0]))
@@ -339,7 +340,7 @@ def test_the_head_starts_xavier_uniform_in_attention_and_kaiming_uniform_in_conv
             assert not parameter.any(), name
 
 
-def test_mask_losses_are_sums_over_the_matched_masks_on_the_padded_pictures():
+def test_mask_losses_are_sums_over_the_matched_masks_on_the_padded_images():
     torch.manual_seed(0)
     criterion = SetCriterion(3, HungarianMatcher(), {}, 0.1, ["masks"])
     outputs = {
@@ -352,20 +353,20 @@ def test_mask_losses_are_sums_over_the_matched_masks_on_the_padded_pictures():
         {"labels": torch.randint(0, 3, (n,)), "boxes": torch.rand(n, 4), "masks": torch.rand(n, *size) > 0.5}
         for n, size in zip((2, 1), sizes, strict=True)
     ]
-    earlier = {"pred_logits": torch.randn(2, 4, 4), "pred_boxes": torch.rand(2, 4, 4)}  # matched otherwise
+    earlier = {"pred_logits": torch.randn(2, 4, 4), "pred_boxes": torch.rand(2, 4, 4)}  # with other matches
     losses = criterion({**outputs, "aux_outputs": [earlier]}, wanted)
     focal = dice = 0.0
-    for picture, (queries, objects) in enumerate(criterion.matcher(outputs, wanted)):
+    for index, (queries, objects) in enumerate(criterion.matcher(outputs, wanted)):
         for query, obj in zip(queries, objects, strict=True):
             logits = F.interpolate(
-                outputs["pred_masks"][picture, query][None, None].double(),
+                outputs["pred_masks"][index, query][None, None].double(),
                 (12, 16),
                 mode="bilinear",
                 align_corners=False,
             )[0, 0]
             p, t = logits.sigmoid(), torch.zeros(12, 16).double()
-            height, width = sizes[picture]
-            t[:height, :width] = wanted[picture]["masks"][obj].double()
+            height, width = sizes[index]
+            t[:height, :width] = wanted[index]["masks"][obj].double()
             correct, alpha = p * t + (1 - p) * (1 - t), 0.25 * t + 0.75 * (1 - t)
             focal += (-alpha * (1 - correct) ** 2 * correct.log()).mean().item()
             dice += (1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)).item()
@@ -374,7 +375,7 @@ def test_mask_losses_are_sums_over_the_matched_masks_on_the_padded_pictures():
     )
 
 
-def test_pictures_without_objects_have_mask_losses_of_zero_that_can_be_trained_on():
+def test_images_without_objects_have_mask_losses_of_zero_with_gradients():
     criterion = SetCriterion(3, HungarianMatcher(), {}, 0.1, ["masks"])
     outputs = {
         "pred_logits": torch.randn(1, 4, 4),
@@ -401,7 +402,7 @@ def narrow(*flags):
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    """File of a detector's weights, with batch norm as trained from random weights."""
+    """A checkpoint of a detector with trainable batch norm, as trained from random weights."""
     torch.manual_seed(1)
     path = tmp_path_factory.mktemp("detector") / "detector.pth"
     torch.save({"model": fill_state_dict(models.build_model(narrow())[0].state_dict())}, path)
@@ -409,7 +410,7 @@ def detector(tmp_path_factory):
 
 
 def start_training(args):
-    """Training state at the start of a command line, and its criterion."""
+    """The training state at the start of a run, and its criterion."""
     model, criterion, _ = models.build_model(args)
     optimizer = main.build_optimizer(model, args)
     state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1), torch.amp.GradScaler("cpu"))
@@ -417,7 +418,7 @@ def start_training(args):
     return state, criterion
 
 
-def test_over_frozen_weights_only_the_head_learns_and_the_detector_builds_no_gradients(detector):
+def test_with_frozen_weights_only_the_mask_head_has_gradients(detector):
     state, criterion = start_training(narrow("--masks", "--frozen_weights", detector, "--lr", 1e-2))
     before = {key: value.clone() for key, value in state.model.state_dict().items()}
     weights = torch.load(detector)["model"]
@@ -434,7 +435,7 @@ def test_over_frozen_weights_only_the_head_learns_and_the_detector_builds_no_gra
     assert all(key.startswith(("mask_head.", "bbox_attention.")) for key in moved)
 
 
-def test_without_frozen_weights_detector_and_head_learn_together():
+def test_without_frozen_weights_detector_and_mask_head_are_trained():
     state, _ = start_training(narrow("--masks"))
     trained = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in state.model.parameters()}
@@ -471,7 +472,7 @@ def test_a_checkpoint_with_or_without_masks_where_it_does_not_belong_is_refused_
     start_training(narrow("--masks", "--resume", drawn))
 
 
-def test_finetune_gives_a_model_with_masks_a_new_class_head(tmp_path, capsys):
+def test_finetune_replaces_the_class_head_of_a_model_with_masks(tmp_path, capsys):
     path = tmp_path / "drawn.pth"
     torch.save({"model": models.build_model(narrow("--masks"))[0].state_dict()}, path)
     state, _ = start_training(narrow("--masks", "--resume", path, "--finetune", "--num_classes", 8))
@@ -479,14 +480,14 @@ def test_finetune_gives_a_model_with_masks_a_new_class_head(tmp_path, capsys):
     assert "new class head for 8 classes instead of 5" in capsys.readouterr().out
 
 
-def test_dilated_and_finer_backbones_draw_on_the_finest_map():
+def test_masks_of_dilated_and_finer_backbones_have_the_size_of_the_finest_map():
     for flags in (["--last_stride", 1], ["--backbone", "resnet50", "--dilation"], ["--position_embedding", "learned"]):
         model, _, _ = models.build_model(narrow("--masks", *flags))
         with torch.no_grad():
             assert model.eval()([torch.zeros(3, 64, 96)])["pred_masks"].shape == (1, 5, 16, 24)
 
 
-def test_masks_over_a_frozen_detector_are_learned_measured_and_gone_on_with(coco, tmp_path):
+def test_masks_of_a_frozen_detector_are_trained_evaluated_and_resumed(coco, tmp_path):
     def run(*flags):
         return main.main(parse(*small(coco, "--output_dir", tmp_path, *flags)))
 
@@ -495,7 +496,7 @@ def test_masks_over_a_frozen_detector_are_learned_measured_and_gone_on_with(coco
     shutil.move(tmp_path / "checkpoint.pth", tmp_path / "detector.pth")
     frozen = ["--masks", "--frozen_weights", tmp_path / "detector.pth"]
     run(*frozen)
-    shutil.move(tmp_path / "detector.pth", tmp_path / "away.pth")  # what goes on needs it no more
+    shutil.move(tmp_path / "detector.pth", tmp_path / "away.pth")  # resuming does not need it
     run(*frozen, "--resume", tmp_path / "checkpoint.pth", "--epochs", 2)
     after = runtime.load_checkpoint(tmp_path / "checkpoint.pth")
     assert after["epoch"] == 1

@@ -1,4 +1,4 @@
-"""Boxes survive every transform: compared with masks that are drawn, transformed and measured."""
+"""Transforms move boxes as they move masks that are drawn for comparison."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from util.box_ops import box_cxcywh_to_xyxy
 
 
 def sample(seed, integral=False):
-    """A random picture and its target, and for each box a mask that is white inside it."""
+    """A random image, its target, and for each box a PIL mask that is white inside the box."""
     random = np.random.RandomState(seed)
     width, height = (int(side) for side in random.randint(80, 300, 2))
     boxes = random_boxes(random, 4, width, height)
@@ -29,43 +29,43 @@ def sample(seed, integral=False):
         "labels": torch.arange(4),
         "masks": tv_tensors.Mask(torch.from_numpy(masks // 255)),
     }
-    picture = Image.fromarray(random.randint(0, 255, (height, width, 3)).astype(np.uint8))
-    return picture, target, [Image.fromarray(mask) for mask in masks]
+    image = Image.fromarray(random.randint(0, 255, (height, width, 3)).astype(np.uint8))
+    return image, target, [Image.fromarray(mask) for mask in masks]
 
 
 def extent(mask):
-    """(x1, y1, x2, y2) of what is white in a PIL mask; None if nothing is."""
+    """(x1, y1, x2, y2) of the white pixels of a PIL mask; None without white pixels."""
     rows, columns = (np.flatnonzero((np.asarray(mask) > 127).any(axis)) for axis in (1, 0))
     return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if len(rows) else None
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_flipped_twice_boxes_and_picture_are_as_before(seed):
-    picture, target, _ = sample(seed)
+def test_two_flips_restore_image_and_boxes(seed):
+    image, target, _ = sample(seed)
     flip = v2.RandomHorizontalFlip(p=1)
-    once = flip(picture, target)
+    once = flip(image, target)
     assert not torch.equal(once[1]["boxes"], target["boxes"])
     again, boxes = flip(*once)
     torch.testing.assert_close(boxes["boxes"], target["boxes"], rtol=0, atol=1e-4)
-    assert np.array_equal(np.asarray(again), np.asarray(picture))
+    assert np.array_equal(np.asarray(again), np.asarray(image))
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_flipped_box_is_where_the_flipped_mask_is(seed):
-    picture, target, masks = sample(seed, integral=True)
-    found = v2.RandomHorizontalFlip(p=1)(picture, target)[1]
+def test_flipped_boxes_enclose_the_flipped_masks(seed):
+    image, target, masks = sample(seed, integral=True)
+    found = v2.RandomHorizontalFlip(p=1)(image, target)[1]
     flipped = [v2.functional.horizontal_flip(mask) for mask in masks]
     assert found["boxes"].tolist() == [extent(mask) for mask in flipped]
     assert np.array_equal(found["masks"] * 255, np.stack(flipped))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_cropped_boxes_and_labels_are_those_of_the_cropped_masks(seed):
-    picture, target, masks = sample(seed, integral=True)
+def test_cropped_boxes_and_labels_fit_the_cropped_masks(seed):
+    image, target, masks = sample(seed, integral=True)
     random = np.random.RandomState(seed + 100)
-    top, left = random.randint(0, picture.height // 2), random.randint(0, picture.width // 2)
-    region = (top, left, random.randint(10, picture.height - top), random.randint(10, picture.width - left))
-    cut, found = crop(picture, target, *region)
+    top, left = random.randint(0, image.height // 2), random.randint(0, image.width // 2)
+    region = (top, left, random.randint(10, image.height - top), random.randint(10, image.width - left))
+    cut, found = crop(image, target, *region)
     masks = [v2.functional.crop(mask, *region) for mask in masks]
     expected = {i: extent(mask) for i, mask in enumerate(masks) if extent(mask)}
     assert found["labels"].tolist() == list(expected)
@@ -77,9 +77,9 @@ def test_cropped_boxes_and_labels_are_those_of_the_cropped_masks(seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_resized_box_and_mask_are_where_the_resized_mask_is(seed):
-    picture, target, masks = sample(seed, integral=True)
-    resized, found = v2.Resize(217, max_size=333)(picture, target)
+def test_resized_boxes_enclose_the_resized_masks(seed):
+    image, target, masks = sample(seed, integral=True)
+    resized, found = v2.Resize(217, max_size=333)(image, target)
     assert found["boxes"].canvas_size == (resized.height, resized.width)
     for box, small, mask in zip(found["boxes"], found["masks"], masks, strict=True):
         expected = v2.functional.resize(mask, [resized.height, resized.width])
@@ -88,23 +88,23 @@ def test_resized_box_and_mask_are_where_the_resized_mask_is(seed):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_after_the_whole_recipe_every_mask_is_where_its_box_is(seed):
-    picture, target, _ = sample(seed, integral=True)
+def test_boxes_enclose_their_masks_after_the_whole_recipe(seed):
+    image, target, _ = sample(seed, integral=True)
     torch.manual_seed(seed)
-    image, found = make_coco_transforms("train", 200)(picture, target)
-    height, width = image.shape[1:]
+    transformed, found = make_coco_transforms("train", 200)(image, target)
+    height, width = transformed.shape[1:]
     assert found["masks"].dtype == torch.bool and found["masks"].shape == (len(found["labels"]), height, width)
     boxes = box_cxcywh_to_xyxy(found["boxes"]) * torch.tensor([width, height, width, height])
     for box, mask in zip(boxes, found["masks"], strict=True):
         np.testing.assert_allclose(box, extent(mask * 255), atol=4.0)
 
 
-def test_size_crop_stays_inside_and_within_its_limits():
+def test_random_crops_stay_inside_the_image_and_within_their_limits():
     seen = set()
     for seed in range(60):
-        picture, target, _ = sample(seed % 5)
-        cut, found = RandomSizeCrop(100, 150)(picture, target)
-        for side, whole in ((cut.height, picture.height), (cut.width, picture.width)):
+        image, target, _ = sample(seed % 5)
+        cut, found = RandomSizeCrop(100, 150)(image, target)
+        for side, whole in ((cut.height, image.height), (cut.width, image.width)):
             assert min(100, whole) <= side <= min(150, whole)
         boxes = found["boxes"]
         assert len(boxes) == len(found["labels"])
@@ -118,19 +118,19 @@ def test_size_crop_stays_inside_and_within_its_limits():
     ("width", "height", "expected"),
     [(640, 480, (800, 1066)), (500, 375, (800, 1066)), (640, 213, (443, 1333)), (300, 300, (800, 800))],
 )
-def test_evaluation_makes_the_short_side_800_and_the_long_one_at_most_1333(width, height, expected):
+def test_evaluation_resizes_the_short_side_to_800_and_the_long_side_to_at_most_1333(width, height, expected):
     target = {
         "boxes": tv_tensors.BoundingBoxes([[10.0, 20.0, 110.0, 70.0]], format="XYXY", canvas_size=(height, width)),
         "labels": torch.tensor([1]),
     }
-    picture, found = make_coco_transforms("val")(Image.new("RGB", (width, height), (124, 116, 104)), target)
-    assert picture.shape[1] == pytest.approx(expected[0], abs=1) and picture.shape[2] == expected[1]
-    assert picture.abs().max() < 0.02  # a picture of ImageNet's mean colour is next to zero
+    image, found = make_coco_transforms("val")(Image.new("RGB", (width, height), (124, 116, 104)), target)
+    assert image.shape[1] == pytest.approx(expected[0], abs=1) and image.shape[2] == expected[1]
+    assert image.abs().max() < 0.02  # normalisation maps ImageNet's mean colour to about zero
     scale = torch.tensor([width, height, width, height])
     torch.testing.assert_close(box_cxcywh_to_xyxy(found["boxes"]) * scale, torch.tensor([[10.0, 20, 110, 70]]))
 
 
-def test_training_varies_the_size_as_the_recipe_says():
+def test_training_varies_the_size_as_in_the_recipe():
     torch.manual_seed(0)
     whole, cut = set(), 0
     for _ in range(60):
@@ -138,8 +138,8 @@ def test_training_varies_the_size_as_the_recipe_says():
             "boxes": tv_tensors.BoundingBoxes(torch.empty(0, 4), format="XYXY", canvas_size=(480, 640)),
             "labels": torch.empty(0, dtype=torch.long),
         }
-        picture, _ = make_coco_transforms("train")(Image.new("RGB", (640, 480)), target)
-        height, width = picture.shape[1:]
+        image, _ = make_coco_transforms("train")(Image.new("RGB", (640, 480)), target)
+        height, width = image.shape[1:]
         assert max(height, width) <= 1333
         if (height, width) in {(side, side * 640 // 480) for side in range(480, 801, 32)}:
             whole.add(height)

@@ -176,25 +176,25 @@ def test_a_wrong_name_is_answered_with_what_is_near(name, said):
     assert said in str(error.value)
 
 
-def test_nine_names_are_timm_models_and_hub_models():
-    import hubconf
-
+def test_timm_knows_the_nine_names():
     for name in rpe_models.RELEASED + rpe_models.UNRELEASED:
         assert timm.is_model(name)
-        assert hasattr(hubconf, name)
-    assert all(hasattr(hubconf, name) for name in models.__all__)
     model = timm.create_model(TINY, num_classes=5, drop_path_rate=0.1, img_size=64)
     assert model.head.out_features == 5 and model.patch_embed.grid_size == (4, 4)
     assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
     assert model.pretrained_cfg["url"].endswith(f"/1.0/{TINY}.pth")
 
 
-def test_hub_loads_next_to_modules_of_the_same_names(tmp_path):
+def test_hub_has_all_names_and_loads_beside_other_modules_of_the_same_names(tmp_path):
+    names = [*models.__all__, *rpe_models.RELEASED, *rpe_models.UNRELEASED]
+    folder = str(Path(models.__file__).parent)
     for name in ("models", "runtime", "irpe"):
         (tmp_path / f"{name}.py").write_text("mine = True\n")
     code = (
         "import models, runtime, irpe, torch\n"
-        f"net = torch.hub.load({str(Path(models.__file__).parent)!r}, {TINY!r}, source='local', num_classes=3)\n"
+        f"torch.hub._get_cache_or_reload = lambda *args, **kwargs: {folder!r}\n"  # as if fetched from GitHub
+        f"assert set({names}) <= set(torch.hub.list('owner/repository'))\n"
+        f"net = torch.hub.load({folder!r}, {TINY!r}, source='local', num_classes=3)\n"
         "assert models.mine and runtime.mine and irpe.mine and net.head.out_features == 3\n"
         "assert not hasattr(net.blocks[0].attn, 'mine') and net(torch.zeros(1, 3, 224, 224)).shape == (1, 3)\n"
     )
