@@ -6,7 +6,7 @@ Wu, Peng, Chen, Fu, Chao: "Rethinking and Improving Relative Position Encoding f
     rpe_q, rpe_k, rpe_v = build_rpe(config, head_dim=64, num_heads=6)
     out = rpe_attention(q, k, v, rpe_q=rpe_q, rpe_k=rpe_k, rpe_v=rpe_v)
 
-Shapes: B pictures, H heads, L tokens (`skip` prefix tokens, then the map row by row), D channels of a head,
+Shapes: B images, H heads, L tokens (`skip` prefix tokens, then the map row by row), D channels of a head,
 `nb` buckets, H' = 1 if the heads share their tables, else H.
 """
 
@@ -17,14 +17,16 @@ import numbers
 import operator
 import os
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-try:  # kernels that do the same faster; a build that does not fit this PyTorch says so itself
+try:  # faster kernels for the same operators; a build for another PyTorch raises an error that says so
     import rpe_ops
     from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index
 
@@ -41,7 +43,7 @@ except ModuleNotFoundError as error:
         )
 if HAS_RPE_OPS and not hasattr(rpe_ops, "rows_take"):
     raise ImportError(
-        "the installed rpe_ops is older than this irpe.py; build it anew, in the iRPE repository: "
+        "the installed rpe_ops is older than this irpe.py; rebuild it, in the iRPE repository: "
         "pip install ./rpe_ops --no-build-isolation --no-deps --force-reinstall"
     )
 
@@ -50,7 +52,7 @@ if HAS_RPE_OPS and not hasattr(rpe_ops, "rows_take"):
 
 
 class METHOD(str, enum.Enum):
-    """How an offset on the map becomes a bucket. The short names work wherever a member does."""
+    """How an offset on the map becomes a bucket. The short names are accepted wherever a member is."""
 
     EUCLIDEAN = "euc"
     QUANT = "quant"
@@ -60,7 +62,7 @@ class METHOD(str, enum.Enum):
     CROSS_COLS = "cross_cols"
 
 
-def piecewise_index(relative_position, alpha, beta, gamma, dtype):
+def piecewise_index(relative_position: Tensor, alpha: float, beta: float, gamma: float, dtype: torch.dtype) -> Tensor:
     """The piecewise function g (Eq. 18): identity near zero, logarithmic further out, at most β.
 
     Args:
@@ -70,15 +72,15 @@ def piecewise_index(relative_position, alpha, beta, gamma, dtype):
     Returns: tensor of the same shape with whole values in [-int(β), int(β)].
     """
     x = relative_position.float()
-    # float32 logarithms and half-to-even rounding decide ties as they did when the released models were trained;
-    # the clamp keeps log away from the values that torch.where discards
+    # float32 logarithms and rounding half to even resolve ties as they did when the released models were trained. The
+    # clamp keeps the logarithm finite for values that torch.where discards.
     growth = torch.log(x.abs().clamp(min=alpha) / alpha) / math.log(gamma / alpha)
     far = (alpha + growth * (beta - alpha)).round().clamp(max=beta) * x.sign()
     return torch.where(x.abs() <= alpha, x.round(), far).to(dtype)
 
 
-# method -> (bucket of the offset (dr, dc), number of axes that the buckets span); `index` is g + int(β), so its
-# values are 0 ... size - 1
+# method: (bucket of the offset (dr, dc), number of axes that the buckets span), where `index` is g + int(β) and thus
+# has the values 0 ... size - 1.
 _MAPPINGS = {
     METHOD.EUCLIDEAN: (lambda dr, dc, index, size: index((dr.square() + dc.square()).float().sqrt().round()), 1),
     METHOD.QUANT: (lambda dr, dc, index, size: index(dr.square() + dc.square()), 1),
@@ -88,73 +90,112 @@ _MAPPINGS = {
 }
 
 
-def _count_buckets(method, skip, beta):
+def _count_buckets(method: METHOD, skip: int, beta: float) -> int:
     return (2 * int(beta) + 1) ** _MAPPINGS[method][1] + (skip > 0)
 
 
-def get_bucket_ids_2d(method, height, width, skip, alpha, beta, gamma, dtype=torch.long, device="cpu"):
-    """Bucket of every pair of tokens: a mapping of the paper, made of its piecewise function g (Eq. 18).
+def get_bucket_ids_2d(
+    method: METHOD | str,
+    height: int,
+    width: int,
+    skip: int,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    dtype: torch.dtype = torch.long,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, int]:
+    """The bucket of every pair of tokens, from the method's mapping and the piecewise function g (Eq. 18).
 
     Args:
-        method: a `METHOD` or its short name; cross is asked for an axis at a time (`cross_rows`, `cross_cols`).
+        method: a `METHOD` or its short name; for cross, one axis (`cross_rows` or `cross_cols`).
         height, width: the map, in tokens.
-        skip: prefix tokens before the map; every pair with one of them shares the last bucket.
+        skip: number of prefix tokens before the map; all pairs with one of them share the last bucket.
         alpha, beta, gamma: see `piecewise_index`.
-    Returns: ids (L, L) with L = skip + height·width, where ids[i, j] is the bucket of query i and key j, and the
-        number of buckets, used on this map or not.
-    Raises: ValueError for a method without a mapping of its own.
+    Returns: ids (L, L) with L = skip + height·width, where ids[i, j] is the bucket of query i and key j; and the
+        number of buckets, including those that this map does not use.
+    Raises: ValueError for a method that has no mapping of its own, like cross.
     """
     method = METHOD(_choice("method", method, [m.value for m in _MAPPINGS]))
     table = _offset_ids(method, height, width, alpha, beta, gamma, dtype, device)
-    # ids[(r, c), (r', c')] = table[r - r' + height - 1, c - c' + width - 1]: a window of the table for every query
+    # ids[(r, c), (r', c')] = table[r - r' + height - 1, c - c' + width - 1], which is a window of the table per query.
     ids = table.unfold(0, height, 1).unfold(1, width, 1).flip(2, 3).reshape(height * width, height * width)
     num_buckets = _count_buckets(method, skip, beta)
     return F.pad(ids, (skip, 0, skip, 0), value=num_buckets - 1), num_buckets
 
 
-def _offset_ids(method, height, width, alpha, beta, gamma, dtype, device):
-    """Bucket of every offset, (2·height - 1, 2·width - 1), from 1 - height and 1 - width on."""
+def _offset_ids(
+    method: METHOD,
+    height: int,
+    width: int,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
+    """The bucket of every offset, (2·height - 1, 2·width - 1); the first offset is (1 - height, 1 - width)."""
     dr, dc = (torch.arange(1 - n, n, device=device) for n in (height, width))
-    return _MAPPINGS[method][0](
-        dr[:, None], dc, lambda x: piecewise_index(x, alpha, beta, gamma, dtype) + int(beta), 2 * int(beta) + 1
-    ).expand(2 * height - 1, 2 * width - 1)
+
+    def index(x: Tensor) -> Tensor:
+        return piecewise_index(x, alpha, beta, gamma, dtype) + int(beta)
+
+    bucket_of, _ = _MAPPINGS[method]
+    return bucket_of(dr[:, None], dc, index, 2 * int(beta) + 1).expand(2 * height - 1, 2 * width - 1)
 
 
-def _parts(method):
-    """The methods of the tables of a method."""
+def _parts(method: METHOD) -> tuple[METHOD, ...]:
+    """The mapping of each table of a method: cross has two tables, and the others have one."""
     return (METHOD.CROSS_ROWS, METHOD.CROSS_COLS) if method is METHOD.CROSS else (method,)
 
 
-def _in_a_thread(compute):
-    """`compute()`, in a thread that has no inference mode, fake tensors or default device of the caller: what is cached
-    must be good for every later caller."""
+def _in_a_thread(compute: Callable[[], Any]) -> Any:
+    """`compute()`, run in a new thread.
+
+    The caller may be in inference mode, trace with fake tensors, or have another default device. A new thread has none
+    of these, so that the cached result is an ordinary tensor that every later caller can use.
+    """
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(compute).result()
 
 
-@functools.lru_cache(maxsize=32)  # 8 MB each on DETR's largest maps
-def _kept_ids(methods, height, width, skip, piecewise, device, dtype, transposed):
-    def compute():
-        # always on the CPU: another device's logarithm may move a tie to the next bucket
+@functools.lru_cache(maxsize=32)  # an entry takes 8 MB on DETR's largest maps
+def _cached_ids(
+    methods: tuple[METHOD, ...],
+    height: int,
+    width: int,
+    skip: int,
+    piecewise: tuple[float, float, float],
+    device: torch.device,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> Tensor:
+    """Ids of each method's table, (tables, L, L), or their transposes."""
+
+    def compute() -> Tensor:
+        # Always on the CPU, because the logarithm of another device may move a tie to the next bucket.
         ids = torch.stack([get_bucket_ids_2d(x, height, width, skip, *piecewise, dtype)[0] for x in methods])
         return (ids.mT.contiguous() if transposed else ids).to(device)
 
     return _in_a_thread(compute)
 
 
-def row_layout(offset_ids, skip, num_buckets):
-    """What `rpe_ops.rows` has to know of a map on which a bucket depends on a pair through a class of its two rows, and
-    through its two columns, as for product and cross.
+def row_layout(offset_ids: Tensor, skip: int, num_buckets: int) -> tuple[Tensor, tuple[int, ...]]:
+    """A description of a map for `rpe_ops.rows`, for methods whose buckets depend on a class of the two rows and on the
+    two columns of a pair, which are product and cross.
 
     Args:
-        offset_ids: (tables, 2·height - 1, 2·width - 1) on the CPU, buckets of every offset; two tables for a cross.
-        skip: prefix tokens before the map; their pairs have the last of each table's `num_buckets`.
-    Returns: an int32 tensor, and sizes, (rows, columns, prefix tokens, classes, steps from row to row and from column
-        to column). Columns are the axis that fills chunks of 16 tokens better. The tensor has, one after the other: the
-        class of each pair of rows, row 0 being the prefix; for each table the bucket of each column (the last being the
-        prefix), class and column of the other token, -1 where there is none; for each bucket of each table where its
-        list begins; and these lists of places in that order of columns, classes and columns.
-    Raises: ValueError if rows of one class do not follow each other.
+        offset_ids: buckets of every offset, (tables, 2·height - 1, 2·width - 1), on the CPU; cross has two tables.
+        skip: number of prefix tokens before the map; their pairs have the last of each table's `num_buckets`.
+    Returns: a flat int32 tensor, and the sizes (rows, columns, prefix tokens, classes, tokens from one row to the next,
+        tokens from one column to the next). The map is transposed if its rows fill chunks of 16 tokens better. The
+        tensor is the concatenation of
+        1. the class of each pair of rows, (rows + 1, rows + 1), where row 0 is the prefix;
+        2. for each table, the bucket of each column (the last one is the prefix), class, and column of the other token,
+           with -1 where there is none: (tables, columns + 1, classes, columns rounded up to 16);
+        3. for each bucket of each table, where its list in 4 begins, and where the last one ends;
+        4. for each bucket of each table, the list of its positions in 2.
+    Raises: ValueError if the rows of a class are not contiguous.
     """
     rows, columns = ((size + 1) // 2 for size in offset_ids.shape[1:])
     steps = columns, 1
@@ -179,13 +220,22 @@ def row_layout(offset_ids, skip, num_buckets):
     return layout, (rows, columns, skip, classes + (skip > 0), *steps)
 
 
-def _whole_chunks(size):
+def _whole_chunks(size: int) -> int:
     return -(-size // 16) * 16
 
 
 @functools.lru_cache(maxsize=256)
-def _kept_row_layout(method, height, width, skip, piecewise, device):
-    def compute():
+def _cached_row_layout(
+    method: METHOD,
+    height: int,
+    width: int,
+    skip: int,
+    piecewise: tuple[float, float, float],
+    device: torch.device,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """`row_layout` of a method, with the tensor on a device."""
+
+    def compute() -> tuple[Tensor, tuple[int, ...]]:
         ids = torch.stack([_offset_ids(x, height, width, *piecewise, torch.long, "cpu") for x in _parts(method)])
         layout, sizes = row_layout(ids, skip, _count_buckets(_parts(method)[0], skip, piecewise[1]))
         return layout.to(device), sizes
@@ -200,7 +250,8 @@ _RPE_ON = ("q", "k", "v", "qk", "kv", "qv", "qkv")
 RPE_GRAMMAR = "rpe-{ratio}-{euc|quant|cross|product}-{bias|ctx}-{shared_head: 0|1}-{q|k|v|qk|kv|qv|qkv}"
 
 
-def _choice(name, value, allowed):
+def _choice(name: str, value: Any, allowed: tuple | list) -> Any:
+    """The value; ValueError that names the allowed ones if it is none of them."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
     return value
@@ -208,7 +259,7 @@ def _choice(name, value, allowed):
 
 @dataclass(frozen=True)
 class RPEConfig:
-    """What `build_rpe` builds; made, with checks, by `get_rpe_config`."""
+    """A description of an encoding; `get_rpe_config` makes it and checks its values, and `build_rpe` builds it."""
 
     ratio: float
     method: METHOD
@@ -218,21 +269,28 @@ class RPEConfig:
     rpe_on: str
 
     @property
-    def piecewise(self):
+    def piecewise(self) -> tuple[float, float, float]:
         """(α, β, γ) of `piecewise_index`."""
         return self.ratio, 2 * self.ratio, 8 * self.ratio
 
 
-def get_rpe_config(ratio=1.9, method="product", mode="ctx", shared_head=True, skip=0, rpe_on="k"):
+def get_rpe_config(
+    ratio: float = 1.9,
+    method: METHOD | str = "product",
+    mode: str = "ctx",
+    shared_head: bool = True,
+    skip: int = 0,
+    rpe_on: str = "k",
+) -> RPEConfig:
     """An `RPEConfig`, which describes an encoding.
 
     Args:
         ratio: scales the piecewise function: α = ratio, β = 2·ratio, γ = 8·ratio.
         method: `euc`, `quant`, `cross` or `product`, or a `METHOD`.
-        mode: `bias` (a number per bucket) or `ctx`/`contextual` (a vector per bucket, which meets q, k or p).
-        shared_head: one table for all heads, or one a head.
-        skip: prefix tokens before the map: 0 in DETR, 1 with a class token, 2 in a distilled DeiT.
-        rpe_on: where it acts: q, k, v, qk, kv, qv or qkv; v only in contextual mode.
+        mode: `bias` (a number per bucket) or `ctx`/`contextual` (a vector per bucket, multiplied with q, k or p).
+        shared_head: whether all heads share a table, instead of one table per head.
+        skip: number of prefix tokens before the map: 0 in DETR, 1 with a class token, 2 in a distilled DeiT.
+        rpe_on: which of queries, keys and values get a term: q, k, v, qk, kv, qv or qkv; v only in contextual mode.
     Raises: ValueError that names the allowed values.
     """
     if not (isinstance(ratio, numbers.Real) and 0 < ratio < math.inf):
@@ -249,13 +307,16 @@ def get_rpe_config(ratio=1.9, method="product", mode="ctx", shared_head=True, sk
     return RPEConfig(float(ratio), method, mode, shared_head, int(skip), _choice("rpe_on", rpe_on, _RPE_ON))
 
 
-def parse_rpe(text):
-    """The `RPEConfig`, with skip=0, of a text as `RPE_GRAMMAR` has it; ValueError that says which part is wrong."""
+def parse_rpe(text: str) -> RPEConfig:
+    """The `RPEConfig`, with skip=0, of a string in the form of `RPE_GRAMMAR`.
+
+    Raises: ValueError that says which part is wrong.
+    """
     name, *parts = text.split("-")
     if name != "rpe" or len(parts) != 5:
         raise ValueError(f"it has {len(parts) + 1} parts, the first being {name}, and not 6, the first being rpe")
     ratio, method, mode, shared_head, rpe_on = parts
-    ratio = float(ratio) if ratio.replace(".", "", 1).isdecimal() else ratio  # which get_rpe_config refuses
+    ratio = float(ratio) if ratio.replace(".", "", 1).isdecimal() else ratio  # get_rpe_config rejects other text
     return get_rpe_config(ratio, method, mode, _choice("shared_head", shared_head, ("0", "1")) == "1", rpe_on=rpe_on)
 
 
@@ -263,7 +324,7 @@ def parse_rpe(text):
 
 
 @torch.compiler.assume_constant_result
-def _is_exporting():
+def _is_exporting() -> bool:
     """Whether torch.export is tracing this call; PyTorch 2.6 cannot tell.
 
     torch.compile evaluates this function instead of tracing it, because PyTorch 2.11 would treat the answer as always
@@ -272,26 +333,26 @@ def _is_exporting():
     return getattr(torch.compiler, "is_exporting", bool)()
 
 
-def _is_recorded():
-    """Whether torch.export or torch.jit.trace (so also torch.onnx.export, either way) records this call.
+def _is_recorded() -> bool:
+    """Whether torch.export or torch.jit.trace (and thus torch.onnx.export) records this call.
 
-    What they record must run without rpe_ops, as in onnxruntime, so it may hold PyTorch's own operators only.
+    A recorded model must run without rpe_ops, for example in onnxruntime, so it may only use PyTorch's own operators.
     """
     return _is_exporting() or torch.jit.is_tracing()
 
 
-def _use_rpe_ops(device):
+def _use_rpe_ops(device: torch.device) -> bool:
     return HAS_RPE_OPS and not _is_recorded() and (device.type == "cpu" or device.type == "cuda" and rpe_ops.has_cuda)
 
 
-def _gather_buckets(lookup, ids):
+def _gather_buckets(lookup: Tensor, ids: Tensor) -> Tensor:
     """Y[b, h, i, j] = lookup[b, h, i, ids[i, j]] for `lookup` (B, H, Lq, nb) and `ids` (Lq, Lk)."""
     if _use_rpe_ops(lookup.device):
         return rpe_index(lookup, ids)
     return lookup.gather(-1, ids.expand(*lookup.shape[:2], -1, -1))
 
 
-def _sum_buckets(attn, ids, num_buckets):
+def _sum_buckets(attn: Tensor, ids: Tensor, num_buckets: int) -> Tensor:
     """S[b, h, i, c] = Σ over j with ids[i, j] = c of attn[b, h, i, j], added in at least float32; (B, H, Lq, nb)."""
     if _use_rpe_ops(attn.device):
         return rpe_bucket_sum(attn, ids, num_buckets)
@@ -299,13 +360,14 @@ def _sum_buckets(attn, ids, num_buckets):
     return total.scatter_add(-1, ids.expand_as(attn), attn.to(total.dtype)).to(attn.dtype)
 
 
-# the most that a suggestion of `skip` assumes: a class token and four registers, as in DINOv2
+# An error suggests a `skip` of at most this many tokens: a class token and four registers, as in DINOv2.
 _LIKELY_PREFIX_TOKENS = 5
 
 
-def _whole_size(name, value):
+def _whole_size(name: str, value: Any) -> int:
+    """A size as an int; ValueError if it is no whole number above 0."""
     try:
-        size = operator.index(value)  # torch.compile is to take sizes for constants
+        size = operator.index(value)  # makes torch.compile treat sizes as constants
     except TypeError:
         size = 0
     if size < 1:
@@ -313,7 +375,7 @@ def _whole_size(name, value):
     return size
 
 
-def _map_size(length, height, width, skip):
+def _map_size(length: int, height: int | None, width: int | None, skip: int) -> tuple[int, int]:
     """(height, width) of the map of `length` tokens, `skip` of which come before it; square if neither is given.
 
     Raises: ValueError if there is no such map.
@@ -343,19 +405,21 @@ def _map_size(length, height, width, skip):
 
 
 class iRPE(nn.Module):
-    """One term of the encoding with one table: on queries, keys or values.
+    """One term of the encoding, on queries, keys or values, with one table.
 
     Args:
         head_dim, num_heads: D and H.
-        config: RPEConfig; its `rpe_on` is not read here.
+        config: the encoding; its `rpe_on` is not used here.
         on: "q", "k" or "v".
-        method: for `iRPE_Cross`, the axis of this table; otherwise the configuration's method.
+        method: the axis of this table in `iRPE_Cross`; otherwise the method of the configuration.
 
     The table starts at zero. It is `lookup_table_bias` (H', nb) in bias mode, else `lookup_table_weight`, of shape
     (H', D, nb) on queries and keys and (H', nb, D) on values.
     """
 
-    def __init__(self, head_dim, num_heads, config, on="k", method=None):
+    def __init__(
+        self, head_dim: int, num_heads: int, config: RPEConfig, on: str = "k", method: METHOD | None = None
+    ) -> None:
         super().__init__()
         self.config, self.on = config, _choice("on", on, ("q", "k", "v"))
         self.method = method or config.method
@@ -367,50 +431,65 @@ class iRPE(nn.Module):
             table = (self.num_buckets, head_dim) if on == "v" else (head_dim, self.num_buckets)
             self.lookup_table_weight = nn.Parameter(torch.zeros(heads, *table))
 
-    def bucket_ids(self, length, device, height=None, width=None, transposed=False):
-        """Ids (L, L) of the map, or their transpose; without height and width it is square with side √(L - skip).
+    def bucket_ids(
+        self,
+        length: int,
+        device: torch.device | str,
+        height: int | None = None,
+        width: int | None = None,
+        transposed: bool = False,
+    ) -> Tensor:
+        """Bucket ids of the map, (L, L), or their transpose. Without height and width the map is square.
 
         Raises: ValueError if `length` is not height·width + skip, or a size is not a whole number above 0.
         """
-        length = operator.index(length)  # torch.compile is to take sizes for constants
+        length = operator.index(length)  # makes torch.compile treat sizes as constants
         height, width = _map_size(length, height, width, self.config.skip)
-        flip = transposed and torch.compiler.is_compiling()  # which takes two constants of one function for the same
+        # torch.compile would confuse two constants that one function returns, so it transposes the ids itself.
+        flip = transposed and torch.compiler.is_compiling()
         ids = self._constant_ids(height, width, torch.device(device), transposed and not flip)
-        ids = ids[-1 if self.method is METHOD.CROSS_COLS else 0]  # so both axes of a cross are in one
+        ids = ids[-1 if self.method is METHOD.CROSS_COLS else 0]
         return ids.t() if flip else ids
 
     @torch.compiler.assume_constant_result
-    def _constant_ids(self, height, width, device, transposed):
+    def _constant_ids(self, height: int, width: int, device: torch.device, transposed: bool) -> Tensor:
+        """Ids of all tables of the method, (tables, L, L).
+
+        assume_constant_result makes torch.compile call this function and store its result. It could not trace the
+        cache and the thread behind it.
+        """
         methods = _parts(self.config.method)
         dtype = torch.int32 if _use_rpe_ops(device) else torch.int64  # PyTorch's own gather takes no int32
-        return _kept_ids(methods, height, width, self.config.skip, self.config.piecewise, device, dtype, transposed)
+        return _cached_ids(methods, height, width, self.config.skip, self.config.piecewise, device, dtype, transposed)
 
-    def terms(self, length, device, height=None, width=None):
-        """A list of (ids, table), as `rpe_ops.attention` takes the term of this module."""
+    def terms(
+        self, length: int, device: torch.device, height: int | None = None, width: int | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """This module's term in the form that `rpe_ops.attention` takes: a list of (ids, table)."""
         ids = self.bucket_ids(length, device, height, width, transposed=self.on == "q")
         return [(ids, self._table * self._table.shape[-2] ** -0.5 if self.on == "q" else self._table)]
 
     @property
-    def tables(self):
-        """Its parameters, one, or two of a cross."""
+    def tables(self) -> list[nn.Parameter]:
+        """The table of this module, as a list."""
         return [self.lookup_table_bias if self.config.mode == "bias" else self.lookup_table_weight]
 
     @property
-    def _table(self):
-        if self.config.mode == "bias":  # as if every token had these products
+    def _table(self) -> Tensor:
+        if self.config.mode == "bias":  # every token uses the same row of lookup values
             return self.lookup_table_bias[None, :, None]
-        # without the head axis where the heads share it: then matmul folds the batch into rows
+        # Without a head axis where heads share the table, matmul folds batch and heads into rows of one product.
         weight = self.lookup_table_weight
         return weight[0] if len(weight) == 1 else weight
 
-    def forward(self, x, height=None, width=None):
-        """What this table adds to the logits (on q, k) or to the output (on v); Eq. 12 to 14.
+    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """The term that this table adds to the logits (on q, k) or to the output (on v), Eq. 12 to 14.
 
         Args:
             x: on q and k the scaled queries or keys, (B, H, L, D); on v the attention after softmax, (B, H, L, L).
             height, width: the map, in tokens; square if not given.
-        Returns: on q and k what is added to the logits, (B, H, L, L), or (1, H', L, L) in bias mode; on v what is
-            added to the output, (B, H, L, D).
+        Returns: on q and k the term for the logits, (B, H, L, L), or (1, H', L, L) in bias mode; on v the term for the
+            output, (B, H, L, D).
         Raises: ValueError if L does not fit the map and the configured skip.
         """
         ids = self.bucket_ids(x.shape[-2], x.device, height, width)
@@ -420,39 +499,53 @@ class iRPE(nn.Module):
             return torch.matmul(_sum_buckets(x, ids, self.num_buckets), self._table)
         return _gather_buckets(torch.matmul(x, self._table), ids)
 
-    def __prepare_scriptable__(self):
-        """What torch.jit.script calls on every module before it compiles one."""
+    def __prepare_scriptable__(self) -> NoReturn:
+        """torch.jit.script calls this method of every module before it compiles a model."""
         raise RuntimeError(
             "torch.jit.script cannot compile iRPE, whose bucket ids Python computes; use "
             "torch.jit.trace, torch.export or torch.compile"
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"on={self.on}, method={self.method.value}, num_buckets={self.num_buckets}, {self.config}"
 
 
 class iRPE_Cross(nn.Module):
-    """The cross method: a table for rows and one for columns, whose terms are added. Its methods are as `iRPE`'s."""
+    """The cross method: the sum of a term with a table for rows and one with a table for columns.
 
-    def __init__(self, head_dim, num_heads, config, on="k"):
+    Arguments and methods are those of `iRPE`.
+    """
+
+    def __init__(self, head_dim: int, num_heads: int, config: RPEConfig, on: str = "k") -> None:
         super().__init__()
         self.config = config
         self.rp_rows = iRPE(head_dim, num_heads, config, on, METHOD.CROSS_ROWS)
         self.rp_cols = iRPE(head_dim, num_heads, config, on, METHOD.CROSS_COLS)
 
-    def terms(self, *args):
+    def terms(
+        self, length: int, device: torch.device, height: int | None = None, width: int | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        args = length, device, height, width
         return self.rp_rows.terms(*args) + self.rp_cols.terms(*args)
 
     @property
-    def tables(self):
+    def tables(self) -> list[nn.Parameter]:
         return self.rp_rows.tables + self.rp_cols.tables
 
-    def forward(self, x, height=None, width=None):
+    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         return self.rp_rows(x, height, width) + self.rp_cols(x, height, width)
 
 
-def build_rpe(rpe_config, head_dim, num_heads):
-    """Modules (rpe_q, rpe_k, rpe_v) of a configuration for heads of `head_dim` channels; None where it has none."""
+def build_rpe(
+    rpe_config: RPEConfig | None, head_dim: int, num_heads: int
+) -> tuple[iRPE | iRPE_Cross | None, iRPE | iRPE_Cross | None, iRPE | iRPE_Cross | None]:
+    """The modules (rpe_q, rpe_k, rpe_v) of a configuration, with None for terms that it does not have.
+
+    Args:
+        rpe_config: from `get_rpe_config`, or None for no encoding.
+        head_dim, num_heads: D and H.
+    Raises: ValueError if `rpe_config` is anything else.
+    """
     if rpe_config is None:
         return None, None, None
     if not isinstance(rpe_config, RPEConfig):
@@ -463,16 +556,16 @@ def build_rpe(rpe_config, head_dim, num_heads):
 
 # --- Attention -------------------------------------------------------------------------------------------------------
 
-# On a GPU PyTorch's attention copies a mask whose rows do not begin at such multiples, and its gradient too.
+# On a GPU, PyTorch's attention copies a mask, and its gradient, unless rows begin at multiples of this many elements.
 _ROW_ALIGNMENT = 16
 _ALIGNED_DEVICES = ("cuda",)
 
 
 class _AlignedSum(torch.autograd.Function):
-    """Sum of broadcast terms for `scaled_dot_product_attention`, written once, into aligned rows."""
+    """The sum of broadcast terms for `scaled_dot_product_attention`, written once, with aligned rows."""
 
     @staticmethod
-    def forward(ctx, dtype, *terms):
+    def forward(ctx: Any, dtype: torch.dtype, *terms: Tensor) -> Tensor:
         ctx.shapes = [term.shape for term in terms]
         *rows, length = torch.broadcast_shapes(*ctx.shapes)
         padded = -(-length // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
@@ -485,19 +578,24 @@ class _AlignedSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad):
-        # autograd brings a gradient to its input's type
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # autograd casts each gradient to the type of its input
         return None, *(
             grad.sum_to_size(shape) if needed else None
             for shape, needed in zip(ctx.shapes, ctx.needs_input_grad[1:], strict=True)
         )
 
 
-def add_terms(terms):
-    """The sum of terms for the logits, each broadcast to (B, H, L, L), as `scaled_dot_product_attention` takes its mask
-    with the fewest copies: on a GPU with aligned rows, in the type that it computes in."""
+def add_terms(terms: list[Tensor]) -> Tensor:
+    """The sum of terms for the logits, as a mask for `scaled_dot_product_attention`.
+
+    Args:
+        terms: tensors that broadcast to (B, H, L, L).
+    Returns: the sum. On a GPU its rows are aligned and it has the type of the computation, since PyTorch's attention
+        would copy it otherwise.
+    """
     device = terms[0].device.type
-    # torch.compile aligns the masks that it writes itself; traces and torch.func take no autograd.Function
+    # torch.compile aligns masks itself; torch.jit.trace and torch.func do not support this autograd.Function.
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     if device not in _ALIGNED_DEVICES or traced:
         return functools.reduce(torch.add, terms)
@@ -512,15 +610,15 @@ def add_terms(terms):
     return _AlignedSum.apply(dtype, *terms)
 
 
-def _has_aligned_rows(x):
+def _has_aligned_rows(x: Tensor) -> bool:
     return x.stride(-1) == 1 and all(stride % _ROW_ALIGNMENT == 0 for stride in x.stride()[:-1])
 
 
-_MOST_CLASSES = 15  # of rows of the map: with more, products by rows are as large as logits
+_MOST_CLASSES = 15  # With more classes of rows, the products of `rpe_ops.rows` would be as large as the logits.
 
 
-def _goes_by_rows(q, k, v, modules, mask):
-    """Whether `rpe_ops.rows` is for this call. Buckets of euclid and quantization mix rows and columns."""
+def _goes_by_rows(q: Tensor, k: Tensor, v: Tensor, modules: list[iRPE | iRPE_Cross], mask: Tensor | None) -> bool:
+    """Whether `rpe_ops.rows` computes this call. It cannot for euclid and quantization, which mix rows and columns."""
     configs = [module.config for module in modules]
     kinds = {(x.ratio, x.method, x.mode, x.shared_head, x.skip) for x in configs}
     fits = (
@@ -529,23 +627,25 @@ def _goes_by_rows(q, k, v, modules, mask):
         and 2 * int(configs[0].piecewise[1]) + 1 <= _MOST_CLASSES
     )
     tables = [table for module in modules for table in module.tables]
-    # asked in any case: it refuses an unknown IRPE_ATTENTION
+    # Called in any case, because it rejects an unknown value of IRPE_ATTENTION.
     return rpe_ops.rows_take(q, k, v, tables, configs[0].skip, mask, modules) and fits
 
 
+# assume_constant_result for the reason given in iRPE._constant_ids. There are two functions, because torch.compile can
+# store a tensor or numbers, but not a tuple of both.
 @torch.compiler.assume_constant_result
-def _constant_row_layout(*key):
-    return _kept_row_layout(*key)[0]
+def _constant_row_layout(*key: Any) -> Tensor:
+    return _cached_row_layout(*key)[0]
 
 
 @torch.compiler.assume_constant_result
-def _constant_row_sizes(*key):
-    return _kept_row_layout(*key)[1]
+def _constant_row_sizes(*key: Any) -> tuple[int, ...]:
+    return _cached_row_layout(*key)[1]
 
 
-def _check_self_attention(q, k, v):
-    """Raise ValueError unless q, k and v, (B, H, L, D), are of the same tokens; heads and batches may broadcast."""
-    if torch.jit.is_tracing():  # in which sizes are tensors, and comparing them warns
+def _check_self_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k and v, (B, H, L, D), belong to the same tokens; heads and batches may broadcast."""
+    if torch.jit.is_tracing():  # sizes are tensors then, and comparing them prints a warning
         return
     if q.ndim == 4 and q.shape == k.shape == v.shape:
         return
@@ -562,34 +662,42 @@ def _check_self_attention(q, k, v):
         )
 
 
-def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, width=None, attn_mask=None, dropout_p=0.0):
-    """softmax(scale·q·kᵀ + terms on keys and queries + mask)·v + term on values, with scale = D^-1/2.
+def rpe_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_q: nn.Module | None = None,
+    rpe_k: nn.Module | None = None,
+    rpe_v: nn.Module | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """softmax(scale·q·kᵀ + terms on keys and queries + mask)·v + term on values, with scale = D^-1/2 (Eq. 12 to 14).
 
     Args:
         q, k, v: (B, H, L, D), q not yet scaled.
         rpe_q, rpe_k, rpe_v: modules from `build_rpe`, or None.
         height, width: the map, in tokens; square if not given. A map is 2-D: fold a video's frames into the batch.
-        attn_mask: as in `scaled_dot_product_attention`: added to the logits, or bool with True where a key may be
-            seen; broadcast to (B, H, L, L).
-        dropout_p: dropout of the attention; give 0 in evaluation.
+        attn_mask: as in `scaled_dot_product_attention`: added to the logits, or bool with True where a query may attend
+            to a key; broadcast to (B, H, L, L). Queries that may attend to no key get zeros.
+        dropout_p: dropout probability of the attention weights; pass 0 in evaluation.
     Returns: (B, H, L, D).
-    Raises: ValueError, with modules, if q, k and v are not of one map's tokens or L does not fit the map and skip.
+    Raises: ValueError, if there are modules, when q, k and v do not belong to the tokens of one map, or L does not fit
+        the map and skip.
     """
     modules = [module for module in (rpe_q, rpe_k, rpe_v) if module is not None]
     if not modules:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
     _check_self_attention(q, k, v)
-    # what rpe_ops computes is what `forward` computes, unless that is somebody else's
+    # rpe_ops replaces the forward methods of this file's classes, so subclasses with their own forward cannot use it.
     ours = all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
     ours = ours and HAS_RPE_OPS and not _is_recorded()
     if ours and _goes_by_rows(q, k, v, modules, attn_mask):
         return _attention_by_rows(q, k, v, (rpe_q, rpe_k, rpe_v), height, width, attn_mask, dropout_p)
-    q, mask, blind = q * q.shape[-1] ** -0.5, attn_mask, None
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-        blind = mask.amax(-1, keepdim=True) == -math.inf  # queries that may see nothing get zeros in the end
-        mask = mask.masked_fill(blind, 0)
+    q = q * q.shape[-1] ** -0.5
+    mask, blind = (None, None) if attn_mask is None else _additive_mask(attn_mask, q.dtype)
     if ours and rpe_ops.attention_takes(q, k, v, mask, modules):
         terms = [rpe.terms(q.shape[2], q.device, height, width) if rpe else [] for rpe in (rpe_q, rpe_k, rpe_v)]
         out = rpe_ops.attention(q, k, v, *terms, mask, dropout_p)
@@ -598,8 +706,28 @@ def rpe_attention(q, k, v, rpe_q=None, rpe_k=None, rpe_v=None, height=None, widt
     return out if mask is None else out.masked_fill(blind, 0)
 
 
-def _attention_by_rows(q, k, v, modules, height, width, attn_mask, dropout_p):
-    """The attention of `rpe_ops.rows`; q is not scaled, and modules are those on queries, keys and values, or None."""
+def _additive_mask(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(the mask in additive form, the queries that it allows no key), (…, L, L) and (…, L, 1).
+
+    The rows of those queries are zero, because softmax of -∞ alone would be NaN.
+    """
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
+    blind = mask.amax(-1, keepdim=True) == -math.inf
+    return mask.masked_fill(blind, 0), blind
+
+
+def _attention_by_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    modules: tuple[iRPE | iRPE_Cross | None, ...],
+    height: int | None,
+    width: int | None,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    """`rpe_attention` by `rpe_ops.rows`; q is not scaled, and modules are on queries, keys and values, or None."""
     config = next(module.config for module in modules if module is not None)
     tables = [module.tables if module is not None else [] for module in modules]
     size = _map_size(operator.index(q.shape[2]), height, width, config.skip)
@@ -617,8 +745,19 @@ def _attention_by_rows(q, k, v, modules, height, width, attn_mask, dropout_p):
     )
 
 
-def _composed_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p):
-    """Attention from the modules' own terms and PyTorch's operators; q is scaled, and the mask is added."""
+def _composed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_q: nn.Module | None,
+    rpe_k: nn.Module | None,
+    rpe_v: nn.Module | None,
+    height: int | None,
+    width: int | None,
+    mask: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    """`rpe_attention` composed of the modules' terms and PyTorch's operators; q is scaled, and the mask is additive."""
     terms = [
         rpe_k and rpe_k(q, height, width),
         rpe_q and rpe_q(k * q.shape[-1] ** -0.5, height, width).transpose(-2, -1),
@@ -629,7 +768,7 @@ def _composed_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropo
         logits = functools.reduce(torch.add, terms, torch.matmul(q, k.transpose(-2, -1)))
         attn = F.dropout(logits.softmax(-1), dropout_p)
         return torch.matmul(attn, v) + rpe_v(attn, height, width)
-    # without a term on values PyTorch's attention does the rest, and takes what is added to the logits as its mask
+    # Without a term on values PyTorch's attention does the rest, with the terms as its mask.
     out = F.scaled_dot_product_attention(q, k, v, add_terms(terms), dropout_p, scale=1.0)
-    # its strides depend on whether gradients are asked for, which may change after the trace
+    # The strides of the output depend on whether gradients are computed, which may change after the trace.
     return out.clone(memory_format=torch.contiguous_format) if _is_recorded() else out
