@@ -57,7 +57,9 @@ python tests/rows_cases.py --cases "$cases" --quiet "${many[@]}" >"$scratch/case
 random=$!
 failed=0
 stage tests
-timeout 240 python -m pytest -q -p no:cacheprovider "${tests[@]}" 2>&1 | tail -n 15 || failed=1
+# Each failure is printed when it happens, so that its name is known even if the time runs out.
+timeout --signal=INT 300 python -m pytest -v -p no:cacheprovider "${tests[@]}" 2>&1 \
+    | grep -E "FAILED|ERROR|^E  |passed|failed|Timeout" || failed=1
 stage "random cases against float64"
 wait "$random" || failed=1
 cat "$scratch/cases"
