@@ -172,7 +172,7 @@ def test_an_encoding_outside_the_grammar_is_refused(tmp_path, text, said):
 @pytest.mark.parametrize(
     ("name", "kwargs", "said"),
     [
-        ("deit_tiny_patch16_224_ctx_product_50_shared_k", (), "the name says an encoding already"),
+        ("deit_tiny_patch16_224_ctx_product_50_shared_k", (), "the name already has an encoding"),
         ("resnet18", (), "ResNet is neither a VisionTransformer nor an Eva of timm"),
         ("swin_tiny_patch4_window7_224", (), "SwinTransformer is neither a VisionTransformer nor an Eva of timm"),
         ("vit_tiny_patch16_224", ("patch_drop_rate=0.5",), "build it with patch_drop_rate=0"),
