@@ -146,9 +146,7 @@ def near_names(name: str) -> list[str]:
     return difflib.get_close_matches(name, timm.list_models(), 4)
 
 
-def create_model(
-    name: str, pretrained: bool = False, rpe_config: RPEConfig | None = None, **kwargs: Any
-) -> nn.Module:
+def create_model(name: str, pretrained: bool = False, rpe_config: RPEConfig | None = None, **kwargs: Any) -> nn.Module:
     """A model by its name.
 
     Args:
