@@ -255,7 +255,7 @@ def vit_irpe(pretrained: bool = False, *, base: str = "", rpe: str = "", **kwarg
 
 def rpe_text(rpe_config: RPEConfig) -> str:
     """The text that `irpe.parse_rpe` turns into `rpe_config`, but for its `skip`."""
-    ratio = f"{decimal.Decimal(repr(rpe_config.ratio)):f}"  # without an exponent
+    ratio = f"{decimal.Decimal(repr(rpe_config.ratio)).normalize():f}"  # 20 for 20.0, and never an exponent
     mode = "ctx" if rpe_config.mode == "contextual" else "bias"
     return f"rpe-{ratio}-{rpe_config.method.value}-{mode}-{int(rpe_config.shared_head)}-{rpe_config.rpe_on}"
 

@@ -18,11 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models._hub import save_for_hf  # timm.models exports it from a later release on
 from timm.utils import ParseKwargs
 from torch import nn
 
@@ -62,7 +62,6 @@ The architecture `{architecture}` is defined in the folder `DeiT-with-iRPE` of t
 ```python
 import sys
 
-import timm
 
 sys.path.insert(0, "DeiT-with-iRPE")
 import rpe_models  # registers the architecture with timm
@@ -143,7 +142,7 @@ def write(args: argparse.Namespace) -> None:
     describe_preprocessing(model, settings)
     classes = checkpoint.get("classes")
     with runtime.writing(args.folder):
-        timm.models.save_for_hf(
+        save_for_hf(
             model,
             args.folder,
             model_config={"label_names": classes} if classes else None,

@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.models import _hub
 from timm.models._features import FeatureGetterNet
+from timm.models._hub import save_for_hf  # timm.models exports it from a later release on
 
 import models
 import rpe_models
@@ -32,6 +33,9 @@ VITS = {
 }
 # The releases of timm before this function write only the arguments that save_for_hf gets.
 RECORDS_ARGUMENTS = hasattr(timm.models, "get_model_args")
+pytestmark = pytest.mark.skipif(
+    not _hub.has_hf_hub(), reason=f"timm {timm.__version__} does not work with this huggingface_hub"
+)
 needs_local_dir = pytest.mark.skipif(
     not hasattr(_hub, "load_model_config_from_path"), reason=f"timm {timm.__version__} has no local-dir:"
 )
@@ -51,7 +55,7 @@ def build(name, rpe="", **kwargs):
 
 def save(model, folder):
     options = {} if RECORDS_ARGUMENTS else {"model_args": recorded_arguments(model)}
-    timm.models.save_for_hf(model, folder, safe_serialization=True, **options)
+    save_for_hf(model, folder, safe_serialization=True, **options)
     return json.loads((folder / "config.json").read_text())
 
 
@@ -159,9 +163,7 @@ def test_without_pretrained_a_saved_model_starts_from_initial_values(tmp_path):
 @needs_local_dir
 def test_weights_of_another_model_in_the_folder_are_refused(tmp_path):
     save(build(TINY, depth=1, img_size=32), tmp_path)
-    timm.models.save_for_hf(
-        build("deit_tiny_patch16_224", depth=1, img_size=32), tmp_path / "plain", safe_serialization=True
-    )
+    save_for_hf(build("deit_tiny_patch16_224", depth=1, img_size=32), tmp_path / "plain", safe_serialization=True)
     (tmp_path / "plain" / "model.safetensors").replace(tmp_path / "model.safetensors")
     with pytest.raises(RuntimeError, match=r"Missing key.*rpe_k\.lookup_table_weight"):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
@@ -194,7 +196,7 @@ def test_a_repository_of_the_hub_loads_from_the_cache(tmp_path, monkeypatch, nam
     (repository / "refs" / "main").write_text("0" * 40)
     model = build(name, rpe, depth=1, img_size=32, patch_size=8)
     folder = repository / "snapshots" / ("0" * 40)
-    timm.models.save_for_hf(model, folder, safe_serialization="both", model_args=recorded_arguments(model))
+    save_for_hf(model, folder, safe_serialization="both", model_args=recorded_arguments(model))
     loaded = timm.create_model(f"{prefix}:someone/some-model", pretrained=True, cache_dir=str(tmp_path))
     assert_same_model(loaded, model)
 
