@@ -97,7 +97,7 @@ def test_validation_class_that_training_lacks_is_named(tmp_path, flags):
     write_pictures(tmp_path / "val", ("a", "zebra"), 1)
     for split in ("train", "val"):
         write_tar(tmp_path / f"{split}.tar", tmp_path / split)
-    with pytest.raises(UserError, match="1 classes that training has not, such as zebra"):
+    with pytest.raises(UserError, match="1 classes that are missing in training, such as zebra"):
         build("val", tmp_path, *flags)
 
 
@@ -107,7 +107,7 @@ def test_imnet_means_a_thousand_classes_and_folder_counts_them(pictures, tmp_pat
         (tmp_path / "val" / str(number)).mkdir(parents=True)
         Image.new("RGB", (2, 2)).save(tmp_path / "val" / str(number) / "0.png")
     assert build("val", tmp_path)[1] == 1001
-    with pytest.raises(UserError, match="1001 classes and --data-set IMNET means 1000"):
+    with pytest.raises(UserError, match="1001 classes, but --data-set IMNET has 1000: use --data-set FOLDER"):
         build("val", tmp_path, "--data-set", "IMNET")
 
 
@@ -155,7 +155,7 @@ def test_compressed_tar_is_refused(pictures, tmp_path):
 
 def test_tar_without_class_folders_or_pictures_is_refused(pictures, tmp_path):
     write_tar(tmp_path / "val.tar", pictures / "val" / "ant" / "more")
-    with pytest.raises(UserError, match="5.png in .*val.tar lies in no class folder"):
+    with pytest.raises(UserError, match="5.png in .*val.tar is in no class folder"):
         build("val", tmp_path, "--load-tar")
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "train.tar", tmp_path / "empty")
@@ -180,19 +180,19 @@ def tar_of(path, names):
     [
         (
             ["train/ant/1.png", "train/bee/1.png", "meta/logo.png"],
-            "train/ant/1.png in .* lies too deep, as folder train",
+            "train/ant/1.png in .* is too deep, because folder train holds no image",
         ),
-        (["train/ant/1.png", "train/bee/1.png", "val/ant/1.png"], "lies too deep, as folder train"),
+        (["train/ant/1.png", "train/bee/1.png", "val/ant/1.png"], "is too deep, because folder train"),
         (
             ["train/ant/1.png", "train/bee/1.png", "train/logo.png"],
-            "lie in one class folder, train, and some deeper, such as train/ant/1.png",
+            "are in one class folder, train, some of them in subfolders, such as train/ant/1.png",
         ),
-        (["train/ant/1.png", "train/bee/1.png", "logo.png"], "logo.png in .* lies in no class folder"),
+        (["train/ant/1.png", "train/bee/1.png", "logo.png"], "logo.png in .* is in no class folder"),
     ],
 )
 def test_tar_of_another_layout_is_refused_with_the_layout_that_is_read(tmp_path, names, words):
     tar_of(tmp_path / "train.tar", names)
-    with pytest.raises(UserError, match=f"{words}.*: a tar must hold CLASS/PICTURE"):
+    with pytest.raises(UserError, match=f"{words}.*: a tar must hold CLASS/IMAGE"):
         build("train", tmp_path, "--load-tar")
 
 
@@ -221,9 +221,9 @@ def append(path, name, kind, linkname=""):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (tarfile.SYMTYPE, "ant/3.png in tar .* is a symbolic link, which is not read"),
-        (tarfile.GNUTYPE_SPARSE, "ant/3.png in tar .* is a sparse file, which is not read"),
-        (tarfile.LNKTYPE, "ant/3.png in tar .* is a hard link to ant/none.png, which is not in it"),
+        (tarfile.SYMTYPE, "ant/3.png in tar .* is a symbolic link, which cannot be read"),
+        (tarfile.GNUTYPE_SPARSE, "ant/3.png in tar .* is a sparse file, which cannot be read"),
+        (tarfile.LNKTYPE, "ant/3.png in tar .* is a hard link to ant/none.png, which is not in the tar"),
     ],
 )
 def test_tar_member_whose_content_lies_elsewhere_is_named(tmp_path, kind, words):
@@ -284,8 +284,8 @@ def test_images_of_kinds_that_are_not_read_are_counted_in_a_note(tmp_path, capsy
 @pytest.mark.parametrize(
     ("classes", "said"),
     [
-        (["1", "2", "10"], "so that 10 has the number 1, counted from 0"),
-        (["c2", "c10"], "so that c10 has the number 0"),
+        (["1", "2", "10"], "so 10 is class 1, counted from 0"),
+        (["c2", "c10"], "so c10 is class 0"),
         (["01", "02", "10"], None),
         (["1", "2"], None),
         (["1", "2", "ten"], None),
@@ -402,8 +402,8 @@ def test_shards_are_a_partition_for_any_number_of_processes():
 # CIFAR and iNaturalist
 
 
-def test_cifar_without_files_says_what_to_fetch_and_where(tmp_path):
-    with pytest.raises(UserError, match=r"cifar-100-python: fetch https://\S+python.tar.gz and unpack it in "):
+def test_cifar_without_files_says_what_to_download_and_where(tmp_path):
+    with pytest.raises(UserError, match=r"cifar-100-python: download https://\S+python.tar.gz and unpack it in "):
         build("train", tmp_path, "--data-set", "CIFAR")
 
 
