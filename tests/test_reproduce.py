@@ -83,7 +83,7 @@ def run(capsys, *flags):
 
 @pytest.fixture(scope="module")
 def walk(imagenet, coco, tmp_path_factory):
-    """A walk that was stopped in its last row and then went on: its folder, flags, and what the two runs said.
+    """A walk that was stopped in its last row and then went on: its folder, flags, and the outputs of the two runs.
 
     The second row's file is damaged, and missing when the walk goes on. The paper's top-1 is set a little beside the
     true one, its AP far off.
@@ -128,7 +128,7 @@ def test_reports_say_how_each_number_was_measured(walk, imagenet):
     text = (root / "out" / "results.md").read_text()
     row = results(root / "out")[TINY]
     for expected in (
-        "small.pth, to be had from https://example.org/small.pth",
+        "small.pth, which https://example.org/small.pth provides",
         torch.__version__,
         row["device"],
         "cd DeiT-with-iRPE && python -m torch.distributed.run --standalone --nproc_per_node 1 main.py",
@@ -140,8 +140,8 @@ def test_reports_say_how_each_number_was_measured(walk, imagenet):
     lines = [line for line in text.splitlines() if line.startswith("| deit") or line.startswith("| detr")]
     assert [line.rsplit("|")[-2].strip() for line in lines] == ["**pass**", "**missing**", "**fail**"]
     assert "| -0.09 | 5.76 (5.76) | 1276 (1284) |" in lines[0] and "80.9" in lines[1]
-    with Image.open(root / "out" / "results.png") as picture:
-        assert min(picture.size) > 200
+    with Image.open(root / "out" / "results.png") as figure:
+        assert min(figure.size) > 200
 
 
 def test_incomplete_and_all_passed_are_told_apart_and_nothing_is_measured_again(walk, imagenet, coco, tmp_path, capsys):
@@ -159,7 +159,7 @@ def test_verify_passes_whole_files_and_counts(walk, capsys):
     tiny, small, detr = out.splitlines()
     assert status == 3
     assert f"{TINY}: pass: 5.76 M parameters, 1276 M MACs (paper: 5.76 M, 1284 M)" in tiny
-    assert "missing: small.pth, to be had from https://example.org/small.pth" in small
+    assert "missing: small.pth, which https://example.org/small.pth provides" in small
     assert f"{DETR}: pass: 41." in detr
 
 
@@ -186,9 +186,9 @@ def test_verify_catches_a_wrong_shape_a_missing_key_and_a_damaged_file(imagenet,
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        ([], "no data to measure on: say --imagenet DIR and --coco DIR"),
+        ([], "no data set: give --imagenet DIR and --coco DIR"),
         (["--only", "deit_huge"], "--only deit_huge names no row; rows are deit_tiny"),
         (["--imagenet", "tests"], "--imagenet tests has no val and no val.tar"),
         (["--coco", "tests"], "--coco tests has no annotations/instances_val2017.json"),
@@ -199,22 +199,24 @@ def test_verify_catches_a_wrong_shape_a_missing_key_and_a_damaged_file(imagenet,
         (["--nproc", "many"], "invalid int value: 'many'; --help"),
     ],
 )
-def test_a_mistake_is_said_in_one_sentence_before_anything_is_written(flags, said, tmp_path, capsys, monkeypatch):
+def test_a_mistake_is_reported_in_one_sentence_before_anything_is_written(
+    flags, message, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(reproduce.ROOT)
     status, _, err = run(capsys, "--checkpoints", tmp_path, "--output_dir", tmp_path / "out", *flags)
-    assert status == 2 and said in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert status == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     "content", ["[]", "{", '{"deit": 5}', '{"deit": [7]}', '{"deit": [{"name": "x"}]}', json.dumps({"detr": [ROW]})]
 )
-def test_a_table_of_another_form_is_refused_in_a_sentence(content, tmp_path):
+def test_a_table_in_another_format_is_refused(content, tmp_path):
     (tmp_path / "table.json").write_text(content)
     with pytest.raises(reproduce.UserError, match="table.json"):
         reproduce.read_table(tmp_path / "table.json")
 
 
-def test_a_coco_without_pictures_is_noticed_before_anything_is_written(tmp_path, capsys):
+def test_a_coco_folder_without_images_is_refused_before_anything_is_written(tmp_path, capsys):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_val2017.json").touch()
     status, _, err = run(capsys, "--checkpoints", tmp_path, "--output_dir", tmp_path / "out", "--coco", tmp_path)
@@ -222,7 +224,7 @@ def test_a_coco_without_pictures_is_noticed_before_anything_is_written(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("output", "expected"),
     [
         (
             "Traceback (most recent call last):\n[rank1]: ValueError: this\nx.ChildFailedError: \n=====",
@@ -245,8 +247,8 @@ def test_a_coco_without_pictures_is_noticed_before_anything_is_written(tmp_path,
         ("a warning", ""),
     ],
 )
-def test_the_error_of_an_evaluation_is_told_from_the_launchers_report(said, expected):
-    assert reproduce.error_in(said) == expected
+def test_the_original_error_is_found_in_the_output_of_an_evaluation(output, expected):
+    assert reproduce.error_in(output) == expected
 
 
 @pytest.mark.parametrize(
@@ -281,11 +283,11 @@ def test_a_tar_is_read_where_imagenet_is_not_unpacked_and_flags_are_handed_on(tm
 
 def test_a_file_that_changes_in_the_data_is_noticed(tmp_path):
     (tmp_path / "val" / "n01").mkdir(parents=True)
-    picture = tmp_path / "val" / "n01" / "1.png"
+    image = tmp_path / "val" / "n01" / "1.png"
     seen = {reproduce.fingerprint([tmp_path / "val"])}
     for content, second in ((b"a", 1), (b"ab", 1), (b"ab", 2)):
-        picture.write_bytes(content)
-        os.utime(picture, (second, second))
+        image.write_bytes(content)
+        os.utime(image, (second, second))
         seen.add(reproduce.fingerprint([tmp_path / "val"]))
     assert len(seen) == 4 and reproduce.fingerprint([tmp_path / "val"]) in seen
 

@@ -89,7 +89,7 @@ def test_without_the_repositorys_table_the_list_does_without_released_numbers(mo
     assert re.search(r" 50 +- +-\n", capsys.readouterr().out)
 
 
-def test_a_pattern_that_fits_nothing_is_refused_in_a_sentence():
+def test_a_pattern_without_a_match_is_refused():
     with pytest.raises(UserError, match="'nothing'.*--describe"):
         model_cards.list_models("nothing")
 
@@ -113,7 +113,7 @@ def test_a_description_of_an_ablation_tells_every_part_of_its_name(capsys):
     g = {piecewise_index(torch.tensor(d), 20, 40, 160, torch.long).item() for d in range(-23, 24)}
     expected = {
         "model": "width 192, depth 12, 3 heads of 64",
-        "picture": "384×384 .* 24×24 tokens after 1 prefix",
+        "image": "384×384 .* 24×24 tokens after 1 prefix",
         "method": "cross",
         "mode": "bias",
         "where": r"queries and keys \(qk\)",
@@ -130,7 +130,7 @@ def test_a_description_of_an_ablation_tells_every_part_of_its_name(capsys):
 def test_a_baseline_is_described_without_an_encoding(name, prefix, capsys):
     found, _ = described(name, capsys)
     assert found["method"].startswith("none") and "ratio" not in found
-    assert f"after {prefix} prefix" in found["picture"] and found["checkpoint"].startswith("https://")
+    assert f"after {prefix} prefix" in found["image"] and found["checkpoint"].startswith("https://")
 
 
 @pytest.mark.parametrize(
