@@ -124,7 +124,7 @@ def start_slow(place):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_study_tells_its_runs_to_save_and_goes_on_with_those_that_are_not_finished(place, run, number):
+def test_an_interrupted_study_lets_its_runs_save_and_resumes_the_unfinished_ones(place, run, number):
     process = start_slow(place)
     os.killpg(process.pid, number)  # as a terminal does
     status, _, err = finish(process)
@@ -151,7 +151,7 @@ def test_a_signal_while_a_run_starts_does_not_leave_it_behind(place):
     ablate.reproduce.lock(place / "out").close()
 
 
-def test_runs_that_a_killed_study_left_behind_keep_its_folder(place):
+def test_runs_left_behind_by_a_killed_study_keep_its_folder_locked(place):
     process = start_slow(place)
     process.kill()
     finish(process)
@@ -168,14 +168,14 @@ def test_a_run_whose_record_cannot_be_written_is_not_started(place):
     assert not (place / "out" / "plain-seed0" / "output.txt").exists()
 
 
-def test_seeds_are_done_one_after_another_so_that_a_part_is_balanced(place, run):
+def test_all_variants_run_with_one_seed_before_the_next(place, run):
     assert run()[0] == 0
     assert [(seed, rate) for seed, rate, evaluated in done(place) if evaluated == "True"] == [
         (seed, rate) for seed in "01" for rate in ("0", "0.1", "0.2")
     ]
 
 
-def test_a_failed_run_is_reported_not_counted_and_tried_again(place, run):
+def test_a_failed_run_is_reported_and_repeated(place, run):
     (place / "data" / "broken1").touch()
     status, out, _ = run()
     assert status == 3 and "third-seed1 failed: the loss is nan" in out
@@ -249,7 +249,7 @@ def test_the_shipped_study_has_the_variants_of_the_paper():
     assert len(study["variants"]) == 21 and len(study["seeds"]) >= 5
 
 
-def test_a_run_by_its_printed_commands_gives_the_same_top1_again(tmp_path):
+def test_the_printed_commands_reproduce_a_run(tmp_path):
     random = np.random.RandomState(0)
     for split in ("train", "val"):
         for label in range(2):

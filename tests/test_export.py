@@ -241,7 +241,7 @@ RECORDED = {
 @ignore_deprecation
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("name", RECORDED)
-def test_a_trace_holds_pytorchs_operators_only_and_agrees_at_another_batch_size(name, gradients, tmp_path):
+def test_a_trace_contains_only_operators_of_pytorch_and_agrees_at_another_batch_size(name, gradients, tmp_path):
     model, example, batch = record(name)
     with torch.set_grad_enabled(gradients):
         traced = torch.jit.trace(model, example, strict=False, check_trace=False)
@@ -253,7 +253,7 @@ def test_a_trace_holds_pytorchs_operators_only_and_agrees_at_another_batch_size(
 
 
 @ignore_deprecation
-def test_a_trace_runs_where_nothing_but_pytorch_is(tmp_path):
+def test_a_trace_runs_with_pytorch_alone(tmp_path):
     model, example, batch = record("deit on qkv")
     torch.jit.trace(model, example).save(tmp_path / "program.pt")
     check([load_elsewhere("torch.jit.load(program)", tmp_path / "program.pt", batch, tmp_path)], model, batch)
@@ -284,6 +284,6 @@ def test_the_older_onnx_export_agrees_at_other_batch_sizes(name, tmp_path):
 
 
 @ignore_deprecation
-def test_scripting_a_whole_model_says_which_ways_there_are_instead():
+def test_scripting_a_whole_model_is_refused_with_the_alternatives():
     with pytest.raises(RuntimeError, match="torch.jit.trace, torch.export or torch.compile"):
         torch.jit.script(load_deit("k", depth=2, img_size=64))

@@ -83,7 +83,7 @@ def run(capsys, *flags):
 
 @pytest.fixture(scope="module")
 def walk(imagenet, coco, tmp_path_factory):
-    """A walk that was stopped in its last row and then went on: its folder, flags, and the outputs of the two runs.
+    """A run that was interrupted in its last row and then resumed: its folder, flags, and the outputs of the two runs.
 
     The second row's file is damaged, and missing when the walk goes on. The paper's top-1 is set a little beside the
     true one, its AP far off.
@@ -106,14 +106,14 @@ def walk(imagenet, coco, tmp_path_factory):
     return root, data, checkpoints, stopped, finish(start(*flags))
 
 
-def test_a_stopped_walk_has_kept_what_it_finished_and_a_damaged_file_did_not_end_it(walk):
+def test_an_interrupted_run_keeps_its_results_and_continues_after_a_damaged_file(walk):
     (status, _, err), rows = walk[3]
     assert status == 130 and err.splitlines()[-1].startswith("interrupted") and "tools/reproduce.py" not in err
     assert rows.keys() == {TINY, SMALL} and [row["status"] for row in rows.values()] == ["pass", "error"]
     assert "small.pth" in rows[SMALL]["why"] and "damaged" in rows[SMALL]["why"]
 
 
-def test_the_walk_goes_on_and_measures_what_is_true(walk, imagenet, coco):
+def test_a_resumed_run_measures_the_true_scores(walk, imagenet, coco):
     (status, out, err), rows = walk[4], results(walk[0] / "out")
     assert status == 1, err
     assert rows[TINY]["date"] == walk[3][1][TINY]["date"] and "kept:" in out and "$ cd DeiT" not in out
@@ -123,7 +123,7 @@ def test_the_walk_goes_on_and_measures_what_is_true(walk, imagenet, coco):
     assert "difference -0.090 of ±0.1" in out and "difference +5.000 of ±0.2" in out
 
 
-def test_reports_say_how_each_number_was_measured(walk, imagenet):
+def test_reports_show_how_each_number_was_measured(walk, imagenet):
     root, _, checkpoints = walk[:3]
     text = (root / "out" / "results.md").read_text()
     row = results(root / "out")[TINY]
@@ -144,7 +144,9 @@ def test_reports_say_how_each_number_was_measured(walk, imagenet):
         assert min(figure.size) > 200
 
 
-def test_incomplete_and_all_passed_are_told_apart_and_nothing_is_measured_again(walk, imagenet, coco, tmp_path, capsys):
+def test_incomplete_and_passed_runs_differ_in_status_and_nothing_is_measured_again(
+    walk, imagenet, coco, tmp_path, capsys
+):
     root, data, checkpoints = walk[:3]
     table = write_table(tmp_path / "table.json", imagenet[2]["top1"], coco[2]["ap"] + 0.0019)
     flags = [*data, "--checkpoints", checkpoints, "--table", table]
@@ -154,7 +156,7 @@ def test_incomplete_and_all_passed_are_told_apart_and_nothing_is_measured_again(
         assert out.count("kept:") == 2 and "$ " not in out and "difference -0.190 of ±0.2" in out
 
 
-def test_verify_passes_whole_files_and_counts(walk, capsys):
+def test_verify_passes_intact_files_and_counts(walk, capsys):
     status, out, _ = run(capsys, "--checkpoints", walk[2], "--table", walk[0] / "table.json", "--verify")
     tiny, small, detr = out.splitlines()
     assert status == 3
@@ -262,7 +264,7 @@ def test_the_original_error_is_found_in_the_output_of_an_evaluation(output, expe
         (["error", "fail"], 1),
     ],
 )
-def test_exit_status_tells_passed_failed_and_incomplete_apart(statuses, expected, monkeypatch, tmp_path):
+def test_the_exit_status_distinguishes_passed_failed_and_incomplete(statuses, expected, monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "read_table", lambda _: [{"name": status, "file": status} for status in statuses])
     monkeypatch.setattr(reproduce, "verify", lambda row, _: (row["name"], ""))
     assert reproduce.main(["--checkpoints", str(tmp_path), "--verify"]) == expected
@@ -281,7 +283,7 @@ def test_a_tar_is_read_where_imagenet_is_not_unpacked_and_flags_are_handed_on(tm
     assert "--load-tar" not in reproduce.command_of(row, args, tmp_path / row["file"])
 
 
-def test_a_file_that_changes_in_the_data_is_noticed(tmp_path):
+def test_a_changed_file_of_the_data_set_changes_the_fingerprint(tmp_path):
     (tmp_path / "val" / "n01").mkdir(parents=True)
     image = tmp_path / "val" / "n01" / "1.png"
     seen = {reproduce.fingerprint([tmp_path / "val"])}
@@ -365,7 +367,7 @@ def drive(root, change=lambda: None):
         process.kill()
 
 
-def test_what_was_measured_is_kept_until_something_changes_and_through_an_error(stub, capsys):
+def test_results_are_kept_until_something_changes_and_after_an_error(stub, capsys):
     assert run(capsys, *flags_of(stub))[0] == 0
     good = results(stub / "out")[TINY]
     evaluation(stub, {}, "sys.exit('error: no luck')")
@@ -383,7 +385,7 @@ def test_what_was_measured_is_kept_until_something_changes_and_through_an_error(
     assert status == 1 and "fail: top1 79.000, paper 80.0, difference -1.000 of ±0.1" in out
 
 
-def test_an_evaluation_without_a_result_is_an_error_also_beside_an_earlier_ones(stub, capsys):
+def test_an_evaluation_without_a_result_is_an_error_even_if_there_is_an_earlier_result(stub, capsys):
     (stub / "checkpoints" / "code.py").write_text("")
     (stub / "out" / TINY / "eval.json").write_text('{"acc1": 80, "acc5": 92}')
     status, out, _ = run(capsys, *flags_of(stub))
@@ -411,14 +413,14 @@ def test_a_damaged_results_json_is_named_and_left_alone(stub, content, capsys):
     assert path.read_text() == content
 
 
-def test_a_folder_that_cannot_be_written_is_known_before_the_first_evaluation(stub, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_reported_before_the_first_evaluation(stub, monkeypatch, capsys):
     (stub / "out" / "results.md").mkdir()
     monkeypatch.setattr(reproduce, "evaluate", None)
     status, _, err = run(capsys, *flags_of(stub))
     assert status == 2 and "cannot be written" in err
 
 
-def test_an_output_folder_is_one_runs_alone_also_while_a_killed_runs_evaluation_goes_on(stub, capsys):
+def test_only_one_run_may_use_an_output_folder_even_while_the_evaluation_of_a_killed_run_continues(stub, capsys):
     evaluation(
         stub, {}, "pathlib.Path('pid.tmp').write_text(str(os.getpid())); os.rename('pid.tmp', 'pid')\n" + FOREVER
     )
@@ -436,7 +438,7 @@ def test_an_output_folder_is_one_runs_alone_also_while_a_killed_runs_evaluation_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_also_repeated_end_the_evaluation_without_a_traceback(stub, number):
+def test_single_and_repeated_signals_end_the_evaluation_without_a_traceback(stub, number):
     evaluation(
         stub,
         {},
@@ -492,7 +494,7 @@ def test_a_closed_pipe_ends_the_run_quietly(stub, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_system_without_a_signal_that_stops_the_tools_is_told_so(tmp_path):
+def test_a_system_that_lacks_a_signal_of_the_tools_is_refused(tmp_path):
     program = (
         "import signal, sys\n"
         "del signal.SIGHUP\n"

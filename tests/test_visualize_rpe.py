@@ -104,7 +104,7 @@ def test_every_panel_shows_its_layer_and_head_on_one_scale_around_zero(heads, la
     assert names == {"layer 0", "head 0"} - ({"head 0"} if heads == 1 else set())
 
 
-def test_norms_are_drawn_from_their_least_value_up_and_zeros_in_the_middle_of_the_colours():
+def test_norms_are_drawn_from_their_smallest_value_and_zeros_in_the_middle_of_the_colours():
     def limits(maps, signed):
         return visualize_rpe.draw_offset_maps([maps], "title", "unit", signed).axes[0].images[0].get_clim()
 
@@ -347,7 +347,7 @@ def test_a_bias_needs_no_images_and_is_drawn_as_its_table(inside, tmp_path, code
         ),
     ],
 )
-def test_a_file_without_flags_is_known_by_its_name_or_takes_them_from_the_command_line(
+def test_a_file_without_flags_takes_them_from_its_name_or_from_the_command_line(
     inside, data, tmp_path, codebase, encoding, side, heads, ids, flags
 ):
     weights = inside(codebase, SAVE[codebase], tmp_path / f"{encoding}.pth", encoding, side, None, False)
@@ -388,7 +388,7 @@ DEIT, DETR = ("deit", "deit_tiny_patch16_32_ctx_product_50_shared_k", 32), ("det
         (("detr", "", 64), [], "x.pth, DETR.* has no iRPE"),
     ],
 )
-def test_mistakes_are_one_sentence(inside, tmp_path, checkpoint, flags, words):
+def test_a_mistake_is_reported_in_one_sentence(inside, tmp_path, checkpoint, flags, words):
     codebase, *rest = checkpoint
     inside(codebase, SAVE[codebase], tmp_path / "x.pth", *rest, tmp_path / "not here")
     status, out, err = inside(

@@ -40,7 +40,7 @@ def run(*arguments):
 
 
 def refused(*arguments):
-    """The one sentence with which the program ends."""
+    """The one sentence with which the program fails."""
     with pytest.raises(UserError) as caught:
         run(*arguments)
     assert "\n" not in str(caught.value)
