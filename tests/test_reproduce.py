@@ -85,8 +85,8 @@ def run(capsys, *flags):
 def walk(imagenet, coco, tmp_path_factory):
     """A run that was interrupted in its last row and then resumed: its folder, flags, and the outputs of the two runs.
 
-    The second row's file is damaged, and missing when the walk goes on. The paper's top-1 is set a little beside the
-    true one, its AP far off.
+    The second row's file is damaged, and missing when the run resumes. The paper's top-1 is set close to the
+    true one, its AP far from it.
     """
     root = tmp_path_factory.mktemp("walk")
     checkpoints = root / "checkpoints"
