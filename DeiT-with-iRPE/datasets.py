@@ -1,8 +1,8 @@
 """The data sets by name and the transforms of DeiT's recipe.
 
-Tars are read by a small reader of its own. timm's ReaderImageInTar keeps a pickled index beside the data and one
-open tarfile, whose position forked workers share; here the headers are scanned once into arrays, and each image is
-read from a file opened anew. The order is torchvision's, so folder and tar give equal results.
+This module has its own tar reader. timm's ReaderImageInTar writes a pickled index beside the data and keeps one open
+tarfile, whose file position forked workers share. Here the headers are scanned once into arrays, and each image is read
+from a newly opened file. The order is torchvision's, so a folder and its tar give equal results.
 """
 
 import argparse
@@ -37,9 +37,9 @@ CIFAR_SIZE = 32
 
 
 def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, int]:
-    """The training or validation set that ``args`` name, and its number of classes.
+    """The training or validation set that ``args`` describe, and its number of classes.
 
-    Raises ``UserError`` for files that are missing or classes that disagree.
+    Raises ``UserError`` if files are missing or if training and validation have different classes.
     """
     transform = build_transform(is_train, args)
     if not os.path.isdir(args.data_path):
@@ -57,25 +57,25 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
     if args.data_set == "FOLDER":
         if len(dataset.classes) == 1:
             print_once(
-                f"note: {args.data_path} has a single class, {dataset.classes[0]}, so that there is nothing to "
-                "learn: --data-path must be the folder whose train/ and val/ hold a folder for each class"
+                f"note: {args.data_path} has a single class, {dataset.classes[0]}, so there is nothing to learn: "
+                "--data-path must be the folder whose train/ and val/ hold a folder for each class"
             )
         return dataset, len(dataset.classes)
     if len(dataset.classes) > IMAGENET_CLASSES:
         raise UserError(
-            f"{args.data_path} has {len(dataset.classes)} classes and --data-set IMNET means "
-            f"{IMAGENET_CLASSES}: say --data-set FOLDER to count them"
+            f"{args.data_path} has {len(dataset.classes)} classes, but --data-set IMNET has "
+            f"{IMAGENET_CLASSES}: use --data-set FOLDER, which counts them"
         )
     if len(dataset.classes) < IMAGENET_CLASSES:
         print_once(
-            f"note: {len(dataset.classes)} class folders, numbered in the order of their names, and a model of "
+            f"note: {len(dataset.classes)} class folders, numbered in the order of their names, for a model with "
             f"{IMAGENET_CLASSES} classes; --data-set FOLDER counts the classes"
         )
     return dataset, IMAGENET_CLASSES
 
 
 def _note_numbered_classes(classes: list[str], path: str) -> None:
-    """Print a note if names such as 2 and 10, or class2 and class10, are in another order than their numbers."""
+    """Print a note if names such as 2 and 10, or class2 and class10, do not sort as their numbers do."""
     parts = [re.fullmatch(r"(\D*)([0-9]+)", name) for name in classes]
     if not all(parts) or len({part[1] for part in parts}) != 1:
         return
@@ -83,9 +83,9 @@ def _note_numbered_classes(classes: list[str], path: str) -> None:
     if differing := [name for name, other in zip(classes, ordered, strict=True) if name != other]:
         name = differing[0]
         print_once(
-            f"note: the classes of {path} are numbered in the order of their names as text, so that "
-            f"{name} has the number {classes.index(name)}, counted from 0: a checkpoint trained elsewhere, as "
-            "with timm, may count otherwise, and zeros in front (002, 010) make both orders the same"
+            f"note: the classes of {path} are numbered in the alphabetical order of their names, so {name} is class "
+            f"{classes.index(name)}, counted from 0: a checkpoint trained elsewhere, for example with timm, may "
+            "number them differently; leading zeros (002, 010) make both orders the same"
         )
 
 
@@ -145,7 +145,7 @@ def _train_transform(args: argparse.Namespace) -> transforms.Compose:
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's, but of at least one pixel: timm rounds the sides of a crop from an image of a few pixels down to 0."""
+    """timm's, with a crop of at least one pixel: timm rounds sides down to 0 for images of a few pixels."""
 
     @staticmethod
     def get_params(img: Image.Image, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[int, ...]:
@@ -155,7 +155,7 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's, which keeps no bits at the highest magnitude; Pillow, which made that black, now refuses it."""
+    """timm's posterize, also for 0 bits, its highest magnitude: older Pillow made a black image, newer refuses."""
     return auto_augment.posterize(image, bits, **options) if bits else image.point(lambda value: 0)
 
 
@@ -163,7 +163,7 @@ auto_augment.NAME_TO_OP.update(Posterize=_posterize, PosterizeIncreasing=_poster
 
 
 def build_collate(args: argparse.Namespace) -> Callable[[list], Any]:
-    """How training samples become a batch; with ``--resplit`` random erasing spares the first half of it."""
+    """The function that makes a batch of training samples; with ``--resplit``, nothing is erased in its first half."""
     if not (args.resplit and args.reprob > 0):
         return default_collate
     erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, num_splits=2, device="cpu")
@@ -185,7 +185,7 @@ def load_image(path: str) -> Image.Image:
 
 
 def read_image(source: str | BinaryIO) -> tuple[Image.Image, int]:
-    """RGB image of a path or an open file, and what ``images.oddities`` says of it."""
+    """RGB image of a path or an open file, and what ``images.oddities`` finds in it."""
     with Image.open(source) as image:
         return to_rgb(image), oddities(image)
 
@@ -193,8 +193,8 @@ def read_image(source: str | BinaryIO) -> tuple[Image.Image, int]:
 class NamedImages(Dataset):
     """Images of files, in a data set whose errors name the image.
 
-    A subclass says where image i is in ``source``, what it is in ``target`` and how to call it in ``name``. It has a
-    ``transform``, and makes ``oddities`` at once, so that all loading processes share it.
+    A subclass defines ``source(i)``, the path or file of image i, ``target(i)``, its class, and ``name(i)``, its name
+    in messages. It sets ``transform``, and ``oddities`` in its constructor, so that all workers share them.
     """
 
     transform: Callable[[Image.Image], Any]
@@ -212,27 +212,27 @@ class NamedImages(Dataset):
 
 
 def _build_split(is_train: bool, args: argparse.Namespace, transform: Callable) -> Dataset:
-    """DIR/train or DIR/val, or their tars; the classes of validation are numbered as in training."""
+    """DIR/train or DIR/val, or their tars; validation numbers its classes as training does."""
     train, val = (os.path.join(args.data_path, split + (".tar" if args.load_tar else "")) for split in ("train", "val"))
     kind = ImageTar if args.load_tar else ImageFolder
     if is_train:
         return kind(train, transform)
     has_train = os.path.isfile(train) if args.load_tar else os.path.isdir(train)
-    # Scanning ImageNet's 150 GB of training images only to evaluate would take minutes, for classes already known.
+    # Evaluation needs no scan of ImageNet's 150 GB of training images, which takes minutes: its classes are known.
     if has_train and args.load_tar and args.eval and args.data_set == "IMNET":
         has_train = len(kind.class_names(val)) != IMAGENET_CLASSES
     return kind(val, transform, kind.class_names(train) if has_train else None)
 
 
-# Kinds of images that torchvision's ImageFolder leaves out without a word
+# Kinds of images that torchvision's ImageFolder skips silently.
 OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpx", ".jxl", ".tga")
 
 
 class Sieve:
-    """Tells the images of a data set from its other files, and remembers for a note which images it has left out.
+    """Selects the images among the files of a data set, and collects those that it skips, for a note.
 
     Args:
-        top: path of the data set's folder, with which the paths of all files begin.
+        top: path of the data set's folder; the paths of all files start with it.
     """
 
     def __init__(self, top: str = "") -> None:
@@ -256,15 +256,15 @@ class Sieve:
             return False
         return True
 
-    def tell(self, where: str) -> None:
-        """Print a note for each reason for which images of the data set at ``where`` were left out."""
+    def print_notes(self, where: str) -> None:
+        """Print a note for each reason why images of the data set at ``where`` were skipped."""
         if self.hidden:
             print_once(
-                f"note: {len(self.hidden)} images in hidden folders of {where} are left out, such as {self.hidden[0]}"
+                f"note: {len(self.hidden)} images in hidden folders of {where} are skipped, such as {self.hidden[0]}"
             )
         if self.of_other_kinds:
             print_once(
-                f"note: {len(self.of_other_kinds)} images in {where} are left out for their kind, such as "
+                f"note: {len(self.of_other_kinds)} images in {where} are skipped because of their file type, such as "
                 f"{self.of_other_kinds[0]}: save them as one of {', '.join(IMG_EXTENSIONS)}"
             )
 
@@ -275,12 +275,12 @@ def _number_classes(names: list[str], known: list[str] | None, path: str) -> tup
     index = {name: number for number, name in enumerate(known)}
     strangers = [name for name in names if name not in index]
     if strangers:
-        raise UserError(f"{path} has {len(strangers)} classes that training has not, such as {strangers[0]}")
+        raise UserError(f"{path} has {len(strangers)} classes that are missing in training, such as {strangers[0]}")
     return known, {name: index[name] for name in names}
 
 
 class ImageFolder(NamedImages, torchvision.datasets.ImageFolder):
-    """torchvision's ImageFolder whose classes may be numbered as another folder's, and whose errors name the file."""
+    """torchvision's ImageFolder; it can number its classes as another folder does, and its errors name the file."""
 
     def __init__(self, root: str, transform: Callable, known_classes: list[str] | None = None) -> None:
         self._known_classes, self._sieve = known_classes, Sieve(os.path.expanduser(root))
@@ -290,16 +290,17 @@ class ImageFolder(NamedImages, torchvision.datasets.ImageFolder):
             raise UserError(
                 f"{root} is not a folder of class folders with images: {error.strerror or error}"
             ) from error
-        self._sieve.tell(root)
+        self._sieve.print_notes(root)
         self.oddities = Oddities(len(self))
 
     def _is_ours(self, path: str) -> bool:
         return self._sieve.is_image(path) and self._sieve.is_visible(path)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """Class names in order, and their numbers; torchvision calls it."""
         names = self.class_names(directory)
         for hidden in glob.glob(os.path.join(glob.escape(directory), ".*", "**"), recursive=True):
-            self._is_ours(hidden)  # for the note
+            self._is_ours(hidden)  # collects it for the note
         if not names:
             raise FileNotFoundError("it has no class folder")
         return _number_classes(names, self._known_classes, directory)
@@ -321,13 +322,14 @@ class ImageFolder(NamedImages, torchvision.datasets.ImageFolder):
 
 
 class ImageTar(NamedImages):
-    """Class folders, or one tar per class as ImageNet ships them, inside an uncompressed tar.
+    """An uncompressed tar of class folders or, as ImageNet is distributed, of one tar per class.
 
     The class folders lie side by side, at the top or under folders that all members share (``train/``, an absolute
-    path). Each holds an image itself; what lies deeper belongs to it. A single class must have no deeper folders.
+    path). Each class folder holds at least one image directly; images in its subfolders belong to the same class. If
+    there is only one class, it must have no subfolders.
 
     Yields what ``ImageFolder`` yields for the unpacked files, in the same order. Raises ``UserError`` for a tar that
-    is missing, truncated, compressed or laid out otherwise, or has symbolic links.
+    is missing, truncated, compressed or laid out differently, or has symbolic links.
     """
 
     def __init__(self, path: str, transform: Callable, known_classes: list[str] | None = None) -> None:
@@ -341,11 +343,11 @@ class ImageTar(NamedImages):
         return len(self.index.offsets)
 
     def name(self, i: int) -> str:
-        """Image i's, for messages."""
+        """Image i's name for messages."""
         return f"{self.index.names[i].decode(errors='replace')} in {self.path}"
 
     def source(self, i: int) -> BinaryIO:
-        """The file of image i."""
+        """The content of image i as an open file."""
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.index.offsets[i])
             return io.BytesIO(file.read(self.index.sizes[i]))
@@ -362,7 +364,7 @@ class ImageTar(NamedImages):
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Where the images of a tar are: sorted class names, and per image its name, position, size and class."""
+    """Where the images of a tar are: sorted class names, and for each image its name, position, size and class."""
 
     classes: list[str]
     names: np.ndarray  # (N,) bytes
@@ -387,16 +389,16 @@ def _scan_tar(path: str, _mtime: int) -> TarIndex:
             names.append(name)
             offsets.append(offset)
             sizes.append(size)
-    # folders above all images, as of an absolute path, may be hidden
+    # Folders above all images, such as those of an absolute path, may be hidden ones.
     sieve.top = posixpath.commonpath({posixpath.dirname(name) for name in names}) if names else ""
     visible = [sieve.is_visible(name) for name in names]
     names, offsets, sizes = (list(itertools.compress(column, visible)) for column in (names, offsets, sizes))
-    sieve.tell(path)
+    sieve.print_notes(path)
     if not names:
         raise UserError(f"{path} holds no images ({', '.join(IMG_EXTENSIONS)})")
     classes, targets = np.unique(_classes_of(names, path), return_inverse=True)
     folders, files = zip(*(posixpath.split(name) for name in names), strict=True)
-    order = np.lexsort((_bytes(files), _bytes(folders), targets))  # the order of torchvision's ImageFolder
+    order = np.lexsort((_bytes(files), _bytes(folders), targets))  # torchvision's: by class, then folder, then file
     return TarIndex(
         [str(name) for name in classes],
         _bytes(names)[order],
@@ -407,22 +409,22 @@ def _scan_tar(path: str, _mtime: int) -> TarIndex:
 
 
 def _classes_of(names: list[str], path: str) -> list[str]:
-    """Class folder of each member; ``UserError`` where the tar is not laid out as ``ImageTar`` says."""
+    """Class folder of each member; ``UserError`` if the tar does not have the layout that ``ImageTar`` describes."""
     inner = names
     while len({name.partition("/")[0] for name in inner}) == 1 and all(name.count("/") > 1 for name in inner):
         inner = [name.partition("/")[2] for name in inner]  # everything lies in one folder, such as train/
-    layout = "a tar must hold CLASS/PICTURE for every class, or ANY/FOLDER/CLASS/PICTURE with one ANY/FOLDER for all"
+    layout = "a tar must hold CLASS/IMAGE for every class, or ANY/FOLDER/CLASS/IMAGE with one ANY/FOLDER for all"
     for name, rest in zip(names, inner, strict=True):
         if "/" not in rest:
-            raise UserError(f"{name} in {path} lies in no class folder: {layout}")
+            raise UserError(f"{name} in {path} is in no class folder: {layout}")
     classes = [name.partition("/")[0] for name in inner]
     holders = {name.partition("/")[0] for name in inner if name.count("/") == 1}
     for name, class_name in zip(names, classes, strict=True):
         if class_name not in holders:
-            raise UserError(f"{name} in {path} lies too deep, as folder {class_name} has no image of its own: {layout}")
+            raise UserError(f"{name} in {path} is too deep, because folder {class_name} holds no image: {layout}")
     if len(holders) == 1 and (deeper := [name for name, rest in zip(names, inner, strict=True) if rest.count("/") > 1]):
         raise UserError(
-            f"all images in {path} lie in one class folder, {classes[0]}, and some deeper, such as "
+            f"all images in {path} are in one class folder, {classes[0]}, some of them in subfolders, such as "
             f"{deeper[0]}: {layout}"
         )
     return classes
@@ -446,30 +448,42 @@ def _images(file: BinaryIO, path: str, sieve: Sieve) -> Iterator[tuple[str, int,
 
 
 def _members(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tuple[str, int, int]]:
-    """(name, position in the file, size) of every file in the tar, those last that are hard links to others."""
-    links = {}
+    """(name, position in the file, size) of every file in the tar: first the regular files, then the hard links."""
+    target_of_link = {}
     for member in _headers(file, start, size, label):
         if member.issym() or member.issparse():
             raise UserError(
-                f"{member.name} in tar {label} is a {'symbolic link' if member.issym() else 'sparse file'},"
-                " which is not read: make the tar anew with --dereference and without --sparse"
+                f"{member.name} in tar {label} is a {'symbolic link' if member.issym() else 'sparse file'}, which "
+                "cannot be read: create the tar again with --dereference and without --sparse"
             )
         if member.isreg():
             yield _clean(member.name), member.offset_data, member.size
         elif member.islnk():
-            links[_clean(member.name)] = _clean(member.linkname)
-    if not links:
-        return
-    targets = set(links.values())  # looked up in a second pass, as the places of a million files would take much memory
-    places = {
-        name: (member.offset_data, member.size)
-        for member in _headers(file, start, size, label)
-        if member.isreg() and (name := _clean(member.name)) in targets
-    }
-    for name, target in links.items():
-        if target not in places:
-            raise UserError(f"{name} in tar {label} is a hard link to {target}, which is not in it: make the tar anew")
-        yield name, *places[target]
+            target_of_link[_clean(member.name)] = _clean(member.linkname)
+    if target_of_link:
+        yield from _hard_links(file, start, size, label, target_of_link)
+
+
+def _hard_links(
+    file: BinaryIO, start: int, size: int, label: str, target_of_link: dict[str, str]
+) -> Iterator[tuple[str, int, int]]:
+    """(name, position in the file, size) of every hard link, at the data of the regular file that it links to.
+
+    This second pass over the headers finds the targets, so that the first one need not remember a million files.
+    """
+    targets = set(target_of_link.values())
+    data_of_target = {}
+    for member in _headers(file, start, size, label):
+        name = _clean(member.name)
+        if member.isreg() and name in targets:
+            data_of_target[name] = (member.offset_data, member.size)
+    for link, target in target_of_link.items():
+        if target not in data_of_target:
+            raise UserError(
+                f"{link} in tar {label} is a hard link to {target}, which is not in the tar: create the tar again"
+            )
+        offset, length = data_of_target[target]
+        yield link, offset, length
 
 
 def _clean(name: str) -> str:
@@ -482,11 +496,11 @@ def _headers(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tarf
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 yield member
-                tar.members.clear()  # a million TarInfo objects would take a gigabyte
+                tar.members.clear()  # tarfile would keep a million TarInfo objects, a gigabyte
             file.seek(tar.offset)
     except tarfile.ReadError as error:
         raise UserError(f"tar {label} is truncated, compressed or no tar: {error}") from error
-    # tarfile takes a broken header for the end, and reads on behind a tar that is in another one
+    # tarfile treats a broken header as the end, and reads past the end of a tar inside another one.
     if tar.offset >= start + size or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise UserError(f"tar {label} is truncated or damaged at byte {tar.offset - start}")
 
@@ -495,14 +509,14 @@ def _headers(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tarf
 
 
 class CIFAR100(torchvision.datasets.CIFAR100):
-    """torchvision's CIFAR-100, whose errors name the image by its number."""
+    """torchvision's CIFAR-100; its errors name the image by its number."""
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
         with naming(self.name(i), "transformed"):
             return super().__getitem__(i)
 
     def name(self, i: int) -> str:
-        """Image i's, for messages; IndexError ends a loop over the set."""
+        """Image i's name for messages; the IndexError behind the last one ends a loop over the data set."""
         return f"{range(len(self))[i]} of CIFAR-100's {'training' if self.train else 'test'} set"
 
 
@@ -511,7 +525,7 @@ def _build_cifar(root: str, is_train: bool, transform: Callable) -> Dataset:
         return CIFAR100(root, is_train, transform)
     except RuntimeError as error:
         raise UserError(
-            f"CIFAR-100 is not whole under {os.path.join(root, CIFAR100.base_folder)}: fetch "
+            f"CIFAR-100 is missing or damaged in {os.path.join(root, CIFAR100.base_folder)}: download "
             f"{CIFAR100.url} and unpack it in {root}"
         ) from error
 
@@ -520,7 +534,7 @@ class INaturalist(NamedImages):
     """iNaturalist 2018 or 2019: images of ``{train|val}{year}.json``, classes of one level of ``categories.json``.
 
     Args:
-        root: folder of the two JSON files, and of the images under the paths that they give.
+        root: folder of the two JSON files; the paths of the images in them are relative to it.
         year: 2018 or 2019.
         level: key of the categories, from "kingdom" to "name"; its sorted values are the classes.
     """
@@ -542,7 +556,7 @@ class INaturalist(NamedImages):
             ]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path} and categories.json beside it do not fit together or lack --inat-category {level!r}: {error!r}"
+                f"{path} and categories.json beside it do not match or lack --inat-category {level!r}: {error!r}"
             ) from error
         self.oddities = Oddities(len(self))
 

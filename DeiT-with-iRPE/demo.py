@@ -1,9 +1,9 @@
-"""Train DeiT-tiny with iRPE on real handwritten digits, evaluate the checkpoint anew, and draw the curves.
+"""Train DeiT-tiny with iRPE on real handwritten digits, evaluate the checkpoint, and draw the curves.
 
     python demo.py --output_dir DIR      (about 5 minutes on 2 cores)
 
-The 1,797 digits of 8×8 pixels come with scikit-learn; they are written to DIR/digits as class folders, so that
-main.py reads them as any other data set. Every fifth picture is held out.
+The 1,797 digits of 8×8 pixels come with scikit-learn. They are written to DIR/digits as class folders, which main.py
+reads like any other data set. Every fifth image is held out for validation.
 """
 
 import argparse
@@ -21,7 +21,7 @@ PLOT_LOG = Path(__file__).resolve().parent.parent / "tools" / "plot_log.py"
 LAST_LINE = re.compile(r"\* Acc@1 (\S+) Acc@5 (\S+) loss (\S+)")
 
 
-def write_digits(folder):
+def write_digits(folder: Path) -> None:
     """Write train/ and val/ with ten class folders of PNG files each."""
     digits = load_digits()
     for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
@@ -30,8 +30,8 @@ def write_digits(folder):
         Image.fromarray((pixels * 255 / 16).astype("uint8")).save(path)
 
 
-def run_main(flags):
-    """Run main.py with the flags, show what it prints, and return its last line of results as three strings."""
+def run_main(flags: list[str]) -> tuple[str, ...]:
+    """Run main.py with the flags and print its output; returns its last top-1, top-5 and loss as printed."""
     command = [sys.executable, "main.py", *flags]
     print(f"$ {shlex.join(['python', *command[1:]])}", flush=True)
     with subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True) as process:
@@ -44,10 +44,11 @@ def run_main(flags):
     return results.groups()
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
+    """Train, evaluate and draw; exits with an error if the results disagree or are below `args.least_top1`."""
     out = Path(args.output_dir).resolve()
     write_digits(out / "digits")
-    (out / "log.txt").unlink(missing_ok=True)  # of an earlier demo
+    (out / "log.txt").unlink(missing_ok=True)  # left by an earlier demo
     common = [
         "--model",
         MODEL,
@@ -101,7 +102,7 @@ def main(args):
     subprocess.run([sys.executable, PLOT_LOG, out / "log.txt", "--output", out / "curve.png"], check=True)
     print(f"top-1 {trained[0]} % after training, {evaluated[0]} % from the checkpoint; curves in {out / 'curve.png'}")
     if trained != evaluated:
-        sys.exit("error: the checkpoint does not evaluate to what training printed")
+        sys.exit("error: the evaluation of the checkpoint differs from what training printed")
     if float(evaluated[0]) < args.least_top1:
         sys.exit(f"error: top-1 {evaluated[0]} % is below {args.least_top1} %")
 

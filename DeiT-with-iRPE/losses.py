@@ -6,7 +6,7 @@ from torch import nn
 
 
 class DistillationLoss(nn.Module):
-    """(1 - alpha) · base loss of the class head + alpha · distance of the distillation head to the teacher.
+    """(1 - alpha) · base loss of the class head + alpha · distillation loss of the distillation head.
 
     Args:
         base_criterion: loss of (logits, targets).
@@ -14,7 +14,7 @@ class DistillationLoss(nn.Module):
         distillation_type: "none", the base loss alone; "soft" (Eq. 2), tau² times the Kullback-Leibler divergence of
             the softmaxes at temperature tau, as a mean over all B·K elements; "hard" (Eq. 3), the cross-entropy to
             the teacher's decision.
-        alpha: share of the distillation, from 0 to 1.
+        alpha: weight of the distillation loss, from 0 to 1.
         tau: temperature of the soft distillation.
     """
 
@@ -35,7 +35,13 @@ class DistillationLoss(nn.Module):
     def forward(
         self, inputs: torch.Tensor, outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor
     ) -> torch.Tensor:
-        """Scalar loss of pictures (B, 3, H, W), logits (B, K) or the pair of both heads' logits, and targets."""
+        """Scalar loss.
+
+        Args:
+            inputs: images (B, 3, H, W), for the teacher.
+            outputs: logits (B, K), or for distillation the logits of the class and of the distillation head.
+            targets: as the base loss takes them: (B,) class numbers, or (B, K) probabilities.
+        """
         class_logits, student = outputs if isinstance(outputs, tuple) else (outputs, None)
         loss = self.base_criterion(class_logits, targets)
         if self.distillation_type == "none":

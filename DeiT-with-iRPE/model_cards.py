@@ -1,4 +1,4 @@
-"""What names of models stand for.
+"""List and describe the models that can be created by name.
 
 python model_cards.py --list [PATTERN]
 python model_cards.py --describe NAME
@@ -8,13 +8,16 @@ import argparse
 import fnmatch
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
 import rpe_models
+from irpe import RPEConfig
 from runtime import ArgumentParser, UserError, run
 
 NAMES = (*rpe_models.RELEASED, *rpe_models.UNRELEASED, *models.__all__)
@@ -22,50 +25,51 @@ NUMBERS = Path(__file__).resolve().parent.parent / "tools" / "released.json"
 METHODS = {"euc": "Euclidean", "quant": "quantization", "cross": "cross", "product": "product"}
 
 
-def outline(name):
-    """The model without memory for its weights, which can tell its shapes and be counted."""
+def outline(name: str) -> nn.Module:
+    """The model on the meta device: it has shapes, so that parameters and MACs can be counted, but no weights."""
     try:
         with torch.device("meta"):
             return rpe_models.create_model(name).eval()
-    except RuntimeError:  # timm 1.0.15 reads the drop path rates off a tensor, which has no values there
+    except RuntimeError:  # timm 1.0.15 reads the drop path rates from a tensor, which has no values on that device
         return rpe_models.create_model(name).eval().to("meta")
 
 
-def count_parameters(model):
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model):
-    """Multiply-accumulates of a picture, as PyTorch counts them in convolutions and products of matrices."""
-    # the math backend does its products one by one, on every device
+def count_macs(model: nn.Module) -> int:
+    """Multiply-accumulate operations for one image, as PyTorch counts them in convolutions and matrix products."""
+    # PyTorch counts the math backend's attention on every device, and that of the fused ones only on some.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, *model.patch_embed.img_size, device="meta"))
     return counter.get_total_flops() // 2
 
 
-def released_numbers():
-    """{name: {"top1", "top5", "url", ...}} of the released models; empty where the repository's table is not there."""
+def released_numbers() -> dict[str, dict[str, Any]]:
+    """{name: {"top1", "top5", "url", ...}} of the released models; empty without the repository's tools folder."""
     if not NUMBERS.is_file():
         return {}
     return {entry["name"]: entry for entry in json.loads(NUMBERS.read_text(encoding="utf-8"))["deit"]}
 
 
-def matching(pattern):
-    """The known names that a pattern fits: a glob if it has one of *?[, else a part of the name.
+def matching(pattern: str) -> list[str]:
+    """The known names that match a pattern: a glob if it contains one of *?[, else a part of the name.
 
-    Raises: UserError if it fits none.
+    Raises: UserError if none matches.
     """
     glob = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     if names := [name for name in NAMES if fnmatch.fnmatchcase(name, glob)]:
         return names
     raise UserError(
-        f"no name in the list fits {pattern!r}; --list alone shows all, and --describe any name of the "
-        f"form {rpe_models.GRAMMAR}"
+        f"no name in the list matches {pattern!r}; --list alone shows all names, and --describe accepts any name of "
+        f"the form {rpe_models.GRAMMAR}"
     )
 
 
-def list_models(pattern):
-    """Print a line for each name that fits."""
+def list_models(pattern: str) -> None:
+    """Print a line for each name that matches."""
     released, names = released_numbers(), matching(pattern)
     width = max(map(len, names))
     print(f"{'name':{width}}  params (M)  MACs (M)  buckets  top-1  top-5")
@@ -78,38 +82,40 @@ def list_models(pattern):
             f"{top1!s:>5}  {top5!s:>5}"
         )
     print(
-        "parameters and MACs are counted here, buckets are those that a 14×14 map uses, top-1 and top-5 are the "
-        "authors', in % of ImageNet-1K's validation set"
+        "parameters and MACs: counted here; buckets: used on a 14×14 map; top-1 and top-5: the authors' results on "
+        "ImageNet-1K's validation set, in %"
     )
 
 
-def encoding_lines(config, attention, side):
-    """(what, value) lines of a configuration and of the tables that an attention has for it, on a square map."""
+def encoding_lines(config: RPEConfig, attention: nn.Module, side: int) -> list[tuple[str, str]]:
+    """(label, value) lines that describe an encoding and its tables in an attention, on a map of side × side tokens."""
     *most, last = [{"q": "queries", "k": "keys", "v": "values"}[on] for on in config.rpe_on]
     places = f"{', '.join(most)} and {last}" if most else last
     alpha, beta, gamma = (f"{value:g}" for value in config.piecewise)
-    tables = [(key, tuple(table.shape)) for key, table in attention.named_parameters() if "lookup_table" in key]
     used = rpe_models.count_used_buckets(config.method.value, config.ratio, side)
+    tables = [(key, tuple(table.shape)) for key, table in attention.named_parameters() if "lookup_table" in key]
+    labels = ["table" if len(tables) == 1 else "tables", *[""] * (len(tables) - 1)]
+    table_lines = [(label, f"{key} {shape} in each layer") for label, (key, shape) in zip(labels, tables, strict=True)]
     return [
         ("method", METHODS[config.method.value]),
-        ("mode", "contextual (ctx): a vector a bucket" if config.mode == "contextual" else "bias: a number a bucket"),
+        (
+            "mode",
+            "contextual (ctx): a vector per bucket" if config.mode == "contextual" else "bias: a number per bucket",
+        ),
         ("where", f"{places} ({config.rpe_on})"),
-        ("heads", "share their table" if config.shared_head else "have a table each (unshared)"),
+        ("heads", "share one table" if config.shared_head else "have one table each (unshared)"),
         ("ratio", f"{config.ratio:g}: alpha {alpha}, beta {beta}, gamma {gamma}"),
         (
             "buckets",
             f"{rpe_models.count_used_buckets(config.method.value, config.ratio)} used on a 14×14 map, "
             f"{used} on this one",
         ),
-        *(
-            (f"table{'s' * (len(tables) > 1)}" if number == 0 else "", f"{key} {shape} in each layer")
-            for number, (key, shape) in enumerate(tables)
-        ),
+        *table_lines,
     ]
 
 
-def describe(name):
-    """Print what a name of the grammar, or a baseline's, stands for. Raises: UserError for any other."""
+def describe(name: str) -> None:
+    """Print what a name of the grammar, or of a baseline, means. Raises: UserError for any other name."""
     known = name in models.__all__
     try:
         parsed = None if known else rpe_models.parse_name(name)
@@ -126,9 +132,9 @@ def describe(name):
             f"{block.attn.num_heads} heads of {block.attn.head_dim} channels",
         ),
         (
-            "picture",
+            "image",
             f"{16 * side}×{16 * side} pixels in patches of 16: a map of {side}×{side} tokens after "
-            f"{model.num_prefix_tokens} prefix token{'s' * (model.num_prefix_tokens > 1)}",
+            + ("1 prefix token" if model.num_prefix_tokens == 1 else f"{model.num_prefix_tokens} prefix tokens"),
         ),
         *(encoding_lines(parsed.rpe_config, block.attn, side) if parsed else [("method", "none, without iRPE")]),
         ("parameters", f"{count_parameters(model):,}"),
@@ -146,7 +152,8 @@ def describe(name):
         print(f"  {what:10}  {value}")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
+    """Run what the command line asks for."""
     if args.describe is not None:
         describe(args.describe)
     else:
@@ -161,7 +168,7 @@ if __name__ == "__main__":
         nargs="?",
         const="",
         metavar="PATTERN",
-        help="known names that a glob or a part of a name fits, with parameters, MACs, buckets and released numbers",
+        help="known names that match a glob or a part of a name, with parameters, MACs, buckets and published results",
     )
-    action.add_argument("--describe", metavar="NAME", help="what any name with iRPE, or a baseline's, encodes")
+    action.add_argument("--describe", metavar="NAME", help="what a name with iRPE, or of a baseline, means")
     run(main, parser.parse_args())

@@ -1,11 +1,23 @@
-"""The DeiT baselines: timm's own models, started as DeiT starts them and, on request, with iRPE in every block."""
+"""The DeiT baselines: timm's own models with DeiT's initial values and, on request, with iRPE in every block."""
+
+from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
 from timm.models import deit as timm_deit
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import nn
 
-from rpe_vision_transformer import equip_irpe
+from irpe import RPEConfig
+from rpe_vision_transformer import (
+    describes_equipped_weights,
+    equip_irpe,
+    load_equipped_weights,
+    pop_feature_arguments,
+    record_arguments,
+    wrap_features,
+)
 from runtime import UserError, key_differences, load_checkpoint, model_weights
 
 __all__ = [
@@ -23,12 +35,12 @@ __all__ = [
 ]
 
 
-def load_pretrained(model, url):
+def load_pretrained(model: nn.Module, url: str) -> None:
     """Load a released file into `model`: from torch.hub's cache, else downloaded.
 
-    Positions are interpolated to the model's map and a head for another number of classes keeps its initial values.
+    Positions are interpolated to the model's map, and a head for another number of classes keeps its initial values.
 
-    Raises: UserError when the file can be neither found nor fetched, or belongs to another model.
+    Raises: UserError if the file cannot be found or downloaded, or belongs to another model.
     """
     weights, own = checkpoint_filter_fn(model_weights(load_checkpoint(url), url), model), model.state_dict()
     for key, value in own.items():
@@ -36,34 +48,41 @@ def load_pretrained(model, url):
             weights[key] = value
     if differences := key_differences(own, weights):
         raise UserError(
-            f"{url} belongs to another model ({differences}): remove what is in "
-            f"{torch.hub.get_dir()}/checkpoints to have it fetched anew"
+            f"{url} belongs to another model ({differences}): delete its file in "
+            f"{torch.hub.get_dir()}/checkpoints to download it again"
         )
     model.load_state_dict(weights)
 
 
-def build_deit(name, pretrained=False, rpe_config=None, url=None, **kwargs):
+def build_deit(
+    name: str, pretrained: bool = False, rpe_config: RPEConfig | None = None, url: str | None = None, **kwargs: Any
+) -> nn.Module:
     """timm's DeiT of that name with DeiT's initial values, plus iRPE.
 
     Args:
         name: a baseline's name, without an encoding.
-        pretrained: load the released weights, from `url` or, if None, from where timm knows them.
+        pretrained: load weights: those of the folder or of the Hub repository that timm builds the model from, else
+            the released ones.
         rpe_config: from `irpe.get_rpe_config`, or None; its `skip` is set to the model's prefix tokens.
-        kwargs: timm's (`num_classes`, `img_size`, `drop_rate`, `drop_path_rate`, ...).
+        url: address of the released weights; if None, the one that timm knows.
+        kwargs: timm's (`num_classes`, `img_size`, `drop_rate`, `drop_path_rate`, ...). With `features_only` the
+            result is a `FeatureGetterNet`.
     """
+    features = pop_feature_arguments(kwargs)
     model = getattr(timm_deit, name)(**kwargs)
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"features_only makes a {type(model).__name__} of {name}; use model.forward_intermediates()")
     if model.cls_token is not None:
         torch.nn.init.trunc_normal_(model.cls_token, std=0.02)  # timm starts it at 1e-6, DeiT does not
+    record_arguments(model, **kwargs)
     equip_irpe(model, rpe_config)
-    if pretrained:
+    if pretrained and describes_equipped_weights(kwargs.get("pretrained_cfg")):
+        load_equipped_weights(model, kwargs)
+    elif pretrained:
         load_pretrained(model, url or timm.get_pretrained_cfg(name).url)
-    return model
+    return wrap_features(model, features)
 
 
-def _baseline(name):
-    def model(pretrained=False, rpe_config=None, **kwargs):
+def _baseline(name: str) -> Callable[..., nn.Module]:
+    def model(pretrained: bool = False, rpe_config: RPEConfig | None = None, **kwargs: Any) -> nn.Module:
         return build_deit(name, pretrained, rpe_config, **kwargs)
 
     model.__name__ = model.__qualname__ = name

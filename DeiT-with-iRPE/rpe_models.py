@@ -1,22 +1,24 @@
 """DeiT with iRPE by name: deit_{size}_patch16_{res}_{mode}_{method}_{buckets}_{shared|unshared}_{where}.
 
 `deit_small_patch16_224_ctx_product_50_shared_qk` is DeiT-small at 224×224 with contextual product encoding of 50
-buckets, shared by the heads, on queries and keys. `parse_name` reads such a name, `create_model` builds it, and the
-nine names of the public implementation are registered with timm when this module is imported. `model_cards.py` lists
-and describes them.
+buckets, shared by the heads, on queries and keys. `parse_name` reads such a name and `create_model` builds it. An
+import of this module registers the nine names of the public implementation with timm. `model_cards.py` lists and
+describes them.
 """
 
 import difflib
 import functools
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
 import models
-from irpe import RPEConfig, get_bucket_ids_2d, get_rpe_config
-from rpe_vision_transformer import equip_irpe
+from irpe import METHOD, RPEConfig, get_bucket_ids_2d, get_rpe_config
+from rpe_vision_transformer import describes_equipped_weights, equip_irpe, rpe_text, set_architecture
 from runtime import UserError
 
 RELEASES = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/"
@@ -34,7 +36,7 @@ UNRELEASED = (
     "deit_small_patch16_224_ctx_cross_56_shared_k",
 )
 
-# the ratios behind the bucket counts in the published names
+# The ratios behind the bucket counts in the published names.
 PUBLISHED_RATIOS = {("euc", 20): 20, ("quant", 51): 33, ("cross", 56): 20, ("product", 50): 1.9}
 
 GRAMMAR = (
@@ -49,15 +51,18 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class DeiTName:
-    """What a name encodes: `size` tiny, small or base, `resolution` in pixels, and the encoding."""
+    """What a name encodes: the size (tiny, small or base), the resolution in pixels, and the encoding."""
 
     size: str
     resolution: int
     rpe_config: RPEConfig
 
 
-def count_used_buckets(method, ratio, side=14):
-    """Buckets that a square map with a class token really uses (cross: both tables); on 14×14 the number in a name."""
+def count_used_buckets(method: str | METHOD, ratio: float, side: int = 14) -> int:
+    """Number of buckets that a square map of `side` tokens with a class token uses (cross: both tables together).
+
+    For side=14 it is the number in a model's name.
+    """
     tables = ("cross_rows", "cross_cols") if method == "cross" else (method,)
     return sum(
         len(get_bucket_ids_2d(table, side, side, 1, ratio, 2 * ratio, 8 * ratio)[0].unique()) for table in tables
@@ -65,8 +70,9 @@ def count_used_buckets(method, ratio, side=14):
 
 
 @functools.lru_cache
-def _ratios(method):
-    # 338 = 13² + 13² is the largest squared distance on the map: from that ratio on nothing changes
+def _ratios(method: str) -> dict[int, float]:
+    """{number of buckets: smallest ratio that uses so many}, among the ratios that `ratio_of` tries."""
+    # 338 = 13² + 13² is the largest squared distance on the map; larger ratios change nothing.
     steps = [step / 10 for step in range(1, 200)] + list(range(20, 339 if method == "quant" else 21))
     ratios = {}
     for ratio in steps:
@@ -74,11 +80,11 @@ def _ratios(method):
     return ratios
 
 
-def ratio_of(method, buckets):
+def ratio_of(method: str, buckets: int) -> float:
     """Ratio of the mapping that uses `buckets` buckets on a 14×14 map with a class token.
 
-    It is the published one where there is one, else the smallest among 0.1, 0.2, ..., 20 (and whole numbers up to 338
-    for quantization). Raises: ValueError that lists the counts this method can have.
+    It is the published ratio if there is one, else the smallest among 0.1, 0.2, ..., 20 (and, for quantization, the
+    whole numbers up to 338). Raises: ValueError that lists the counts this method can have.
     """
     if (method, buckets) in PUBLISHED_RATIOS:
         return PUBLISHED_RATIOS[method, buckets]
@@ -90,7 +96,7 @@ def ratio_of(method, buckets):
     return _ratios(method)[buckets]
 
 
-def parse_name(name):
+def parse_name(name: str) -> DeiTName:
     """The DeiTName that `name` encodes.
 
     Raises: ValueError for a name outside the grammar, a bias on values, a bucket count that the method cannot have or
@@ -114,38 +120,52 @@ def parse_name(name):
     return DeiTName(size, resolution, config)
 
 
-def build_named(name, pretrained=False, **kwargs):
+def build_named(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """The model of an iRPE name; kwargs are timm's (`num_classes`, `img_size`, `drop_rate`, `drop_path_rate`, ...).
 
-    Raises: ValueError as `parse_name`; UserError when `pretrained` weights cannot be had.
+    Raises: ValueError as `parse_name`; UserError if `pretrained` weights do not exist or cannot be downloaded.
     """
     parsed = parse_name(name)
-    url = f"{RELEASES}{name}.pth"
-    if pretrained and name not in RELEASED:
+    registered = name in default_cfgs
+    from_saved_model = describes_equipped_weights(kwargs.get("pretrained_cfg"))
+    if pretrained and not from_saved_model and name not in RELEASED:
         raise UserError(f"no weights were released for {name}; released are {', '.join(RELEASED)}")
+    if not from_saved_model:
+        kwargs["pretrained_cfg"] = default_cfgs[name].default if registered else _cfg(parsed.resolution)
     kwargs.setdefault("img_size", parsed.resolution)
-    kwargs["pretrained_cfg"] = default_cfgs[name].default if name in default_cfgs else _cfg(parsed.resolution)
-    return models.build_deit(f"deit_{parsed.size}_patch16_224", pretrained, parsed.rpe_config, url, **kwargs)
+    model = models.build_deit(
+        f"deit_{parsed.size}_patch16_224", pretrained, parsed.rpe_config, f"{RELEASES}{name}.pth", **kwargs
+    )
+    if registered:
+        set_architecture(model, name)
+    return model
 
 
-def near_names(name):
-    """Up to four names of models that look like `name`; timm knows the baselines' and those registered here."""
+def near_names(name: str) -> list[str]:
+    """Up to four names of timm, which include the DeiT baselines and those registered here, similar to `name`."""
     return difflib.get_close_matches(name, timm.list_models(), 4)
 
 
-def create_model(name, pretrained=False, rpe_config=None, **kwargs):
-    """A model by its name: any valid iRPE name, a DeiT baseline, or any other model of timm; kwargs are timm's.
+def create_model(name: str, pretrained: bool = False, rpe_config: RPEConfig | None = None, **kwargs: Any) -> nn.Module:
+    """A model by its name.
 
-    `rpe_config`, from `irpe.get_rpe_config`, is the encoding of a model whose name has none.
+    Args:
+        name: any valid iRPE name, a DeiT baseline, any other model of timm, or a model saved with
+            `timm.models.save_for_hf`: `local-dir:FOLDER` or `hf-hub:OWNER/NAME`.
+        pretrained: load the released or saved weights.
+        rpe_config: from `irpe.get_rpe_config`, the encoding for a model whose name has none.
+        kwargs: timm's (`num_classes`, `img_size`, ...).
 
-    Raises: ValueError for an unknown name, with the known ones that are near, or for two encodings; what `equip_irpe`
-        raises; UserError when `pretrained` weights cannot be had.
+    Raises: ValueError for an unknown name, with similar ones, or for two encodings; what `equip_irpe` raises; UserError
+        if `pretrained` weights or a saved model cannot be read.
     """
+    if ":" in name:
+        return equip_irpe(_create_saved(name, pretrained, **kwargs), rpe_config)
     if name in models.__all__:
         return getattr(models, name)(pretrained, rpe_config, **kwargs)
     if _NAME.fullmatch(name):
         if rpe_config:
-            raise ValueError("the name says an encoding already; leave that out, or the other")
+            raise ValueError("the name already has an encoding; leave out one of the two")
         return build_named(name, pretrained, **kwargs)
     if not timm.is_model(name):
         near = near_names(name)
@@ -153,16 +173,24 @@ def create_model(name, pretrained=False, rpe_config=None, **kwargs):
             f"model {name!r} is unknown; "
             + (f"did you mean {', '.join(near)}?" if near else f"names with iRPE are {GRAMMAR}")
         )
+    if rpe_config is None:
+        return timm.create_model(name, pretrained, **kwargs)
     try:
-        model = timm.create_model(name, pretrained, **kwargs)
-    except TypeError:  # an argument that this kind of model lacks; that it cannot have iRPE says more, if so
-        if rpe_config:
-            equip_irpe(timm.create_model(name), rpe_config)
+        return timm.create_model("vit_irpe", pretrained, base=name, rpe=rpe_text(rpe_config), **kwargs)
+    except TypeError:
+        # If this kind of model cannot have iRPE at all, that error helps more than one about an argument it lacks.
+        equip_irpe(timm.create_model(name), rpe_config)
         raise
-    return equip_irpe(model, rpe_config)
 
 
-def _cfg(resolution, url=""):
+def _create_saved(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained, **kwargs)
+    except (AssertionError, KeyError, OSError, ValueError) as error:
+        raise UserError(f"model {name} cannot be read: {str(error) or repr(error)}") from error
+
+
+def _cfg(resolution: int, url: str = "") -> dict[str, Any]:
     return {
         **timm.get_pretrained_cfg("deit_base_patch16_224").to_dict(),
         "url": url,
@@ -170,11 +198,12 @@ def _cfg(resolution, url=""):
         "tag": None,
         "architecture": None,
         "input_size": (3, resolution, resolution),
+        "crop_pct": 224 / 256,  # as the accuracy of these models was measured; timm evaluates its DeiT with 0.9
     }
 
 
-def _register(name):
-    def model(pretrained=False, **kwargs):
+def _register(name: str) -> None:
+    def model(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_named(name, pretrained, **kwargs)
 
     model.__name__ = model.__qualname__ = name

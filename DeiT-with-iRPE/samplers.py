@@ -1,4 +1,4 @@
-"""Which pictures a process sees, and in which order."""
+"""Samplers: which images a rank sees, and in which order."""
 
 from collections.abc import Iterator, Sized
 
@@ -9,10 +9,10 @@ from runtime import get_rank, get_world_size
 
 
 class RASampler(RepeatAugSampler):
-    """Repeated augmentation (Hoffer et al., CVPR 2020): three copies of every picture, dealt out over the processes.
+    """Repeated augmentation (Hoffer et al., CVPR 2020): three copies of every image, distributed over the ranks.
 
-    An epoch is the first ⌊N/256⌋·256/processes samples of the shuffled copies on each process, all ⌈N/processes⌉ for
-    fewer than 256 pictures. Call ``set_epoch`` before each epoch.
+    In an epoch, each of R ranks sees the first ⌊N/256⌋·256/R samples of its share of the shuffled copies, or ⌈N/R⌉ for
+    fewer than 256 images. Call ``set_epoch`` before each epoch.
     """
 
     def __init__(
@@ -23,14 +23,14 @@ class RASampler(RepeatAugSampler):
             get_world_size() if num_replicas is None else num_replicas,
             get_rank() if rank is None else rank,
             shuffle,
-            selected_round=256 if len(dataset) >= 256 else 0,
-        )  # older timm would select nothing
+            selected_round=256 if len(dataset) >= 256 else 0,  # with 256, older timm would select nothing
+        )
 
 
 class ShardSampler(Sampler[int]):
-    """Every ``num_replicas``-th index from ``rank`` on: together the processes see each picture exactly once.
+    """Every ``num_replicas``-th index, starting at ``rank``: together the ranks see each image exactly once.
 
-    torch's DistributedSampler repeats pictures until the shards are equally long, which would count some twice.
+    torch's DistributedSampler repeats images until all shards are equally long, so that some would count twice.
     """
 
     def __init__(self, dataset: Sized, num_replicas: int, rank: int) -> None:

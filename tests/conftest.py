@@ -1,4 +1,4 @@
-"""Sample sets and checkpoints of the real architectures, with scores computed here, for the tests of reproduce.py."""
+"""Small data sets and checkpoints of the real architectures, with known scores, for the tests of reproduce.py."""
 
 import contextlib
 import io
@@ -17,17 +17,17 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-torch.set_num_threads(1)  # threads that wait for each other make small models slow on a machine that does more
-# A shell starts what runs in the background deaf to SIGINT, which the programs that the tests start would inherit.
+torch.set_num_threads(1)  # on a busy machine, several threads make small models slower
+# A shell starts background jobs with SIGINT ignored, and the programs that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-PATIENCE = 1200  # seconds after which a process counts as hanging, which a busy machine must not look like
+PATIENCE = 1200  # seconds after which a process counts as hanging; long enough for a busy machine
 TINY, SMALL = (f"deit_{size}_patch16_224_ctx_product_50_shared_k" for size in ("tiny", "small"))
 DETR = "detr_resnet50_rpe_20_product_ctx_1_k"
 CLASSES, PER_CLASS = 8, 3
-HEIGHT, WIDTH = 64, 96  # of the pictures for detection: the least with a map of several tokens
+HEIGHT, WIDTH = 64, 96  # of the images for detection: the smallest whose map has several tokens
 METRICS = ("ap", "ap50", "ap75", "aps", "apm", "apl")
 
 
@@ -53,8 +53,8 @@ def finish(process):
 
 
 def signal_at_start(word, number):
-    """From now on this process sends itself a signal when a command with the word in it has just started, but
-    subprocess.Popen has not returned yet."""
+    """From now on, when this process has started a command that contains the word, it sends itself a signal before
+    subprocess.Popen returns."""
 
     class Signalled(subprocess.Popen):
         def __init__(self, command, *args, **options):
@@ -73,9 +73,9 @@ def wait_until(condition):
         time.sleep(0.02)
 
 
-def normalized(picture):
-    """PIL picture → (3, H, W) as both codebases' evaluation makes it, without a change of size."""
-    pixels = np.asarray(picture, np.float32) / 255
+def normalized(image):
+    """PIL image → (3, H, W), normalized as in both codebases' evaluation, without resizing."""
+    pixels = np.asarray(image, np.float32) / 255
     return torch.from_numpy(((pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).transpose(2, 0, 1)).float()
 
 
@@ -86,30 +86,30 @@ def load_model(codebase, name):
 
 @pytest.fixture(scope="session")
 def imagenet(tmp_path_factory):
-    """(data path, DeiT-tiny whose head is right about some pictures, its top-1 and top-5 in percent)"""
+    """(data path, DeiT-tiny that classifies some of the images correctly, its top-1 and top-5 in percent)"""
     root, random = tmp_path_factory.mktemp("imagenet"), np.random.RandomState(0)
-    pictures, targets = [], torch.arange(CLASSES).repeat_interleave(PER_CLASS)
+    images, targets = [], torch.arange(CLASSES).repeat_interleave(PER_CLASS)
     for number, target in enumerate(targets.tolist()):
-        # as large as the resize to 256 leaves it, so that only the crop remains to be done here
+        # of the size after the resize to 256, so that only the crop must be done here
         colour = [25 * target, 180 - 20 * target, 60 * (target % 3)] + random.randint(0, 20, 3)
-        picture = Image.fromarray((colour + random.randint(0, 55, (256, 256, 3))).astype(np.uint8))
+        image = Image.fromarray((colour + random.randint(0, 55, (256, 256, 3))).astype(np.uint8))
         folder = root / "val" / f"n{target:02}"
         folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"{number}.png")
-        pictures.append(normalized(picture)[:, 16:240, 16:240])
+        image.save(folder / f"{number}.png")
+        images.append(normalized(image)[:, 16:240, 16:240])
     model = load_model("DeiT-with-iRPE", TINY)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lookup_table" in name:
                 parameter.normal_(std=0.2)
-        features = torch.cat([model.forward_head(model.forward_features(x[None]), pre_logits=True) for x in pictures])
+        features = torch.cat([model.forward_head(model.forward_features(x[None]), pre_logits=True) for x in images])
         mean = features.mean(0)
         model.head.weight.zero_()
-        for number in range(CLASSES):  # some classes are taken for their neighbour, some are turned away
+        for number in range(CLASSES):  # some images are classified as the neighbouring class, some are far off
             seen, scale = [(number, 1.0), (number - 1, 1.1), (number, 1.0), (number, -1.0)][number % 4]
             model.head.weight[number] = scale * (features[targets == seen % CLASSES].mean(0) - mean)
             model.head.bias[number] = -model.head.weight[number] @ mean
-        logits = torch.cat([model(x[None]) for x in pictures])
+        logits = torch.cat([model(x[None]) for x in images])
     two_best = logits.topk(2).values
     assert (two_best[:, 0] - two_best[:, 1]).min() > 1e-3  # rounding must not change which is the best
     higher = (logits > logits.gather(1, targets[:, None])).sum(1)
@@ -118,10 +118,10 @@ def imagenet(tmp_path_factory):
     return root, model.state_dict(), {"top1": top1, "top5": top5}
 
 
-def detect(model, picture, image_id):
-    """Detections of one picture in the form of COCO's results."""
+def detect(model, image, image_id):
+    """Detections in one image, in the format of COCO's results."""
     with torch.no_grad():
-        found = model(normalized(picture)[None])
+        found = model(normalized(image)[None])
     scores, labels = found["pred_logits"][0].softmax(-1)[:, :-1].max(-1)
     x, y, w, h = (found["pred_boxes"][0] * torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])).double().unbind(-1)
     boxes = torch.stack([x - w / 2, y - h / 2, w, h], 1)
@@ -132,7 +132,7 @@ def detect(model, picture, image_id):
 
 
 def annotate(detections, random):
-    """Objects beside the best detections, so that some of these are right, and more or less exactly."""
+    """Ground truth near the best detections, so that some of them are correct, more or less precisely."""
     objects = []
     for detection in sorted(detections, key=lambda found: -found["score"])[:6]:
         x, y, w, h = np.array(detection["bbox"]) + random.uniform(-0.1, 0.1, 4) * np.tile(detection["bbox"][2:], 2)
@@ -153,10 +153,10 @@ def annotate(detections, random):
 
 @pytest.fixture(scope="session")
 def coco(tmp_path_factory):
-    """(data path, DETR-R50 with iRPE, its six AP as pycocotools computes them from detections made here)"""
+    """(data path, DETR-R50 with iRPE, its six AP as pycocotools computes them from its detections)"""
     root, random = tmp_path_factory.mktemp("coco"), np.random.RandomState(1)
     model = load_model("DETR-with-iRPE", DETR)
-    with torch.no_grad():  # else all queries say the same
+    with torch.no_grad():  # else all queries predict the same
         model.class_embed.weight.mul_(8)
         model.bbox_embed.layers[-1].weight.mul_(8)
     (root / "val2017").mkdir()
@@ -164,10 +164,10 @@ def coco(tmp_path_factory):
     data = {"images": [], "annotations": [], "categories": [{"id": number} for number in range(91)]}
     detections = []
     for image_id in range(1, 6):
-        picture = Image.fromarray(random.randint(0, 255, (HEIGHT, WIDTH, 3)).astype(np.uint8))
-        picture.save(root / "val2017" / f"{image_id}.png")
+        image = Image.fromarray(random.randint(0, 255, (HEIGHT, WIDTH, 3)).astype(np.uint8))
+        image.save(root / "val2017" / f"{image_id}.png")
         data["images"].append({"id": image_id, "file_name": f"{image_id}.png", "height": HEIGHT, "width": WIDTH})
-        found = detect(model, picture, image_id)
+        found = detect(model, image, image_id)
         data["annotations"] += annotate(found, random)
         detections += found
     for number, entry in enumerate(data["annotations"], start=1):

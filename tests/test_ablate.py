@@ -1,4 +1,4 @@
-"""ablate.py: runs that are stopped, fail, go on and are counted, and the intervals of what they found."""
+"""ablate.py: runs that are interrupted, fail, resume and count, and the intervals of their results."""
 
 import json
 import os
@@ -124,11 +124,11 @@ def start_slow(place):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_study_tells_its_runs_to_save_and_goes_on_with_those_that_are_not_finished(place, run, number):
+def test_an_interrupted_study_lets_its_runs_save_and_resumes_the_unfinished_ones(place, run, number):
     process = start_slow(place)
     os.killpg(process.pid, number)  # as a terminal does
     status, _, err = finish(process)
-    assert status == 130 and err == "interrupted; the same command goes on where it was stopped\n"
+    assert status == 130 and err == "interrupted; the same command resumes the study\n"
     assert len(list((place / "out").glob("*-seed1/saved"))) == 2
     seconds = {path: json.loads(path.read_text())["seconds"] for path in (place / "out").glob("*-seed1/run.json")}
     assert [len(entry["top1"]["values"]) for entry in results(place)["variants"].values()] == [1, 1, 1]
@@ -147,11 +147,11 @@ def test_a_signal_while_a_run_starts_does_not_leave_it_behind(place):
     (place / "data" / "slow").touch()
     signalled = f"conftest.signal_at_start('plain-seed1', {signal.SIGTERM:d})"
     status, _, err = finish(start(place, change=signalled))
-    assert status == 130 and err == "interrupted; the same command goes on where it was stopped\n"
+    assert status == 130 and err == "interrupted; the same command resumes the study\n"
     ablate.reproduce.lock(place / "out").close()
 
 
-def test_runs_that_a_killed_study_left_behind_keep_its_folder(place):
+def test_runs_left_behind_by_a_killed_study_keep_its_folder_locked(place):
     process = start_slow(place)
     process.kill()
     finish(process)
@@ -168,18 +168,18 @@ def test_a_run_whose_record_cannot_be_written_is_not_started(place):
     assert not (place / "out" / "plain-seed0" / "output.txt").exists()
 
 
-def test_seeds_are_done_one_after_another_so_that_a_part_is_balanced(place, run):
+def test_all_variants_run_with_one_seed_before_the_next(place, run):
     assert run()[0] == 0
     assert [(seed, rate) for seed, rate, evaluated in done(place) if evaluated == "True"] == [
         (seed, rate) for seed in "01" for rate in ("0", "0.1", "0.2")
     ]
 
 
-def test_a_failed_run_is_reported_not_counted_and_tried_again(place, run):
+def test_a_failed_run_is_reported_and_repeated(place, run):
     (place / "data" / "broken1").touch()
     status, out, _ = run()
     assert status == 3 and "third-seed1 failed: the loss is nan" in out
-    assert "not counted: third-seed1 failed: the loss is nan" in (place / "out" / "results.md").read_text()
+    assert "no result: third-seed1 failed: the loss is nan" in (place / "out" / "results.md").read_text()
     found = results(place)
     assert [entry["top1"]["values"] for entry in found["variants"].values()] == [[80, 81], [81, 82], [82]]
     assert found["comparisons"]["others are better"]["values"] == [1.5]  # seed 1 lacks a variant
@@ -187,8 +187,8 @@ def test_a_failed_run_is_reported_not_counted_and_tried_again(place, run):
     (place / "data" / "broken1").unlink()
     status, out, _ = run()
     assert status == 0 and out.count("$ cd") == 2 and "failed" not in (place / "out" / "results.md").read_text()
-    with Image.open(place / "out" / "results.png") as picture:
-        assert min(picture.size) > 200
+    with Image.open(place / "out" / "results.png") as figure:
+        assert min(figure.size) > 200
 
 
 @pytest.mark.parametrize("n", [2, 5, 9])
@@ -204,10 +204,10 @@ def test_intervals_are_those_of_scipys_t_tests(n):
         low, high = truth.confidence_interval(0.95)
         assert values["mean"] - values["half"] == pytest.approx(low, abs=1e-9)
         assert values["mean"] + values["half"] == pytest.approx(high, abs=1e-9)
-        assert (ablate.cells(values)[1] == "not told apart") == (truth.pvalue >= 0.05)
+        assert (ablate.cells(values)[1] == "not significant") == (truth.pvalue >= 0.05)
 
 
-def test_differences_take_the_seeds_that_all_have():
+def test_differences_use_the_seeds_that_all_variants_have():
     top1 = {"a": {0: 80.0, 1: 70.0, 2: 75.0}, "b": {1: 71.0, 2: 77.0, 3: 90.0}}
     assert ablate.difference(top1, ["b"], ["a"])["values"] == [1.0, 2.0]
     assert ablate.cells(ablate.difference(top1, ["b"], ["a"]))[0] == "+1.50 ± 6.35"
@@ -216,32 +216,32 @@ def test_differences_take_the_seeds_that_all_have():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"seeds": []}, "must have a seed"),
-        ({"seeds": [0, 1, 1]}, "must have a seed, each once"),
+        ({"seeds": []}, "must have seeds"),
+        ({"seeds": [0, 1, 1]}, "must have seeds, each only once"),
         ({"baseline": "none"}, "a baseline that is one of its variants"),
         ({"variants": {"plain": "", "a b": ""}, "comparisons": {}}, "has a variant 'a b'"),
-        ({"comparisons": {"x": ["plain", "y*"]}}, "a comparison of 'y*', which matches no variant"),
-        ({"recipe": 5}, "cannot be read in the form of ablate_fashion.json"),
-        ({"variants": {"plain": None}, "comparisons": {}}, "cannot be read in the form of ablate_fashion.json"),
+        ({"comparisons": {"x": ["plain", "y*"]}}, "the comparison of 'y*' matches no variant"),
+        ({"recipe": 5}, "cannot be read in the format of ablate_fashion.json"),
+        ({"variants": {"plain": None}, "comparisons": {}}, "cannot be read in the format of ablate_fashion.json"),
         ({"recipe": "'"}, "No closing quotation"),
     ],
 )
-def test_a_study_that_cannot_be_used_is_refused_in_a_sentence(change, said, place, run):
+def test_a_study_that_cannot_be_used_is_refused_in_one_sentence(change, message, place, run):
     (place / "study.json").write_text(json.dumps({**STUDY, **change}))
     status, _, err = run()
-    assert status == 2 and said in err and err.count("\n") == 1 and not (place / "out").exists()
+    assert status == 2 and message in err and err.count("\n") == 1 and not (place / "out").exists()
 
 
 def test_runs_of_other_flags_or_versions_are_not_mixed(place, run, monkeypatch):
     status, out, _ = run("--", "--lr", "0.3")
-    assert status == 0 and "--lr 0.3 --lr 0.1 --seed" in out  # what makes a variant is the last word
+    assert status == 0 and "--lr 0.3 --lr 0.1 --seed" in out  # the flags of the variant come last
     status, _, err = run()
-    assert status == 2 and "plain-seed0/run.json is of a run by other commands: choose another --output_dir" in err
+    assert status == 2 and "plain-seed0/run.json is of a run with other commands: choose another --output_dir" in err
     monkeypatch.setattr(ablate.reproduce, "versions", lambda: {"torch": "1.0"})
     status, _, err = run("--", "--lr", "0.3")
-    assert status == 2 and "plain-seed0/run.json is of a run by other versions: choose another --output_dir" in err
+    assert status == 2 and "plain-seed0/run.json is of a run with other versions: choose another --output_dir" in err
 
 
 def test_the_shipped_study_has_the_variants_of_the_paper():
@@ -249,7 +249,7 @@ def test_the_shipped_study_has_the_variants_of_the_paper():
     assert len(study["variants"]) == 21 and len(study["seeds"]) >= 5
 
 
-def test_a_run_by_its_printed_commands_gives_the_same_top1_again(tmp_path):
+def test_the_printed_commands_reproduce_a_run(tmp_path):
     random = np.random.RandomState(0)
     for split in ("train", "val"):
         for label in range(2):

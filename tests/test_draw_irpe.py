@@ -54,5 +54,5 @@ def test_the_curves_are_g_and_the_clipped_offset():
     assert all(curves["g (Eq. 18)"][x] == round(4 + math.log(x / 4) / math.log(8) * 4) for x in range(5, 33))
 
 
-def test_the_picture_in_the_repository_is_small_enough_for_a_page():
+def test_the_figure_in_the_repository_is_small_enough_for_a_web_page():
     assert 20_000 < (ROOT / "iRPE.png").stat().st_size < 300_000

@@ -18,9 +18,9 @@ import sys
 import torch
 for name in ("rpe_ops", "timm", "irpe", "torchvision"):
     sys.modules[name] = None
-program, pictures, outputs = (sys.argv[i] for i in (1, 2, 3))
+program, images, outputs = (sys.argv[i] for i in (1, 2, 3))
 with torch.no_grad():
-    torch.save({load}(torch.load(pictures)), outputs)
+    torch.save({load}(torch.load(images)), outputs)
 """
 
 
@@ -58,13 +58,13 @@ def load_detr(masks=False):
     return model
 
 
-def export(model, pictures):
-    return torch.export.export(model, (pictures,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+def export(model, images):
+    return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def load_elsewhere(load, program, pictures, folder):
+def load_elsewhere(load, program, images, folder):
     """What the program in a file computes; `load` is the expression that loads it."""
-    torch.save(pictures, folder / "pictures.pt")
+    torch.save(images, folder / "images.pt")
     subprocess.run(
         [
             sys.executable,
@@ -73,7 +73,7 @@ def load_elsewhere(load, program, pictures, folder):
             "-c",
             LOAD.format(load=load),
             str(program),
-            *(str(folder / f"{name}.pt") for name in ("pictures", "outputs")),
+            *(str(folder / f"{name}.pt") for name in ("images", "outputs")),
         ],
         cwd=folder,
         check=True,
@@ -82,9 +82,9 @@ def load_elsewhere(load, program, pictures, folder):
     return torch.load(folder / "outputs.pt")
 
 
-def run_elsewhere(program, pictures, folder):
+def run_elsewhere(program, images, folder):
     torch.export.save(program, folder / "program.pt2")
-    return load_elsewhere("torch.export.load(program).module()", folder / "program.pt2", pictures, folder)
+    return load_elsewhere("torch.export.load(program).module()", folder / "program.pt2", images, folder)
 
 
 def onnx_session(file):
@@ -95,23 +95,23 @@ def onnx_session(file):
     return onnxruntime.InferenceSession(file, options)
 
 
-def run_onnx(program, pictures, folder, names):
+def run_onnx(program, images, folder, names):
     import onnx
 
     torch.onnx.export(
-        program, f=folder / "model.onnx", dynamo=True, input_names=["pictures"], output_names=names, verbose=False
+        program, f=folder / "model.onnx", dynamo=True, input_names=["images"], output_names=names, verbose=False
     )
     domains = {node.domain for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node}
     assert domains <= {"", "ai.onnx"}, domains
     session = onnx_session(folder / "model.onnx")
-    return [[torch.from_numpy(x) for x in session.run(names, {"pictures": batch.numpy()})] for batch in pictures]
+    return [[torch.from_numpy(x) for x in session.run(names, {"images": batch.numpy()})] for batch in images]
 
 
-def check(outputs, model, pictures):
-    """`outputs` of `pictures` are those of `model`, and those of the model without its encoding are not."""
+def check(outputs, model, images):
+    """`outputs` of `images` are those of `model`, and those of the model without its encoding are not."""
     zeros = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items() if "lookup_table" in name}
     with torch.no_grad():
-        expected, plain = model(pictures), torch.func.functional_call(model, zeros, (pictures,))
+        expected, plain = model(images), torch.func.functional_call(model, zeros, (images,))
     expected, plain = (list(x.values()) if isinstance(x, dict) else [x] for x in (expected, plain))
     for found, exact, other in zip(outputs, expected, plain, strict=True):
         assert (exact - other).abs().max() > 1e-3
@@ -132,16 +132,16 @@ def detr(request):
 
 def test_deit_small_exported_runs_without_rpe_ops_at_another_batch_size(deit, tmp_path):
     model, program = deit
-    pictures = torch.randn(3, 3, 224, 224)
-    check([run_elsewhere(program, pictures, tmp_path)], model, pictures)
+    images = torch.randn(3, 3, 224, 224)
+    check([run_elsewhere(program, images, tmp_path)], model, images)
 
 
 @needs_onnx
 def test_deit_small_in_onnxruntime_at_other_batch_sizes(deit, tmp_path):
     model, program = deit
     batches = [torch.randn(size, 3, 224, 224) for size in (1, 3)]
-    for pictures, outputs in zip(batches, run_onnx(program, batches, tmp_path, ["logits"]), strict=True):
-        check(outputs, model, pictures)
+    for images, outputs in zip(batches, run_onnx(program, batches, tmp_path, ["logits"]), strict=True):
+        check(outputs, model, images)
 
 
 @needs_onnx
@@ -156,8 +156,8 @@ def test_encodings_on_queries_keys_and_values_in_onnxruntime(gradients, tmp_path
 
 def test_detr_exported_runs_without_rpe_ops_at_another_batch_size(detr, tmp_path):
     model, program, _ = detr
-    pictures = torch.randn(3, 3, 96, 160)
-    check(list(run_elsewhere(program, pictures, tmp_path).values()), model, pictures)
+    images = torch.randn(3, 3, 96, 160)
+    check(list(run_elsewhere(program, images, tmp_path).values()), model, images)
 
 
 @needs_onnx
@@ -166,8 +166,8 @@ def test_detr_in_onnxruntime_at_other_batch_sizes(detr, tmp_path):
     model, program, names = detr
     batches = [torch.randn(size, 3, 96, 160) for size in (1, 3)]
     found = run_onnx(program, batches, tmp_path, names)
-    for pictures, outputs in zip(batches, found, strict=True):
-        check(outputs, model, pictures)
+    for images, outputs in zip(batches, found, strict=True):
+        check(outputs, model, images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ RECORDED = {
 @ignore_deprecation
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("name", RECORDED)
-def test_a_trace_holds_pytorchs_operators_only_and_agrees_at_another_batch_size(name, gradients, tmp_path):
+def test_a_trace_contains_only_operators_of_pytorch_and_agrees_at_another_batch_size(name, gradients, tmp_path):
     model, example, batch = record(name)
     with torch.set_grad_enabled(gradients):
         traced = torch.jit.trace(model, example, strict=False, check_trace=False)
@@ -253,7 +253,7 @@ def test_a_trace_holds_pytorchs_operators_only_and_agrees_at_another_batch_size(
 
 
 @ignore_deprecation
-def test_a_trace_runs_where_nothing_but_pytorch_is(tmp_path):
+def test_a_trace_runs_with_pytorch_alone(tmp_path):
     model, example, batch = record("deit on qkv")
     torch.jit.trace(model, example).save(tmp_path / "program.pt")
     check([load_elsewhere("torch.jit.load(program)", tmp_path / "program.pt", batch, tmp_path)], model, batch)
@@ -284,6 +284,6 @@ def test_the_older_onnx_export_agrees_at_other_batch_sizes(name, tmp_path):
 
 
 @ignore_deprecation
-def test_scripting_a_whole_model_says_which_ways_there_are_instead():
+def test_scripting_a_whole_model_is_refused_with_the_alternatives():
     with pytest.raises(RuntimeError, match="torch.jit.trace, torch.export or torch.compile"):
         torch.jit.script(load_deit("k", depth=2, img_size=64))

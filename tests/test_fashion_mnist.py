@@ -1,4 +1,4 @@
-"""fashion_mnist.py on a small made set, whose pictures say by their pixels which they are."""
+"""fashion_mnist.py on a small synthetic data set, whose images have their number as pixel value."""
 
 import argparse
 import gzip
@@ -13,12 +13,12 @@ from runtime import UserError
 
 @pytest.fixture
 def source(tmp_path):
-    """A folder with the four files: 5 pictures of each class for training, 2 for the test, in turn."""
+    """A folder with the four files: 5 images of each class for training and 2 for the test, in turn."""
     for prefix, count in (("train", 50), ("t10k", 20)):
         numbers = np.arange(count, dtype=np.uint8)
-        pictures = np.broadcast_to(numbers[:, None, None] + 100, (count, 28, 28))
+        images = np.broadcast_to(numbers[:, None, None] + 100, (count, 28, 28))
         for name, content in (
-            ("images-idx3", bytes(16) + pictures.tobytes()),
+            ("images-idx3", bytes(16) + images.tobytes()),
             ("labels-idx1", bytes(8) + (numbers % 10).tobytes()),
         ):
             (tmp_path / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
@@ -29,7 +29,7 @@ def run(source):
     fashion_mnist.main(argparse.Namespace(source=source, output_dir=source / "out"))
 
 
-def test_the_parts_share_no_picture_and_each_is_in_the_folder_of_its_class(source, monkeypatch):
+def test_the_parts_share_no_image_and_each_is_in_the_folder_of_its_class(source, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "TRAIN", 3)
     monkeypatch.setattr(fashion_mnist, "VAL", 2)
     run(source)
@@ -39,19 +39,19 @@ def test_the_parts_share_no_picture_and_each_is_in_the_folder_of_its_class(sourc
         part: {path: np.asarray(Image.open(path)) for path in (source / "out" / part).rglob("*.png")}
         for part in ("tune/train", "tune/val", "test/val")
     }
-    assert [len(pictures) for pictures in parts.values()] == [30, 20, 20]
-    numbers = [int(picture[16, 16]) - 100 for part in ("tune/train", "tune/val") for picture in parts[part].values()]
+    assert [len(images) for images in parts.values()] == [30, 20, 20]
+    numbers = [int(image[16, 16]) - 100 for part in ("tune/train", "tune/val") for image in parts[part].values()]
     assert sorted(numbers) == [*range(50)]
-    for pictures in parts.values():
-        for path, picture in pictures.items():
-            label = (int(picture[16, 16]) - 100) % 10
+    for images in parts.values():
+        for path, image in images.items():
+            label = (int(image[16, 16]) - 100) % 10
             assert path.parent.name == fashion_mnist.CLASSES[label]
-            assert picture.shape == (32, 32) and not picture[:2].any() and picture[2:30, 2:30].min() >= 100
+            assert image.shape == (32, 32) and not image[:2].any() and image[2:30, 2:30].min() >= 100
 
 
-def test_pictures_without_labels_are_refused(source):
+def test_images_without_labels_are_refused(source):
     (source / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8 + 19)))
-    with pytest.raises(UserError, match="has 20 pictures and 19 labels in the files t10k"):
+    with pytest.raises(UserError, match="has 20 images and 19 labels in the files t10k"):
         run(source)
 
 
@@ -60,5 +60,7 @@ def test_pictures_without_labels_are_refused(source):
 )
 def test_a_file_that_cannot_be_read_is_named(source, content):
     (source / "train-images-idx3-ubyte.gz").write_bytes(content)
-    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz cannot be read .* put the data set's four .gz"):
+    with pytest.raises(
+        UserError, match="train-images-idx3-ubyte.gz cannot be read .* --source must hold the data set's four .gz"
+    ):
         run(source)

@@ -83,10 +83,10 @@ def run(capsys, *flags):
 
 @pytest.fixture(scope="module")
 def walk(imagenet, coco, tmp_path_factory):
-    """A walk that was stopped in its last row and then went on: its folder, flags, and what the two runs said.
+    """A run that was interrupted in its last row and then resumed: its folder, flags, and the outputs of the two runs.
 
-    The second row's file is damaged, and missing when the walk goes on. The paper's top-1 is set a little beside the
-    true one, its AP far off.
+    The second row's file is damaged, and missing when the run resumes. The paper's top-1 is set close to the
+    true one, its AP far from it.
     """
     root = tmp_path_factory.mktemp("walk")
     checkpoints = root / "checkpoints"
@@ -106,14 +106,14 @@ def walk(imagenet, coco, tmp_path_factory):
     return root, data, checkpoints, stopped, finish(start(*flags))
 
 
-def test_a_stopped_walk_has_kept_what_it_finished_and_a_damaged_file_did_not_end_it(walk):
+def test_an_interrupted_run_keeps_its_results_and_continues_after_a_damaged_file(walk):
     (status, _, err), rows = walk[3]
     assert status == 130 and err.splitlines()[-1].startswith("interrupted") and "tools/reproduce.py" not in err
     assert rows.keys() == {TINY, SMALL} and [row["status"] for row in rows.values()] == ["pass", "error"]
     assert "small.pth" in rows[SMALL]["why"] and "damaged" in rows[SMALL]["why"]
 
 
-def test_the_walk_goes_on_and_measures_what_is_true(walk, imagenet, coco):
+def test_a_resumed_run_measures_the_true_scores(walk, imagenet, coco):
     (status, out, err), rows = walk[4], results(walk[0] / "out")
     assert status == 1, err
     assert rows[TINY]["date"] == walk[3][1][TINY]["date"] and "kept:" in out and "$ cd DeiT" not in out
@@ -123,12 +123,12 @@ def test_the_walk_goes_on_and_measures_what_is_true(walk, imagenet, coco):
     assert "difference -0.090 of ±0.1" in out and "difference +5.000 of ±0.2" in out
 
 
-def test_reports_say_how_each_number_was_measured(walk, imagenet):
+def test_reports_show_how_each_number_was_measured(walk, imagenet):
     root, _, checkpoints = walk[:3]
     text = (root / "out" / "results.md").read_text()
     row = results(root / "out")[TINY]
     for expected in (
-        "small.pth, to be had from https://example.org/small.pth",
+        "small.pth, which https://example.org/small.pth provides",
         torch.__version__,
         row["device"],
         "cd DeiT-with-iRPE && python -m torch.distributed.run --standalone --nproc_per_node 1 main.py",
@@ -140,11 +140,13 @@ def test_reports_say_how_each_number_was_measured(walk, imagenet):
     lines = [line for line in text.splitlines() if line.startswith("| deit") or line.startswith("| detr")]
     assert [line.rsplit("|")[-2].strip() for line in lines] == ["**pass**", "**missing**", "**fail**"]
     assert "| -0.09 | 5.76 (5.76) | 1276 (1284) |" in lines[0] and "80.9" in lines[1]
-    with Image.open(root / "out" / "results.png") as picture:
-        assert min(picture.size) > 200
+    with Image.open(root / "out" / "results.png") as figure:
+        assert min(figure.size) > 200
 
 
-def test_incomplete_and_all_passed_are_told_apart_and_nothing_is_measured_again(walk, imagenet, coco, tmp_path, capsys):
+def test_incomplete_and_passed_runs_differ_in_status_and_nothing_is_measured_again(
+    walk, imagenet, coco, tmp_path, capsys
+):
     root, data, checkpoints = walk[:3]
     table = write_table(tmp_path / "table.json", imagenet[2]["top1"], coco[2]["ap"] + 0.0019)
     flags = [*data, "--checkpoints", checkpoints, "--table", table]
@@ -154,12 +156,12 @@ def test_incomplete_and_all_passed_are_told_apart_and_nothing_is_measured_again(
         assert out.count("kept:") == 2 and "$ " not in out and "difference -0.190 of ±0.2" in out
 
 
-def test_verify_passes_whole_files_and_counts(walk, capsys):
+def test_verify_passes_intact_files_and_counts(walk, capsys):
     status, out, _ = run(capsys, "--checkpoints", walk[2], "--table", walk[0] / "table.json", "--verify")
     tiny, small, detr = out.splitlines()
     assert status == 3
     assert f"{TINY}: pass: 5.76 M parameters, 1276 M MACs (paper: 5.76 M, 1284 M)" in tiny
-    assert "missing: small.pth, to be had from https://example.org/small.pth" in small
+    assert "missing: small.pth, which https://example.org/small.pth provides" in small
     assert f"{DETR}: pass: 41." in detr
 
 
@@ -186,9 +188,9 @@ def test_verify_catches_a_wrong_shape_a_missing_key_and_a_damaged_file(imagenet,
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        ([], "no data to measure on: say --imagenet DIR and --coco DIR"),
+        ([], "no data set: give --imagenet DIR and --coco DIR"),
         (["--only", "deit_huge"], "--only deit_huge names no row; rows are deit_tiny"),
         (["--imagenet", "tests"], "--imagenet tests has no val and no val.tar"),
         (["--coco", "tests"], "--coco tests has no annotations/instances_val2017.json"),
@@ -199,22 +201,24 @@ def test_verify_catches_a_wrong_shape_a_missing_key_and_a_damaged_file(imagenet,
         (["--nproc", "many"], "invalid int value: 'many'; --help"),
     ],
 )
-def test_a_mistake_is_said_in_one_sentence_before_anything_is_written(flags, said, tmp_path, capsys, monkeypatch):
+def test_a_mistake_is_reported_in_one_sentence_before_anything_is_written(
+    flags, message, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(reproduce.ROOT)
     status, _, err = run(capsys, "--checkpoints", tmp_path, "--output_dir", tmp_path / "out", *flags)
-    assert status == 2 and said in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert status == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     "content", ["[]", "{", '{"deit": 5}', '{"deit": [7]}', '{"deit": [{"name": "x"}]}', json.dumps({"detr": [ROW]})]
 )
-def test_a_table_of_another_form_is_refused_in_a_sentence(content, tmp_path):
+def test_a_table_in_another_format_is_refused(content, tmp_path):
     (tmp_path / "table.json").write_text(content)
     with pytest.raises(reproduce.UserError, match="table.json"):
         reproduce.read_table(tmp_path / "table.json")
 
 
-def test_a_coco_without_pictures_is_noticed_before_anything_is_written(tmp_path, capsys):
+def test_a_coco_folder_without_images_is_refused_before_anything_is_written(tmp_path, capsys):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_val2017.json").touch()
     status, _, err = run(capsys, "--checkpoints", tmp_path, "--output_dir", tmp_path / "out", "--coco", tmp_path)
@@ -222,7 +226,7 @@ def test_a_coco_without_pictures_is_noticed_before_anything_is_written(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("output", "expected"),
     [
         (
             "Traceback (most recent call last):\n[rank1]: ValueError: this\nx.ChildFailedError: \n=====",
@@ -245,8 +249,8 @@ def test_a_coco_without_pictures_is_noticed_before_anything_is_written(tmp_path,
         ("a warning", ""),
     ],
 )
-def test_the_error_of_an_evaluation_is_told_from_the_launchers_report(said, expected):
-    assert reproduce.error_in(said) == expected
+def test_the_original_error_is_found_in_the_output_of_an_evaluation(output, expected):
+    assert reproduce.error_in(output) == expected
 
 
 @pytest.mark.parametrize(
@@ -260,7 +264,7 @@ def test_the_error_of_an_evaluation_is_told_from_the_launchers_report(said, expe
         (["error", "fail"], 1),
     ],
 )
-def test_exit_status_tells_passed_failed_and_incomplete_apart(statuses, expected, monkeypatch, tmp_path):
+def test_the_exit_status_distinguishes_passed_failed_and_incomplete(statuses, expected, monkeypatch, tmp_path):
     monkeypatch.setattr(reproduce, "read_table", lambda _: [{"name": status, "file": status} for status in statuses])
     monkeypatch.setattr(reproduce, "verify", lambda row, _: (row["name"], ""))
     assert reproduce.main(["--checkpoints", str(tmp_path), "--verify"]) == expected
@@ -279,13 +283,13 @@ def test_a_tar_is_read_where_imagenet_is_not_unpacked_and_flags_are_handed_on(tm
     assert "--load-tar" not in reproduce.command_of(row, args, tmp_path / row["file"])
 
 
-def test_a_file_that_changes_in_the_data_is_noticed(tmp_path):
+def test_a_changed_file_of_the_data_set_changes_the_fingerprint(tmp_path):
     (tmp_path / "val" / "n01").mkdir(parents=True)
-    picture = tmp_path / "val" / "n01" / "1.png"
+    image = tmp_path / "val" / "n01" / "1.png"
     seen = {reproduce.fingerprint([tmp_path / "val"])}
     for content, second in ((b"a", 1), (b"ab", 1), (b"ab", 2)):
-        picture.write_bytes(content)
-        os.utime(picture, (second, second))
+        image.write_bytes(content)
+        os.utime(image, (second, second))
         seen.add(reproduce.fingerprint([tmp_path / "val"]))
     assert len(seen) == 4 and reproduce.fingerprint([tmp_path / "val"]) in seen
 
@@ -363,7 +367,7 @@ def drive(root, change=lambda: None):
         process.kill()
 
 
-def test_what_was_measured_is_kept_until_something_changes_and_through_an_error(stub, capsys):
+def test_results_are_kept_until_something_changes_and_after_an_error(stub, capsys):
     assert run(capsys, *flags_of(stub))[0] == 0
     good = results(stub / "out")[TINY]
     evaluation(stub, {}, "sys.exit('error: no luck')")
@@ -381,7 +385,7 @@ def test_what_was_measured_is_kept_until_something_changes_and_through_an_error(
     assert status == 1 and "fail: top1 79.000, paper 80.0, difference -1.000 of ±0.1" in out
 
 
-def test_an_evaluation_without_a_result_is_an_error_also_beside_an_earlier_ones(stub, capsys):
+def test_an_evaluation_without_a_result_is_an_error_even_if_there_is_an_earlier_result(stub, capsys):
     (stub / "checkpoints" / "code.py").write_text("")
     (stub / "out" / TINY / "eval.json").write_text('{"acc1": 80, "acc5": 92}')
     status, out, _ = run(capsys, *flags_of(stub))
@@ -409,14 +413,14 @@ def test_a_damaged_results_json_is_named_and_left_alone(stub, content, capsys):
     assert path.read_text() == content
 
 
-def test_a_folder_that_cannot_be_written_is_known_before_the_first_evaluation(stub, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_reported_before_the_first_evaluation(stub, monkeypatch, capsys):
     (stub / "out" / "results.md").mkdir()
     monkeypatch.setattr(reproduce, "evaluate", None)
     status, _, err = run(capsys, *flags_of(stub))
     assert status == 2 and "cannot be written" in err
 
 
-def test_an_output_folder_is_one_runs_alone_also_while_a_killed_runs_evaluation_goes_on(stub, capsys):
+def test_only_one_run_may_use_an_output_folder_even_while_the_evaluation_of_a_killed_run_continues(stub, capsys):
     evaluation(
         stub, {}, "pathlib.Path('pid.tmp').write_text(str(os.getpid())); os.rename('pid.tmp', 'pid')\n" + FOREVER
     )
@@ -434,7 +438,7 @@ def test_an_output_folder_is_one_runs_alone_also_while_a_killed_runs_evaluation_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_also_repeated_end_the_evaluation_without_a_traceback(stub, number):
+def test_single_and_repeated_signals_end_the_evaluation_without_a_traceback(stub, number):
     evaluation(
         stub,
         {},
@@ -490,7 +494,7 @@ def test_a_closed_pipe_ends_the_run_quietly(stub, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_system_without_a_signal_that_stops_the_tools_is_told_so(tmp_path):
+def test_a_system_that_lacks_a_signal_of_the_tools_is_refused(tmp_path):
     program = (
         "import signal, sys\n"
         "del signal.SIGHUP\n"

@@ -69,23 +69,23 @@ def test_a_map_holds_what_the_module_adds_for_every_pair(method, mode, shared, o
 
 
 class Layer(nn.Module):
-    """One attention with a prefix token, whose queries, keys and values are a picture's pixels."""
+    """One attention with a prefix token, whose queries, keys and values are an image's pixels."""
 
     def __init__(self):
         super().__init__()
         self.rpe_q, self.rpe_k, self.rpe_v = random_terms(1.3, "cross", "ctx", False, 1, "qkv")
 
-    def forward(self, pictures):
-        tokens = nn.functional.pad(pictures.flatten(2), (1, 0), value=99.0)
+    def forward(self, images):
+        tokens = nn.functional.pad(images.flatten(2), (1, 0), value=99.0)
         q, k, v = tokens.unflatten(1, (3, H, D)).transpose(3, 4).unbind(1)
-        return rpe_attention(q, k, v, self.rpe_q, self.rpe_k, self.rpe_v, *pictures.shape[2:])
+        return rpe_attention(q, k, v, self.rpe_q, self.rpe_k, self.rpe_v, *images.shape[2:])
 
 
 def test_means_are_those_of_the_scaled_vectors_of_all_tokens_but_the_prefix():
     torch.manual_seed(0)
-    layer, pictures = Layer(), [torch.randn(3 * H * D, 3, 4), torch.randn(3 * H * D, 5, 2)]
-    means, size = visualize_rpe.mean_inputs(layer, [layer.rpe_q, layer.rpe_k, layer.rpe_v], pictures)
-    q, k, _ = torch.cat([picture.flatten(1) for picture in pictures], 1).mean(1).div(D**0.5).view(3, H, D)
+    layer, images = Layer(), [torch.randn(3 * H * D, 3, 4), torch.randn(3 * H * D, 5, 2)]
+    means, size = visualize_rpe.mean_inputs(layer, [layer.rpe_q, layer.rpe_k, layer.rpe_v], images)
+    q, k, _ = torch.cat([image.flatten(1) for image in images], 1).mean(1).div(D**0.5).view(3, H, D)
     assert size == (3, 4) and set(means) == {layer.rpe_q, layer.rpe_k}
     torch.testing.assert_close(means[layer.rpe_q], k)
     torch.testing.assert_close(means[layer.rpe_k], q)
@@ -104,7 +104,7 @@ def test_every_panel_shows_its_layer_and_head_on_one_scale_around_zero(heads, la
     assert names == {"layer 0", "head 0"} - ({"head 0"} if heads == 1 else set())
 
 
-def test_norms_are_drawn_from_their_least_value_up_and_zeros_in_the_middle_of_the_colours():
+def test_norms_are_drawn_from_their_smallest_value_and_zeros_in_the_middle_of_the_colours():
     def limits(maps, signed):
         return visualize_rpe.draw_offset_maps([maps], "title", "unit", signed).axes[0].images[0].get_clim()
 
@@ -130,7 +130,7 @@ def draw(*flags):
 
 
 def draw_quickly(*flags):
-    """As `draw`, but the pictures are empty files: a DeiT has 36 maps in each, which take seconds."""
+    """As `draw`, but the figures are empty files: drawing the 36 maps of a DeiT takes seconds."""
     with mock.patch("drawing.save", lambda figure, path: Path(path).touch()):
         return draw(*flags)
 
@@ -227,14 +227,14 @@ def inside():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A validation set of three pictures, in the forms of both codebases."""
+    """A validation set of three images, in the forms of both codebases."""
     root, random = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
     coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "ant"}]}
     for number, (height, width) in enumerate([(64, 96), (90, 70), (80, 80)], start=1):
-        picture = Image.fromarray(random.randint(0, 255, (height, width, 3)).astype(np.uint8))
+        image = Image.fromarray(random.randint(0, 255, (height, width, 3)).astype(np.uint8))
         for path in (root / "val" / f"class{number}" / "x.png", root / "val2017" / f"{number}.png"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            image.save(path)
         coco["images"].append({"id": number, "file_name": f"{number}.png", "height": height, "width": width})
         coco["annotations"].append(
             {"id": number, "image_id": number, "category_id": 1, "bbox": [1, 2, 30, 40], "area": 1200, "iscrowd": 0}
@@ -245,7 +245,7 @@ def data(tmp_path_factory):
 
 
 def expected_ranges(weights, heads, ids):
-    """{picture: least and largest value} of a model whose tokens share their queries and keys, by the paper's formula.
+    """{figure: (smallest, largest) value} by the paper's formula, of a model whose tokens share their queries and keys.
 
     `ids` are the buckets of product that pairs on the map use.
     """
@@ -285,8 +285,8 @@ def used(ratio, height, width, method="product"):
         ("deit", "deit_tiny_patch16_48_ctx_product_50_unshared_qkv", 48, 3, used(1.9, 3, 3)),
         ("detr", "rpe-2.0-product-ctx-0-qkv", 64, 2, used(2.0, 2, 3)),
     ],
-)  # 64 × 96 pixels are the first picture
-def test_a_trained_checkpoint_is_drawn_with_pictures_of_its_validation_set(
+)  # 64 × 96 pixels is the size of the first image
+def test_a_trained_checkpoint_is_drawn_with_images_of_its_validation_set(
     inside, data, tmp_path, codebase, encoding, side, heads, ids
 ):
     weights = inside(codebase, SAVE[codebase], tmp_path / "x.pth", encoding, side, data)
@@ -305,13 +305,15 @@ def test_a_trained_checkpoint_is_drawn_with_pictures_of_its_validation_set(
     "codebase, encoding, side",
     [("deit", "deit_tiny_patch16_48_ctx_cross_56_shared_k", 48), ("detr", "rpe-2.0-cross-ctx-1-k", 64)],
 )
-def test_given_pictures_are_seen_as_those_of_the_validation_set(inside, data, tmp_path, codebase, encoding, side):
+def test_given_images_are_preprocessed_like_those_of_the_validation_set(
+    inside, data, tmp_path, codebase, encoding, side
+):
     inside(codebase, SAVE[codebase], tmp_path / "x.pth", encoding, side, data, True, False)
     flags = "--resume", tmp_path / "x.pth", "--output_dir", tmp_path
-    pictures = sorted((data / "val2017").iterdir())
+    images = sorted((data / "val2017").iterdir())
     of_the_set, all_given, one_given = (
-        printed_ranges(inside(codebase, DRAW[codebase], *flags, *images)[1])
-        for images in ((), ("--image", *pictures), ("--image", pictures[0]))
+        printed_ranges(inside(codebase, DRAW[codebase], *flags, *more)[1])
+        for more in ((), ("--image", *images), ("--image", images[0]))
     )
     assert of_the_set == all_given != one_given and of_the_set
 
@@ -323,7 +325,7 @@ def test_given_pictures_are_seen_as_those_of_the_validation_set(inside, data, tm
         ("detr", "rpe-2.0-euc-bias-1-k", 320, used(2.0, 10, 10, "euc"), [True, False, ["--masks"]]),
     ],
 )
-def test_a_bias_needs_no_pictures_and_is_drawn_as_its_table(inside, tmp_path, codebase, encoding, side, ids, more):
+def test_a_bias_needs_no_images_and_is_drawn_as_its_table(inside, tmp_path, codebase, encoding, side, ids, more):
     weights = inside(codebase, SAVE[codebase], tmp_path / "x.pth", encoding, side, tmp_path / "not here", *more)
     status, out, err = inside(codebase, DRAW[codebase], "--resume", tmp_path / "x.pth", "--output_dir", tmp_path)
     expected = expected_ranges(weights, 0, ids)
@@ -345,7 +347,7 @@ def test_a_bias_needs_no_pictures_and_is_drawn_as_its_table(inside, tmp_path, co
         ),
     ],
 )
-def test_a_file_without_flags_is_known_by_its_name_or_takes_them_from_the_command_line(
+def test_a_file_without_flags_takes_them_from_its_name_or_from_the_command_line(
     inside, data, tmp_path, codebase, encoding, side, heads, ids, flags
 ):
     weights = inside(codebase, SAVE[codebase], tmp_path / f"{encoding}.pth", encoding, side, None, False)
@@ -386,7 +388,7 @@ DEIT, DETR = ("deit", "deit_tiny_patch16_32_ctx_product_50_shared_k", 32), ("det
         (("detr", "", 64), [], "x.pth, DETR.* has no iRPE"),
     ],
 )
-def test_mistakes_are_one_sentence(inside, tmp_path, checkpoint, flags, words):
+def test_a_mistake_is_reported_in_one_sentence(inside, tmp_path, checkpoint, flags, words):
     codebase, *rest = checkpoint
     inside(codebase, SAVE[codebase], tmp_path / "x.pth", *rest, tmp_path / "not here")
     status, out, err = inside(

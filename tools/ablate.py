@@ -1,16 +1,16 @@
-"""Train variants of a model with the same seeds, several at a time, and say with 95 % intervals how they differ.
+"""Train variants of a model with the same seeds, several at a time, and report their differences with 95 % intervals.
 
     python tools/ablate.py --data-path outputs/fashion/tune --test-path outputs/fashion/test --device cpu --jobs 2
     python tools/ablate.py --study mine.json --data-path DIR --data-set CIFAR -- --input-size 32 --epochs 100
 
-Each run is two command lines of DeiT's main.py, which are printed and work alone: training on --data-path, and one
-evaluation on --test-path (--data-path if it is left out). Flags after -- go to both. The study is a JSON file in the
-form of ablate_fashion.json. After every run results.json, results.md and results.png are written to OUT, or to
-outputs/ablate. The same command goes on where it was stopped; a run that was cut off goes on by --resume auto, on a
-CPU to the same digits.
+Each run is two commands of DeiT's main.py, which are printed and also work on their own: training on --data-path, and
+one evaluation on --test-path (default: --data-path). Flags after -- are passed to both. The study is a JSON file in the
+format of ablate_fashion.json. After every run, results.json, results.md and results.png are written to --output_dir.
+The same command resumes an interrupted study; an interrupted training resumes with --resume auto, on a CPU with
+bitwise equal results.
 
-Exit status: 0 all runs are counted; 2 the command line or the study is wrong; 3 some runs failed; 130 stopped by a
-signal or a closed pipe.
+Exit status: 0 all runs have a result; 2 the command line or the study is wrong; 3 some runs failed; 130 interrupted by
+a signal or a closed pipe.
 """
 
 import argparse
@@ -24,7 +24,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TextIO
 
 import drawing
 import reproduce
@@ -36,48 +38,58 @@ from runtime import UserError
 DEIT = drawing.ROOT / "DeiT-with-iRPE"
 
 
-# What was asked for
+# Command line and study
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, by default this process's."""
     parser = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, metavar="FILE", default=Path(__file__).with_name("ablate_fashion.json"))
-    parser.add_argument("--data-path", type=Path, metavar="DIR", required=True, help="of training")
-    parser.add_argument("--test-path", type=Path, metavar="DIR", help="of the evaluation that is counted")
-    parser.add_argument("--data-set", default="FOLDER", help="as main.py's")
+    parser.add_argument("--data-path", type=Path, metavar="DIR", required=True, help="data set for training")
+    parser.add_argument("--test-path", type=Path, metavar="DIR", help="data set for the evaluation")
+    parser.add_argument("--data-set", default="FOLDER", help="as for main.py")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share out the cores")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
     parser.add_argument("--output_dir", type=Path, metavar="OUT", default=Path("outputs", "ablate"))
-    parser.add_argument("more", nargs="*", metavar="FLAG", help="more for main.py, after --")
+    parser.add_argument("more", nargs="*", metavar="FLAG", help="additional flags for main.py, after --")
     args = parser.parse_args(argv)
     args.test_path = args.test_path or args.data_path
     return args
 
 
-def read_study(path):
+def read_study(path: Path) -> dict[str, Any]:
     """The study as a dict, the sides of its comparisons as lists of names. Raises: UserError if it cannot be used."""
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
-        names, seeds = [*study["variants"]], study["seeds"]
-        _ = [shlex.split("" + flags) for flags in (study["recipe"], *study["variants"].values())]
+        names, seeds = list(study["variants"]), study["seeds"]
+        for flags in (study["recipe"], *study["variants"].values()):
+            if not isinstance(flags, str):
+                raise TypeError(f"flags must be a string, not {flags!r}")
+            shlex.split(flags)
         study["comparisons"] = {
             words: (match(left, names), match(right, names)) for words, (left, right) in study["comparisons"].items()
         }
-        fit = study["baseline"] in names and seeds and len({*map(int, seeds)}) == len(seeds)
+        seeds_differ = len({int(seed) for seed in seeds}) == len(seeds)
+        is_complete = bool(seeds) and seeds_differ and study["baseline"] in names
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(f"--study {path} cannot be read in the form of ablate_fashion.json: {error!r}") from error
-    if not fit:
-        raise UserError(f"--study {path} must have a seed, each once, and a baseline that is one of its variants")
-    if unfit := [name for name in names if not re.fullmatch(r"[\w.-]+", name)]:
-        raise UserError(f"--study {path} has a variant {unfit[0]!r}: names are letters, digits, '.', '_' and '-'")
+        raise UserError(f"--study {path} cannot be read in the format of ablate_fashion.json: {error!r}") from error
+    if not is_complete:
+        raise UserError(f"--study {path} must have seeds, each only once, and a baseline that is one of its variants")
+    if unusable := [name for name in names if not re.fullmatch(r"[\w.-]+", name)]:
+        raise UserError(
+            f"--study {path} has a variant {unusable[0]!r}: names consist of letters, digits, '.', '_' and '-'"
+        )
     return study
 
 
-def match(patterns, names):
-    """The names that one of the patterns, with spaces between, matches as in a shell."""
+def match(patterns: str, names: list[str]) -> list[str]:
+    """The names that match one of the shell patterns, which are separated by spaces.
+
+    Raises: ValueError if there is none.
+    """
     found = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split())]
     if not found:
-        raise ValueError(f"a comparison of {patterns!r}, which matches no variant")
+        raise ValueError(f"the comparison of {patterns!r} matches no variant")
     return found
 
 
@@ -85,12 +97,14 @@ def match(patterns, names):
 
 
 class Run:
-    """One variant with one seed: two commands in a row. `record` is what its run.json holds."""
+    """One variant with one seed: a training and an evaluation. `record` is the content of its run.json."""
 
-    process = None  # the running one
+    process: subprocess.Popen | None = None  # the running command
 
-    def __init__(self, study, variant, seed, args, versions):
-        def relative(path):  # to where main.py runs, so that a command names no place that only this machine has
+    def __init__(
+        self, study: dict[str, Any], variant: str, seed: int, args: argparse.Namespace, versions: dict[str, str]
+    ) -> None:
+        def relative(path: Path) -> str:  # to main.py's folder, so that the printed commands work on any machine
             return os.path.relpath(path, DEIT)
 
         self.name = f"{variant}-seed{seed}"
@@ -111,12 +125,12 @@ class Run:
         train = ["--data-path", relative(args.data_path), "--resume", "auto"]
         test = ["--data-path", relative(args.test_path), "--eval", "--resume", relative(self.folder / "checkpoint.pth")]
         self.commands = [shlex.join(["python", "main.py", *flags, *last]) for last in (train, test)]
-        self.waiting = [*self.commands]
+        self.waiting = list(self.commands)
         self.record = {"variant": variant, "seed": seed, "commands": self.commands, "versions": versions, "seconds": 0}
         self.take_up(self.folder / "run.json")
 
-    def take_up(self, path):
-        """Go on from what an earlier run of the same commands has left. Raises: UserError if it was of others."""
+    def take_up(self, path: Path) -> None:
+        """Continue from the record of an earlier run. Raises: UserError if its commands or versions differ."""
         if not path.exists():
             return
         try:
@@ -126,22 +140,22 @@ class Run:
             raise UserError(f"{path} of an earlier run cannot be read ({error!r}): move its folder away") from error
         if changed:
             raise UserError(
-                f"{path} is of a run by other {' and '.join(changed)}: choose another --output_dir, or "
-                "move its folder away"
+                f"{path} is of a run with other {' and '.join(changed)}: choose another --output_dir, or move its "
+                "folder away"
             )
         self.record = found
 
-    def start(self, threads, locked):
-        """Start the next command; what it says is in output.txt."""
+    def start(self, threads: int, locked: TextIO) -> None:
+        """Start the next command, which writes its output to output.txt and inherits the lock file."""
         command, self.process = self.waiting.pop(0), None
         print(f"$ cd {DEIT.name} && OMP_NUM_THREADS={threads} {command}", flush=True)
         self.record["threads"] = threads
         with runtime.writing(self.folder):
             self.folder.mkdir(exist_ok=True)
-            self.write()  # before the process: what fails here must not leave one behind
+            self.write()  # before the process starts, which would be left behind if this failed
             output = open(self.folder / "output.txt", "wb")
         self.started = time.monotonic()
-        # Ctrl-C must not reach the process, which saves on SIGTERM only: it gets a session of its own
+        # In its own session the process does not receive Ctrl-C; `work` sends SIGTERM, on which it saves.
         with output, reproduce.signals_deferred():
             self.process = subprocess.Popen(
                 [sys.executable, *shlex.split(command)[1:]],
@@ -153,38 +167,38 @@ class Run:
                 pass_fds=[locked.fileno()],
             )
 
-    def write(self):
+    def write(self) -> None:
+        """Write the record."""
         with runtime.replacing(self.folder / "run.json") as file:
             file.write(json.dumps(self.record, indent=1).encode())
 
-    def end(self):
-        """Note the time of a process that has ended, and write the record."""
+    def end(self) -> None:
+        """Record the time of a process that has ended."""
         self.record["seconds"] += time.monotonic() - self.started
         self.write()
 
-    def judge(self):
-        """Note the result of the process that has ended; returns whether the run is over."""
+    def judge(self) -> bool:
+        """Record the result of the process that has ended; returns whether the run is complete or has failed."""
         self.record.pop("failed", None)
         if self.process.returncode:
-            said = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
-            self.record["failed"] = (
-                reproduce.error_in(said) or said.strip().rpartition("\n")[2] or f"status {self.process.returncode}"
-            )
+            output = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+            last_line = output.strip().rpartition("\n")[2]
+            self.record["failed"] = reproduce.error_in(output) or last_line or f"status {self.process.returncode}"
         elif not self.waiting:
             stats = json.loads((self.folder / "eval.json").read_text(encoding="utf-8"))
             self.record.update(top1=stats["acc1"], loss=stats["loss"], date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         self.end()
         return "failed" in self.record or not self.waiting
 
-    def __str__(self):
+    def __str__(self) -> str:
         if "top1" in self.record:
             return f"{self.name}: top-1 {self.record['top1']:.2f} in {self.record['seconds']:.0f} s"
         return f"{self.name} failed: {self.record['failed']}"
 
 
-def work(runs, jobs, locked, report):
-    """Do the runs in their order, `jobs` at a time, and call report() after each. When it is stopped so are they."""
-    # macOS cannot tell which cores are ours
+def work(runs: list[Run], jobs: int, locked: TextIO, report: Callable[[], None]) -> None:
+    """Execute the runs in order, `jobs` at a time, and call report() after each; an interrupt ends them too."""
+    # macOS has no function that returns the cores available to this process.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, cores // jobs)
     waiting, running = [run for run in runs if "top1" not in run.record], []
@@ -217,15 +231,20 @@ def work(runs, jobs, locked, report):
 # Results
 
 
-def summary(values):
-    """Mean of the values and half of its 95 % interval by Student's t; None for what takes more values."""
+def summary(values: list[float]) -> dict[str, Any]:
+    """Mean of the values and half the width of its 95 % interval by Student's t; None if there are too few values."""
     n = len(values)
     half = t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
     return {"values": values, "mean": statistics.fmean(values) if n else None, "half": half}
 
 
-def difference(top1, left, right):
-    """Summary of the mean of the variants `left` less that of `right`, by the seeds that all have in `top1`."""
+def difference(top1: dict[str, dict[int, float]], left: Iterable[str], right: Iterable[str]) -> dict[str, Any]:
+    """Summary, over the seeds that all variants have, of the mean top-1 of `left` minus that of `right`.
+
+    Args:
+        top1: {variant: {seed: top-1 in percent}}.
+        left, right: names of variants.
+    """
     seeds = sorted(set.intersection(*(set(top1[name]) for name in (*left, *right))))
     return summary(
         [
@@ -235,17 +254,18 @@ def difference(top1, left, right):
     )
 
 
-def summarize(study, runs):
-    """{"variants", "comparisons"} of the runs that are counted, in points of top-1 and in minutes."""
-    top1, minutes = ({name: {} for name in study["variants"]} for _ in range(2))
+def summarize(study: dict[str, Any], runs: list[Run]) -> dict[str, Any]:
+    """{"variants", "comparisons"} of the runs with a result, in points of top-1 and in minutes."""
+    top1 = {name: {} for name in study["variants"]}
+    minutes = {name: {} for name in study["variants"]}
     for record in (run.record for run in runs if "top1" in run.record):
         top1[record["variant"]][record["seed"]] = record["top1"]
         minutes[record["variant"]][record["seed"]] = record["seconds"] / 60
     return {
         "variants": {
             name: {
-                "top1": summary([*top1[name].values()]),
-                "minutes": summary([*minutes[name].values()]),
+                "top1": summary(list(top1[name].values())),
+                "minutes": summary(list(minutes[name].values())),
                 "difference": difference(top1, [name], [study["baseline"]]),
             }
             for name in top1
@@ -254,8 +274,12 @@ def summarize(study, runs):
     }
 
 
-def write_reports(out, study, runs, about):
-    """results.json, results.md and results.png of the runs that are counted."""
+def write_reports(out: Path, study: dict[str, Any], runs: list[Run], about: dict[str, str]) -> None:
+    """Write results.json, results.md and results.png of the runs with a result.
+
+    Args:
+        about: device and versions.
+    """
     found = {
         "study": study,
         **about,
@@ -269,23 +293,27 @@ def write_reports(out, study, runs, about):
     draw(study, found["variants"], out / "results.png")
 
 
-def cells(values):
-    """Mean ± half of the interval, and on which side of zero the interval is."""
+def cells(values: dict[str, Any]) -> tuple[str, str]:
+    """Mean ± half the interval, and whether the interval lies above or below zero or contains it."""
     mean, half = values["mean"], values["half"]
     if half is None:
         return "-" if mean is None else f"{mean:+.2f}", "-"
-    return f"{mean:+.2f} ± {half:.2f}", "not told apart" if abs(mean) <= half else "higher" if mean > 0 else "lower"
+    if abs(mean) <= half:
+        side = "not significant"
+    else:
+        side = "higher" if mean > 0 else "lower"
+    return f"{mean:+.2f} ± {half:.2f}", side
 
 
-def markdown(study, runs, found, about):
-    def table(*rows):
-        return [
-            "",
-            f"| {' | '.join(rows[0])} |",
-            "| --- " * len(rows[0]) + "|",
-            *(f"| {' | '.join(row)} |" for row in rows[1:]),
-        ]
+def markdown_table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Lines of a Markdown table, after an empty line."""
+    heads = list(heads)
+    body = [f"| {' | '.join(row)} |" for row in rows]
+    return ["", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *body]
 
+
+def markdown(study: dict[str, Any], runs: list[Run], found: dict[str, Any], about: dict[str, str]) -> str:
+    """The text of results.md; `found` is what `summarize` returns."""
     baseline, rows = study["baseline"], []
     for name, entry in found["variants"].items():
         minutes = entry["minutes"]["mean"]
@@ -300,24 +328,22 @@ def markdown(study, runs, found, about):
             )
         )
     counted = sum("top1" in run.record for run in runs)
+    comparisons = [(words, *cells(values)) for words, values in found["comparisons"].items()]
     lines = [
-        f"{counted} of {len(runs)} runs are counted. Top-1 (%) and differences in points, paired by seed: mean "
-        "± half of the 95 % interval by Student's t.",
-        *table(("variant", "seeds", "top-1", f"less {baseline}", "", "minutes a run"), *rows),
-        *table(
-            ("comparison", "difference", ""),
-            *((words, *cells(values)) for words, values in found["comparisons"].items()),
-        ),
+        f"{counted} of {len(runs)} runs have a result. Top-1 (%) and differences in points, paired by seed: mean "
+        "± half the width of the 95 % interval by Student's t.",
+        *markdown_table(("variant", "seeds", "top-1", f"minus {baseline}", "", "minutes per run"), rows),
+        *markdown_table(("comparison", "difference", ""), comparisons),
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
-        *(f"- not counted: {run}" for run in runs if "failed" in run.record),
+        *(f"- no result: {run}" for run in runs if "failed" in run.record),
         "",
     ]
     return "\n".join(lines)
 
 
-def draw(study, variants, path):
-    """Top-1 of every variant and its difference to the baseline: each seed, and the mean with its interval."""
+def draw(study: dict[str, Any], variants: dict[str, Any], path: Path) -> None:
+    """Draw top-1 of every variant and its difference from the baseline: each seed, and the mean with its interval."""
     figure = drawing.new_figure(11, 1.5 + 0.3 * len(variants))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, key in zip(panels, ("top1", "difference"), strict=True):
@@ -332,13 +358,13 @@ def draw(study, variants, path):
     panels[0].set(
         xlabel="top-1 (%)", ylim=(len(variants) - 0.5, -0.5), yticks=range(len(variants)), yticklabels=variants
     )
-    panels[1].set(xlabel=f"difference to {study['baseline']} with the same seed (points)")
+    panels[1].set(xlabel=f"difference from {study['baseline']} with the same seed (points)")
     panels[1].axvline(0, color="#666666", lw=1)
     drawing.save(figure, path)
 
 
-def run(args):
-    """Do what was asked for; returns the exit status."""
+def run(args: argparse.Namespace) -> int:
+    """Run the study; returns the exit status."""
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} must be at least 1")
     study = read_study(args.study)
@@ -347,7 +373,7 @@ def run(args):
     with reproduce.lock(args.output_dir) as locked:
         runs = [Run(study, variant, seed, args, versions) for seed in study["seeds"] for variant in study["variants"]]
 
-        def report():
+        def report() -> None:
             write_reports(args.output_dir, study, runs, about)
 
         report()
@@ -356,8 +382,9 @@ def run(args):
     return reproduce.PASS if all("top1" in run.record for run in runs) else reproduce.INCOMPLETE
 
 
-def main(argv=None):
-    return reproduce.guarded(run, parse_args(argv), "interrupted; the same command goes on where it was stopped")
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line, by default this process's; returns the exit status."""
+    return reproduce.guarded(run, parse_args(argv), "interrupted; the same command resumes the study")
 
 
 if __name__ == "__main__":

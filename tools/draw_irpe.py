@@ -1,18 +1,23 @@
-"""Draw iRPE.png: the bucket of every position of a 14×14 map as seen from one, under each mapping, and the function g.
+"""Draw iRPE.png: for one query on a 14×14 map the bucket of every key, under each mapping, and the function g.
 
 python tools/draw_irpe.py [--position ROW COLUMN] [--output FILE.png]
 """
 
 import argparse
 import itertools
+from typing import TYPE_CHECKING
 
 import torch
 from drawing import COLORS, ROOT, new_figure, runtime, save
 
 from irpe import get_bucket_ids_2d, get_rpe_config, piecewise_index
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 SIDE = 14
-# the mappings with the ratios of the published models
+# The mappings with the ratios of the published models.
 PANELS = (
     ("euc", 20, "Euclidean: g(√(Δr² + Δc²))"),
     ("quant", 33, "Quantization: g(Δr² + Δc²)"),
@@ -21,38 +26,43 @@ PANELS = (
     ("cross_cols", 20, "Cross, columns: g(Δc)"),
 )
 CURVE_RATIO, REACH = 4, 40
-# colours of the corners of the map of product buckets, between which the others are mixed
+# Colours of the corners of the map of product buckets; the others are interpolated between them.
 CORNERS = torch.tensor([[[0.00, 0.45, 0.70], [0.00, 0.62, 0.45]], [[0.80, 0.47, 0.65], [0.90, 0.62, 0.00]]])
 
 
-def buckets(method, ratio, position):
-    """(14, 14) ids of the buckets of the pairs of a query at `position` (row, column) with every key."""
+def buckets(method: str, ratio: float, position: tuple[int, int]) -> torch.Tensor:
+    """(14, 14) bucket ids of every key for the query at `position` (row, column)."""
     ids, _ = get_bucket_ids_2d(method, SIDE, SIDE, 0, *get_rpe_config(ratio).piecewise)
     return ids[position[0] * SIDE + position[1]].view(SIDE, SIDE)
 
 
-def colors(ids):
-    """(14, 14, 3): one colour for each bucket, from dark to bright in their order."""
-    from matplotlib import colormaps  # after new_figure, which says so where it is not installed
+def colors(ids: torch.Tensor) -> torch.Tensor:
+    """(14, 14, 3): one colour for each bucket, from dark to bright in the order of their ids."""
+    from matplotlib import colormaps  # new_figure has already checked that matplotlib is installed
 
     values, ranks = ids.unique(return_inverse=True)
     return torch.from_numpy(colormaps["viridis"](ranks.numpy() / (len(values) - 1))[..., :3]).float()
 
 
-def product_colors(ratio, position):
-    """(14, 14, 3): one colour for each bucket of product, mixed by its row and column."""
+def product_colors(ratio: float, position: tuple[int, int]) -> torch.Tensor:
+    """(14, 14, 3): one colour for each bucket of the product method, interpolated by its row and column."""
     rows, columns = (
         buckets(axis, ratio, position).unique(return_inverse=True)[1] for axis in ("cross_rows", "cross_cols")
     )
     down, right = (axis[..., None] / axis.max() for axis in (rows, columns))
     top, bottom = (row[0] * (1 - right) + row[1] * right for row in CORNERS)
     mixed = top * (1 - down) + bottom * down
-    # lighter and darker in turn, so that neighbours part
+    # Alternate lighter and darker, so that neighbouring buckets are easy to distinguish.
     return mixed + (1 - mixed) * 0.35 * ((rows + columns) % 2)[..., None]
 
 
-def draw_buckets(axes, ids, position, title, pixels):
-    """Coloured squares with the numbers of their buckets; the reference position is framed."""
+def draw_buckets(axes: "Axes", ids: torch.Tensor, position: tuple[int, int], title: str, pixels: torch.Tensor) -> None:
+    """Draw coloured squares with their bucket ids, and frame the query.
+
+    Args:
+        ids, pixels: bucket ids (14, 14) and their colours (14, 14, 3).
+        position: row and column of the query.
+    """
     axes.imshow(pixels.numpy())
     bright = pixels @ torch.tensor([0.3, 0.59, 0.11])
     for row, column in itertools.product(range(SIDE), repeat=2):
@@ -77,8 +87,8 @@ def draw_buckets(axes, ids, position, title, pixels):
     axes.set(xticks=[], yticks=[])
 
 
-def draw_functions(axes):
-    """g at whole offsets, and the clipped offset that earlier encodings use, with the same number of buckets."""
+def draw_functions(axes: "Axes") -> None:
+    """Draw g at whole offsets, and the clip function of earlier encodings with the same number of buckets."""
     alpha, beta, gamma = get_rpe_config(CURVE_RATIO).piecewise
     x = torch.arange(-REACH, REACH + 1)
     axes.plot(x, x.clamp(-int(beta), int(beta)), "-", color=COLORS[1], linewidth=1.6, label="clip")
@@ -95,7 +105,7 @@ def draw_functions(axes):
         axes.axvline(value, color="grey", linewidth=0.8, linestyle=":")
         axes.text(value + 0.6, -beta, f"{name} = {value:g}", fontsize=8, color="0.35")
     axes.set_title(
-        f"Piecewise function g and clip, β = {beta:g}:\ng tells far offsets apart, in fewer and fewer steps",
+        f"Piecewise function g and clip, β = {beta:g}:\ng distinguishes far offsets, in coarser and coarser steps",
         fontsize=10,
     )
     axes.set_xlabel("offset in tokens", fontsize=9)
@@ -105,8 +115,8 @@ def draw_functions(axes):
     axes.grid(alpha=0.3)
 
 
-def draw(position):
-    """The figure for a query at `position`."""
+def draw(position: tuple[int, int]) -> "Figure":
+    """The figure for a query at `position` (row, column)."""
     figure = new_figure(13, 9)
     grid = figure.subplots(2, 3).flat
     for axes, (method, ratio, title) in zip(grid, PANELS, strict=False):
@@ -118,7 +128,8 @@ def draw(position):
     return figure
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
+    """Draw and save the figure."""
     if not all(0 <= value < SIDE for value in args.position):
         raise runtime.UserError(
             f"--position {args.position[0]} {args.position[1]} is not on the map of {SIDE}×{SIDE}: "

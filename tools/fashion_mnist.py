@@ -2,10 +2,10 @@
 
     python tools/fashion_mnist.py --source /usr/share/datasets/fashion-mnist --output_dir outputs/fashion
 
-OUT/tune/train holds 13,000 of the 60,000 training pictures, as many of each class, and OUT/tune/val 2,000 others, on
-which a recipe may be chosen; OUT/test/val holds the 10,000 held-out ones. Pictures of 28 pixels get a black edge of 2,
-which the evaluation of main.py with --input-size 28 cuts off again. Nothing is downloaded: the four .gz files come
-with Debian's package dataset-fashion-mnist, or from the data set's own page.
+OUT/tune/train holds 13,000 of the 60,000 training images and OUT/tune/val 2,000 others, for choosing a recipe; both
+have equally many of each class. OUT/test/val holds the 10,000 test images. Each image of 28×28 pixels gets a black
+border of 2 pixels, which the evaluation of main.py with --input-size 28 crops again. Nothing is downloaded: the four
+.gz files come with Debian's package dataset-fashion-mnist, or from the data set's own page.
 """
 
 import argparse
@@ -22,43 +22,50 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "DeiT-with-iRPE"))
 import runtime
 
 CLASSES = [name.replace("/", "-or-").replace(" ", "-") for name in FashionMNIST.classes]
-SIDE, EDGE, TRAIN, VAL, SEED = 28, 2, 1300, 200, 0  # pixels, twice; pictures of a class, twice; which they are
+SIDE, BORDER = 28, 2  # pixels
+TRAIN, VAL, TEST = 1300, 200, 1000  # images of each class
+SEED = 0  # selects the images
 
 
-def read(source, name, header, *shape):
-    """Bytes of a file after its header, as uint8 (N, *shape). Raises: UserError if it cannot be read."""
+def read(source: Path, name: str, header: int, *shape: int) -> np.ndarray:
+    """The data of a .gz file after a header of so many bytes, uint8 (N, *shape).
+
+    Raises: UserError if the file cannot be read.
+    """
     try:
         values = np.frombuffer(gzip.decompress((source / name).read_bytes()), np.uint8, offset=header)
         return values.reshape(-1, *shape)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise runtime.UserError(
-            f"{source / name} cannot be read ({error}): put the data set's four .gz files, of "
-            "Debian's package dataset-fashion-mnist, into --source"
+            f"{source / name} cannot be read ({error}): --source must hold the data set's four .gz files, for example "
+            "those of Debian's package dataset-fashion-mnist"
         ) from error
 
 
-def write(pictures, numbers, folder):
+def write(images: np.ndarray, numbers: np.ndarray, folder: Path) -> None:
+    """Write the images of these numbers, from `images` (N, H, W), to a folder as NUMBER.png."""
     with runtime.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for number in numbers:
-            Image.fromarray(pictures[number]).save(folder / f"{number:05}.png")
+            Image.fromarray(images[number]).save(folder / f"{number:05}.png")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
+    """Write the three folders."""
     random = np.random.default_rng(SEED)
-    for prefix, parts in (("train", {"tune/val": VAL, "tune/train": TRAIN}), ("t10k", {"test/val": 1000})):
-        pictures = read(args.source, f"{prefix}-images-idx3-ubyte.gz", 16, SIDE, SIDE)
-        pictures = np.pad(pictures, ((0, 0), (EDGE, EDGE), (EDGE, EDGE)))
+    for prefix, parts in (("train", {"tune/val": VAL, "tune/train": TRAIN}), ("t10k", {"test/val": TEST})):
+        images = read(args.source, f"{prefix}-images-idx3-ubyte.gz", 16, SIDE, SIDE)
+        images = np.pad(images, ((0, 0), (BORDER, BORDER), (BORDER, BORDER)))
         labels = read(args.source, f"{prefix}-labels-idx1-ubyte.gz", 8)
-        if len(labels) != len(pictures):
+        if len(labels) != len(images):
             raise runtime.UserError(
-                f"--source {args.source} has {len(pictures)} pictures and {len(labels)} labels in "
-                f"the files {prefix}-*.gz: fetch them again"
+                f"--source {args.source} has {len(images)} images and {len(labels)} labels in the files "
+                f"{prefix}-*.gz: download them again"
             )
         for label, name in enumerate(CLASSES):
             numbers = random.permutation(np.flatnonzero(labels == label))
             for part, count in parts.items():
-                write(pictures, numbers[:count], args.output_dir / part / name)
+                write(images, numbers[:count], args.output_dir / part / name)
                 numbers = numbers[count:]
 
 

@@ -3,15 +3,14 @@
     python tools/reproduce.py --imagenet DIR --coco DIR --checkpoints DIR --nproc 8
     python tools/reproduce.py --checkpoints DIR --verify
 
---imagenet holds val/ or val.tar, --coco holds annotations/instances_val2017.json and val2017/ or val2017.zip,
---checkpoints holds the files under their released names. Nothing is downloaded. Each checkpoint is evaluated by its
-codebase's own main.py. After every row results.json, results.md and results.png are written to OUT, or to
-outputs/reproduce; a row is measured again only if its file, data, flags, code or libraries changed, so that the same
-command goes on where it was stopped.
+--imagenet holds val/ or val.tar, --coco holds annotations/instances_val2017.json and val2017/ or val2017.zip, and
+--checkpoints holds the files under their released names. Nothing is downloaded. The main.py of each codebase evaluates
+its checkpoints. After every row, results.json, results.md and results.png are written to --output_dir. A row is
+measured again only if its file, data, flags, code or libraries changed, so the same command resumes an interrupted run.
 --verify needs no data: it loads every file, compares keys and shapes with the model, and counts parameters and MACs.
 
-Exit status: 0 all rows passed; 1 one was measured beyond its bound, or with --verify does not fit its model; 2 the
-command line is wrong; 3 no such row, but some could not be measured; 130 stopped by a signal or a closed pipe.
+Exit status: 0 all rows passed; 1 a result is out of tolerance or, with --verify, a file does not match its model; 2 the
+command line is wrong; 3 no row failed, but some could not be measured; 130 interrupted by a signal or a closed pipe.
 """
 
 import argparse
@@ -28,11 +27,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 import torch
 from drawing import COLORS, ROOT, new_figure, save
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,8 +42,9 @@ import runtime
 from runtime import UserError
 
 PASS, FAIL, USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
-STOPPING_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
+STOPPING_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 STOPPING = tuple(getattr(signal, name) for name in STOPPING_NAMES if hasattr(signal, name))
+Row = dict[str, Any]  # of the table, or what was measured for it
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,12 @@ class Codebase:
     """How one codebase is evaluated and judged."""
 
     folder: Path
-    data: str  # the flag with its data set
-    parts: tuple[tuple[str, ...], ...]  # of the data set; one name of each must be there
+    data: str  # the flag for its data set
+    parts: tuple[tuple[str, ...], ...]  # of the data set; one name of each tuple must exist
     metrics: tuple[str, ...]  # the first one is judged
-    points: int  # that a metric of 1 is: percent, or AP points
-    tolerance: float  # in points
-    size: tuple[int, int]  # of the picture that MACs are counted for, in pixels
+    points: int  # factor from a metric to percentage points
+    tolerance: float  # in percentage points
+    size: tuple[int, int]  # height and width of the image for which MACs are counted, in pixels
 
 
 CODEBASES = {
@@ -71,16 +74,17 @@ CODEBASES = {
 }
 
 
-# What was asked for
+# Command line
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, by default this process's."""
     parser = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--imagenet", type=Path, metavar="DIR")
     parser.add_argument("--coco", type=Path, metavar="DIR")
     parser.add_argument("--checkpoints", type=Path, metavar="DIR", required=True)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows; *, ? and [] match as in a shell")
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, one a GPU")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these rows; *, ? and [] work as in a shell")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="number of processes, one per GPU")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--output_dir", type=Path, default=Path("outputs", "reproduce"), metavar="OUT")
     parser.add_argument("--verify", action="store_true", help="only check the files")
@@ -89,7 +93,7 @@ def parse_args(argv=None):
         type=shlex.split,
         default=[],
         metavar="FLAGS",
-        help="more for DeiT's main.py, as one word: --deit_args='--batch-size 256'",
+        help="additional flags for DeiT's main.py, as one argument: --deit_args='--batch-size 256'",
     )
     parser.add_argument("--detr_args", type=shlex.split, default=[], metavar="FLAGS", help="the same for DETR's")
     parser.add_argument(
@@ -97,12 +101,12 @@ def parse_args(argv=None):
         type=Path,
         default=Path(__file__).with_name("released.json"),
         metavar="FILE",
-        help="rows and numbers to compare with, in the form of released.json",
+        help="rows and published results, in the format of released.json",
     )
     return parser.parse_args(argv)
 
 
-def read_table(path):
+def read_table(path: Path) -> list[Row]:
     """Rows of a table file as dicts, with their `codebase`. Raises: UserError for a table that cannot be used."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -110,12 +114,15 @@ def read_table(path):
         for row in rows:
             _ = [row[key] for key in ("name", "file", "url", *CODEBASES[row["codebase"]].metrics)]
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(f"--table {path} cannot be read in the form of released.json: {error!r}") from error
+        raise UserError(f"--table {path} cannot be read in the format of released.json: {error!r}") from error
     return rows
 
 
-def select(rows, patterns):
-    """The rows whose names match one of the patterns; all rows without patterns."""
+def select(rows: list[Row], patterns: list[str] | None) -> list[Row]:
+    """The rows whose names match one of the patterns; all rows if there are none.
+
+    Raises: UserError for a pattern that matches no row.
+    """
     names = [row["name"] for row in rows]
     for pattern in patterns or []:
         if not fnmatch.filter(names, pattern):
@@ -123,8 +130,8 @@ def select(rows, patterns):
     return [row for row in rows if not patterns or any(fnmatch.fnmatch(row["name"], p) for p in patterns)]
 
 
-def check(args):
-    """Raise UserError for what cannot work, before anything is run or written."""
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that cannot work, before anything is run or written."""
     if not args.checkpoints.is_dir():
         raise UserError(f"--checkpoints {args.checkpoints} is not a folder")
     if args.nproc < 1:
@@ -132,26 +139,29 @@ def check(args):
     if args.verify:
         return
     if not (args.imagenet or args.coco):
-        raise UserError("no data to measure on: say --imagenet DIR and --coco DIR, or --verify to check files only")
+        raise UserError("no data set: give --imagenet DIR and --coco DIR, or --verify to check the files only")
     for codebase in CODEBASES.values():
         if getattr(args, codebase.data):
             data_files(codebase, args)
-    new_figure(1, 1)  # that it cannot be drawn is known before hours of work
+    new_figure(1, 1)  # fails without matplotlib, now instead of after hours of evaluation
 
 
-def data_files(codebase, args):
-    """The paths that an evaluation reads. Raises: UserError if the data set is not whole."""
+def data_files(codebase: Codebase, args: argparse.Namespace) -> list[Path]:
+    """The paths that an evaluation reads. Raises: UserError if the data set is incomplete."""
     folder, found = getattr(args, codebase.data), []
     for names in codebase.parts:
-        there = [folder / name for name in names if (folder / name).exists()]
-        if not there:
+        existing = [folder / name for name in names if (folder / name).exists()]
+        if not existing:
             raise UserError(f"--{codebase.data} {folder} has no {' and no '.join(names)}")
-        found += there
+        found += existing
     return found
 
 
-def device_name(device):
-    """Processor and GPU, asked by a process that ends, and so frees the GPU. Raises: UserError if there is none."""
+def device_name(device: str) -> str:
+    """Names of the processor and the GPU, found by a short-lived process, which frees the GPU when it exits.
+
+    Raises: UserError if there is no GPU and `device` is cuda.
+    """
     asked = subprocess.run(
         [sys.executable, "-c", f"import machine; print(machine.machine({device!r}))"],
         cwd=ROOT / "benchmarks",
@@ -159,13 +169,16 @@ def device_name(device):
         text=True,
     )
     if asked.returncode:
-        raise UserError("--device cuda needs a GPU and PyTorch finds none: say --device cpu")
+        raise UserError("--device cuda needs a GPU, and PyTorch finds none: use --device cpu")
     return asked.stdout.strip()
 
 
-def lock(out):
-    """The open lock file of a folder that one run uses at a time; its evaluation, which may outlive it, inherits it."""
-    import fcntl  # which systems without SIGHUP do not have either
+def lock(out: Path) -> TextIO:
+    """The open lock file of an output folder, which only one run may use; its evaluations inherit the lock.
+
+    An evaluation may outlive a run that is killed, and then still holds the lock. Raises: UserError if it is taken.
+    """
+    import fcntl  # Windows does not have it, and has been refused before for its lack of SIGHUP
 
     with runtime.writing(f"--output_dir {out}"):
         out.mkdir(parents=True, exist_ok=True)
@@ -174,37 +187,38 @@ def lock(out):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(
-            f"another run, or an evaluation that it left behind, is using --output_dir {out}: wait for its "
-            "end, or choose another folder"
+            f"another run, or an evaluation that it left behind, is using --output_dir {out}: wait until it ends, or "
+            "choose another folder"
         ) from error
     return file
 
 
-# What is measured
+# Measurement
 
 
-def outline(row):
-    """The row's model without memory for its weights. Raises: UserError if it, or a library, is not there."""
+def outline(row: Row) -> nn.Module:
+    """The row's model on the meta device, without weights. Raises: UserError if it cannot be built."""
     try:
         return torch.hub.load(str(ROOT), row["name"], source="local").eval().requires_grad_(False).to("meta")
     except (ModuleNotFoundError, RuntimeError) as error:
         raise UserError(f"{row['name']} cannot be built: {error}") from error
 
 
-def count(model, size):
-    """{"params", "macs"}; MACs are those of matrix products and convolutions, for a picture of (height, width)."""
-    # PyTorch's fused attention would not be counted on every device
+def count(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
+    """{"params", "macs"}; MACs are those of matrix products and convolutions, for an image of (height, width)."""
+    # PyTorch counts the math backend's attention on every device, and that of the fused ones only on some.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, *size, device="meta"))
     return {"params": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2}
 
 
-def sha256(path):
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def fingerprint(paths):
-    """Hash of the names, sizes and times of all files under the paths; reading ImageNet itself would take too long."""
+def fingerprint(paths: Iterable[Path]) -> str:
+    """Hash of the names, sizes and times of all files under the paths; reading all of ImageNet would take too long."""
     digest = hashlib.sha256()
     for root in paths:
         below = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
@@ -214,8 +228,8 @@ def fingerprint(paths):
     return digest.hexdigest()
 
 
-def dependencies(row, args, path):
-    """All that changes a result; the number of processes does not."""
+def dependencies(row: Row, args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Everything that a result depends on; the number of processes is not part of it."""
     codebase = CODEBASES[row["codebase"]]
     code = "".join(map(sha256, sorted(codebase.folder.rglob("*.py"))))
     return {
@@ -228,8 +242,8 @@ def dependencies(row, args, path):
     }
 
 
-def versions():
-    """Versions of what a result depends on, as far as it is installed."""
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that a result depends on."""
     installed = {library.name: library.version for library in importlib.metadata.distributions()}
     return {
         "python": platform.python_version(),
@@ -242,11 +256,12 @@ def versions():
     }
 
 
-def command_of(row, args, path):
+def command_of(row: Row, args: argparse.Namespace, path: Path) -> list[str]:
     """The evaluation's command line, to be run in the codebase's folder."""
     if row["codebase"] == "deit":
         flags = ["--model", row["name"], "--data-path", args.imagenet.resolve()]
-        flags += ["--load-tar"] * (not (args.imagenet / "val").is_dir())
+        if not (args.imagenet / "val").is_dir():
+            flags.append("--load-tar")
     else:
         flags = ["--enc_rpe2d", row["enc_rpe2d"], "--coco_path", args.coco.resolve(), "--num_classes", "91"]
     flags += [
@@ -271,8 +286,8 @@ def command_of(row, args, path):
     ]
 
 
-def evaluate(row, command, out, locked):
-    """Run the command; its metrics by name. What it says goes where ours goes. Raises: UserError if it fails."""
+def evaluate(row: Row, command: list[str], out: Path, locked: TextIO) -> dict[str, float]:
+    """Run the command, pass its output on, and return its metrics by name. Raises: UserError if it fails."""
     codebase, path = CODEBASES[row["codebase"]], out / row["name"] / "eval.json"
     path.unlink(missing_ok=True)
     process = None
@@ -286,23 +301,23 @@ def evaluate(row, command, out, locked):
                 errors="replace",
                 pass_fds=[locked.fileno()],
             )
-        said = ""
+        errors = ""
         for line in process.stderr:
             print(line, end="", file=sys.stderr, flush=True)
-            said += line
+            errors += line
         status = process.wait()
     finally:
         if process:
             end(process)
     if status or not path.is_file():
-        raise UserError(error_in(said) or f"the evaluation ended with status {status} and no result")
+        raise UserError(error_in(errors) or f"the evaluation ended with status {status} and no result")
     stats = json.loads(path.read_text(encoding="utf-8"))
     values = stats["coco_eval_bbox"] if row["codebase"] == "detr" else (stats["acc1"], stats["acc5"])
     return dict(zip(codebase.metrics, values, strict=False))  # COCO's other six are recalls
 
 
-def end(process):
-    """End a process that still runs; a launcher kills what has not ended half a minute after it was told to."""
+def end(process: subprocess.Popen) -> None:
+    """Terminate a process that still runs; the launcher kills workers that have not ended after half a minute."""
     if process.poll() is None:
         ignore_signals()
         process.terminate()
@@ -310,25 +325,28 @@ def end(process):
     process.stderr.close()
 
 
-def error_in(said):
-    """What went wrong first, among warnings, what the other processes say then, and the launcher's report."""
+def error_in(output: str) -> str:
+    """The original error in an output that also holds warnings, errors of other ranks and the launcher's report.
+
+    The patterns are ordered: the program's own error, an exception, a signal, an error because of another rank.
+    """
     for pattern in (
-        r"^error: (?!.*(?:another process is lost|Traceback))(.*)",
+        r"^error: (?!.*(?:another (?:process|rank) is lost|Traceback))(.*)",
         r"^(?:\[rank\d+\]: )?((?!.*ChildFailedError)[\w.]*(?:Error|Exception)\b.*)",
         r"(Signal \d+ .*) received by PID",
         r"^error: (.*)",
     ):
-        if found := re.search(pattern, said, re.MULTILINE):
+        if found := re.search(pattern, output, re.MULTILINE):
             return found[1]
     return ""
 
 
-def judge(row, measured):
-    """The part of an entry that compares what was measured with the paper: status and why, in points."""
+def judge(row: Row, measured: dict[str, float]) -> Row:
+    """The part of an entry that compares the measured metrics with the paper's: status and reason, in points."""
     codebase = CODEBASES[row["codebase"]]
     metric, points = codebase.metrics[0], codebase.points
     difference = points * (measured[metric] - row[metric])
-    # differences of decimal fractions, as 81.3 - 81.2, are not exact
+    # Differences of decimal fractions, such as 81.3 - 81.2, are not exact.
     return {
         "status": "pass" if abs(difference) <= codebase.tolerance + 1e-9 else "fail",
         "why": f"{metric} {points * measured[metric]:.3f}, paper {points * row[metric]:.1f}, "
@@ -339,22 +357,22 @@ def judge(row, measured):
     }
 
 
-def measure(row, args, device, old, locked):
-    """The row's new entry; what `old`, {} for none, has measured stays where nothing new could be measured."""
+def measure(row: Row, args: argparse.Namespace, device: str, old: Row, locked: TextIO) -> Row:
+    """The row's new entry; it keeps the results of `old`, its earlier entry or {}, if nothing could be measured."""
     codebase, path = CODEBASES[row["codebase"]], args.checkpoints / row["file"]
     if not path.is_file():
-        return {**old, "status": "missing", "why": f"{row['file']}, to be had from {row['url']}"}
+        return {**old, "status": "missing", "why": f"{row['file']}, which {row['url']} provides"}
     if not getattr(args, codebase.data):
-        return {**old, "status": "no data", "why": f"say --{codebase.data} DIR"}
+        return {**old, "status": "no data", "why": f"it needs --{codebase.data} DIR"}
     try:
         depends = dependencies(row, args, path)
         if old.get("depends") == depends:
-            print("kept: measured before with the same file, data, flags, code and libraries")
+            print("kept: already measured with the same file, data, flags, code and libraries")
             return {**old, **judge(row, old["measured"])}
         counts = count(outline(row), codebase.size)
         command = command_of(row, args, path)
-        said = f"cd {codebase.folder.name} && {shlex.join(command)}"
-        print(f"$ {said}", flush=True)
+        printed_command = f"cd {codebase.folder.name} && {shlex.join(command)}"
+        print(f"$ {printed_command}", flush=True)
         measured = evaluate(row, command, args.output_dir, locked)
     except BrokenPipeError:
         raise
@@ -363,7 +381,7 @@ def measure(row, args, device, old, locked):
     return {
         **judge(row, measured),
         **counts,
-        "command": said,
+        "command": printed_command,
         "device": device,
         "processes": args.nproc,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -374,8 +392,8 @@ def measure(row, args, device, old, locked):
 # Reports
 
 
-def write_reports(out, rows, entries):
-    """results.json, results.md and results.png of all rows of the table, measured now or earlier."""
+def write_reports(out: Path, rows: list[Row], entries: dict[str, Row]) -> None:
+    """Write results.json, results.md and results.png of all rows of the table, measured now or earlier."""
     with runtime.writing(f"a report in --output_dir {out}"):
         with runtime.replacing(out / "results.json") as file:
             file.write(json.dumps({"rows": entries}, indent=1).encode())
@@ -383,7 +401,8 @@ def write_reports(out, rows, entries):
         draw(rows, entries, out / "results.png")
 
 
-def markdown(rows, entries):
+def markdown(rows: list[Row], entries: dict[str, Row]) -> str:
+    """The text of results.md."""
     lines = ["# The paper's tables, measured", ""]
     for name, codebase in CODEBASES.items():
         heads = ["model", *codebase.metrics, "difference", "#Params (M)", "MACs (M)", "result"]
@@ -393,8 +412,8 @@ def markdown(rows, entries):
         ]
         lines += [
             "",
-            f"Measured, and in brackets the paper's number; {codebase.metrics[0]} may differ by "
-            f"{codebase.tolerance} points. MACs are counted at {' × '.join(map(str, codebase.size))} pixels.",
+            f"Measured results, with the paper's in brackets. Tolerance: {codebase.tolerance} points of "
+            f"{codebase.metrics[0]}. MACs are counted at {' × '.join(map(str, codebase.size))} pixels.",
             "",
         ]
     for name, entry in entries.items():
@@ -402,11 +421,11 @@ def markdown(rows, entries):
     return "\n".join(lines)
 
 
-def cells(row, entry):
-    """A row of the table: metrics in points, counts in millions, each as measured (paper)."""
+def cells(row: Row, entry: Row) -> list[str]:
+    """A row of the table: metrics in points and counts in millions, each as "measured (paper)"."""
 
-    def cell(value, digits, paper):
-        # pycocotools says -1 where there is no object of that size
+    def cell(value: float, digits: int, paper: float | None) -> str:
+        # pycocotools returns -1 if there is no object of that size.
         return (f"{value:.{digits}f}" if value >= 0 else "-") + (f" ({paper:g})" if paper else "")
 
     codebase, measured = CODEBASES[row["codebase"]], entry.get("measured", {})
@@ -423,8 +442,8 @@ def cells(row, entry):
     ]
 
 
-def draw(rows, entries, path):
-    """How far every row is from the paper's number, in parts of what it may differ by."""
+def draw(rows: list[Row], entries: dict[str, Row], path: Path) -> None:
+    """Draw each row's difference from the paper, relative to the tolerance."""
     figure = new_figure(11, 2 + 0.4 * len(rows))
     axes = figure.subplots()
     axes.axvspan(-1, 1, color="#999999", alpha=0.25, lw=0)
@@ -434,13 +453,13 @@ def draw(rows, entries, path):
             entry["difference"] / CODEBASES[row["codebase"]].tolerance,
             f"{row['name']}: {entry['status']}",
             "o",
-            color=COLORS[entry["status"] != "pass"],
+            color=COLORS[0] if entry["status"] == "pass" else COLORS[1],
         )
-    axes.set(xlabel="measured minus the paper's number, in parts of what it may differ by", ylim=(len(rows), -1))
+    axes.set(xlabel="(measured - paper) / tolerance", ylim=(len(rows), -1))
     save(figure, path)
 
 
-def reproduce(args, table_rows, rows, locked):
+def reproduce(args: argparse.Namespace, table_rows: list[Row], rows: list[Row], locked: TextIO) -> set[str]:
     """Measure the rows; returns their statuses."""
     before = args.output_dir / "results.json"
     try:
@@ -448,7 +467,7 @@ def reproduce(args, table_rows, rows, locked):
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{before} of an earlier run cannot be read ({error!r}): move it away") from error
     device = device_name(args.device)
-    write_reports(args.output_dir, table_rows, entries)  # that this cannot be done is known before hours of work
+    write_reports(args.output_dir, table_rows, entries)  # fails now, not after hours of work, if it is impossible
     for number, row in enumerate(rows, start=1):
         name = row["name"]
         print(f"[{number}/{len(rows)}] {name}", flush=True)
@@ -459,10 +478,10 @@ def reproduce(args, table_rows, rows, locked):
     return {entries[row["name"]]["status"] for row in rows}
 
 
-def verify(row, path):
-    """(status of the file, why). Raises: UserError if there is no model to compare it with."""
+def verify(row: Row, path: Path) -> tuple[str, str]:
+    """(status of the file, reason). Raises: UserError if its model cannot be built."""
     if not path.exists():
-        return "missing", f"{row['file']}, to be had from {row['url']}"
+        return "missing", f"{row['file']}, which {row['url']} provides"
     model = outline(row)
     try:
         weights = runtime.model_weights(runtime.load_checkpoint(path), path)
@@ -473,7 +492,7 @@ def verify(row, path):
         for values in (model.state_dict(), weights)
     )
     if differences := runtime.key_differences(own, found):
-        return "fail", f"{path.name} does not fit: {differences}"
+        return "fail", f"{path.name} does not match the model: {differences}"
     counts = count(model, CODEBASES[row["codebase"]].size)
     paper = f" (paper: {row['params_m']} M, {row['macs_m']} M)" if "macs_m" in row else ""
     return "pass", (
@@ -481,8 +500,8 @@ def verify(row, path):
     )
 
 
-def run(args):
-    """Do what was asked for; returns the exit status."""
+def run(args: argparse.Namespace) -> int:
+    """Run what the command line asks for; returns the exit status."""
     table_rows = read_table(args.table)
     rows = select(table_rows, args.only)
     check(args)
@@ -498,24 +517,29 @@ def run(args):
     return FAIL if "fail" in statuses else INCOMPLETE if statuses - {"pass"} else PASS
 
 
-def main(argv=None):
-    return guarded(run, parse_args(argv), "interrupted; the same command goes on after the last row that was measured")
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line, by default this process's; returns the exit status."""
+    return guarded(run, parse_args(argv), "interrupted; the same command resumes after the last measured row")
 
 
-def ignore_signals():
+# Signals
+
+
+def ignore_signals() -> None:
+    """From now on, ignore the signals that stop a run."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
-def stop(*_):
-    """Handle the first signal; a second one must not cut short how the first one ends the processes."""
+def stop(*_: object) -> NoReturn:
+    """Handle the first signal, and ignore further ones while the processes are being terminated."""
     ignore_signals()
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def signals_deferred():
-    """Inside, a signal waits: one that came while a process starts would leave it behind, unknown and running."""
+def signals_deferred() -> Iterator[None]:
+    """Defer signals until the end of the block: one that arrives while a process starts would leave it running."""
     arrived = []
     handlers = {number: handler for number in STOPPING if callable(handler := signal.getsignal(number))}
     for number in handlers:
@@ -529,10 +553,14 @@ def signals_deferred():
         signal.raise_signal(arrived[0])
 
 
-def guarded(run, args, stopped):
-    """run(args)'s exit status, or that of a mistake or a signal, which are said in a sentence, a signal's `stopped`."""
+def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, interrupted: str) -> int:
+    """The exit status of run(args), or that of a mistake or a signal, for each of which it prints one sentence.
+
+    Args:
+        interrupted: the sentence for a signal.
+    """
     for number in STOPPING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
     try:
         runtime.need_signals(Path(sys.argv[0]).name, *STOPPING_NAMES)
@@ -541,9 +569,9 @@ def guarded(run, args, stopped):
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     except BrokenPipeError:
-        pass  # nobody reads what could be said
+        pass  # nobody reads the output any more
     except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
+        print(interrupted, file=sys.stderr)
     return INTERRUPTED
 
 

@@ -2,58 +2,78 @@
 
     python tools/visualize_rpe.py --resume FILE --output_dir DIR [--image FILE ...]
 
-FILE is a checkpoint of DeiT or of DETR, which its weights tell. Writes rpe_q.png, rpe_k.png and rpe_v.png, as far as
-the model has iRPE there. A pixel stands for the offset from a query, in the middle, to a key. On queries and keys it is
-what the encoding adds to the logit: in bias mode the table itself, in contextual mode the mean over all queries (on
-queries: over all keys) of the pictures. On values it is the norm of the vector that a unit of attention adds to the
-output. The bucket of the prefix tokens is left out. The offsets are those of the first picture's map.
+FILE is a checkpoint of DeiT or DETR; its weights show which. The tool writes rpe_q.png, rpe_k.png and rpe_v.png, for
+those of queries, keys and values on which the model has iRPE. Each pixel of a map is an offset from a query, in the
+centre, to a key. For queries and keys its value is what the encoding adds to the logit: in bias mode the entry of the
+table, in contextual mode the mean over all queries (for rpe_q: over all keys) of the images. For values it is the norm
+of the vector that an attention weight of 1 adds to the output. The bucket of the prefix tokens is not drawn. The map
+has the offsets of the first image.
 
-Flags of that codebase's main.py, such as --model or --enc_rpe2d, are taken too, where the checkpoint lacks them.
+If the checkpoint lacks flags of its training, such as --model or --enc_rpe2d, give them as to main.py.
 """
 
 import argparse
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from drawing import ROOT, new_figure, runtime, save
 
-sys.modules["util.runtime"] = runtime  # DETR's is the same file; its UserError is to be the one that `run` knows
-SAMPLE = 8  # pictures taken from the validation set
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import nn
+    from torch.utils.data import Dataset
+
+sys.modules["util.runtime"] = runtime  # DETR's copy of the file; `run` must recognize its UserError
+SAMPLE = 8  # images taken from the validation set
 TERMS = {
     "q": ("queries", "added to the logit, mean over all keys"),
     "k": ("keys", "added to the logit, mean over all queries"),
-    "v": ("values", "norm of what a unit of attention adds to the output"),
+    "v": ("values", "norm of what an attention weight of 1 adds to the output"),
 }
 
 
-def parser():
+class Loaded(NamedTuple):
+    """A model of either codebase in evaluation mode, and how to read images for it."""
+
+    model: "nn.Module"
+    name: str
+    side: int  # of the images, in pixels
+    read: Callable[[str], torch.Tensor]  # file → image (3, H, W) as evaluation sees it
+    open_data: Callable[[], "Dataset"]  # the validation set
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this tool's own flags."""
     result = runtime.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     result.add_argument("--resume", required=True, metavar="FILE", help="checkpoint or URL")
-    result.add_argument("--output_dir", required=True, metavar="DIR", help="where the pictures go")
+    result.add_argument("--output_dir", required=True, metavar="DIR", help="folder for the figures")
     result.add_argument(
         "--image",
         nargs="+",
         default=[],
         metavar="FILE",
-        help=f"pictures to average over; without them {SAMPLE} of the validation set of the training",
+        help=f"images to average over; default: {SAMPLE} images of the validation set",
     )
     return result
 
 
-def main_flags(parser, args, checkpoint, **defaults):
-    """Flags of a codebase's main.py: those given here, else those of the checkpoint, else `defaults`, else its own."""
+def main_flags(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, checkpoint: dict[str, Any], **defaults: Any
+) -> argparse.Namespace:
+    """Flags of a codebase's main.py: from the command line, else the checkpoint, else `defaults`, else its own."""
     parser = runtime.ArgumentParser(parents=[parser], allow_abbrev=False)
     parser.set_defaults(**{**defaults, **vars(checkpoint.get("args", argparse.Namespace()))})
     return parser.parse_args([*args.flags, "--resume", args.resume, "--eval"])
 
 
-def load_deit(args, checkpoint):
-    """A DeiT, its name, the side of its pictures, and two functions: one reads a picture as evaluation would see it,
-    (3, H, W), the other opens the validation set."""
+def load_deit(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Loaded:
+    """The DeiT of a checkpoint. Raises: UserError if the flags or the weights do not match."""
     from checkpoint import load_weights, take_model_flags
     from datasets import build_dataset, build_transform, load_image
     from main import build_model, get_args_parser
@@ -64,8 +84,8 @@ def load_deit(args, checkpoint):
     model = build_model(flags, len(head))
     load_weights(model, checkpoint, args.resume)
     transform = build_transform(False, flags)
-    return (
-        model,
+    return Loaded(
+        model.eval(),
         flags.model,
         flags.input_size,
         lambda file: transform(load_image(file)),
@@ -73,8 +93,8 @@ def load_deit(args, checkpoint):
     )
 
 
-def load_detr(args, checkpoint):
-    """As `load_deit`."""
+def load_detr(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Loaded:
+    """The DETR of a checkpoint. Raises: UserError if the flags or the weights do not match."""
     sys.path.insert(0, str(ROOT / "DETR-with-iRPE"))
     from datasets import build_dataset
     from datasets.coco import read_image
@@ -88,8 +108,8 @@ def load_detr(args, checkpoint):
     check_args(flags, needs_data=False)
     model, *_ = build_model(flags)
     load_weights(model, checkpoint, args.resume)
-    return (
-        model,
+    return Loaded(
+        model.eval(),
         f"DETR, --enc_rpe2d {flags.enc_rpe2d}",
         flags.short_side,
         lambda file: prepare(read_image(file, file), flags),
@@ -97,70 +117,72 @@ def load_detr(args, checkpoint):
     )
 
 
-def load_pictures(args, read, open_data):
-    """`--image`, or some pictures from all over the validation set."""
+def load_images(args: argparse.Namespace, loaded: Loaded) -> list[torch.Tensor]:
+    """The images (3, H, W) of `--image`, or `SAMPLE` evenly spaced ones of the validation set."""
     if args.image:
-        return [read(file) for file in args.image]
+        return [loaded.read(file) for file in args.image]
     try:
-        dataset = open_data()
+        dataset = loaded.open_data()
     except runtime.UserError as error:
         raise runtime.UserError(
-            f"a contextual encoding depends on what it meets: give some pictures, --image FILE "
-            f"..., or the validation set ({error})"
+            "a contextual encoding depends on the images: give some with --image FILE ..., or the validation set "
+            f"({error})"
         ) from error
     return [dataset[number][0] for number in range(0, len(dataset), -(-len(dataset) // SAMPLE))]
 
 
-def find_terms(model):
-    """The terms of the encoding that a model has, by what they act on: {"k": one for each layer, ...}."""
+def find_terms(model: "nn.Module") -> dict[str, list["nn.Module"]]:
+    """The encodings of a model, by what they act on: {"k": one for each layer, ...}."""
     found = {on: [rpe for module in model.modules() if (rpe := getattr(module, f"rpe_{on}", None))] for on in TERMS}
     return {on: layers for on, layers in found.items() if layers}
 
 
-def tables_of(rpe):
-    """The tables of a term: one, or of cross that of the rows and that of the columns."""
+def tables_of(rpe: "nn.Module") -> list["nn.Module"]:
+    """The tables of an encoding: one or, for the cross method, one for the rows and one for the columns."""
     return [rpe.rp_rows, rpe.rp_cols] if hasattr(rpe, "rp_rows") else [rpe]
 
 
 @torch.inference_mode()
-def mean_inputs(model, terms, pictures):
-    """What the terms on queries and keys meet while the model looks at pictures (3, H, W), one after another.
+def mean_inputs(
+    model: "nn.Module", terms: list["nn.Module"], images: list[torch.Tensor]
+) -> tuple[dict["nn.Module", torch.Tensor], tuple[int, int]]:
+    """The mean inputs of the encodings on queries and keys, over images (3, H, W) that run through the model singly.
 
-    Returns: {term: mean over the tokens of all maps of the scaled keys (on queries) or queries (on keys), (H, D)}, and
-        (height, width) of the first picture's map, in tokens.
+    Returns: {encoding: mean over the tokens of all maps of the scaled keys (for rpe_q) or queries (for rpe_k), (H, D)},
+        and (height, width) of the first image's map, in tokens.
     """
-    met, sizes = {}, []
+    inputs_of, sizes = {}, []
 
-    def keep(term, inputs):
+    def keep(term: "nn.Module", inputs: tuple[torch.Tensor, int, int]) -> None:
         x, height, width = inputs
         sizes.append((height, width))
         if tables_of(term)[0].on != "v":
-            met.setdefault(term, []).append(x[0, :, -height * width :])  # (H, h·w, D)
+            inputs_of.setdefault(term, []).append(x[0, :, -height * width :])  # (H, h·w, D)
 
     for term in terms:
         term.register_forward_pre_hook(keep)
-    for picture in pictures:
-        model(picture[None])
-    return {term: torch.cat(vectors, dim=1).mean(1) for term, vectors in met.items()}, sizes[0]
+    for image in images:
+        model(image[None])
+    return {term: torch.cat(vectors, dim=1).mean(1) for term, vectors in inputs_of.items()}, sizes[0]
 
 
-def offset_map(rpe, height, width, mean=None):
-    """What a term of the encoding adds at every offset between query and key, without the prefix tokens.
+def offset_map(rpe: "nn.Module", height: int, width: int, mean: torch.Tensor | None = None) -> torch.Tensor:
+    """What an encoding adds at every offset between query and key, without the prefix tokens.
 
     Args:
         rpe: `irpe.iRPE` or `irpe.iRPE_Cross`.
-        height, width: the map, in tokens.
-        mean: in contextual mode on q and k, the mean of the scaled keys (for q) or queries (for k), (H, D).
+        height, width: size of the map, in tokens.
+        mean: in contextual mode, for rpe_q and rpe_k, the mean of the scaled keys or queries, (H, D).
     Returns: (H or H', 2·height - 1, 2·width - 1), where [height - 1 + dr, width - 1 + dc] is a key dr rows below and
-        dc columns right of its query: on q and k what is added to the logits, in the mean over those vectors; on v
-        the norm of the vector that a unit of attention adds to the output.
+        dc columns right of its query: for rpe_q and rpe_k what is added to the logit, averaged over those vectors; for
+        rpe_v the norm of the vector that an attention weight of 1 adds to the output.
     """
     encoding, (tall, wide) = 0, (2 * height - 1, 2 * width - 1)
     for table in tables_of(rpe):
         skip = table.config.skip
-        # seen from the middle of a map of this size, the keys are at these offsets
+        # On a map of tall × wide tokens, the keys have all these offsets from the query in the centre.
         ids = table.bucket_ids(tall * wide + skip, "cpu", tall, wide)[skip + tall * wide // 2, skip:].view(tall, wide)
-        ids = (ids.flip(0, 1) if table.on == "q" else ids).long()  # on queries the bucket of the pair turned round
+        ids = (ids.flip(0, 1) if table.on == "q" else ids).long()  # rpe_q uses the offset from the key to the query
         values = next(table.parameters()).detach()
         encoding = encoding + (values.transpose(1, 2) if table.on == "v" else values)[..., ids]
     if table.config.mode == "bias":
@@ -168,26 +190,26 @@ def offset_map(rpe, height, width, mean=None):
     return encoding.norm(dim=1) if table.on == "v" else (mean[:, :, None, None] * encoding).sum(1)
 
 
-def draw_offset_maps(maps, title, unit, signed):
-    """A figure with a map for each layer and head, and one colour scale for all.
+def draw_offset_maps(maps: list[torch.Tensor], title: str, unit: str, signed: bool) -> "Figure":
+    """A figure with a map for each layer and head, on one colour scale.
 
     Args:
         maps: one (heads, 2h - 1, 2w - 1) tensor for each layer, as `offset_map` returns them.
-        title, unit: of the figure and of its colour bar.
-        signed: diverging colours around zero; else from the least value up.
+        title, unit: title of the figure, and label of its colour bar.
+        signed: use diverging colours around zero, else a scale that starts at the smallest value.
     """
     panels, tall, wide = torch.stack(maps), *maps[0].shape[1:]
     heads = [f"head {head}" for head in range(len(maps[0]))] if len(maps[0]) > 1 else [""]
     names = [f"layer {layer}" for layer in range(len(maps))], heads
-    if len(names[0]) > len(names[1]):  # the longer side goes from left to right
+    if len(names[0]) > len(names[1]):  # the longer axis is horizontal
         panels, names = panels.transpose(0, 1), names[::-1]
     rows, columns = panels.shape[:2]
     cell = min(2.5, max(0.9, 11 / columns))
     figure = new_figure(max(5.5, cell * columns + 1.8), max(2.6, cell * tall / wide * rows + 1.0))
-    figure.set_layout_engine("compressed")  # which leaves room for labels beside panels of a fixed shape
+    figure.set_layout_engine("compressed")  # leaves room for labels beside panels with a fixed aspect ratio
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     grid[0, 0].set(xticks=[-(wide // 2), 0, wide // 2], yticks=[-(tall // 2), 0, tall // 2])
-    # a few offsets far above the rest would leave the others pale: half a percent may lie beyond the scale's end
+    # A few very large values would make all others pale, so half a percent may exceed the colour scale.
     size = panels.abs().flatten()
     limit = size.quantile(0.995, interpolation="higher").item() or size.max().item() or 1.0
     colors = ("RdBu_r", -limit, "black") if signed else ("viridis", size.min().item(), "white")
@@ -219,36 +241,39 @@ def draw_offset_maps(maps, title, unit, signed):
     return figure
 
 
-def load_model(args):
-    """What `load_deit` returns, for the codebase that `--resume` is of; the model is in evaluation mode."""
+def load_model(args: argparse.Namespace) -> Loaded:
+    """The model of `--resume`, from the codebase that its weights belong to."""
     checkpoint = runtime.load_checkpoint(args.resume)
     weights = runtime.model_weights(checkpoint, args.resume)
     load = load_detr if any("transformer.encoder" in key for key in weights) else load_deit
-    model, *rest = load(args, checkpoint)
-    return model.eval(), *rest
+    return load(args, checkpoint)
 
 
-def main(args):
-    model, name, side, read, open_data = load_model(args)
-    terms = find_terms(model)
+def main(args: argparse.Namespace) -> None:
+    """Draw the encodings of `--resume`."""
+    loaded = load_model(args)
+    terms = find_terms(loaded.model)
     if not terms:
-        raise runtime.UserError(f"{args.resume}, {name}, has no iRPE to draw")
+        raise runtime.UserError(f"{args.resume}, {loaded.name}, has no iRPE to draw")
     every_term = list(itertools.chain(*terms.values()))
     is_bias = tables_of(every_term[0])[0].config.mode == "bias"
-    pictures = load_pictures(args, read, open_data) if args.image or not is_bias else [torch.zeros(3, side, side)]
-    means, (height, width) = mean_inputs(model, every_term, pictures)
+    if is_bias and not args.image:  # any image shows the size of the map, and a bias depends on nothing else
+        images = [torch.zeros(3, loaded.side, loaded.side)]
+    else:
+        images = load_images(args, loaded)
+    means, (height, width) = mean_inputs(loaded.model, every_term, images)
     runtime.prepare_output_dir(args.output_dir)
     for on, layers in terms.items():
         maps = [offset_map(rpe, height, width, means.get(rpe)) for rpe in layers]
         where, unit = TERMS[on]
         unit = "added to the logit" if is_bias else unit
         path = Path(args.output_dir, f"rpe_{on}.png")
-        title = f"{name}\nencoding on {where}, map of {height}×{width} tokens"
+        title = f"{loaded.name}\nencoding on {where}, map of {height}×{width} tokens"
         save(draw_offset_maps(maps, title, unit, signed=on != "v"), path)
         low, high = torch.stack(maps).aminmax()
         print(f"{path}: from {low:.3g} to {high:.3g} {unit}")
 
 
 if __name__ == "__main__":
-    args, flags = parser().parse_known_args()
+    args, flags = build_parser().parse_known_args()
     runtime.run(main, argparse.Namespace(**vars(args), flags=flags))

@@ -54,7 +54,7 @@ def run(*arguments):
 
 
 def refused(*arguments):
-    """The one sentence with which the run ends."""
+    """The one sentence with which the run fails."""
     with pytest.raises(UserError) as caught:
         run(*arguments)
     assert "\n" not in str(caught.value)
@@ -102,7 +102,7 @@ def test_plain_weights_of_another_map_and_other_classes_start_a_model_with_irpe(
     assert "new head.bias, head.weight" in printed or "new head.weight, head.bias" in printed
 
 
-def test_a_run_goes_on_with_what_its_checkpoint_says(pictures, equipped, tmp_path):
+def test_a_resumed_run_takes_the_model_flags_of_its_checkpoint(pictures, equipped, tmp_path):
     path, stats = equipped
     on = (pictures, EVA, "--epochs", 2, "--output_dir", tmp_path)
     (tmp_path / "checkpoint.pth").write_bytes(path.read_bytes())
@@ -113,7 +113,7 @@ def test_a_run_goes_on_with_what_its_checkpoint_says(pictures, equipped, tmp_pat
     assert said == after
 
 
-def test_what_is_said_against_the_checkpoint_is_refused(pictures, equipped):
+def test_flags_that_contradict_the_checkpoint_are_refused(pictures, equipped):
     resume = ("--eval", "--resume", equipped[0])
     assert f"was trained with --rpe {RPE}, not with rpe-1.9-product-ctx-1-k: leave it out" in refused(
         pictures, EVA, *resume, "--rpe", "rpe-1.9-product-ctx-1-k"
@@ -123,7 +123,7 @@ def test_what_is_said_against_the_checkpoint_is_refused(pictures, equipped):
     assert "belongs to another model" in refused(pictures, "vit_tiny_patch16_224", *resume)
 
 
-def test_a_checkpoint_that_says_no_model_flags_is_damaged(pictures, equipped, tmp_path):
+def test_a_checkpoint_with_damaged_model_flags_is_refused(pictures, equipped, tmp_path):
     checkpoint = load_checkpoint(equipped[0])
     checkpoint["args"].model_kwargs = ["depth=2"]
     torch.save(checkpoint, tmp_path / "list.pth")
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_says_no_model_flags_is_damaged(pictures, equipped, tm
         take_model_flags(checkpoint["args"], checkpoint, "list.pth")
 
 
-def test_another_size_of_pictures_than_in_training_is_noted(pictures, tmp_path, capsys):
+def test_an_image_size_that_differs_from_training_is_noted(pictures, tmp_path, capsys):
     kwargs = ("--rpe", RPE, "--model-kwargs", *SMALL, "pos_embed=none")
     run(pictures, "vit_tiny_patch16_224", *kwargs, "--output_dir", tmp_path)
     resume = ("--eval", "--resume", tmp_path / "checkpoint.pth")
@@ -172,7 +172,7 @@ def test_an_encoding_outside_the_grammar_is_refused(tmp_path, text, said):
 @pytest.mark.parametrize(
     ("name", "kwargs", "said"),
     [
-        ("deit_tiny_patch16_224_ctx_product_50_shared_k", (), "the name says an encoding already"),
+        ("deit_tiny_patch16_224_ctx_product_50_shared_k", (), "the name already has an encoding"),
         ("resnet18", (), "ResNet is neither a VisionTransformer nor an Eva of timm"),
         ("swin_tiny_patch4_window7_224", (), "SwinTransformer is neither a VisionTransformer nor an Eva of timm"),
         ("vit_tiny_patch16_224", ("patch_drop_rate=0.5",), "build it with patch_drop_rate=0"),
@@ -192,11 +192,11 @@ def test_an_encoding_outside_the_grammar_is_refused(tmp_path, text, said):
         (EVA, ("patch_size=7",), "--input-size 32 is no multiple of the 7 pixels"),
     ],
 )
-def test_a_model_that_cannot_be_equipped_or_built_says_why(pictures, name, kwargs, said):
+def test_a_model_that_cannot_be_equipped_or_built_is_refused_with_the_reason(pictures, name, kwargs, said):
     assert said in refused(pictures, name, "--rpe", RPE, "--model-kwargs", *kwargs)
 
 
-def test_what_is_not_key_and_value_is_refused(capsys):
+def test_model_kwargs_without_a_key_are_refused(capsys):
     with pytest.raises(SystemExit):
         parse("--model-kwargs", "depth=3", "num_heads")
     assert "argument --model-kwargs: depth=3 num_heads is not key=value" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Data sets from folders, tars and lists; samplers; pictures that cannot be read."""
+"""Data sets from folders, tars and lists; samplers; images that cannot be read."""
 
 import io
 import json
@@ -48,7 +48,7 @@ ARCNAMES = {
 
 
 @pytest.mark.parametrize("layout", [*ARCNAMES, "tar of tars", "tar of tars in folders", "tar of tars of folders"])
-def test_tar_gives_what_the_folder_gives_in_the_same_order(pictures, tmp_path, layout):
+def test_a_tar_yields_the_same_samples_as_its_folder_in_the_same_order(pictures, tmp_path, layout):
     folder, _ = build("val", pictures)
     if layout in ARCNAMES:
         write_tar(tmp_path / "val.tar", pictures / "val", ARCNAMES[layout])
@@ -63,7 +63,7 @@ def test_tar_gives_what_the_folder_gives_in_the_same_order(pictures, tmp_path, l
     assert len(tar) == 24 and same(contents(tar), contents(folder))
 
 
-def test_tar_is_read_alike_by_several_worker_processes(pictures):
+def test_several_workers_read_the_same_from_a_tar(pictures):
     dataset, _ = build("val", pictures, "--load-tar")
     dataset[0]  # opens the file before the workers start
     loader = DataLoader(dataset, 1, num_workers=2)
@@ -92,29 +92,29 @@ def test_validation_classes_are_numbered_as_in_training(tmp_path, flags, evaluat
 
 
 @pytest.mark.parametrize("flags", [[], ["--load-tar"]])
-def test_validation_class_that_training_lacks_is_named(tmp_path, flags):
+def test_a_validation_class_that_is_missing_in_training_is_named(tmp_path, flags):
     write_pictures(tmp_path / "train", ("a", "b"), 1)
     write_pictures(tmp_path / "val", ("a", "zebra"), 1)
     for split in ("train", "val"):
         write_tar(tmp_path / f"{split}.tar", tmp_path / split)
-    with pytest.raises(UserError, match="1 classes that training has not, such as zebra"):
+    with pytest.raises(UserError, match="1 classes that are missing in training, such as zebra"):
         build("val", tmp_path, *flags)
 
 
-def test_imnet_means_a_thousand_classes_and_folder_counts_them(pictures, tmp_path):
+def test_imnet_has_a_thousand_classes_and_folder_counts_them(pictures, tmp_path):
     assert build("val", pictures, "--data-set", "IMNET")[1] == 1000
     for number in range(1001):
         (tmp_path / "val" / str(number)).mkdir(parents=True)
         Image.new("RGB", (2, 2)).save(tmp_path / "val" / str(number) / "0.png")
     assert build("val", tmp_path)[1] == 1001
-    with pytest.raises(UserError, match="1001 classes and --data-set IMNET means 1000"):
+    with pytest.raises(UserError, match="1001 classes, but --data-set IMNET has 1000: use --data-set FOLDER"):
         build("val", tmp_path, "--data-set", "IMNET")
 
 
 # Tars that cannot be read
 
 
-def test_truncated_tar_is_refused_wherever_it_was_cut(pictures, tmp_path):
+def test_a_truncated_tar_is_refused_wherever_it_ends(pictures, tmp_path):
     whole = (pictures / "val.tar").read_bytes()
     with tarfile.open(pictures / "val.tar") as tar:
         members = tar.getmembers()
@@ -127,7 +127,7 @@ def test_truncated_tar_is_refused_wherever_it_was_cut(pictures, tmp_path):
             build("val", tmp_path / str(number), "--load-tar")
 
 
-def test_truncated_tar_inside_a_tar_is_named(pictures, tmp_path):
+def test_a_truncated_tar_inside_a_tar_is_named(pictures, tmp_path):
     write_tar(tmp_path / "ant.tar", pictures / "val" / "ant")
     (tmp_path / "ant.tar").write_bytes((tmp_path / "ant.tar").read_bytes()[:-9000])
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
@@ -136,7 +136,7 @@ def test_truncated_tar_inside_a_tar_is_named(pictures, tmp_path):
         build("val", tmp_path, "--load-tar")
 
 
-def test_damaged_header_in_a_tar_does_not_pass_for_its_end(pictures, tmp_path):
+def test_a_damaged_header_in_a_tar_is_not_mistaken_for_its_end(pictures, tmp_path):
     with tarfile.open(pictures / "val.tar") as tar:
         offset = tar.getmembers()[5].offset
     data = bytearray((pictures / "val.tar").read_bytes())
@@ -146,16 +146,16 @@ def test_damaged_header_in_a_tar_does_not_pass_for_its_end(pictures, tmp_path):
         build("val", tmp_path, "--load-tar")
 
 
-def test_compressed_tar_is_refused(pictures, tmp_path):
+def test_a_compressed_tar_is_refused(pictures, tmp_path):
     with tarfile.open(tmp_path / "val.tar", "w:gz") as tar:
         tar.add(pictures / "val", "")
     with pytest.raises(UserError, match="compressed"):
         build("val", tmp_path, "--load-tar")
 
 
-def test_tar_without_class_folders_or_pictures_is_refused(pictures, tmp_path):
+def test_a_tar_without_class_folders_or_images_is_refused(pictures, tmp_path):
     write_tar(tmp_path / "val.tar", pictures / "val" / "ant" / "more")
-    with pytest.raises(UserError, match="5.png in .*val.tar lies in no class folder"):
+    with pytest.raises(UserError, match="5.png in .*val.tar is in no class folder"):
         build("val", tmp_path, "--load-tar")
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "train.tar", tmp_path / "empty")
@@ -164,7 +164,7 @@ def test_tar_without_class_folders_or_pictures_is_refused(pictures, tmp_path):
 
 
 def tar_of(path, names):
-    """A tar with one picture under each name."""
+    """A tar with one image under each name."""
     data = io.BytesIO()
     Image.new("RGB", (40, 40)).save(data, "PNG")
     with tarfile.open(path, "w") as tar:
@@ -180,28 +180,28 @@ def tar_of(path, names):
     [
         (
             ["train/ant/1.png", "train/bee/1.png", "meta/logo.png"],
-            "train/ant/1.png in .* lies too deep, as folder train",
+            "train/ant/1.png in .* is too deep, because folder train holds no image",
         ),
-        (["train/ant/1.png", "train/bee/1.png", "val/ant/1.png"], "lies too deep, as folder train"),
+        (["train/ant/1.png", "train/bee/1.png", "val/ant/1.png"], "is too deep, because folder train"),
         (
             ["train/ant/1.png", "train/bee/1.png", "train/logo.png"],
-            "lie in one class folder, train, and some deeper, such as train/ant/1.png",
+            "are in one class folder, train, some of them in subfolders, such as train/ant/1.png",
         ),
-        (["train/ant/1.png", "train/bee/1.png", "logo.png"], "logo.png in .* lies in no class folder"),
+        (["train/ant/1.png", "train/bee/1.png", "logo.png"], "logo.png in .* is in no class folder"),
     ],
 )
-def test_tar_of_another_layout_is_refused_with_the_layout_that_is_read(tmp_path, names, words):
+def test_a_tar_with_another_layout_is_refused_and_the_error_shows_the_expected_one(tmp_path, names, words):
     tar_of(tmp_path / "train.tar", names)
-    with pytest.raises(UserError, match=f"{words}.*: a tar must hold CLASS/PICTURE"):
+    with pytest.raises(UserError, match=f"{words}.*: a tar must hold CLASS/IMAGE"):
         build("train", tmp_path, "--load-tar")
 
 
-def test_tar_of_a_single_class_is_read(tmp_path):
+def test_a_tar_with_a_single_class_is_read(tmp_path):
     tar_of(tmp_path / "val.tar", ["val/ant/1.png", "val/ant/2.png"])
     assert build("val", tmp_path, "--load-tar")[0].classes == ["ant"]
 
 
-def test_hard_links_in_a_tar_are_the_pictures_that_they_link_to(tmp_path):
+def test_hard_links_in_a_tar_yield_the_images_that_they_link_to(tmp_path):
     write_pictures(tmp_path / "val", ("ant", "bee"), 3)
     os.link(tmp_path / "val" / "bee" / "2.png", tmp_path / "val" / "ant" / "9.png")
     write_tar(tmp_path / "val.tar", tmp_path / "val", "/any/val")
@@ -221,19 +221,19 @@ def append(path, name, kind, linkname=""):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (tarfile.SYMTYPE, "ant/3.png in tar .* is a symbolic link, which is not read"),
-        (tarfile.GNUTYPE_SPARSE, "ant/3.png in tar .* is a sparse file, which is not read"),
-        (tarfile.LNKTYPE, "ant/3.png in tar .* is a hard link to ant/none.png, which is not in it"),
+        (tarfile.SYMTYPE, "ant/3.png in tar .* is a symbolic link, which cannot be read"),
+        (tarfile.GNUTYPE_SPARSE, "ant/3.png in tar .* is a sparse file, which cannot be read"),
+        (tarfile.LNKTYPE, "ant/3.png in tar .* is a hard link to ant/none.png, which is not in the tar"),
     ],
 )
-def test_tar_member_whose_content_lies_elsewhere_is_named(tmp_path, kind, words):
+def test_a_tar_member_without_content_of_its_own_is_named(tmp_path, kind, words):
     append(tar_of(tmp_path / "val.tar", ["ant/1.png", "bee/1.png"]), "ant/3.png", kind, "ant/none.png")
     with pytest.raises(UserError, match=words):
         build("val", tmp_path, "--load-tar")
 
 
 @pytest.mark.parametrize("flags", [[], ["--load-tar"]])
-def test_attributes_that_macos_puts_beside_pictures_are_no_pictures(tmp_path, flags):
+def test_attribute_files_of_macos_are_no_images(tmp_path, flags):
     write_pictures(tmp_path / "val", ("ant", "bee"), 2)
     (tmp_path / "val" / "ant" / "._1.png").write_bytes(b"attributes")
     write_tar(tmp_path / "val.tar", tmp_path / "val")
@@ -284,8 +284,8 @@ def test_images_of_kinds_that_are_not_read_are_counted_in_a_note(tmp_path, capsy
 @pytest.mark.parametrize(
     ("classes", "said"),
     [
-        (["1", "2", "10"], "so that 10 has the number 1, counted from 0"),
-        (["c2", "c10"], "so that c10 has the number 0"),
+        (["1", "2", "10"], "so 10 is class 1, counted from 0"),
+        (["c2", "c10"], "so c10 is class 0"),
         (["01", "02", "10"], None),
         (["1", "2"], None),
         (["1", "2", "ten"], None),
@@ -301,23 +301,23 @@ def test_classes_whose_order_by_name_is_not_that_of_their_numbers_are_noted(tmp_
         assert out.count("note: ") == (notes if said else 0) and (not notes or (said or "") in out)
 
 
-# Pictures that cannot be read
+# Images that cannot be read
 
 
 @pytest.fixture
 def broken(tmp_path):
-    """A truncated picture, and a text that calls itself a picture, with their tar."""
+    """A truncated image and a text file with an image's suffix, and their tar."""
     write_pictures(tmp_path / "val", ("ant",), 2)
     data = (tmp_path / "val" / "ant" / "0.png").read_bytes()
     (tmp_path / "val" / "ant" / "cut.png").write_bytes(data[: len(data) // 2])
-    (tmp_path / "val" / "ant" / "text.jpg").write_text("no picture")
+    (tmp_path / "val" / "ant" / "text.jpg").write_text("no image")
     write_tar(tmp_path / "val.tar", tmp_path / "val")
     return tmp_path
 
 
 @pytest.mark.parametrize(("name", "workers"), [("cut.png", 0), ("text.jpg", 0), ("cut.png", 1)])
 @pytest.mark.parametrize("flags", [[], ["--load-tar"]])
-def test_unreadable_picture_is_named_also_by_worker_processes(broken, flags, workers, name):
+def test_an_unreadable_image_is_named_with_and_without_workers(broken, flags, workers, name):
     dataset, _ = build("val", broken, *flags)
     index = ["0.png", "1.png", "cut.png", "text.jpg"].index(name)
     with pytest.raises(UserError) as caught:
@@ -326,7 +326,7 @@ def test_unreadable_picture_is_named_also_by_worker_processes(broken, flags, wor
     assert str(caught.value).startswith(f"image {where} cannot be read: ") and "\n" not in str(caught.value)
 
 
-def test_picture_that_ends_early_in_the_tar_file_is_named(pictures, tmp_path):
+def test_an_image_truncated_in_a_tar_is_named(pictures, tmp_path):
     shutil.copy(pictures / "val.tar", tmp_path)
     dataset = ImageTar(str(tmp_path / "val.tar"), lambda image: image)
     os.truncate(tmp_path / "val.tar", int(dataset.index.offsets[4]) + 50)  # after the scan
@@ -338,13 +338,13 @@ def test_picture_that_ends_early_in_the_tar_file_is_named(pictures, tmp_path):
 
 
 def test_validation_resizes_by_256_over_224_and_crops_the_centre():
-    picture = Image.fromarray(np.random.RandomState(0).randint(0, 255, (500, 700, 3), np.uint8))
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (500, 700, 3), np.uint8))
     for size, resized in ((224, 256), (384, 438), (32, 36)):
-        side = picture.resize((700 * resized // 500, resized), Image.BICUBIC)
+        side = image.resize((700 * resized // 500, resized), Image.BICUBIC)
         left, top = round((side.width - size) / 2), round((side.height - size) / 2)
         crop = np.asarray(side.crop((left, top, left + size, top + size)), np.float32) / 255
         expected = (crop - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-        result = build_transform(False, parse("--input-size", size))(picture)
+        result = build_transform(False, parse("--input-size", size))(image)
         assert np.allclose(result, expected.transpose(2, 0, 1), atol=1e-5)
 
 
@@ -358,27 +358,27 @@ def test_resplit_erases_only_in_the_second_half_of_a_batch():
 # Samplers
 
 
-@pytest.mark.parametrize("pictures_in_all", [1000, 300])
-def test_repeated_augmentation_takes_the_published_share_of_the_tripled_list(pictures_in_all):
+@pytest.mark.parametrize("n_images", [1000, 300])
+def test_repeated_augmentation_samples_the_published_share_of_the_copies(n_images):
     for processes in (1, 2, 3):
-        samplers = [RASampler(range(pictures_in_all), processes, rank) for rank in range(processes)]
+        samplers = [RASampler(range(n_images), processes, rank) for rank in range(processes)]
         for epoch in (0, 5):
             for sampler in samplers:
                 sampler.set_epoch(epoch)
             shares = [list(sampler) for sampler in samplers]
-            count = pictures_in_all // 256 * 256 // processes
+            count = n_images // 256 * 256 // processes
             assert [len(share) for share in shares] == [len(s) for s in samplers] == [count] * processes
             dealt = [index for turn in zip(*shares, strict=True) for index in turn]
             assert all(len(set(dealt[i : i + 3])) == 1 for i in range(0, len(dealt) - 2, 3))
             assert len(set(dealt)) == -(-len(dealt) // 3)
-    other = RASampler(range(pictures_in_all), 1, 0)
+    other = RASampler(range(n_images), 1, 0)
     first = list(other)
     other.set_epoch(1)
     assert list(other) != first
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m0"])
-def test_no_magnitude_of_an_augmentation_is_refused_by_pillow(policy):
+def test_pillow_accepts_every_magnitude_of_an_augmentation(policy):
     transform = build_transform(True, parse("--aa", policy)).transforms
     for operation in next(t for t in transform if hasattr(t, "ops")).ops:
         operation.prob = 1.0
@@ -388,11 +388,11 @@ def test_no_magnitude_of_an_augmentation_is_refused_by_pillow(policy):
     )
 
 
-def test_repeated_augmentation_of_a_small_set_takes_as_many_samples_as_pictures():
+def test_repeated_augmentation_of_a_small_data_set_draws_as_many_samples_as_it_has_images():
     assert [len(RASampler(range(100), 3, rank)) for rank in range(3)] == [34] * 3
 
 
-def test_shards_are_a_partition_for_any_number_of_processes():
+def test_shards_are_a_partition_for_any_number_of_ranks():
     for length in (0, 1, 7, 24):
         for processes in (1, 2, 3, 8):
             shards = [list(ShardSampler(range(length), processes, rank)) for rank in range(processes)]
@@ -402,8 +402,8 @@ def test_shards_are_a_partition_for_any_number_of_processes():
 # CIFAR and iNaturalist
 
 
-def test_cifar_without_files_says_what_to_fetch_and_where(tmp_path):
-    with pytest.raises(UserError, match=r"cifar-100-python: fetch https://\S+python.tar.gz and unpack it in "):
+def test_cifar_without_files_says_what_to_download_and_where(tmp_path):
+    with pytest.raises(UserError, match=r"cifar-100-python: download https://\S+python.tar.gz and unpack it in "):
         build("train", tmp_path, "--data-set", "CIFAR")
 
 
@@ -428,21 +428,21 @@ def test_cifar_has_a_hundred_classes_and_keeps_its_own_size(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("data_set", "year"), [("INAT", 2018), ("INAT19", 2019)])
 def test_inaturalist_numbers_the_values_of_the_chosen_level(tmp_path, data_set, year):
-    write_pictures(tmp_path / "pictures", ("a",), 3)
+    write_pictures(tmp_path / "images", ("a",), 3)
     categories = [
         {"id": 0, "name": "z", "genus": "g"},
         {"id": 1, "name": "y", "genus": "g"},
         {"id": 2, "name": "x", "genus": "f"},
     ]
     listing = {
-        "images": [{"id": 10 + i, "file_name": f"pictures/a/{i}.png"} for i in range(3)],
+        "images": [{"id": 10 + i, "file_name": f"images/a/{i}.png"} for i in range(3)],
         "annotations": [{"image_id": 12 - i, "category_id": i} for i in range(3)],
     }
     (tmp_path / "categories.json").write_text(json.dumps(categories))
     (tmp_path / f"val{year}.json").write_text(json.dumps(listing))
     dataset, nb_classes = build("val", tmp_path, "--data-set", data_set)
     assert nb_classes == 3 and [target for _, target in dataset] == [2, 1, 0]
-    assert [name for name, _ in dataset.samples] == [f"pictures/a/{i}.png" for i in (2, 1, 0)]
+    assert [name for name, _ in dataset.samples] == [f"images/a/{i}.png" for i in (2, 1, 0)]
     genus, nb_classes = build("val", tmp_path, "--data-set", data_set, "--inat-category", "genus")
     assert nb_classes == 2 and [target for _, target in genus.samples] == [1, 1, 0]
     with pytest.raises(UserError, match="lack --inat-category 'family'"):

@@ -83,19 +83,19 @@ def test_a_pattern_is_a_part_of_a_name_or_a_glob(pattern, names):
     assert model_cards.matching(pattern) == names
 
 
-def test_without_the_repositorys_table_the_list_does_without_released_numbers(monkeypatch, tmp_path, capsys):
+def test_without_the_table_of_the_repository_the_list_has_no_released_results(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(model_cards, "NUMBERS", tmp_path / "released.json")
     model_cards.list_models("deit_tiny_patch16_224_ctx")
     assert re.search(r" 50 +- +-\n", capsys.readouterr().out)
 
 
-def test_a_pattern_that_fits_nothing_is_refused_in_a_sentence():
+def test_a_pattern_without_a_match_is_refused():
     with pytest.raises(UserError, match="'nothing'.*--describe"):
         model_cards.list_models("nothing")
 
 
 @pytest.mark.parametrize("name", [name for name in MANIFESTS if "ctx" in name])
-def test_a_description_tells_the_golden_tables(name, capsys):
+def test_a_description_shows_the_shapes_of_the_golden_tables(name, capsys):
     found, text = described(name, capsys)
     for key, shape in MANIFESTS[name].items():
         if key.startswith("blocks.0.") and "lookup_table" in key:
@@ -108,12 +108,12 @@ def test_a_description_tells_the_golden_tables(name, capsys):
     )
 
 
-def test_a_description_of_an_ablation_tells_every_part_of_its_name(capsys):
+def test_a_description_of_an_ablation_explains_every_part_of_its_name(capsys):
     found, text = described("deit_tiny_patch16_384_bias_cross_56_unshared_qk", capsys)
     g = {piecewise_index(torch.tensor(d), 20, 40, 160, torch.long).item() for d in range(-23, 24)}
     expected = {
         "model": "width 192, depth 12, 3 heads of 64",
-        "picture": "384×384 .* 24×24 tokens after 1 prefix",
+        "image": "384×384 .* 24×24 tokens after 1 prefix",
         "method": "cross",
         "mode": "bias",
         "where": r"queries and keys \(qk\)",
@@ -130,7 +130,7 @@ def test_a_description_of_an_ablation_tells_every_part_of_its_name(capsys):
 def test_a_baseline_is_described_without_an_encoding(name, prefix, capsys):
     found, _ = described(name, capsys)
     assert found["method"].startswith("none") and "ratio" not in found
-    assert f"after {prefix} prefix" in found["picture"] and found["checkpoint"].startswith("https://")
+    assert f"after {prefix} prefix" in found["image"] and found["checkpoint"].startswith("https://")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_baseline_is_described_without_an_encoding(name, prefix, capsys):
         ("deit_tiny_patch16_٢٢٤_ctx_product_50_shared_k", "not of the form"),
     ],
 )
-def test_a_name_outside_the_grammar_is_refused_in_a_sentence(name, words):
+def test_a_name_outside_the_grammar_is_refused_in_one_sentence(name, words):
     with pytest.raises(UserError, match=words) as refusal:
         model_cards.describe(name)
     assert "\n" not in str(refusal.value) and "vit_" not in str(refusal.value)

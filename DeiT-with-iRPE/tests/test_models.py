@@ -147,7 +147,7 @@ def test_every_ratio_found_for_a_count_uses_that_many_buckets(method):
         ("deit_tiny_patch16_32_ctx_euc_20_shared_qv", "contextual", True, {"rpe_q", "rpe_v"}),
     ],
 )
-def test_combinations_of_the_ablations_are_built_as_named(name, mode, shared, tables):
+def test_names_of_the_ablations_build_the_models_that_they_describe(name, mode, shared, tables):
     model, size = rpe_models.create_model(name, num_classes=7).eval(), int(name.split("_")[3])
     found = {key for key, _ in model.blocks[3].attn.named_parameters() if "lookup" in key}
     assert {key.rsplit(".", 1)[0] for key in found} == tables
@@ -170,7 +170,7 @@ def test_combinations_of_the_ablations_are_built_as_named(name, mode, shared, ta
         ("zzz", "names with iRPE are"),
     ],
 )
-def test_a_wrong_name_is_answered_with_what_is_near(name, said):
+def test_an_unknown_name_is_refused_with_similar_names(name, said):
     with pytest.raises(ValueError, match="(?s)" + name) as error:
         rpe_models.create_model(name)
     assert said in str(error.value)
@@ -230,7 +230,7 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "checkpoints"
 
 
-def test_pretrained_offline_names_the_url_and_the_place_of_the_file(hub):
+def test_pretrained_offline_names_the_url_and_the_path_of_the_file(hub):
     with pytest.raises(UserError) as error:
         timm.create_model(TINY, pretrained=True)
     assert f"https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/{TINY}.pth" in str(error.value)
@@ -301,7 +301,7 @@ def brute_force_logits(model, x, height, width):
 
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
-def test_equipped_vit_starts_where_it_was_and_agrees_with_brute_force(name):
+def test_an_equipped_vit_computes_what_it_did_and_agrees_with_brute_force(name):
     model = timm.create_model(name, **OTHERS[name]).eval().double()  # float32 rounds some logits by 1e-6
     patch = model.patch_embed.patch_size[0]
     x = image(1, (1, 3, *model.patch_embed.img_size)).double()
@@ -320,7 +320,7 @@ def test_equipped_vit_starts_where_it_was_and_agrees_with_brute_force(name):
 
 
 @torch.no_grad()
-def test_equipped_vit_follows_its_picture_size():
+def test_an_equipped_vit_follows_the_image_size():
     config = get_rpe_config(rpe_on="qk")
     dynamic = equip_irpe(timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, depth=2), config).eval()
     fixed = equip_irpe(timm.create_model("vit_tiny_patch16_224", img_size=(64, 32), depth=2), config).eval()
@@ -361,7 +361,7 @@ def test_gradient_checkpointing_keeps_maps_of_several_sizes_apart():
 
     for a, b in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(a, b)
-    with pytest.raises(ValueError, match="4×2 and 2×4 tokens under gradient checkpointing"):
+    with pytest.raises(ValueError, match="gradient checkpointing cannot tell maps of 4×2 and 2×4 tokens apart"):
         model(image(5, (1, 3, 32, 64)))
 
 
@@ -376,7 +376,7 @@ def rotary(name, rpe_on="qkv", **kwargs):
 
 @pytest.mark.parametrize("name", EVAS)
 @torch.no_grad()
-def test_terms_beside_rotary_positions_are_functions_of_the_offset_and_the_content_alone(name, monkeypatch):
+def test_encodings_beside_rotary_positions_depend_on_offset_and_content_alone(name, monkeypatch):
     model, attn, rope = rotary(name, "qk")
     met = []
     monkeypatch.setattr(
@@ -424,7 +424,7 @@ def test_masks_hide_keys_from_rotary_attention_with_terms(name):
     ids=str,
 )
 @torch.no_grad()
-def test_attention_of_every_layout_computes_with_zero_tables_what_timms_does(equipped, kwargs):
+def test_attention_of_every_layout_with_zero_tables_equals_timms(equipped, kwargs):
     kwargs = dict(dim=32, num_heads=4, norm_layer=torch.nn.LayerNorm, **kwargs)
     try:
         plain = equipped.__bases__[1](**kwargs).double()
@@ -446,7 +446,7 @@ def test_every_table_beside_rotary_positions_learns(name):
     assert len(gradients) == 6 and all(gradient.any() for gradient in gradients)
 
 
-def test_equip_refuses_what_it_cannot_equip():
+def test_equip_irpe_refuses_models_that_it_cannot_equip():
     config = get_rpe_config()
     with pytest.raises(TypeError, match="ResNet"):
         equip_irpe(timm.create_model("resnet18"), config)
@@ -459,7 +459,7 @@ def test_equip_refuses_what_it_cannot_equip():
         equip_irpe(rpe_models.create_model(TINY), config)
 
 
-def test_attention_and_vision_transformer_take_a_config_themselves():
+def test_attention_and_vision_transformer_accept_a_config_in_their_constructors():
     attention = RPEAttention(32, num_heads=2, qkv_bias=True, rpe_config=get_rpe_config(skip=1, rpe_on="qkv"))
     attention.load_state_dict(fill_state_dict(attention.state_dict()))
     x = image(1, (2, 10, 32))
