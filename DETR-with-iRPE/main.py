@@ -21,8 +21,9 @@ from util.checkpoint import CLASSES_CURE, TrainingState, load_weights
 from util.runtime import UserError, print_once
 
 
-def get_args_parser():
-    parser = argparse.ArgumentParser("DETR with iRPE", add_help=False)
+def get_args_parser() -> argparse.ArgumentParser:
+    """Parser of all flags, to be given to `runtime.ArgumentParser` as a parent."""
+    parser = runtime.ArgumentParser("DETR with iRPE", add_help=False)
     add = parser.add_argument_group("training").add_argument
     add("--lr", default=1e-4, type=float)
     add("--lr_backbone", default=1e-5, type=float, help="0 keeps the backbone as it is")

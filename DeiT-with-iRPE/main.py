@@ -54,8 +54,8 @@ class KeyValues(ParseKwargs):
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Parser of all flags, to be given to ArgumentParser as a parent."""
-    parser = argparse.ArgumentParser("DeiT with iRPE", add_help=False)
+    """Parser of all flags, to be given to ``runtime.ArgumentParser`` as a parent."""
+    parser = runtime.ArgumentParser("DeiT with iRPE", add_help=False)
     add = parser.add_argument
 
     add("--batch-size", default=64, type=int, help="pictures a step and process")

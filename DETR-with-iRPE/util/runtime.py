@@ -23,7 +23,7 @@ import threading
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, BinaryIO, NoReturn, TextIO
 
 import numpy as np
@@ -60,7 +60,24 @@ class Interrupted(Exception):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, but a mistake is said in one line, without the usage of all flags."""
+    """argparse's parser that accepts every flag with dashes and with underscores (``--save-every``, ``--save_every``).
+
+    It reports a mistake in one line, without the usage of all flags.
+    """
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._own_spelling(word) for word in words], namespace)
+
+    def _own_spelling(self, word: str) -> str:
+        """The word, where it is a flag in its other spelling that of the parser."""
+        flag, equals, value = word.partition("=")
+        own = {option.replace("_", "-"): option for option in self._option_string_actions}
+        if not flag.startswith("--") or flag in self._option_string_actions:
+            return word
+        return own.get(flag.replace("_", "-"), flag) + equals + value
 
     def error(self, message: str) -> NoReturn:
         _end(2, f"{message}; --help lists all flags")
