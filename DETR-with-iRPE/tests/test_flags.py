@@ -230,7 +230,7 @@ def test_every_flag_is_accepted_in_both_spellings():
     assert len(others) > 30
     for flag, other in others:
         action = flags[flag]
-        value = "a=1" if action.dest == "model_kwargs" else (action.choices or ["1"])[0]
+        value = "a=1" if action.dest == "model_kwargs" else str((action.choices or ["1"])[0])
         values = [] if action.nargs == 0 else [value]
         assert parser.parse_args([other, *values]) == parser.parse_args([flag, *values])
         if action.nargs is None:
