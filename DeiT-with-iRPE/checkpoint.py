@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import runtime
-from runtime import UserError, key_differences, load_checkpoint, model_weights, print_once, replacing
+from runtime import Checkpoint, UserError, key_differences, load_checkpoint, model_weights, print_once, replacing
 
 
 @dataclass
@@ -54,48 +54,62 @@ class TrainingState:
         with replacing(path, keep_previous=True) as file:
             torch.save(state | ({"progress": progress} if progress else {}), file)
 
-    def resume(self, path: str, args: argparse.Namespace) -> tuple[int, dict | None] | None:
-        """Take over what the checkpoint holds; returns the epoch to train and the progress in it, None if it holds
-        weights only.
+    def resume(self, checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[int, dict | None] | None:
+        """Take over what the checkpoint holds.
 
-        Averages that the checkpoint lacks start from its weights. Raises ``UserError`` if it belongs to another
-        model, or to an optimizer or schedule other than those of ``args``, or is damaged.
+        An average of the weights that the checkpoint lacks starts from its weights.
+
+        Returns: the epoch to train and the progress in it; None if the checkpoint holds weights only.
+        Raises: UserError if it is damaged, or belongs to another model, or to an optimizer or schedule other than those
+            of ``args``.
         """
-        checkpoint = load_checkpoint(path)
-        weights = load_weights(self.model, checkpoint, path, or_else=", or give it to --finetune for a new head")
-        check_classes(checkpoint, path, self.classes)
+        path, content = checkpoint.path, checkpoint.content
+        weights = load_weights(self.model, content, path, or_else=", or give it to --finetune for a new head")
+        check_classes(content, path, self.classes)
         if self.model_ema:
-            averages = model_weights(checkpoint, path, "model_ema") if checkpoint.get("model_ema") else weights
+            averages = model_weights(content, path, "model_ema") if content.get("model_ema") else weights
             _load(self.model_ema.module, averages, path, " in its 'model_ema'")
-        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+        if "optimizer" not in content or "epoch" not in content:
             print_once(f"note: {path} holds weights only; the optimizer starts anew")
-            _note_values_kept(path, args, checkpoint, None, {})
+            _note_values_kept(path, args, content, None, {})
             return None
-        _check_same_flags(checkpoint.get("args"), args, path)
+        _check_same_flags(checkpoint.args, args, path)
         asked = _kept_values(self.optimizer, self.lr_scheduler)
-        try:
-            if not hasattr(checkpoint.get("args"), "opt"):
-                _check_hyperparameters(self.optimizer, checkpoint["optimizer"])
-            _load_optimizer_state(self.optimizer, checkpoint["optimizer"])
-        except _MISFITS as error:
-            raise UserError(f"the optimizer in {path} is not --opt {args.opt} of this model: {error}") from error
-        try:
-            if self.lr_scheduler and checkpoint.get("lr_scheduler"):
-                _load_scheduler_state(self.lr_scheduler, checkpoint["lr_scheduler"])
-            if checkpoint.get("scaler"):
-                self.loss_scaler.load_state_dict(checkpoint["scaler"])
-            self.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
-            epoch, progress = runtime.resume_point(checkpoint)
-            kept = _kept_values(self.optimizer, self.lr_scheduler)
-        except _MISFITS as error:
-            raise UserError(
-                f"the schedule in {path} is not --sched {args.sched}, or the file is damaged: {error}"
-            ) from error
+        self._resume_optimizer(checkpoint, args)
+        epoch, progress = self._resume_schedule(checkpoint, args)
+        kept = _kept_values(self.optimizer, self.lr_scheduler)
         if isinstance(self.lr_scheduler, PlateauLRScheduler) and epoch <= self.lr_scheduler.warmup_t:
             del kept["lr"]  # the rest of the warm-up leads to the rate of the flags
         values = {flag: (asked[flag], kept[flag]) for flag in asked if flag in kept}
-        _note_values_kept(path, args, checkpoint, epoch, values)
+        _note_values_kept(path, args, content, epoch, values)
         return epoch, progress
+
+    def _resume_optimizer(self, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+        state = checkpoint.content["optimizer"]
+        try:
+            if not hasattr(checkpoint.args, "opt"):
+                _check_hyperparameters(self.optimizer, state)
+            _load_optimizer_state(self.optimizer, state)
+        except _MISFITS as error:
+            raise UserError(
+                f"the optimizer in {checkpoint.path} is not --opt {args.opt} of this model: {error}"
+            ) from error
+
+    def _resume_schedule(self, checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[int, dict | None]:
+        """Take over the schedule, the loss scale and the best accuracy; returns the epoch and the progress in it."""
+        content = checkpoint.content
+        try:
+            if self.lr_scheduler and content.get("lr_scheduler"):
+                _load_scheduler_state(self.lr_scheduler, content["lr_scheduler"])
+            if content.get("scaler"):
+                self.loss_scaler.load_state_dict(content["scaler"])
+            self.max_accuracy = float(content.get("max_accuracy", 0.0))
+            _kept_values(self.optimizer, self.lr_scheduler)  # a damaged schedule may lack one of them
+            return runtime.resume_point(content)
+        except _MISFITS as error:
+            raise UserError(
+                f"the schedule in {checkpoint.path} is not --sched {args.sched}, or the file is damaged: {error}"
+            ) from error
 
 
 def check_classes(checkpoint: Mapping[str, Any], path: str, classes: Sequence[str]) -> None:
@@ -113,16 +127,20 @@ def check_classes(checkpoint: Mapping[str, Any], path: str, classes: Sequence[st
         )
 
 
-def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], path: str) -> None:
-    """Set ``args.rpe`` and ``args.model_kwargs`` as the checkpoint was trained with, if it says so.
+def with_model_flags(args: argparse.Namespace, checkpoint: Checkpoint) -> argparse.Namespace:
+    """A copy of the flags with the ``rpe`` and ``model_kwargs`` of the checkpoint's run, if the checkpoint has them.
 
-    Raises ``UserError`` if they are said and differ. Another size of pictures is noted where no positions tell of it.
+    A note tells of another image size, where no absolute positions depend on it.
+
+    Raises: UserError if ``args`` has other values for them.
     """
-    size = getattr(checkpoint.get("args"), "input_size", args.input_size)
-    if size != args.input_size and "pos_embed" not in model_weights(checkpoint, path):
+    path, saved = checkpoint.path, checkpoint.args
+    size = getattr(saved, "input_size", args.input_size)
+    if size != args.input_size and "pos_embed" not in model_weights(checkpoint.content, path):
         print_once(f"note: {path} was trained with --input-size {size}, and this is with {args.input_size}")
+    flags = {}
     for name, flag, kind in (("rpe", "--rpe", str), ("model_kwargs", "--model-kwargs", dict)):
-        before, now = getattr(checkpoint.get("args"), name, None), getattr(args, name)
+        before, now = getattr(saved, name, None), getattr(args, name)
         if not isinstance(before, (kind, type(None))):
             raise UserError(f"checkpoint {path} is damaged: its {flag} is {before!r}")
         if before is not None and now and now != before:
@@ -130,7 +148,8 @@ def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], pa
                 f"{path} was trained with {flag} {before or 'left out'}, not with {now}: leave it out"
                 + ("" if args.eval else ", or use --finetune for a new run from its weights")
             )
-        setattr(args, name, now or before or kind())
+        flags[name] = now or before or kind()
+    return argparse.Namespace(**{**vars(args), **flags})
 
 
 # A resumed run follows main.py's flags but for --lr, the schedule's length in --epochs (see _kept_values) and the flags

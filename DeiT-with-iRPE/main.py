@@ -27,13 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import runtime
-from checkpoint import TrainingState, check_classes, finetune_from, load_teacher, load_weights, take_model_flags
+from checkpoint import TrainingState, check_classes, finetune_from, load_teacher, load_weights, with_model_flags
 from datasets import build_collate, build_dataset
 from engine import evaluate, train_one_epoch
 from irpe import RPE_GRAMMAR, parse_rpe
 from losses import DistillationLoss
 from rpe_models import create_model
-from runtime import UserError, get_rank, get_world_size, load_checkpoint, print_once, seed_everything
+from runtime import Checkpoint, Job, UserError, get_rank, get_world_size, print_once, seed_everything
 from samplers import RASampler, ShardSampler
 
 
@@ -211,40 +211,50 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Train, or with ``args.eval`` only evaluate; returns the last evaluation's loss, acc1 and acc5."""
-    device = runtime.find_place(args)
+    device = runtime.find_device(args.device, args.world_size)
     check_args(args)
     if not args.eval:
         runtime.need_signals("training", *runtime.STOPPING)
     if args.compile:
         runtime.check_compiler(device)
-    runtime.prepare_output_dir(args.output_dir)
-    with runtime.output_lock(args.output_dir):
-        runtime.meet(args, runtime.step_timeout(args))
-        return train_or_evaluate(args, device)
+    with Job(args.dist_url, runtime.step_timeout(args)) as job:
+        runtime.prepare_output_dir(args.output_dir)
+        with runtime.output_lock(args.output_dir):
+            job.meet()
+            return train_or_evaluate(args, job, device)
 
 
-def train_or_evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """What ``main`` does, once the flags are checked and the output directory is this job's."""
+def train_or_evaluate(args: argparse.Namespace, job: Job, device: torch.device) -> dict[str, float]:
+    """What ``main`` does once the flags are checked, the ranks have met and the output directory is this job's."""
     seed_everything(args.seed)
     torch.backends.cudnn.benchmark = True
-    goes_on = bool(args.resume)
-    if args.resume == "auto":
-        args.resume = runtime.newest_checkpoint(args.output_dir, needed=args.eval)
-    if args.resume:
-        take_model_flags(args, load_checkpoint(args.resume), args.resume)
-    if args.eval:
-        return evaluate_only(args, device)
-    train_loader, nb_classes = build_train_loader(args, device)
-    val_loader, _ = build_val_loader(args, device)
+    checkpoint = runtime.checkpoint_to_resume(args.resume, args.output_dir, needed=args.eval)
+    settings = run_settings(args, checkpoint)
+    if settings.eval:
+        return evaluate_only(settings, job, device, checkpoint)
+    train_loader, nb_classes = build_train_loader(settings, device)
+    val_loader, _ = build_val_loader(settings, device)
     classes = class_names(train_loader.dataset.dataset)
-    state = build_state(args, build_model(args, nb_classes).to(device), classes)
-    epoch, progress = resume(args, state)
-    criterion = build_criterion(args, state.model, nb_classes, device, classes)
-    compile_model(args, state.model)
-    runtime.init_distributed(args, runtime.step_timeout(args))
-    log = runtime.RunLog(args.output_dir, epoch if goes_on else None)
-    with runtime.Run(args, log, state.save, epoch, progress, train_loader) as run:
+    state = build_state(settings, build_model(settings, nb_classes).to(device), classes)
+    epoch, progress = resume(settings, state, checkpoint)
+    del checkpoint  # its memory is needed for training
+    criterion = build_criterion(settings, state.model, nb_classes, device, classes)
+    compile_model(settings, state.model)
+    job.connect(device)
+    log = runtime.RunLog(args.output_dir, epoch if args.resume else None)
+    with runtime.Run(settings, job, log, state.save, train_loader, epoch, progress) as run:
         return train(run, device, state, criterion, val_loader, nb_classes)
+
+
+def run_settings(args: argparse.Namespace, checkpoint: Checkpoint | None) -> argparse.Namespace:
+    """A copy of the flags, completed with what the launcher and the checkpoint say.
+
+    ``rank``, ``world_size`` and ``distributed`` are this process's place in the job. ``resume`` is the path that
+    ``auto`` stands for ("" for none). ``rpe`` and ``model_kwargs`` are those of the model in the checkpoint.
+    """
+    settings = runtime.with_place(args)
+    settings.resume = checkpoint.path if checkpoint else ""
+    return with_model_flags(settings, checkpoint) if checkpoint else settings
 
 
 # Checks
@@ -297,6 +307,14 @@ _NAMES = {
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise ``UserError`` for values that are impossible, alone or together."""
+    _check_ranges(args)
+    _check_names(args)
+    _check_lists(args)
+    model_arguments(args)
+    _check_combinations(args)
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
     for name, (low, high) in _RANGES.items():
         value = getattr(args, name)
         if value is not None and not (low <= value < math.inf and (high is None or value <= high)):
@@ -304,13 +322,17 @@ def check_args(args: argparse.Namespace) -> None:
                 f"{_flag(name)} {value} is out of range: it must be "
                 + (f"at least {low:g}" if high is None else f"from {low:g} to {high:g}")
             )
+
+
+def _check_names(args: argparse.Namespace) -> None:
     for name, allowed in _NAMES.items():
         if getattr(args, name) not in allowed:
             raise UserError(f"{_flag(name)} {getattr(args, name)!r} is unknown: it must be one of {', '.join(allowed)}")
-    _check_lists(args)
     if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "rows"):
         raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or rows, or not be set")
-    model_arguments(args)
+
+
+def _check_combinations(args: argparse.Namespace) -> None:
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights: leave one out")
     if not args.eval and _mixes(args) and args.batch_size % 2:
@@ -581,33 +603,36 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 # Runs
 
 
-def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Evaluate ``args.resume``, or the model as it was made; with ``args.output_dir`` also writes eval.json there."""
+def evaluate_only(
+    args: argparse.Namespace, job: Job, device: torch.device, checkpoint: Checkpoint | None
+) -> dict[str, float]:
+    """Evaluate the checkpoint, or the model as it is built; with ``args.output_dir`` also write eval.json there."""
     loader, nb_classes = build_val_loader(args, device)
     model = build_model(args, nb_classes).to(device)
-    if args.resume:
-        checkpoint = load_checkpoint(args.resume)
-        load_weights(model, checkpoint, args.resume)
-        check_classes(checkpoint, args.resume, class_names(loader.dataset))
+    if checkpoint:
+        load_weights(model, checkpoint.content, checkpoint.path)
+        check_classes(checkpoint.content, checkpoint.path, class_names(loader.dataset))
     compile_model(args, model)
-    runtime.init_distributed(args, runtime.step_timeout(args))
-    stats = evaluate(loader, model, device, amp_dtype(args, device))
+    job.connect(device)
+    stats = evaluate(loader, model, device, amp_dtype(args, device), job)
     if args.output_dir and get_rank() == 0:
         path = os.path.join(args.output_dir, "eval.json")
-        with runtime.writing(path), open(path, "w") as file:
+        with job.waiting(), runtime.writing(path), open(path, "w") as file:
             json.dump(stats, file)
     return stats
 
 
-def resume(args: argparse.Namespace, state: TrainingState) -> tuple[int, dict | None]:
-    """Bring the state to where ``args.resume`` stopped; returns the epoch to train and what has been done of it."""
+def resume(
+    args: argparse.Namespace, state: TrainingState, checkpoint: Checkpoint | None
+) -> tuple[int, dict[str, Any] | None]:
+    """Bring the state to where the checkpoint's run stopped; returns the epoch to train and the progress in it."""
     old = os.path.join(args.output_dir, "checkpoint.pth")
-    if args.output_dir and not args.resume and os.path.exists(old):
+    if args.output_dir and not checkpoint and os.path.exists(old):
         print_once(
             f"note: {old} of an earlier run will be replaced after the first epoch; to go on from it, stop and "
             f"say --resume {old}"
         )
-    place = state.resume(args.resume, args) if args.resume else None
+    place = state.resume(checkpoint, args) if checkpoint else None
     if place is None and args.start_epoch and state.lr_scheduler:
         state.lr_scheduler.step(args.start_epoch - 1)
     return place or (args.start_epoch, None)
@@ -622,17 +647,17 @@ def train(
     nb_classes: int,
 ) -> dict[str, float]:
     """Train up to ``args.epochs``; after each epoch evaluate, save and log. Returns the last evaluation."""
-    args, loader = run.args, run.loader
+    args, job, loader = run.args, run.job, run.loader
     model, mixup, dtype = state.model, build_mixup(args, nb_classes), amp_dtype(args, device)
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print_once(
         f"{args.model}: {n_parameters / 1e6:.2f} M parameters, {nb_classes} classes, "
-        f"{len(loader.dataset.dataset)} pictures, {len(loader)} steps of "
+        f"{len(loader.dataset.dataset)} images, {len(loader)} steps of "
         f"{args.batch_size} x {args.world_size} an epoch, from epoch {run.epoch} to {args.epochs}"
     )
     if args.distributed:
         model = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, process_group=runtime.training_group
+            model, device_ids=[device] if device.type == "cuda" else None, process_group=job.training_group
         )
     started, test = time.time(), {}
     if run.epoch >= args.epochs:
@@ -641,18 +666,16 @@ def train(
         stats = train_one_epoch(
             model,
             criterion,
-            loader,
+            run,
             state.optimizer,
             device,
-            epoch,
             state.loss_scaler,
             args.clip_grad,
             state.model_ema,
             mixup,
             dtype,
-            run,
         )
-        test = evaluate(val_loader, state.model, device, dtype)
+        test = evaluate(val_loader, state.model, device, dtype, job)
         if state.lr_scheduler:
             state.lr_scheduler.step(epoch, test["acc1"])
         state.max_accuracy = max(state.max_accuracy, test["acc1"])

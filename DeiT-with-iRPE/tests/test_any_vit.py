@@ -5,9 +5,9 @@ import timm
 import torch
 
 import main
-from checkpoint import take_model_flags
+from checkpoint import with_model_flags
 from conftest import parse
-from runtime import UserError, load_checkpoint
+from runtime import Checkpoint, UserError, load_checkpoint
 
 RPE = "rpe-1.9-product-ctx-1-qkv"
 SMALL = ("patch_size=8", "embed_dim=48", "depth=2", "num_heads=2")
@@ -131,7 +131,7 @@ def test_a_checkpoint_that_says_no_model_flags_is_damaged(pictures, equipped, tm
         pictures, EVA, "--eval", "--resume", tmp_path / "list.pth"
     )
     with pytest.raises(UserError, match="is damaged"):  # as visualize_rpe.py, whose defaults are the checkpoint's
-        take_model_flags(checkpoint["args"], checkpoint, "list.pth")
+        with_model_flags(checkpoint["args"], Checkpoint("list.pth", checkpoint))
 
 
 def test_another_size_of_pictures_than_in_training_is_noted(pictures, tmp_path, capsys):

@@ -349,12 +349,12 @@ def test_wrong_flag_is_said_once_under_a_launcher(pictures):
 
 def test_killed_process_ends_the_other(pictures):
     killed = (
-        "after_step = runtime.Run.after_step\n"
-        "def killed(self, progress):\n"
-        "    if runtime.get_rank() == 1 and (self.epoch, progress.done) == (1, 2):\n"
+        "agreed_signal = runtime.Run.agreed_signal\n"
+        "def killed(self, steps):\n"
+        "    if runtime.get_rank() == 1 and (self.epoch, steps) == (1, 2):\n"
         f"        os.kill(os.getpid(), {signal.SIGKILL:d})\n"
-        "    after_step(self, progress)\n"
-        "runtime.Run.after_step = killed\n"
+        "    return agreed_signal(self, steps)\n"
+        "runtime.Run.agreed_signal = killed\n"
     )
     first, second = start_processes(2, *altered(killed), *small(pictures, "--batch-size", 4, "--epochs", 3))
     status, _, err = finish(first)

@@ -23,9 +23,11 @@ CASES = [(batch, tar) for batch in (7, 32) for tar in ((), ("--load-tar",))]
 PROGRAM = """
 import argparse, json, sys, main, runtime
 def evaluate_all(_):
-    for flags in json.loads(sys.argv[1]):
-        args = argparse.ArgumentParser(parents=[main.get_args_parser()]).parse_args(flags)
-        print(json.dumps(main.main(args)), flush=True)
+    with runtime.Job() as job:
+        job.meet()
+        for flags in json.loads(sys.argv[1]):
+            args = argparse.ArgumentParser(parents=[main.get_args_parser()]).parse_args(flags)
+            print(json.dumps(main.train_or_evaluate(args, job, runtime.find_device(args.device))), flush=True)
 runtime.run(evaluate_all, None)
 """
 
