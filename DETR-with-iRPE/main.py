@@ -5,11 +5,17 @@ import datetime
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 
 from datasets import build_dataset, eval_loader, train_loader
 from datasets.coco import check_categories, check_same_sets, note_category_ids, note_measures, note_objects
@@ -18,7 +24,7 @@ from models import NUM_CLASSES, build_model, parse_enc_rpe2d
 from models.compiled import compile_detector
 from util import runtime
 from util.checkpoint import CLASSES_CURE, TrainingState, load_weights
-from util.runtime import UserError, print_once
+from util.runtime import Checkpoint, Job, UserError, print_once
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -146,8 +152,55 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_args(args, needs_data=True):
-    """Raise UserError for flags that cannot work, before anything is read or built."""
+# The least values of flags.
+_AT_LEAST_1 = (
+    "batch_size",
+    "short_side",
+    "dec_layers",
+    "num_queries",
+    "eval_every",
+    "lr_drop",
+    "hidden_dim",
+    "nheads",
+    "dim_feedforward",
+    "eval_batch_size",
+    "step_timeout",
+)
+_AT_LEAST_0 = (
+    "enc_layers",
+    "num_workers",
+    "start_epoch",
+    "epochs",
+    "seed",
+    "save_every",
+    "lr",
+    "lr_backbone",
+    "weight_decay",
+    "dropout",
+    "clip_max_norm",
+    "eos_coef",
+    "bbox_loss_coef",
+    "giou_loss_coef",
+    "mask_loss_coef",
+    "dice_loss_coef",
+)
+
+
+def check_args(args: argparse.Namespace, needs_data: bool = True) -> None:
+    """Raise UserError for flags that cannot work, before anything is read or built.
+
+    Args:
+        needs_data: whether the flags of the data set must be there too.
+    """
+    _check_data_flags(args, needs_data)
+    _check_start_flags(args)
+    _check_ranges(args)
+    if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "rows"):
+        raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or rows, or not be set")
+    parse_enc_rpe2d(args.enc_rpe2d)
+
+
+def _check_data_flags(args: argparse.Namespace, needs_data: bool) -> None:
     if args.dataset_file not in NUM_CLASSES:
         raise UserError(
             f"--dataset_file {args.dataset_file} is not known: coco reads any set in COCO's format, and "
@@ -159,6 +212,9 @@ def check_args(args, needs_data=True):
         raise UserError(
             "--coco_panoptic_path is missing: the folder with annotations/, panoptic_train2017 and panoptic_val2017"
         )
+
+
+def _check_start_flags(args: argparse.Namespace) -> None:
     if args.frozen_weights and not args.masks:
         raise UserError(
             "--frozen_weights is the detector under masks: add --masks to learn them, or say --resume FILE "
@@ -166,62 +222,31 @@ def check_args(args, needs_data=True):
         )
     if args.finetune and args.resume in ("", "auto"):
         raise UserError("--finetune needs the weights to start from: say --resume FILE")
-    for name in (
-        "batch_size",
-        "short_side",
-        "dec_layers",
-        "num_queries",
-        "eval_every",
-        "lr_drop",
-        "hidden_dim",
-        "nheads",
-        "dim_feedforward",
-        "eval_batch_size",
-        "step_timeout",
-    ):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    for name in (
-        "enc_layers",
-        "num_workers",
-        "start_epoch",
-        "epochs",
-        "seed",
-        "save_every",
-        "lr",
-        "lr_backbone",
-        "weight_decay",
-        "dropout",
-        "clip_max_norm",
-        "eos_coef",
-        "bbox_loss_coef",
-        "giou_loss_coef",
-        "mask_loss_coef",
-        "dice_loss_coef",
-    ):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 0")
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    for least, names in ((1, _AT_LEAST_1), (0, _AT_LEAST_0)):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not value >= least:
+                raise UserError(f"--{name} is {value}; it must be at least {least}")
     if args.dropout > 1:
         raise UserError(f"--dropout is {args.dropout}; it is a share, at most 1")
     if not (args.set_cost_class or args.set_cost_bbox or args.set_cost_giou):
         raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: one at least must be above")
-    if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "rows"):
-        raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or rows, or not be set")
-    parse_enc_rpe2d(args.enc_rpe2d)
 
 
-def build_datasets(args):
-    """Training set (None with --eval) and evaluation set; fills in `args.num_classes` and `args.is_thing_map`."""
+def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset]:
+    """The training set (None with --eval) and the evaluation set, after checks that they fit the flags and each other.
+
+    Raises: UserError for categories that do not fit.
+    """
     val_set = build_dataset("val", args)
-    args.is_thing_map = getattr(val_set, "is_thing_map", None)
     train_set = None if args.eval else build_dataset("train", args)
     datasets = [dataset for dataset in (train_set, val_set) if dataset]
-    if args.num_classes is None:
-        args.num_classes = max(dataset.num_classes for dataset in datasets)
-        if args.dataset_file == "coco_panoptic":  # as the released models have it
-            args.num_classes = max(args.num_classes, NUM_CLASSES["coco_panoptic"])
+    num_classes = number_of_classes(args, datasets)
     for dataset in datasets:
-        check_categories(dataset, args.num_classes)
+        check_categories(dataset, num_classes)
         note_objects(dataset, args.num_queries, learns=dataset is train_set)
     note_category_ids(max(datasets, key=lambda dataset: dataset.num_classes))
     if train_set:
@@ -229,7 +254,16 @@ def build_datasets(args):
     return train_set, val_set
 
 
-def build_optimizer(model, args):
+def number_of_classes(args: argparse.Namespace, datasets: Sequence[Dataset]) -> int:
+    """`--num_classes`, or else the highest category id of the data sets + 1."""
+    if args.num_classes is not None:
+        return args.num_classes
+    counted = max(dataset.num_classes for dataset in datasets)
+    # The released panoptic models have outputs for so many classes.
+    return max(counted, NUM_CLASSES["coco_panoptic"]) if args.dataset_file == "coco_panoptic" else counted
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW, the backbone at its own rate."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return torch.optim.AdamW(
@@ -242,7 +276,7 @@ def build_optimizer(model, args):
     )
 
 
-def save_precision(measured, output_dir, names):
+def save_precision(measured: COCOeval | None, output_dir: str, names: Sequence[str]) -> None:
     """Write the arrays behind the twelve numbers: precision (T, R, K, A, M), recall (T, K, A, M) and their axes."""
     if not (measured and output_dir):
         return
@@ -261,20 +295,27 @@ def save_precision(measured, output_dir, names):
             torch.save(arrays, file)
 
 
-def share_buffers(model):
-    """Give all processes the main one's statistics of batch norm, which are saved: each saw another last batch."""
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the statistics of batch norm of rank 0, which are saved: each rank saw another last batch."""
     if dist.is_initialized():
-        with runtime.waiting():
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
-def train(run, state, criterion, postprocessors, val_loader, ground_truth, device):
+def train(
+    run: runtime.Run,
+    state: TrainingState,
+    criterion: nn.Module,
+    postprocessors: dict[str, nn.Module],
+    val_loader: DataLoader,
+    ground_truth: COCO | None,
+    device: torch.device,
+) -> None:
     """All epochs, each followed by an evaluation, a line of the log and a checkpoint."""
-    args, model = run.args, state.model
+    args, job, model = run.args, run.job, state.model
     if args.distributed:
         model = DistributedDataParallel(
-            model, [device] if device.type == "cuda" else None, process_group=runtime.training_group
+            model, [device] if device.type == "cuda" else None, process_group=job.training_group
         )
     amp_dtype = getattr(torch, args.amp_dtype)
     n_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
@@ -282,48 +323,63 @@ def train(run, state, criterion, postprocessors, val_loader, ground_truth, devic
         trained = train_one_epoch(
             model,
             criterion,
-            run.loader,
+            run,
             state.optimizer,
             device,
-            epoch,
             state.loss_scaler,
             args.clip_max_norm,
             amp_dtype,
-            run,
         )
-        share_buffers(state.model)
+        with job.waiting():
+            share_buffers(state.model)
         state.lr_scheduler.step()
         values = {f"train_{name}": value for name, value in trained.items()}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             stats, measured = evaluate(
-                state.model, criterion, postprocessors, val_loader, ground_truth, device, amp_dtype, args.output_dir
+                state.model,
+                criterion,
+                postprocessors,
+                val_loader,
+                ground_truth,
+                device,
+                amp_dtype,
+                args.output_dir,
+                job,
             )
-            names = ["eval/latest.pth"] + [f"eval/{epoch:03}.pth"] * (epoch % 50 == 0)
+            names = ["eval/latest.pth"]
+            if epoch % 50 == 0:
+                names.append(f"eval/{epoch:03}.pth")
             try:
-                save_precision(measured, args.output_dir, names)
+                with job.waiting():
+                    save_precision(measured, args.output_dir, names)
             except UserError as error:
                 print_once(f"note: {error}: training goes on")
             values.update({f"test_{name}": value for name, value in stats.items()})
         run.save(row={**values, "epoch": epoch, "n_parameters": n_parameters})
 
 
-def take_weights(state, args):
-    """Bring the state to where the flags say that the run starts; returns the epoch and what has been done of it."""
+def take_weights(
+    state: TrainingState, args: argparse.Namespace, checkpoint: Checkpoint | None
+) -> tuple[int, dict[str, Any] | None]:
+    """Bring the state to where the flags say that the run starts; returns the epoch and the progress in it.
+
+    Args:
+        checkpoint: of `--resume`.
+    """
     place = None
-    if args.frozen_weights and not args.resume:
+    if args.frozen_weights and not checkpoint:
         load_weights(
             state.model.detr,
             runtime.load_checkpoint(args.frozen_weights),
             args.frozen_weights,
             classes_cure=f"{CLASSES_CURE}, or give --frozen_weights a detector of this set",
         )
-    if args.resume and not (args.eval or args.finetune):
-        place = state.resume(args.resume, args)
-    elif args.resume:
-        checkpoint = runtime.load_checkpoint(args.resume)
-        load_weights(state.model, checkpoint, args.resume, args.finetune)
+    if checkpoint and not (args.eval or args.finetune):
+        place = state.resume(checkpoint, args)
+    elif checkpoint:
+        load_weights(state.model, checkpoint.content, checkpoint.path, args.finetune)
         if not args.finetune:
-            state.check_categories(checkpoint, args.resume)
+            state.check_categories(checkpoint.content, checkpoint.path)
     elif args.eval:
         part = "mask head" if args.frozen_weights else "model"
         print_once(f"note: --eval without --resume measures a {part} with random weights")
@@ -332,71 +388,98 @@ def take_weights(state, args):
     return place or (args.start_epoch, None)
 
 
-def main(args):
+def main(args: argparse.Namespace) -> dict[str, Any] | None:
     """Run the command line; returns what `evaluate` measured if that was all that was asked."""
     check_args(args)
     if not args.eval:
         runtime.need_signals("training", *runtime.STOPPING)
-    device = runtime.find_place(args)
+    device = runtime.find_device(args.device, args.world_size)
     if args.compile:
         runtime.check_compiler(device)
-    runtime.prepare_output_dir(args.output_dir)
-    with runtime.output_lock(args.output_dir):
-        runtime.meet(args, runtime.step_timeout(args))
-        return train_or_evaluate(args, device)
+    with Job(args.dist_url, runtime.step_timeout(args)) as job:
+        runtime.prepare_output_dir(args.output_dir)
+        with runtime.output_lock(args.output_dir):
+            job.meet()
+            return train_or_evaluate(args, job, device)
 
 
-def train_or_evaluate(args, device):
-    """What `main` does, once the flags are checked and the output directory is this job's."""
-    goes_on = bool(args.resume) and not args.finetune
-    if args.resume == "auto":
-        args.resume = runtime.newest_checkpoint(args.output_dir, needed=args.eval)
+def train_or_evaluate(args: argparse.Namespace, job: Job, device: torch.device) -> dict[str, Any] | None:
+    """What `main` does once the flags are checked, the ranks have met and the output directory is this job's."""
+    checkpoint = runtime.checkpoint_to_resume(args.resume, args.output_dir, needed=args.eval)
     torch.manual_seed(args.seed)
     train_set, val_set = build_datasets(args)
-    model, criterion, postprocessors = build_model(args)
+    settings = run_settings(args, checkpoint, [dataset for dataset in (train_set, val_set) if dataset])
+    model, criterion, postprocessors = build_model(settings)
     model.to(device)
     criterion.to(device)
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, settings)
     state = TrainingState(
         model,
         optimizer,
-        torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
-        torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "float16"),
+        torch.optim.lr_scheduler.StepLR(optimizer, settings.lr_drop),
+        torch.amp.GradScaler(device.type, enabled=settings.amp_dtype == "float16"),
         (train_set or val_set).categories,
     )
-    epoch, progress = take_weights(state, args)
-    loader = None if args.eval else train_loader(train_set, args)
-    val_loader, ground_truth = eval_loader(val_set, args), val_set.ground_truth()
+    epoch, progress = take_weights(state, settings, checkpoint)
+    del checkpoint  # its memory is needed for training
+    loader = None if settings.eval else train_loader(train_set, settings)
+    val_loader, ground_truth = eval_loader(val_set, settings), val_set.ground_truth()
     if ground_truth:
         note_measures(ground_truth, val_set.instances)
-    if args.compile:
+    if settings.compile:
         compile_detector(model)
-    runtime.init_distributed(args, runtime.step_timeout(args))
-    if args.eval:
-        if args.output_dir and "panoptic" in postprocessors:
-            runtime.prepare_output_dir(os.path.join(args.output_dir, "panoptic_eval"))  # these files are asked for
-        stats, measured = evaluate(
-            model,
-            criterion,
-            postprocessors,
-            val_loader,
-            ground_truth,
-            device,
-            getattr(torch, args.amp_dtype),
-            args.output_dir,
-        )
+    job.connect(device)
+    criterion.training_group = job.training_group
+    if settings.eval:
+        return evaluate_only(settings, job, model, criterion, postprocessors, val_loader, ground_truth, device)
+    started = time.perf_counter()
+    log = runtime.RunLog(args.output_dir, epoch if args.resume and not args.finetune else None)
+    with runtime.Run(settings, job, log, state.save, loader, epoch, progress) as run:
+        train(run, state, criterion, postprocessors, val_loader, ground_truth, device)
+    print_once(f"Training took {datetime.timedelta(seconds=round(time.perf_counter() - started))}")
+    return None
+
+
+def run_settings(
+    args: argparse.Namespace, checkpoint: Checkpoint | None, datasets: Sequence[Dataset]
+) -> argparse.Namespace:
+    """A copy of the flags, completed with what the launcher, the checkpoint and the data sets say.
+
+    `rank`, `world_size` and `distributed` are this process's place in the job. `resume` is the path that `auto` stands
+    for ("" for none). `num_classes` is a number, and `is_thing_map` says which category ids of a panoptic set are
+    things (None for other sets).
+    """
+    settings = runtime.with_place(args)
+    settings.resume = checkpoint.path if checkpoint else ""
+    settings.num_classes = number_of_classes(args, datasets)
+    settings.is_thing_map = getattr(datasets[-1], "is_thing_map", None)
+    return settings
+
+
+def evaluate_only(
+    args: argparse.Namespace,
+    job: Job,
+    model: nn.Module,
+    criterion: nn.Module,
+    postprocessors: dict[str, nn.Module],
+    val_loader: DataLoader,
+    ground_truth: COCO | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Evaluate, and with `--output_dir` write eval.json, eval.pth and, of a panoptic model, panoptic_eval/ there."""
+    if args.output_dir and "panoptic" in postprocessors:
+        runtime.prepare_output_dir(os.path.join(args.output_dir, "panoptic_eval"))
+    amp_dtype = getattr(torch, args.amp_dtype)
+    stats, measured = evaluate(
+        model, criterion, postprocessors, val_loader, ground_truth, device, amp_dtype, args.output_dir, job
+    )
+    with job.waiting():
         save_precision(measured, args.output_dir, ["eval.pth"])
         if args.output_dir and runtime.get_rank() == 0:
             path = Path(args.output_dir, "eval.json")
             with runtime.writing(path):
                 path.write_text(json.dumps(stats))
-        return stats
-    started = time.perf_counter()
-    log = runtime.RunLog(args.output_dir, epoch if goes_on else None)
-    with runtime.Run(args, log, state.save, epoch, progress, loader) as run:
-        train(run, state, criterion, postprocessors, val_loader, ground_truth, device)
-    print_once(f"Training took {datetime.timedelta(seconds=round(time.perf_counter() - started))}")
-    return None
+    return stats
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import main
 from main import runtime  # which the codebases, where this file is the same, keep in different places
@@ -71,18 +72,24 @@ class Trainer:
 
 def go_on(args: argparse.Namespace) -> None:
     """Run main.py, from the checkpoint that an earlier try of this job wrote, if there is one."""
-    path = runtime.newest_checkpoint(args.output_dir)
-    if path and getattr(runtime.load_checkpoint(path).get("args"), "job_id", None) == args.job_id:
-        args.resume, args.finetune = path, False  # no new start from the first weights
     requeue = signal.getsignal(signal.SIGUSR2)  # submitit's, which ends the main process and is nothing to the others
     try:
-        main.main(args)
+        main.main(argparse.Namespace(**{**vars(args), **_flags_to_go_on(args)}))
     except runtime.Interrupted as stop:
-        # SLURM itself requeues what it ended by SIGTERM for another job's sake, and what a user has cancelled stays so
-        if stop.args[0] != signal.SIGTERM and callable(requeue):
+        # SLURM itself requeues a job that it ended by SIGTERM to make room for another; one that a user cancelled stays
+        # cancelled.
+        if stop.number != signal.SIGTERM and callable(requeue):
             requeue(signal.SIGUSR2, None)
             time.sleep(10)  # the end of another process might end the main one before it has requeued the job
         raise
+
+
+def _flags_to_go_on(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags with which this job resumes from its own checkpoint; none if the newest checkpoint is another job's."""
+    checkpoint = runtime.newest_checkpoint(args.output_dir)
+    if checkpoint is None or getattr(checkpoint.args, "job_id", None) != args.job_id:
+        return {}
+    return {"resume": checkpoint.path, "finetune": False}  # the run has started, so its first weights do not matter
 
 
 def submit(args: argparse.Namespace) -> None:

@@ -88,12 +88,16 @@ class SetCriterion(nn.Module):
         weight_dict: name of a loss → its weight in the total.
         eos_coef: weight of "no object" in the cross-entropy.
         losses: which to compute, of `labels`, `boxes`, `cardinality`, `masks`.
+
+    Attributes:
+        training_group: the process group of training steps; None for the default group. main.py sets it.
     """
 
     def __init__(self, num_classes, matcher, weight_dict, eos_coef, losses=("labels", "boxes", "cardinality")):
         super().__init__()
         self.num_classes, self.matcher, self.weight_dict = num_classes, matcher, weight_dict
         self.losses = [getattr(self, f"_loss_{name}") for name in losses]
+        self.training_group = None
         weight = torch.ones(num_classes + 1)
         weight[-1] = eos_coef
         self.register_buffer("empty_weight", weight)
@@ -168,7 +172,7 @@ class SetCriterion(nn.Module):
     def _num_boxes(self, targets, device):
         count = torch.full((), float(sum(len(t["labels"]) for t in targets)), device=device)  # torch.tensor would wait
         if self.training and dist.is_initialized():
-            count = runtime.all_reduce_sum(count, runtime.training_group) / runtime.get_world_size()
+            count = runtime.all_reduce_sum(count, self.training_group) / runtime.get_world_size()
         return count.clamp(min=1)
 
 

@@ -49,16 +49,16 @@ def start(root):
     def start(*flags):
         epochs, evaluations = [], []
 
-        def train_one_epoch(model, criterion, loader, optimizer, device, epoch, scaler, max_norm, amp_dtype, run):
+        def train_one_epoch(model, criterion, run, optimizer, device, scaler, max_norm, amp_dtype):
             optimizer.step()
             epochs.append(
                 SimpleNamespace(
                     model=model,
                     criterion=criterion,
-                    loader=loader,
+                    loader=run.loader,
                     optimizer=optimizer,
                     device=device,
-                    epoch=epoch,
+                    epoch=run.epoch,
                     max_norm=max_norm,
                     rates=[group["lr"] for group in optimizer.param_groups],
                 )
@@ -185,7 +185,7 @@ def test_flag_coco_panoptic_path(start, root):
 
 def test_flag_device(plain):
     assert plain.device == torch.device("cpu")
-    assert runtime.find_place(parse("--device", "meta")) == torch.device("meta")
+    assert runtime.find_device("meta") == torch.device("meta")
 
 
 def test_flag_world_size(start):
@@ -218,7 +218,7 @@ def test_flag_dist_url(monkeypatch):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--dist_url tcp://somewhere:29500"):
-        runtime.init_distributed(parse("--device", "cpu", "--dist_url", "tcp://somewhere:29500"))
+        main.main(parse("--device", "cpu", "--dist_url", "tcp://somewhere:29500", "--coco_path", "x"))
     assert asked == ["tcp://somewhere:29500"]
 
 
