@@ -1,4 +1,4 @@
-"""Train DETR with iRPE on a set in COCO's format, or evaluate it."""
+"""Train DETR with iRPE on a data set in COCO's format, or evaluate it."""
 
 import argparse
 import datetime
@@ -32,25 +32,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = runtime.ArgumentParser("DETR with iRPE", add_help=False)
     add = parser.add_argument_group("training").add_argument
     add("--lr", default=1e-4, type=float)
-    add("--lr_backbone", default=1e-5, type=float, help="0 keeps the backbone as it is")
-    add("--batch_size", default=2, type=int, help="pictures a step, of each process")
+    add("--lr_backbone", default=1e-5, type=float, help="0 freezes the backbone")
+    add("--batch_size", default=2, type=int, help="images per step and rank")
     add("--weight_decay", default=1e-4, type=float)
     add("--epochs", default=300, type=int)
-    add("--lr_drop", default=200, type=int, help="the rates fall to a tenth after every so many epochs")
-    add("--clip_max_norm", default=0.1, type=float, help="bound on the gradient's norm, 0 for none")
+    add("--lr_drop", default=200, type=int, help="divide the learning rates by 10 every so many epochs")
+    add("--clip_max_norm", default=0.1, type=float, help="maximum norm of the gradient; 0 for no limit")
     add(
         "--amp_dtype",
         default="float32",
         choices=("float32", "bfloat16", "float16"),
-        help="mixed precision in this type; float32 switches it off",
+        help="data type of mixed precision; float32 switches it off",
     )
-    add("--no_augmentation", action="store_true", help="train on the pictures as evaluation sees them")
+    add("--no_augmentation", action="store_true", help="train on images prepared as for evaluation")
     add(
         "--eval_every",
         default=1,
         type=int,
         metavar="EPOCHS",
-        help="evaluate after every so many epochs, and after the last",
+        help="evaluate every so many epochs, and after the last one",
     )
 
     add = parser.add_argument_group("model").add_argument
@@ -58,15 +58,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--no_pretrained_backbone",
         action="store_true",
-        help="start the backbone from random weights and train all of it, batch norm included",
+        help="initialize the backbone randomly and train all of it, including batch norm",
     )
-    add("--dilation", action="store_true", help="DC5: dilate the last stage instead of its stride")
+    add("--dilation", action="store_true", help="DC5: replace the stride of the last stage with a dilation")
     add(
         "--last_stride",
         default=2,
         type=int,
         choices=(1, 2),
-        help="stride of the backbone's last stage; 1 gives a finer map (16 pixels a token, not 32)",
+        help="stride of the backbone's last stage; 1 gives a finer feature map (16 pixels per token instead of 32)",
     )
     add("--position_embedding", default="sine", choices=("sine", "learned"))
     add("--enc_layers", default=6, type=int)
@@ -75,21 +75,29 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--hidden_dim", default=256, type=int)
     add("--dropout", default=0.1, type=float)
     add("--nheads", default=8, type=int)
-    add("--num_queries", default=100, type=int, help="the most objects found in a picture")
+    add("--num_queries", default=100, type=int, help="maximum number of detections per image")
     add("--pre_norm", action="store_true")
-    add("--enc_rpe2d", default="", help="relative positions in the encoder, as rpe-2.0-product-ctx-1-k")
+    add("--enc_rpe2d", default="", help="relative position encoding in the encoder, such as rpe-2.0-product-ctx-1-k")
     add(
         "--num_classes",
         type=int,
-        help="highest category id + 1; read from the annotations if not given, and at least 250 for coco_panoptic",
+        help="highest category id + 1; by default read from the annotations, and at least 250 for coco_panoptic",
     )
-    add("--masks", action="store_true", help="draw a mask for every object")
+    add("--masks", action="store_true", help="predict a mask for every object")
     add(
-        "--frozen_weights", type=str, metavar="FILE", help="with --masks: the detector under them, which stays as it is"
+        "--frozen_weights",
+        type=str,
+        metavar="FILE",
+        help="with --masks: checkpoint of the detector, which stays frozen",
     )
 
     add = parser.add_argument_group("loss").add_argument
-    add("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses for the earlier decoder layers")
+    add(
+        "--no_aux_loss",
+        dest="aux_loss",
+        action="store_false",
+        help="train without losses for the earlier decoder layers",
+    )
     add("--set_cost_class", default=1, type=float)
     add("--set_cost_bbox", default=5, type=float)
     add("--set_cost_giou", default=2, type=float)
@@ -97,25 +105,28 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--giou_loss_coef", default=2, type=float)
     add("--mask_loss_coef", default=1, type=float)
     add("--dice_loss_coef", default=1, type=float)
-    add("--eos_coef", default=0.1, type=float, help="weight of no-object in the classification")
+    add("--eos_coef", default=0.1, type=float, help="weight of the no-object class in the classification loss")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_file", default="coco", help="coco, or coco_panoptic for things and stuff")
-    add("--coco_path", type=str, help="the folder with annotations/, train2017 and val2017")
-    add("--coco_panoptic_path", type=str, help="the folder with annotations/, panoptic_train2017 and panoptic_val2017")
-    add("--remove_difficult", action="store_true", help="train without objects marked difficult")
+    add("--coco_path", type=str, help="folder with annotations/, train2017 and val2017")
+    add("--coco_panoptic_path", type=str, help="folder with annotations/, panoptic_train2017 and panoptic_val2017")
+    add("--remove_difficult", action="store_true", help="train without objects that are marked as difficult")
     add(
-        "--short_side", default=800, type=int, help="of the pictures in evaluation; the sizes of training scale with it"
+        "--short_side",
+        default=800,
+        type=int,
+        help="of the images in evaluation, in pixels; the sizes in training scale with it",
     )
     add("--num_workers", default=4, type=int)
     add(
         "--eval_batch_size",
         type=int,
-        help="pictures a batch in evaluation, --batch_size if not given; 1 pads none of them",
+        help="images per batch in evaluation; by default --batch_size; with 1, no image is padded",
     )
 
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default="", help="where checkpoints and logs go; nothing is written without it")
+    add("--output_dir", default="", help="folder for checkpoints and logs; without it, nothing is written")
     add("--device", default="cuda")
     add(
         "--compile",
@@ -127,26 +138,26 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--resume",
         default="",
-        help="checkpoint (file or URL) to go on from, or to evaluate; auto "
-        "takes the last one in --output_dir, and starts anew if there is none",
+        help="checkpoint (file or URL) to resume from, or to evaluate; auto "
+        "takes the newest one in --output_dir, and starts a new run if there is none",
     )
-    add("--save_every", default=0, type=int, metavar="STEPS", help="save within an epoch too, after so many steps")
+    add("--save_every", default=0, type=int, metavar="STEPS", help="also save within an epoch, every so many steps")
     add(
         "--step_timeout",
         default=60,
         type=int,
         metavar="SECONDS",
-        help="a process that waits so long in a training step for another, or for a picture, ends the run",
+        help="end the run if a rank waits this long for another rank or for an image in a training step",
     )
     add(
         "--finetune",
         action="store_true",
-        help="start a new run from the weights of --resume, with a new class head if it needs one",
+        help="start a new run from the weights of --resume, with a new class head if the classes differ",
     )
-    add("--start_epoch", default=0, type=int)
-    add("--eval", action="store_true")
-    add("--world_size", default=1, type=int)
-    add("--dist_url", default="env://")
+    add("--start_epoch", default=0, type=int, help="first epoch, unless --resume gives it")
+    add("--eval", action="store_true", help="evaluate only")
+    add("--world_size", default=1, type=int, help="number of ranks; the launcher sets it")
+    add("--dist_url", default="env://", help="address at which the ranks meet")
     # given by torch.distributed.launch without --use_env; the rank itself is read from the environment
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -231,9 +242,9 @@ def _check_ranges(args: argparse.Namespace) -> None:
             if value is not None and not value >= least:
                 raise UserError(f"--{name} is {value}; it must be at least {least}")
     if args.dropout > 1:
-        raise UserError(f"--dropout is {args.dropout}; it is a share, at most 1")
+        raise UserError(f"--dropout is {args.dropout}; it is a probability, at most 1")
     if not (args.set_cost_class or args.set_cost_bbox or args.set_cost_giou):
-        raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: one at least must be above")
+        raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: at least one must be above 0")
 
 
 def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset]:

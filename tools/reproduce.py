@@ -313,7 +313,7 @@ def end(process):
 def error_in(said):
     """What went wrong first, among warnings, what the other processes say then, and the launcher's report."""
     for pattern in (
-        r"^error: (?!.*(?:another process is lost|Traceback))(.*)",
+        r"^error: (?!.*(?:(?:another rank|rank [\d, ]+) is lost|Traceback))(.*)",
         r"^(?:\[rank\d+\]: )?((?!.*ChildFailedError)[\w.]*(?:Error|Exception)\b.*)",
         r"(Signal \d+ .*) received by PID",
         r"^error: (.*)",

@@ -1,11 +1,13 @@
 """The program from its command line: flags, training, resuming, pictures, and what a user gets wrong."""
 
+import copy
 import errno
 import io
 import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import urllib.error
 from pathlib import Path
@@ -532,6 +534,17 @@ def test_states_of_another_type_are_refused(coco, trained, tmp_path, key, value)
     scaled = ["--amp_dtype", "float16"] if key == "scaler" else []
     with pytest.raises(UserError, match="c.pth"):
         main.main(parse(*small(coco, "--epochs", 3, "--resume", tmp_path / "c.pth", *scaled)))
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval"]], ids=["train", "eval"])
+def test_auto_reads_the_checkpoint_once_and_leaves_the_flags_as_they_are(coco, trained, tmp_path, monkeypatch, flags):
+    shutil.copy(trained / "checkpoint.pth", tmp_path)
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: read.append(str(path)) or load(path, **options))
+    args = parse(*small(coco, "--epochs", 2, "--output_dir", tmp_path, "--resume", "auto", *flags))
+    before = copy.deepcopy(vars(args))
+    main.main(args)
+    assert read == [str(tmp_path / "checkpoint.pth")] and vars(args) == before
 
 
 def test_damage_to_the_last_checkpoint_costs_one_epoch_and_a_signal_nothing(coco, tmp_path, monkeypatch, capsys):

@@ -74,7 +74,7 @@ def end_process(status: int, error: object = "") -> NoReturn:
     with contextlib.suppress(OSError):  # the terminal or pipe may be closed
         if error:
             time.sleep(10 if get_local_rank() else 0)
-            speaker = f"process {get_rank()} of {get_world_size()}: " if get_world_size() > 1 else ""
+            speaker = f"rank {get_rank()} of {get_world_size()}: " if get_world_size() > 1 else ""
             print(f"error: {speaker}{error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
     if get_world_size() > 1:

@@ -71,8 +71,8 @@ class Run:
         places = gather((epoch, progress and progress["images"]))
         if len(set(places)) > 1:
             raise UserError(
-                f"the processes would go on from different places (epoch, images), {places}: they must "
-                "all see the same files in --output_dir, or in --resume"
+                f"the ranks would resume from different places (epoch, images), {places}: all of them "
+                "must see the same files in --output_dir, or in --resume"
             )
         self.args, self.job, self.log, self.loader = args, job, log, loader
         self._write_state = write_state

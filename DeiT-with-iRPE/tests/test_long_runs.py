@@ -1,5 +1,6 @@
 """Runs that are stopped at any moment and go on: nothing is lost, said twice or drawn anew."""
 
+import copy
 import errno
 import fcntl
 import json
@@ -130,6 +131,19 @@ def test_auto_starts_anew_without_a_checkpoint_and_goes_on_with_one(pictures, st
     assert [row["epoch"] for row in rows(tmp_path)] == [0, 1] and "nothing to train" in capsys.readouterr().out
     with pytest.raises(UserError, match="--output_dir"):
         run(pictures, "", "--resume", "auto")
+
+
+@pytest.mark.parametrize("flags", [[], ["--eval"]], ids=["train", "eval"])
+def test_auto_reads_the_checkpoint_once_and_leaves_the_flags_as_they_are(
+    pictures, trained, tmp_path, monkeypatch, flags
+):
+    shutil.copy(trained, tmp_path / "checkpoint.pth")
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: read.append(str(path)) or load(path, **options))
+    args = parse(*small(pictures, "--output_dir", tmp_path, "--resume", "auto", *flags))
+    before = copy.deepcopy(vars(args))
+    main.main(args)
+    assert read == [str(tmp_path / "checkpoint.pth")] and vars(args) == before
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(pictures, straight, tmp_path, capsys):
@@ -407,19 +421,19 @@ def test_rank_that_hangs_in_any_phase_ends_the_other_and_is_named(ends, phase):
     _, bad_rank, where = HANGING[phase]
     status, said = ends[phase][str(1 - bad_rank)]
     assert status == 1, said
-    expected = f"error: process {1 - bad_rank} of 2: process {bad_rank} is lost or hangs in {where}"
+    expected = f"error: rank {1 - bad_rank} of 2: rank {bad_rank} is lost or hangs in {where}"
     assert re.match(expected, said) and said.count("\n") == 1, said
 
 
 def test_rank_whose_main_thread_hangs_in_an_evaluation_ends_itself_and_says_where(ends):
     status, said = ends["evaluation_asleep"]["1"]
     assert status == 1
-    assert re.fullmatch(r"error: process 1 of 2: this process hangs in Test, step 1, at .*\(changed\)\n", said)
+    assert re.fullmatch(r"error: rank 1 of 2: this rank hangs in Test, step 1, at .*\(changed\)\n", said)
 
 
 def test_rank_that_never_starts_ends_the_others(ends):
     status, said = ends["never_starts"]["0"]
-    assert status == 1 and "see whether all 2 processes have started" in said and said.count("\n") == 1, said
+    assert status == 1 and "check that all 2 ranks have started" in said and said.count("\n") == 1, said
 
 
 def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(pictures):
@@ -504,7 +518,7 @@ def test_processes_that_would_go_on_from_different_places_do_not_train(pictures,
     )
     results = [finish(process) for process in pair]
     assert [status for status, _, _ in results] == [1, 1]
-    assert "go on from different places (epoch, pictures), [(2, None), (0, None)]" in results[0][2], results
+    assert "resume from different places (epoch, images), [(2, None), (0, None)]" in results[0][2], results
     assert not (tmp_path / "1" / "checkpoint.pth").exists() and same(state(tmp_path / "0"), state(straight))
 
 

@@ -375,7 +375,7 @@ def test_place_among_the_processes_is_read_from_any_launcher(alone, environment,
     ("environment", "values", "words"),
     [
         ({}, {"world_size": 2}, "torchrun --nproc_per_node=2"),
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, {}, "say tcp://HOST:PORT"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, {}, "use tcp://HOST:PORT"),
         ({}, {"device": "toaster"}, "--device toaster cannot be used"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, {"dist_url": "carrier-pigeon://x"}, "--dist_url carrier-pigeon://x"),
     ],
@@ -431,7 +431,7 @@ def test_mistake_that_all_meet_is_said_once_under_a_launcher(tmp_path, case, sai
     (tmp_path / "program.py").write_text(PROGRAM)
     status, _, err = finish(start(*launcher(2), "--use_env", tmp_path / "program.py", case, PYTHONPATH=str(PROJECT)))
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status != 0 and len(errors) == 1 and errors[0].startswith(f"error: process 0 of 2: {said}")
+    assert status != 0 and len(errors) == 1 and errors[0].startswith(f"error: rank 0 of 2: {said}")
 
 
 def test_file_at_which_the_ranks_met_is_gone_after_the_run_so_that_the_next_one_can_meet_there(tmp_path):
@@ -452,8 +452,8 @@ def test_mistake_of_one_process_ends_all_and_is_said_by_itself():
     assert {err for case in ("none", "interrupt") for _, _, err in results[case]} == {""}
     for case, said in (("alone", "a mistake of one\n"), ("bug", "Traceback (most recent call last):\n")):
         (_, _, first), (_, _, second) = results[case]
-        assert re.fullmatch("error: process 0 of 2: process 1 is lost or hangs in here, step 1: .*\n", first)
-        assert second.startswith(f"error: process 1 of 2: {said}")
+        assert re.fullmatch("error: rank 0 of 2: rank 1 is lost or hangs in here, step 1: .*\n", first)
+        assert second.startswith(f"error: rank 1 of 2: {said}")
     assert second.endswith("RuntimeError: a bug\n\n")
 
 

@@ -64,7 +64,7 @@ def newest_checkpoint(output_dir: str, needed: bool = False) -> Checkpoint | Non
     Raises: UserError if all checkpoints are damaged, since a new run would replace them.
     """
     if not output_dir:
-        raise UserError("--resume auto looks for checkpoints in --output_dir: say that too")
+        raise UserError("--resume auto looks for checkpoints in --output_dir: give that too")
     damaged = []
     for path in (pathlib.Path(output_dir, name) for name in ("checkpoint.pth", "checkpoint.previous.pth")):
         if not path.exists():
@@ -80,7 +80,9 @@ def newest_checkpoint(output_dir: str, needed: bool = False) -> Checkpoint | Non
                 os.replace(damaged[0], path.with_name("checkpoint.damaged.pth"))
         return Checkpoint(str(path), content)
     if damaged or needed:
-        raise UserError(f"no checkpoint in {output_dir} is whole: delete them to start anew, or --resume another")
+        raise UserError(
+            f"no checkpoint in {output_dir} is whole: delete them to start a new run, or --resume another one"
+        )
     return None
 
 

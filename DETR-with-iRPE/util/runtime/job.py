@@ -82,9 +82,9 @@ class Job:
             )
         except (RuntimeError, ValueError, AssertionError) as error:
             raise UserError(
-                f"the others cannot be joined at --dist_url {self.dist_url} ({UserError(error)}): see whether "
-                f"all {get_world_size()} processes have started; without torchrun say tcp://HOST:PORT with the "
-                "first machine's name; if they start far apart raise the step timeout"
+                f"the other ranks cannot be reached at --dist_url {self.dist_url} ({UserError(error)}): check that all "
+                f"{get_world_size()} ranks have started; without torchrun, use tcp://HOST:PORT with the name of the "
+                "machine of rank 0; if the ranks start far apart, raise the step timeout"
             ) from error
 
     def connect(self, device: torch.device) -> None:
@@ -106,9 +106,9 @@ class Job:
             )
             self.training_group = dist.new_group(timeout=datetime.timedelta(seconds=self.step_timeout))
         except (RuntimeError, ValueError) as error:
-            stale = "; a file that an earlier job left must be deleted first" if "file://" in self.dist_url else ""
+            stale = "; delete a file that an earlier job left" if "file://" in self.dist_url else ""
             raise UserError(
-                f"the {get_world_size()} processes cannot be connected by {backend}: {UserError(error)}{stale}"
+                f"{backend} cannot connect the {get_world_size()} ranks: {UserError(error)}{stale}"
             ) from error
 
     def progressed(self, patience: float = 0.0) -> None:
@@ -172,14 +172,14 @@ class Job:
 
     def _end_for_loss(self, ranks: list[int]) -> NoReturn:
         self._claim_ending()
-        if get_rank() in ranks:  # this process was stopped for so long that the others have given it up
-            end_process(1, f"the other processes did not hear of this one for too long in {self.place}")
-        end_process(1, f"{_named(ranks)} is lost or hangs in {self.place}: the others have not heard of it")
+        if get_rank() in ranks:  # this rank was stopped for so long that the others have given it up
+            end_process(1, f"this rank did not answer the others for too long in {self.place}")
+        end_process(1, f"{_named(ranks)} is lost or hangs in {self.place}: it does not answer")
 
     def _end_for_hang(self, line: str) -> NoReturn:
         self._claim_ending()
-        end_process(1, f"this process hangs in {self.place}, at {line}")
+        end_process(1, f"this rank hangs in {self.place}, at {line}")
 
 
 def _named(ranks: list[int]) -> str:
-    return f"process {', '.join(map(str, ranks))}" if ranks else "another process"
+    return f"rank {', '.join(map(str, ranks))}" if ranks else "another rank"

@@ -62,8 +62,8 @@ def find_device(name: str, world_size: int = 1) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         cause = str(error).partition("\n")[0]
         raise UserError(
-            f"--device {name} cannot be used ({cause}): start as many processes as there are GPUs, "
-            "or choose another, such as --device cpu"
+            f"--device {name} cannot be used ({cause}): start as many ranks as there are GPUs, "
+            "or choose another device, such as --device cpu"
         ) from error
     return device
 
