@@ -1,4 +1,4 @@
-"""What a checkpoint holds and how it comes back: resuming a run, or starting another model from its weights."""
+"""What a checkpoint contains, how a run resumes from it, and how another model starts from its weights."""
 
 import argparse
 import math
@@ -22,8 +22,11 @@ from runtime import Checkpoint, UserError, key_differences, load_checkpoint, mod
 
 @dataclass
 class TrainingState:
-    """Everything that changes in training; ``model`` is the bare one, without DistributedDataParallel. ``classes`` are
-    the names of the classes by their numbers."""
+    """Everything that changes in training.
+
+    ``model`` is the bare one, without DistributedDataParallel. ``classes`` are the names of the classes in the order
+    of their ids.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -36,8 +39,12 @@ class TrainingState:
     def save(
         self, path: str | os.PathLike, epoch: int, args: argparse.Namespace, progress: dict[str, Any] | None = None
     ) -> None:
-        """Write the state after ``epoch`` in the format of the released checkpoints, the best top-1 so far and the
-        names of the classes. Within ``epoch`` there is also the ``progress`` in it."""
+        """Write the state in the format of the released checkpoints, with the best top-1 and the names of the classes.
+
+        Args:
+            epoch: the epoch that is done, or with ``progress`` the one that is being trained.
+            progress: what of the epoch is done, as in ``runtime.resume_point``.
+        """
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
             raise UserError("the weights are not finite and are not saved")
         state = {
@@ -113,7 +120,7 @@ class TrainingState:
 
 
 def check_classes(checkpoint: Mapping[str, Any], path: str, classes: Sequence[str]) -> None:
-    """Raise ``UserError`` if the checkpoint, where it has names of classes, means others by the data set's numbers."""
+    """Raise ``UserError`` if the checkpoint names its classes and they differ from those of the data set."""
     saved = checkpoint.get("classes") or []
     if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
         raise UserError(f"checkpoint {path} is damaged: its classes are not a list of names")
@@ -130,7 +137,7 @@ def check_classes(checkpoint: Mapping[str, Any], path: str, classes: Sequence[st
 def with_model_flags(args: argparse.Namespace, checkpoint: Checkpoint) -> argparse.Namespace:
     """A copy of the flags with the ``rpe`` and ``model_kwargs`` of the checkpoint's run, if the checkpoint has them.
 
-    A note tells of another image size, where no absolute positions depend on it.
+    A note reports another image size if the model has no absolute positions, which would not fit.
 
     Raises: UserError if ``args`` has other values for them.
     """
@@ -152,16 +159,16 @@ def with_model_flags(args: argparse.Namespace, checkpoint: Checkpoint) -> argpar
     return argparse.Namespace(**{**vars(args), **flags})
 
 
-# A resumed run follows main.py's flags but for --lr, the schedule's length in --epochs (see _kept_values) and the flags
-# in these three tables: their values come from the checkpoint. Of --seed that is the schedule's noise alone.
-# Flags that the optimizer holds: the names of their values in the groups of timm's optimizers.
+# A resumed run follows the flags of main.py, except --lr, the length of the schedule in --epochs (see _kept_values) and
+# the flags in these three tables, whose values come from the checkpoint. Of --seed, only the schedule's noise does.
+# Flags whose values are in the optimizer: their names in the parameter groups of timm's optimizers.
 OPTIMIZER_FLAGS = {
     "weight_decay": ("weight_decay",),
     "opt_betas": ("betas", "beta1"),
     "opt_eps": ("eps",),
     "momentum": ("momentum",),
 }
-# Flags that the schedule holds: the names of their values in timm's schedules, or in PyTorch's plateau in one of them.
+# Flags whose values are in the schedule: their names in timm's schedules, or in PyTorch's plateau schedule.
 SCHEDULE_FLAGS = {
     "warmup_epochs": ("warmup_t",),
     "warmup_lr": ("warmup_lr_init",),
@@ -175,16 +182,16 @@ SCHEDULE_FLAGS = {
     "lr_noise_std": ("noise_std",),
     "seed": ("noise_seed",),
 }
-# Flags that only say how a run begins, and the values that ask for nothing.
+# Flags that matter only at the start of a run, with the values that ask for nothing.
 START_FLAGS = {"pretrained": False, "finetune": "", "start_epoch": 0}
 
 
 def _kept_values(optimizer: torch.optim.Optimizer, scheduler: Scheduler | None) -> dict[str, Any]:
     """The values of the flags that a checkpoint keeps, as far as this optimizer and this schedule have them.
 
-    They are read from the states, not from the checkpoint's ``args``: these are missing from some files, say nothing of
-    a rate that was scaled with another number of images a step, and after a resumed run hold its flags, not the first
-    one's.
+    They are read from the states, not from the checkpoint's ``args``: some files have none, they do not show that a
+    rate was scaled for another number of images per step, and after a run was resumed they are its flags, not those of
+    the first run.
     """
     group = optimizer.param_groups[-1]  # timm puts the weights without decay first
     values = {"lr": group.get("initial_lr", group["lr"])}
@@ -210,7 +217,7 @@ def _note_values_kept(
     epoch: int | None,
     values: Mapping[str, tuple[Any, Any]],
 ) -> None:
-    """Note the flags that are not followed: of ``values``, (what they say, what is kept), and of ``START_FLAGS``."""
+    """Note the flags that are ignored: among ``values`` (asked, in use), and among ``START_FLAGS``."""
     values = values | runtime.start_values_kept(args, checkpoint, START_FLAGS, epoch)
     images = args.batch_size * args.world_size
     words = {
@@ -230,9 +237,9 @@ def _note_values_kept(
     )
 
 
-# What the libraries raise for states that are not theirs.
+# What the libraries raise for a state that does not fit.
 _MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-# Entries of an optimizer's groups that say how it computes, not what; they came and went with PyTorch's versions.
+# Entries of parameter groups that do not change the result of a step; they differ between versions of PyTorch.
 _NO_HYPERPARAMETERS = {
     "params",
     "param_names",
@@ -257,7 +264,7 @@ def _check_same_flags(saved: Any, args: argparse.Namespace, path: str) -> None:
 
 
 def _check_hyperparameters(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Tell optimizers apart where the file does not name its own; versions of one may differ in new entries."""
+    """Raise ``ValueError`` if the state is another optimizer's, for files that do not name their optimizer."""
     for number, (own, saved) in enumerate(zip(optimizer.param_groups, state["param_groups"], strict=False)):
         if different := (own.keys() ^ saved.keys()) - _NO_HYPERPARAMETERS:
             raise ValueError(f"only one of them has {', '.join(sorted(different))} in group {number}")
@@ -299,10 +306,11 @@ def _load_scheduler_state(scheduler: Scheduler, state: dict[str, Any]) -> None:
 def load_weights(
     model: nn.Module, checkpoint: Mapping[str, Any], path: str, or_else: str = ""
 ) -> dict[str, torch.Tensor]:
-    """Load a checkpoint of this very model, and return its weights.
+    """Load a checkpoint of the same model, and return its weights.
 
-    Raises ``UserError`` that says which keys differ, or that the numbers of classes do, with ``or_else`` for what can
-    be done about that besides choosing other data.
+    Args:
+        or_else: end of the message for another number of classes: what to do besides choosing other data.
+    Raises: UserError that names the keys that differ, or the numbers of classes.
     """
     weights = model_weights(checkpoint, path)
     if counts := _other_classes(model, weights):

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and how it comes back: resuming a run, or starting another one from its weights."""
+"""What a checkpoint contains, how a run resumes from it, and how another run starts from its weights."""
 
 import argparse
 import pathlib
@@ -27,8 +27,14 @@ class TrainingState:
     def save(
         self, path: pathlib.Path, epoch: int, args: argparse.Namespace, progress: dict[str, Any] | None = None
     ) -> None:
-        """Write the state after `epoch` in the released checkpoints' format, with the names of the categories; within
-        `epoch` there is also the `progress` in it. After some epochs it is kept under the epoch's number too."""
+        """Write the state in the format of the released checkpoints, with the names of the categories.
+
+        After some epochs, a copy with the epoch's number in its name is kept.
+
+        Args:
+            epoch: the epoch that is done, or with `progress` the one that is being trained.
+            progress: what of the epoch is done, as in `runtime.resume_point`.
+        """
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
             raise UserError("the weights are not finite and are not saved")
         state = {
@@ -49,11 +55,11 @@ class TrainingState:
             torch.save(state, file)
 
     def check_categories(self, checkpoint: Mapping[str, Any], path: str) -> None:
-        """Raise UserError if the checkpoint, where it has names of categories, means others by the data set's ids."""
+        """Raise UserError if the checkpoint names its categories and they differ from those of the data set."""
         check_same_categories(checkpoint.get("categories") or {}, f"checkpoint {path}", self.categories, "the data set")
 
     def start_at(self, epoch: int) -> None:
-        """Go to the learning rates of an epoch, for a start there without a checkpoint that holds them."""
+        """Set the learning rates of an epoch, for a start there without the state of the schedule."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.lr_scheduler.gamma ** (epoch // self.lr_scheduler.step_size)
         self.lr_scheduler.last_epoch = epoch
@@ -90,16 +96,16 @@ class TrainingState:
         return epoch, progress
 
 
-# A resumed run follows main.py's flags but for those of _kept_values, whose values come from the checkpoint, and these,
-# which only say how a run begins; here with the values that ask for nothing.
+# A resumed run follows the flags of main.py, except those of _kept_values, whose values come from the checkpoint, and
+# these, which matter only at the start of a run; here with the values that ask for nothing.
 START_FLAGS = {"frozen_weights": None, "start_epoch": 0}
 
 
 def _kept_values(optimizer, scheduler):
     """The values of the flags that a checkpoint keeps, as the optimizer and the schedule hold them.
 
-    They are not read from the checkpoint's `args`, which are missing from some files, and after a resumed run hold its
-    flags, not the first one's.
+    They are not read from the checkpoint's `args`: some files have none, and after a run was resumed they are its
+    flags, not those of the first run.
     """
     rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     values = {"lr": rates[0], "weight_decay": optimizer.param_groups[0]["weight_decay"], "lr_drop": scheduler.step_size}
@@ -109,7 +115,7 @@ def _kept_values(optimizer, scheduler):
 
 
 def _note_values_kept(path, args, checkpoint, epoch, values):
-    """Note the flags that are not followed: of `values`, (what they say, what is kept), and of START_FLAGS."""
+    """Note the flags that are ignored: among `values` (asked, in use), and among START_FLAGS."""
     values = values | runtime.start_values_kept(args, checkpoint, START_FLAGS, epoch)
     runtime.note_values_kept(
         path,
@@ -138,11 +144,13 @@ def load_weights(
     classes_cure: str = CLASSES_CURE,
     model_cure: str = MODEL_CURE,
 ) -> None:
-    """Load a checkpoint's weights into its model.
+    """Load a checkpoint's weights into the model. Batch norm may be frozen or trainable on either side.
 
-    Batch norm fits whether frozen or trainable, here and there. With `new_class_head` a head for another number of
-    classes keeps its fresh values, and a line says so. Raises UserError that says which keys differ, and what to do
-    about that where the weights are loaded: `classes_cure` for another number of classes, `model_cure` for the rest.
+    Args:
+        new_class_head: keep the model's own class head, with a note, if the numbers of classes differ.
+        classes_cure: end of the message for another number of classes: what to do.
+        model_cure: end of the message for other differences.
+    Raises: UserError that says which keys differ.
     """
     weights = model_weights(checkpoint, path)
     expected = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
