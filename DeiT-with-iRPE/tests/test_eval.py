@@ -173,5 +173,5 @@ def test_evaluation_that_is_not_finite_or_has_no_pictures_is_an_error():
     device = torch.device("cpu")
     with pytest.raises(UserError, match="loss of the evaluation is nan"):
         engine.evaluate(loader_of(torch.full((2, 3), float("nan")), torch.zeros(2).long()), torch.nn.Identity(), device)
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         engine.evaluate(loader_of(torch.zeros(0, 3), torch.zeros(0).long()), torch.nn.Identity(), device)
