@@ -15,23 +15,37 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# file in DeiT-with-iRPE → its copy in DETR-with-iRPE
+# file or folder in DeiT-with-iRPE → its copy in DETR-with-iRPE
 VENDORED = {
     "irpe.py": "models/rpe_attention/irpe.py",
     "images.py": "util/images.py",
-    "runtime.py": "util/runtime.py",
-    "watchdog.py": "util/watchdog.py",
+    "runtime": "util/runtime",
+    "codebase_import.py": "codebase_import.py",
     "run_with_submitit.py": "run_with_submitit.py",
     "tests/fill.py": "tests/fill.py",
 }
 
 
+def vendored_files(root: Path) -> list[tuple[Path, Path]]:
+    """(original, copy) of every vendored file below ``root``, with the Python files of vendored folders."""
+    pairs = []
+    for original, copy in VENDORED.items():
+        source = root / "DeiT-with-iRPE" / original
+        target = root / "DETR-with-iRPE" / copy
+        if source.is_dir():
+            pairs += [(file, target / file.relative_to(source)) for file in sorted(source.rglob("*.py"))]
+        else:
+            pairs.append((source, target))
+    return pairs
+
+
 def differing(root: Path) -> list[tuple[Path, Path]]:
     """(original, copy) of every vendored file below ``root`` whose copy is missing or differs."""
-    pairs = [
-        (root / "DeiT-with-iRPE" / original, root / "DETR-with-iRPE" / copy) for original, copy in VENDORED.items()
+    return [
+        (original, copy)
+        for original, copy in vendored_files(root)
+        if not copy.exists() or not filecmp.cmp(original, copy, False)
     ]
-    return [(original, copy) for original, copy in pairs if not copy.exists() or not filecmp.cmp(original, copy, False)]
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
@@ -45,6 +59,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         if check_only:
             print(f"{name} differs from {original.relative_to(root)}: edit the latter and run `make vendor`")
         else:
+            copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(original, copy)
             print(f"copied {original.relative_to(root)} to {name}")
     return int(check_only and bool(pairs))

@@ -1,29 +1,39 @@
 """The two loops: one epoch of training, and evaluation over a whole data set."""
 
+import functools
 import math
 import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
+from torch.utils.data import DataLoader
 
 from datasets.coco_eval import CocoEvaluator
 from datasets.panoptic_eval import PanopticEvaluator
 from util.images import notes_on
 from util.runtime import (
+    Interrupted,
+    Job,
     Progress,
+    Run,
     UserError,
     gather,
     gather_on_main,
-    get_world_size,
+    get_rank,
     print_once,
+    read_batches,
+    seed_everything,
     step_optimizer,
-    waiting,
 )
 
 SHOWN = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm", "lr")
 
 
-def named_losses(criterion, losses):
+def named_losses(criterion: nn.Module, losses: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The total, weighted losses under their names, and the bare ones with `_unscaled` (class_error as it is)."""
     weighted = {name: losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses}
     bare = {name if name == "class_error" else f"{name}_unscaled": value for name, value in losses.items()}
@@ -31,78 +41,104 @@ def named_losses(criterion, losses):
 
 
 def train_one_epoch(
-    model,
-    criterion,
-    data_loader,
-    optimizer,
-    device,
-    epoch,
-    loss_scaler,
-    max_norm=0.0,
-    amp_dtype=torch.float32,
-    run=None,
-):
-    """Train over the loader once.
+    model: nn.Module,
+    criterion: nn.Module,
+    run: Run,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    loss_scaler: torch.amp.GradScaler,
+    max_norm: float = 0.0,
+    amp_dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Train `run.epoch`, from the step where the run is to its last one.
 
     Args:
-        loss_scaler: torch.amp.GradScaler for float16; a disabled one leaves the loss alone.
+        run: has the loader, saves, and knows the signals that ask to stop.
+        loss_scaler: scales the loss of float16; a disabled one leaves it alone.
         max_norm: bound on the norm of the gradient; 0 for no bound.
-        run: runtime.Run, which says at which step to begin, saves, and may end training.
-    Returns: means of all losses, the gradient's norm and the learning rates over steps and processes.
-    Raises: UserError on all processes when a value of one is not finite, or the gradients never are.
+    Returns: means of all losses, the gradient's norm and the learning rates over steps and ranks.
+    Raises:
+        Interrupted: after a signal, once the step it came in is saved.
+        UserError: on all ranks when a value of one is not finite, or the gradients never are.
     """
     model.train()
     criterion.train()
+    job, epoch, lr = run.job, run.epoch, optimizer.param_groups[0]["lr"]
     progress = Progress(
         f"epoch {epoch}",
-        data_loader,
-        data_loader.batch_size * get_world_size(),
+        len(run.loader),
+        run.images_per_step,
         SHOWN,
-        run,
-        lr=optimizer.param_groups[0]["lr"],
+        first_step=run.first_step,
+        values=run.values,
+        group=job.training_group,
+        describe_step=functools.partial(run.describe_step, lr=lr),
+        lr=lr,
         lr_backbone=optimizer.param_groups[-1]["lr"],
     )
-    for samples, targets in progress:
-        samples, targets = to_device(samples, targets, device)
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-            outputs = model(samples)
-        losses = named_losses(criterion, criterion(outputs, targets))
-        optimizer.zero_grad()
-        loss_scaler.scale(losses["loss"]).backward()
-        loss_scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-        step_optimizer(loss_scaler, optimizer)
-        # float16's first steps overflow until the scale has come down, and the scaler leaves them out
-        norm = grad_norm.nan_to_num(posinf=0.0) if loss_scaler.is_enabled() else grad_norm
-        progress.add(**losses, grad_norm=norm)
-    print_notes(data_loader)
+    with job.training_steps():
+        for step, (samples, targets) in enumerate(read_batches(run.loader), run.first_step):
+            job.place = f"epoch {epoch}, step {step}"
+            # A resumed run draws the same numbers in this step. NumPy pads the seeds of a sample, (seed, epoch,
+            # position), with 0; the last seed of a step therefore starts at 1.
+            seed_everything(run.args.seed, epoch, step, 1 + get_rank())
+
+            samples, targets = to_device(samples, targets, device)
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+                outputs = model(samples)
+            losses = named_losses(criterion, criterion(outputs, targets))
+            optimizer.zero_grad()
+            loss_scaler.scale(losses["loss"]).backward()
+            loss_scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+            step_optimizer(loss_scaler, optimizer)
+            # float16's first steps overflow until the scale has come down, and the scaler leaves them out
+            norm = grad_norm.nan_to_num(posinf=0.0) if loss_scaler.is_enabled() else grad_norm
+            progress.step(**losses, grad_norm=norm)
+
+            signal_number = run.agreed_signal(progress.done)
+            if signal_number or run.save_is_due(progress.done):
+                run.save(progress.done, progress.read())
+            if signal_number:
+                raise Interrupted(signal_number, job.place)
+    print_notes(run.loader, job)
     return progress.averages()
 
 
 @torch.inference_mode()
 def evaluate(
-    model, criterion, postprocessors, data_loader, ground_truth, device, amp_dtype=torch.float32, output_dir=""
-):
-    """Losses, COCO's numbers and panoptic quality over every picture of the set, counted once.
+    model: nn.Module,
+    criterion: nn.Module,
+    postprocessors: Mapping[str, nn.Module],
+    data_loader: DataLoader,
+    ground_truth: COCO | None,
+    device: torch.device,
+    amp_dtype: torch.dtype = torch.float32,
+    output_dir: str = "",
+    job: Job | None = None,
+) -> tuple[dict[str, Any], COCOeval | None]:
+    """Losses, COCO's numbers and panoptic quality over every image of the set, counted once.
 
     Args:
-        model: the bare one, without DistributedDataParallel: processes may have different numbers of batches.
+        model: the bare one, without DistributedDataParallel: ranks may have different numbers of batches.
         postprocessors: `bbox`; with `segm` masks are measured too, with `panoptic` panoptic quality.
         ground_truth: pycocotools.COCO of the set; None measures neither boxes nor masks.
         output_dir: where `panoptic_eval/` goes; nothing is written without it.
-    Returns: on the main process the means of all losses over the pictures with AP, AP50 and `coco_eval_bbox`, the
-        twelve numbers, `coco_eval_masks` and PanopticEvaluator's, and the COCOeval of the boxes; on the others
-        ({}, None). Equal for any number of processes.
-    Raises: UserError when a loss is not finite.
+        job: this process's part in a job of several ranks; by default there are no others.
+    Returns: on rank 0 the means of all losses over the images with AP, AP50 and `coco_eval_bbox`, the twelve numbers,
+        `coco_eval_masks` and PanopticEvaluator's, and the COCOeval of the boxes; on the others ({}, None). Equal for
+        any number of ranks.
+    Raises:
+        Interrupted: after a signal that asks training to stop.
+        UserError: when a loss is not finite.
     """
     model.eval()
     criterion.eval()
-    evaluators, batches = {}, []
-    if ground_truth is not None:
-        evaluators = {name: CocoEvaluator(ground_truth, name) for name in ("bbox", "segm") if name in postprocessors}
-    if "panoptic" in postprocessors:
-        evaluators["panoptic"] = PanopticEvaluator(data_loader.dataset, output_dir)
-    for samples, targets in Progress("Test", data_loader, len(data_loader.dataset) / max(len(data_loader), 1)):
+    job = job or Job()
+    evaluators = _evaluators(postprocessors, data_loader, ground_truth, output_dir)
+    batches = []
+    progress = Progress("Test", len(data_loader), len(data_loader.dataset) / max(len(data_loader), 1))
+    for samples, targets in job.evaluation_steps("Test", data_loader):
         samples, targets = to_device(samples, targets, device)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             outputs = model(samples)
@@ -110,12 +146,15 @@ def evaluate(
         values = dict(zip(losses, torch.stack([value.float() for value in losses.values()]).tolist(), strict=True))
         results = postprocess(postprocessors, outputs, targets)
         batches.append((next(iter(results)), len(results), values))
-        for evaluator in evaluators.values():
-            evaluator.update(results)
-    print_notes(data_loader)
-    gathered = gather_on_main(batches)
-    stats = _average(gathered, amp_dtype) if gathered else {}
-    with waiting():  # the main process measures, and may take minutes for it
+        with job.waiting():  # the maps of panoptic_eval/ may go to a slow disk
+            for evaluator in evaluators.values():
+                evaluator.update(results)
+        progress.step()
+        job.stop_if_signalled()
+    print_notes(data_loader, job)
+    with job.waiting():  # rank 0 measures, which may take minutes
+        gathered = gather_on_main(batches)
+        stats = _average(gathered, amp_dtype) if gathered else {}
         measured = {name: evaluator.summarize() for name, evaluator in evaluators.items()}
     boxes, masks = measured.get("bbox"), measured.get("segm")
     if boxes:
@@ -125,14 +164,29 @@ def evaluate(
     return {**stats, **measured.get("panoptic", {})}, boxes
 
 
-def print_notes(data_loader):
-    """After the first pass over a loader, print what the user should know of its images. All processes call this."""
-    for note in notes_on(data_loader.dataset, gather):
+def _evaluators(
+    postprocessors: Mapping[str, nn.Module], data_loader: DataLoader, ground_truth: COCO | None, output_dir: str
+) -> dict[str, CocoEvaluator | PanopticEvaluator]:
+    evaluators = {}
+    if ground_truth is not None:
+        evaluators = {name: CocoEvaluator(ground_truth, name) for name in ("bbox", "segm") if name in postprocessors}
+    if "panoptic" in postprocessors:
+        evaluators["panoptic"] = PanopticEvaluator(data_loader.dataset, output_dir)
+    return evaluators
+
+
+def print_notes(data_loader: DataLoader, job: Job) -> None:
+    """After the first pass over a loader, print what the user should know of its images. All ranks call this."""
+    with job.waiting():
+        notes = notes_on(data_loader.dataset, gather)
+    for note in notes:
         print_once(note)
 
 
-def postprocess(postprocessors, outputs, targets):
-    """Picture id → what was found in it, of every postprocessor: `scores`, `labels`, `boxes`, `masks`, `panoptic`."""
+def postprocess(
+    postprocessors: Mapping[str, nn.Module], outputs: Mapping[str, torch.Tensor], targets: Sequence[dict]
+) -> dict[int, dict[str, Any]]:
+    """Image id → what was found in it, of every postprocessor: `scores`, `labels`, `boxes`, `masks`, `panoptic`."""
     ids, sizes, processed = (torch.stack([t[name] for t in targets]) for name in ("image_id", "orig_size", "size"))
     results = postprocessors["bbox"](outputs, sizes)
     if "segm" in postprocessors:
@@ -143,13 +197,13 @@ def postprocess(postprocessors, outputs, targets):
     return dict(zip(ids.tolist(), results, strict=True))
 
 
-def _average(gathered, amp_dtype):
-    """Print and return the mean over the pictures, summed in the set's order so that the last digit is the same."""
+def _average(gathered: list[list[tuple]], amp_dtype: torch.dtype) -> dict[str, float]:
+    """Print and return the mean over the images, summed in the set's order so that the last digit is the same."""
     batches = sorted((batch for batches in gathered for batch in batches), key=lambda batch: batch[0])
     columns = {name: [values[name] for _, _, values in batches] for name in batches[0][2]}
-    pictures = [count for _, count, _ in batches]
+    counts = [count for _, count, _ in batches]
     means = {
-        name: sum(value * count for value, count in zip(column, pictures, strict=True)) / sum(pictures)
+        name: sum(value * count for value, count in zip(column, counts, strict=True)) / sum(counts)
         for name, column in columns.items()
     }
     print_once(
@@ -164,7 +218,9 @@ def _average(gathered, amp_dtype):
     return means
 
 
-def to_device(samples, targets, device):
+def to_device(
+    samples: Any, targets: Sequence[dict[str, torch.Tensor]], device: torch.device
+) -> tuple[Any, list[dict[str, torch.Tensor]]]:
     """Batch and targets on the device, copied without waiting where memory is pinned."""
     move = {"device": device, "non_blocking": True}
     return samples.to(**move), [{name: value.to(**move) for name, value in target.items()} for target in targets]

@@ -1,15 +1,21 @@
-"""Train DETR with iRPE on a set in COCO's format, or evaluate it."""
+"""Train DETR with iRPE on a data set in COCO's format, or evaluate it."""
 
 import argparse
 import datetime
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 
 from datasets import build_dataset, eval_loader, train_loader
 from datasets.coco import check_categories, check_same_sets, note_category_ids, note_measures, note_objects
@@ -18,32 +24,33 @@ from models import NUM_CLASSES, build_model, parse_enc_rpe2d
 from models.compiled import compile_detector
 from util import runtime
 from util.checkpoint import CLASSES_CURE, TrainingState, load_weights
-from util.runtime import UserError, print_once
+from util.runtime import Checkpoint, Job, UserError, print_once
 
 
-def get_args_parser():
-    parser = argparse.ArgumentParser("DETR with iRPE", add_help=False)
+def get_args_parser() -> argparse.ArgumentParser:
+    """Parser of all flags, to be given to `runtime.ArgumentParser` as a parent."""
+    parser = runtime.ArgumentParser("DETR with iRPE", add_help=False)
     add = parser.add_argument_group("training").add_argument
     add("--lr", default=1e-4, type=float)
-    add("--lr_backbone", default=1e-5, type=float, help="0 keeps the backbone as it is")
-    add("--batch_size", default=2, type=int, help="pictures a step, of each process")
+    add("--lr_backbone", default=1e-5, type=float, help="0 freezes the backbone")
+    add("--batch_size", default=2, type=int, help="images per step and rank")
     add("--weight_decay", default=1e-4, type=float)
     add("--epochs", default=300, type=int)
-    add("--lr_drop", default=200, type=int, help="the rates fall to a tenth after every so many epochs")
-    add("--clip_max_norm", default=0.1, type=float, help="bound on the gradient's norm, 0 for none")
+    add("--lr_drop", default=200, type=int, help="divide the learning rates by 10 every so many epochs")
+    add("--clip_max_norm", default=0.1, type=float, help="maximum norm of the gradient; 0 for no limit")
     add(
         "--amp_dtype",
         default="float32",
         choices=("float32", "bfloat16", "float16"),
-        help="mixed precision in this type; float32 switches it off",
+        help="data type of mixed precision; float32 switches it off",
     )
-    add("--no_augmentation", action="store_true", help="train on the pictures as evaluation sees them")
+    add("--no_augmentation", action="store_true", help="train on images prepared as for evaluation")
     add(
         "--eval_every",
         default=1,
         type=int,
         metavar="EPOCHS",
-        help="evaluate after every so many epochs, and after the last",
+        help="evaluate every so many epochs, and after the last one",
     )
 
     add = parser.add_argument_group("model").add_argument
@@ -51,15 +58,15 @@ def get_args_parser():
     add(
         "--no_pretrained_backbone",
         action="store_true",
-        help="start the backbone from random weights and train all of it, batch norm included",
+        help="initialize the backbone randomly and train all of it, including batch norm",
     )
-    add("--dilation", action="store_true", help="DC5: dilate the last stage instead of its stride")
+    add("--dilation", action="store_true", help="DC5: replace the stride of the last stage with a dilation")
     add(
         "--last_stride",
         default=2,
         type=int,
         choices=(1, 2),
-        help="stride of the backbone's last stage; 1 gives a finer map (16 pixels a token, not 32)",
+        help="stride of the backbone's last stage; 1 gives a finer feature map (16 pixels per token instead of 32)",
     )
     add("--position_embedding", default="sine", choices=("sine", "learned"))
     add("--enc_layers", default=6, type=int)
@@ -68,21 +75,29 @@ def get_args_parser():
     add("--hidden_dim", default=256, type=int)
     add("--dropout", default=0.1, type=float)
     add("--nheads", default=8, type=int)
-    add("--num_queries", default=100, type=int, help="the most objects found in a picture")
+    add("--num_queries", default=100, type=int, help="maximum number of detections per image")
     add("--pre_norm", action="store_true")
-    add("--enc_rpe2d", default="", help="relative positions in the encoder, as rpe-2.0-product-ctx-1-k")
+    add("--enc_rpe2d", default="", help="relative position encoding in the encoder, such as rpe-2.0-product-ctx-1-k")
     add(
         "--num_classes",
         type=int,
-        help="highest category id + 1; read from the annotations if not given, and at least 250 for coco_panoptic",
+        help="highest category id + 1; by default read from the annotations, and at least 250 for coco_panoptic",
     )
-    add("--masks", action="store_true", help="draw a mask for every object")
+    add("--masks", action="store_true", help="predict a mask for every object")
     add(
-        "--frozen_weights", type=str, metavar="FILE", help="with --masks: the detector under them, which stays as it is"
+        "--frozen_weights",
+        type=str,
+        metavar="FILE",
+        help="with --masks: checkpoint of the detector, which stays frozen",
     )
 
     add = parser.add_argument_group("loss").add_argument
-    add("--no_aux_loss", dest="aux_loss", action="store_false", help="no losses for the earlier decoder layers")
+    add(
+        "--no_aux_loss",
+        dest="aux_loss",
+        action="store_false",
+        help="train without losses for the earlier decoder layers",
+    )
     add("--set_cost_class", default=1, type=float)
     add("--set_cost_bbox", default=5, type=float)
     add("--set_cost_giou", default=2, type=float)
@@ -90,25 +105,28 @@ def get_args_parser():
     add("--giou_loss_coef", default=2, type=float)
     add("--mask_loss_coef", default=1, type=float)
     add("--dice_loss_coef", default=1, type=float)
-    add("--eos_coef", default=0.1, type=float, help="weight of no-object in the classification")
+    add("--eos_coef", default=0.1, type=float, help="weight of the no-object class in the classification loss")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_file", default="coco", help="coco, or coco_panoptic for things and stuff")
-    add("--coco_path", type=str, help="the folder with annotations/, train2017 and val2017")
-    add("--coco_panoptic_path", type=str, help="the folder with annotations/, panoptic_train2017 and panoptic_val2017")
-    add("--remove_difficult", action="store_true", help="train without objects marked difficult")
+    add("--coco_path", type=str, help="folder with annotations/, train2017 and val2017")
+    add("--coco_panoptic_path", type=str, help="folder with annotations/, panoptic_train2017 and panoptic_val2017")
+    add("--remove_difficult", action="store_true", help="train without objects that are marked as difficult")
     add(
-        "--short_side", default=800, type=int, help="of the pictures in evaluation; the sizes of training scale with it"
+        "--short_side",
+        default=800,
+        type=int,
+        help="of the images in evaluation, in pixels; the sizes in training scale with it",
     )
     add("--num_workers", default=4, type=int)
     add(
         "--eval_batch_size",
         type=int,
-        help="pictures a batch in evaluation, --batch_size if not given; 1 pads none of them",
+        help="images per batch in evaluation; by default --batch_size; with 1, no image is padded",
     )
 
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default="", help="where checkpoints and logs go; nothing is written without it")
+    add("--output_dir", default="", help="folder for checkpoints and logs; without it, nothing is written")
     add("--device", default="cuda")
     add(
         "--compile",
@@ -120,33 +138,80 @@ def get_args_parser():
     add(
         "--resume",
         default="",
-        help="checkpoint (file or URL) to go on from, or to evaluate; auto "
-        "takes the last one in --output_dir, and starts anew if there is none",
+        help="checkpoint (file or URL) to resume from, or to evaluate; auto "
+        "takes the newest one in --output_dir, and starts a new run if there is none",
     )
-    add("--save_every", default=0, type=int, metavar="STEPS", help="save within an epoch too, after so many steps")
+    add("--save_every", default=0, type=int, metavar="STEPS", help="also save within an epoch, every so many steps")
     add(
         "--step_timeout",
         default=60,
         type=int,
         metavar="SECONDS",
-        help="a process that waits so long in a training step for another, or for a picture, ends the run",
+        help="end the run if a rank waits this long for another rank or for an image in a training step",
     )
     add(
         "--finetune",
         action="store_true",
-        help="start a new run from the weights of --resume, with a new class head if it needs one",
+        help="start a new run from the weights of --resume, with a new class head if the classes differ",
     )
-    add("--start_epoch", default=0, type=int)
-    add("--eval", action="store_true")
-    add("--world_size", default=1, type=int)
-    add("--dist_url", default="env://")
+    add("--start_epoch", default=0, type=int, help="first epoch, unless --resume gives it")
+    add("--eval", action="store_true", help="evaluate only")
+    add("--world_size", default=1, type=int, help="number of ranks; the launcher sets it")
+    add("--dist_url", default="env://", help="address at which the ranks meet")
     # given by torch.distributed.launch without --use_env; the rank itself is read from the environment
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
-def check_args(args, needs_data=True):
-    """Raise UserError for flags that cannot work, before anything is read or built."""
+# The least values of flags.
+_AT_LEAST_1 = (
+    "batch_size",
+    "short_side",
+    "dec_layers",
+    "num_queries",
+    "eval_every",
+    "lr_drop",
+    "hidden_dim",
+    "nheads",
+    "dim_feedforward",
+    "eval_batch_size",
+    "step_timeout",
+)
+_AT_LEAST_0 = (
+    "enc_layers",
+    "num_workers",
+    "start_epoch",
+    "epochs",
+    "seed",
+    "save_every",
+    "lr",
+    "lr_backbone",
+    "weight_decay",
+    "dropout",
+    "clip_max_norm",
+    "eos_coef",
+    "bbox_loss_coef",
+    "giou_loss_coef",
+    "mask_loss_coef",
+    "dice_loss_coef",
+)
+
+
+def check_args(args: argparse.Namespace, needs_data: bool = True) -> None:
+    """Raise UserError for flags that cannot work, before anything is read or built.
+
+    Args:
+        needs_data: whether the flags of the data set must be there too.
+    """
+    _check_data_flags(args, needs_data)
+    _check_start_flags(args)
+    _check_ranges(args)
+    if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "rows"):
+        raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or rows, or not be set")
+    parse_enc_rpe2d(args.enc_rpe2d)
+
+
+def _check_data_flags(args: argparse.Namespace, needs_data: bool) -> None:
     if args.dataset_file not in NUM_CLASSES:
         raise UserError(
             f"--dataset_file {args.dataset_file} is not known: coco reads any set in COCO's format, and "
@@ -158,6 +223,9 @@ def check_args(args, needs_data=True):
         raise UserError(
             "--coco_panoptic_path is missing: the folder with annotations/, panoptic_train2017 and panoptic_val2017"
         )
+
+
+def _check_start_flags(args: argparse.Namespace) -> None:
     if args.frozen_weights and not args.masks:
         raise UserError(
             "--frozen_weights is the detector under masks: add --masks to learn them, or say --resume FILE "
@@ -165,62 +233,31 @@ def check_args(args, needs_data=True):
         )
     if args.finetune and args.resume in ("", "auto"):
         raise UserError("--finetune needs the weights to start from: say --resume FILE")
-    for name in (
-        "batch_size",
-        "short_side",
-        "dec_layers",
-        "num_queries",
-        "eval_every",
-        "lr_drop",
-        "hidden_dim",
-        "nheads",
-        "dim_feedforward",
-        "eval_batch_size",
-        "step_timeout",
-    ):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    for name in (
-        "enc_layers",
-        "num_workers",
-        "start_epoch",
-        "epochs",
-        "seed",
-        "save_every",
-        "lr",
-        "lr_backbone",
-        "weight_decay",
-        "dropout",
-        "clip_max_norm",
-        "eos_coef",
-        "bbox_loss_coef",
-        "giou_loss_coef",
-        "mask_loss_coef",
-        "dice_loss_coef",
-    ):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 0")
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    for least, names in ((1, _AT_LEAST_1), (0, _AT_LEAST_0)):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not value >= least:
+                raise UserError(f"--{name} is {value}; it must be at least {least}")
     if args.dropout > 1:
-        raise UserError(f"--dropout is {args.dropout}; it is a share, at most 1")
+        raise UserError(f"--dropout is {args.dropout}; it is a probability, at most 1")
     if not (args.set_cost_class or args.set_cost_bbox or args.set_cost_giou):
-        raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: one at least must be above")
-    if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "rows"):
-        raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or rows, or not be set")
-    parse_enc_rpe2d(args.enc_rpe2d)
+        raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: at least one must be above 0")
 
 
-def build_datasets(args):
-    """Training set (None with --eval) and evaluation set; fills in `args.num_classes` and `args.is_thing_map`."""
+def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset]:
+    """The training set (None with --eval) and the evaluation set, after checks that they fit the flags and each other.
+
+    Raises: UserError for categories that do not fit.
+    """
     val_set = build_dataset("val", args)
-    args.is_thing_map = getattr(val_set, "is_thing_map", None)
     train_set = None if args.eval else build_dataset("train", args)
     datasets = [dataset for dataset in (train_set, val_set) if dataset]
-    if args.num_classes is None:
-        args.num_classes = max(dataset.num_classes for dataset in datasets)
-        if args.dataset_file == "coco_panoptic":  # as the released models have it
-            args.num_classes = max(args.num_classes, NUM_CLASSES["coco_panoptic"])
+    num_classes = number_of_classes(args, datasets)
     for dataset in datasets:
-        check_categories(dataset, args.num_classes)
+        check_categories(dataset, num_classes)
         note_objects(dataset, args.num_queries, learns=dataset is train_set)
     note_category_ids(max(datasets, key=lambda dataset: dataset.num_classes))
     if train_set:
@@ -228,7 +265,16 @@ def build_datasets(args):
     return train_set, val_set
 
 
-def build_optimizer(model, args):
+def number_of_classes(args: argparse.Namespace, datasets: Sequence[Dataset]) -> int:
+    """`--num_classes`, or else the highest category id of the data sets + 1."""
+    if args.num_classes is not None:
+        return args.num_classes
+    counted = max(dataset.num_classes for dataset in datasets)
+    # The released panoptic models have outputs for so many classes.
+    return max(counted, NUM_CLASSES["coco_panoptic"]) if args.dataset_file == "coco_panoptic" else counted
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW, the backbone at its own rate."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return torch.optim.AdamW(
@@ -241,7 +287,7 @@ def build_optimizer(model, args):
     )
 
 
-def save_precision(measured, output_dir, names):
+def save_precision(measured: COCOeval | None, output_dir: str, names: Sequence[str]) -> None:
     """Write the arrays behind the twelve numbers: precision (T, R, K, A, M), recall (T, K, A, M) and their axes."""
     if not (measured and output_dir):
         return
@@ -260,20 +306,27 @@ def save_precision(measured, output_dir, names):
             torch.save(arrays, file)
 
 
-def share_buffers(model):
-    """Give all processes the main one's statistics of batch norm, which are saved: each saw another last batch."""
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the statistics of batch norm of rank 0, which are saved: each rank saw another last batch."""
     if dist.is_initialized():
-        with runtime.waiting():
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
-def train(run, state, criterion, postprocessors, val_loader, ground_truth, device):
+def train(
+    run: runtime.Run,
+    state: TrainingState,
+    criterion: nn.Module,
+    postprocessors: dict[str, nn.Module],
+    val_loader: DataLoader,
+    ground_truth: COCO | None,
+    device: torch.device,
+) -> None:
     """All epochs, each followed by an evaluation, a line of the log and a checkpoint."""
-    args, model = run.args, state.model
+    args, job, model = run.args, run.job, state.model
     if args.distributed:
         model = DistributedDataParallel(
-            model, [device] if device.type == "cuda" else None, process_group=runtime.training_group
+            model, [device] if device.type == "cuda" else None, process_group=job.training_group
         )
     amp_dtype = getattr(torch, args.amp_dtype)
     n_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
@@ -281,48 +334,63 @@ def train(run, state, criterion, postprocessors, val_loader, ground_truth, devic
         trained = train_one_epoch(
             model,
             criterion,
-            run.loader,
+            run,
             state.optimizer,
             device,
-            epoch,
             state.loss_scaler,
             args.clip_max_norm,
             amp_dtype,
-            run,
         )
-        share_buffers(state.model)
+        with job.waiting():
+            share_buffers(state.model)
         state.lr_scheduler.step()
         values = {f"train_{name}": value for name, value in trained.items()}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             stats, measured = evaluate(
-                state.model, criterion, postprocessors, val_loader, ground_truth, device, amp_dtype, args.output_dir
+                state.model,
+                criterion,
+                postprocessors,
+                val_loader,
+                ground_truth,
+                device,
+                amp_dtype,
+                args.output_dir,
+                job,
             )
-            names = ["eval/latest.pth"] + [f"eval/{epoch:03}.pth"] * (epoch % 50 == 0)
+            names = ["eval/latest.pth"]
+            if epoch % 50 == 0:
+                names.append(f"eval/{epoch:03}.pth")
             try:
-                save_precision(measured, args.output_dir, names)
+                with job.waiting():
+                    save_precision(measured, args.output_dir, names)
             except UserError as error:
                 print_once(f"note: {error}: training goes on")
             values.update({f"test_{name}": value for name, value in stats.items()})
         run.save(row={**values, "epoch": epoch, "n_parameters": n_parameters})
 
 
-def take_weights(state, args):
-    """Bring the state to where the flags say that the run starts; returns the epoch and what has been done of it."""
+def take_weights(
+    state: TrainingState, args: argparse.Namespace, checkpoint: Checkpoint | None
+) -> tuple[int, dict[str, Any] | None]:
+    """Bring the state to where the flags say that the run starts; returns the epoch and the progress in it.
+
+    Args:
+        checkpoint: of `--resume`.
+    """
     place = None
-    if args.frozen_weights and not args.resume:
+    if args.frozen_weights and not checkpoint:
         load_weights(
             state.model.detr,
             runtime.load_checkpoint(args.frozen_weights),
             args.frozen_weights,
             classes_cure=f"{CLASSES_CURE}, or give --frozen_weights a detector of this set",
         )
-    if args.resume and not (args.eval or args.finetune):
-        place = state.resume(args.resume, args)
-    elif args.resume:
-        checkpoint = runtime.load_checkpoint(args.resume)
-        load_weights(state.model, checkpoint, args.resume, args.finetune)
+    if checkpoint and not (args.eval or args.finetune):
+        place = state.resume(checkpoint, args)
+    elif checkpoint:
+        load_weights(state.model, checkpoint.content, checkpoint.path, args.finetune)
         if not args.finetune:
-            state.check_categories(checkpoint, args.resume)
+            state.check_categories(checkpoint.content, checkpoint.path)
     elif args.eval:
         part = "mask head" if args.frozen_weights else "model"
         print_once(f"note: --eval without --resume measures a {part} with random weights")
@@ -331,71 +399,98 @@ def take_weights(state, args):
     return place or (args.start_epoch, None)
 
 
-def main(args):
+def main(args: argparse.Namespace) -> dict[str, Any] | None:
     """Run the command line; returns what `evaluate` measured if that was all that was asked."""
     check_args(args)
     if not args.eval:
         runtime.need_signals("training", *runtime.STOPPING)
-    device = runtime.find_place(args)
+    device = runtime.find_device(args.device, args.world_size)
     if args.compile:
         runtime.check_compiler(device)
-    runtime.prepare_output_dir(args.output_dir)
-    with runtime.output_lock(args.output_dir):
-        runtime.meet(args, runtime.step_timeout(args))
-        return train_or_evaluate(args, device)
+    with Job(args.dist_url, runtime.step_timeout(args)) as job:
+        runtime.prepare_output_dir(args.output_dir)
+        with runtime.output_lock(args.output_dir):
+            job.meet()
+            return train_or_evaluate(args, job, device)
 
 
-def train_or_evaluate(args, device):
-    """What `main` does, once the flags are checked and the output directory is this job's."""
-    goes_on = bool(args.resume) and not args.finetune
-    if args.resume == "auto":
-        args.resume = runtime.newest_checkpoint(args.output_dir, needed=args.eval)
+def train_or_evaluate(args: argparse.Namespace, job: Job, device: torch.device) -> dict[str, Any] | None:
+    """What `main` does once the flags are checked, the ranks have met and the output directory is this job's."""
+    checkpoint = runtime.checkpoint_to_resume(args.resume, args.output_dir, needed=args.eval)
     torch.manual_seed(args.seed)
     train_set, val_set = build_datasets(args)
-    model, criterion, postprocessors = build_model(args)
+    settings = run_settings(args, checkpoint, [dataset for dataset in (train_set, val_set) if dataset])
+    model, criterion, postprocessors = build_model(settings)
     model.to(device)
     criterion.to(device)
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, settings)
     state = TrainingState(
         model,
         optimizer,
-        torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
-        torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "float16"),
+        torch.optim.lr_scheduler.StepLR(optimizer, settings.lr_drop),
+        torch.amp.GradScaler(device.type, enabled=settings.amp_dtype == "float16"),
         (train_set or val_set).categories,
     )
-    epoch, progress = take_weights(state, args)
-    loader = None if args.eval else train_loader(train_set, args)
-    val_loader, ground_truth = eval_loader(val_set, args), val_set.ground_truth()
+    epoch, progress = take_weights(state, settings, checkpoint)
+    del checkpoint  # its memory is needed for training
+    loader = None if settings.eval else train_loader(train_set, settings)
+    val_loader, ground_truth = eval_loader(val_set, settings), val_set.ground_truth()
     if ground_truth:
         note_measures(ground_truth, val_set.instances)
-    if args.compile:
+    if settings.compile:
         compile_detector(model)
-    runtime.init_distributed(args, runtime.step_timeout(args))
-    if args.eval:
-        if args.output_dir and "panoptic" in postprocessors:
-            runtime.prepare_output_dir(os.path.join(args.output_dir, "panoptic_eval"))  # these files are asked for
-        stats, measured = evaluate(
-            model,
-            criterion,
-            postprocessors,
-            val_loader,
-            ground_truth,
-            device,
-            getattr(torch, args.amp_dtype),
-            args.output_dir,
-        )
+    job.connect(device)
+    criterion.training_group = job.training_group
+    if settings.eval:
+        return evaluate_only(settings, job, model, criterion, postprocessors, val_loader, ground_truth, device)
+    started = time.perf_counter()
+    log = runtime.RunLog(args.output_dir, epoch if args.resume and not args.finetune else None)
+    with runtime.Run(settings, job, log, state.save, loader, epoch, progress) as run:
+        train(run, state, criterion, postprocessors, val_loader, ground_truth, device)
+    print_once(f"Training took {datetime.timedelta(seconds=round(time.perf_counter() - started))}")
+    return None
+
+
+def run_settings(
+    args: argparse.Namespace, checkpoint: Checkpoint | None, datasets: Sequence[Dataset]
+) -> argparse.Namespace:
+    """A copy of the flags, completed with what the launcher, the checkpoint and the data sets say.
+
+    `rank`, `world_size` and `distributed` are this process's place in the job. `resume` is the path that `auto` stands
+    for ("" for none). `num_classes` is a number, and `is_thing_map` says which category ids of a panoptic set are
+    things (None for other sets).
+    """
+    settings = runtime.with_place(args)
+    settings.resume = checkpoint.path if checkpoint else ""
+    settings.num_classes = number_of_classes(args, datasets)
+    settings.is_thing_map = getattr(datasets[-1], "is_thing_map", None)
+    return settings
+
+
+def evaluate_only(
+    args: argparse.Namespace,
+    job: Job,
+    model: nn.Module,
+    criterion: nn.Module,
+    postprocessors: dict[str, nn.Module],
+    val_loader: DataLoader,
+    ground_truth: COCO | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Evaluate, and with `--output_dir` write eval.json, eval.pth and, of a panoptic model, panoptic_eval/ there."""
+    if args.output_dir and "panoptic" in postprocessors:
+        runtime.prepare_output_dir(os.path.join(args.output_dir, "panoptic_eval"))
+    amp_dtype = getattr(torch, args.amp_dtype)
+    stats, measured = evaluate(
+        model, criterion, postprocessors, val_loader, ground_truth, device, amp_dtype, args.output_dir, job
+    )
+    with job.waiting():
         save_precision(measured, args.output_dir, ["eval.pth"])
         if args.output_dir and runtime.get_rank() == 0:
             path = Path(args.output_dir, "eval.json")
             with runtime.writing(path):
                 path.write_text(json.dumps(stats))
-        return stats
-    started = time.perf_counter()
-    log = runtime.RunLog(args.output_dir, epoch if goes_on else None)
-    with runtime.Run(args, log, state.save, epoch, progress, loader) as run:
-        train(run, state, criterion, postprocessors, val_loader, ground_truth, device)
-    print_once(f"Training took {datetime.timedelta(seconds=round(time.perf_counter() - started))}")
-    return None
+    return stats
 
 
 if __name__ == "__main__":

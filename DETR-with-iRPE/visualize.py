@@ -286,7 +286,7 @@ def main(args: argparse.Namespace, argv: Sequence[str] | None = None) -> None:
             f"two images of --image are named {repeated[0]}, and so would be their drawings: draw them "
             "into different folders"
         )
-    device = runtime.init_distributed(args)
+    device = runtime.find_device(args.device, args.world_size)
     runtime.prepare_output_dir(args.output_dir)
     args, model, postprocessors, names = load_model(args, argv)
     model.to(device)

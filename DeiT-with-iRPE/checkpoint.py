@@ -1,4 +1,4 @@
-"""What a checkpoint holds and how it comes back: resuming a run, or starting another model from its weights."""
+"""What a checkpoint contains, how a run resumes from it, and how another model starts from its weights."""
 
 import argparse
 import math
@@ -17,13 +17,16 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import runtime
-from runtime import UserError, key_differences, load_checkpoint, model_weights, print_once, replacing
+from runtime import Checkpoint, UserError, key_differences, load_checkpoint, model_weights, print_once, replacing
 
 
 @dataclass
 class TrainingState:
-    """Everything that changes in training; ``model`` is the bare one, without DistributedDataParallel. ``classes`` are
-    the names of the classes by their numbers."""
+    """Everything that changes in training.
+
+    ``model`` is the bare one, without DistributedDataParallel. ``classes`` are the names of the classes in the order
+    of their ids.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -36,8 +39,12 @@ class TrainingState:
     def save(
         self, path: str | os.PathLike, epoch: int, args: argparse.Namespace, progress: dict[str, Any] | None = None
     ) -> None:
-        """Write the state after ``epoch`` in the format of the released checkpoints, the best top-1 so far and the
-        names of the classes. Within ``epoch`` there is also the ``progress`` in it."""
+        """Write the state in the format of the released checkpoints, with the best top-1 and the names of the classes.
+
+        Args:
+            epoch: the epoch that is done, or with ``progress`` the one that is being trained.
+            progress: what of the epoch is done, as in ``runtime.resume_point``.
+        """
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
             raise UserError("the weights are not finite and are not saved")
         state = {
@@ -54,52 +61,66 @@ class TrainingState:
         with replacing(path, keep_previous=True) as file:
             torch.save(state | ({"progress": progress} if progress else {}), file)
 
-    def resume(self, path: str, args: argparse.Namespace) -> tuple[int, dict | None] | None:
-        """Take over what the checkpoint holds; returns the epoch to train and the progress in it, None if it holds
-        weights only.
+    def resume(self, checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[int, dict | None] | None:
+        """Take over what the checkpoint holds.
 
-        Averages that the checkpoint lacks start from its weights. Raises ``UserError`` if it belongs to another
-        model, or to an optimizer or schedule other than those of ``args``, or is damaged.
+        An average of the weights that the checkpoint lacks starts from its weights.
+
+        Returns: the epoch to train and the progress in it; None if the checkpoint holds weights only.
+        Raises: UserError if it is damaged, or belongs to another model, or to an optimizer or schedule other than those
+            of ``args``.
         """
-        checkpoint = load_checkpoint(path)
-        weights = load_weights(self.model, checkpoint, path, or_else=", or give it to --finetune for a new head")
-        check_classes(checkpoint, path, self.classes)
+        path, content = checkpoint.path, checkpoint.content
+        weights = load_weights(self.model, content, path, or_else=", or give it to --finetune for a new head")
+        check_classes(content, path, self.classes)
         if self.model_ema:
-            averages = model_weights(checkpoint, path, "model_ema") if checkpoint.get("model_ema") else weights
+            averages = model_weights(content, path, "model_ema") if content.get("model_ema") else weights
             _load(self.model_ema.module, averages, path, " in its 'model_ema'")
-        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+        if "optimizer" not in content or "epoch" not in content:
             print_once(f"note: {path} holds weights only; the optimizer starts anew")
-            _note_values_kept(path, args, checkpoint, None, {})
+            _note_values_kept(path, args, content, None, {})
             return None
-        _check_same_flags(checkpoint.get("args"), args, path)
+        _check_same_flags(checkpoint.args, args, path)
         asked = _kept_values(self.optimizer, self.lr_scheduler)
-        try:
-            if not hasattr(checkpoint.get("args"), "opt"):
-                _check_hyperparameters(self.optimizer, checkpoint["optimizer"])
-            _load_optimizer_state(self.optimizer, checkpoint["optimizer"])
-        except _MISFITS as error:
-            raise UserError(f"the optimizer in {path} is not --opt {args.opt} of this model: {error}") from error
-        try:
-            if self.lr_scheduler and checkpoint.get("lr_scheduler"):
-                _load_scheduler_state(self.lr_scheduler, checkpoint["lr_scheduler"])
-            if checkpoint.get("scaler"):
-                self.loss_scaler.load_state_dict(checkpoint["scaler"])
-            self.max_accuracy = float(checkpoint.get("max_accuracy", 0.0))
-            epoch, progress = runtime.resume_point(checkpoint)
-            kept = _kept_values(self.optimizer, self.lr_scheduler)
-        except _MISFITS as error:
-            raise UserError(
-                f"the schedule in {path} is not --sched {args.sched}, or the file is damaged: {error}"
-            ) from error
+        self._resume_optimizer(checkpoint, args)
+        epoch, progress = self._resume_schedule(checkpoint, args)
+        kept = _kept_values(self.optimizer, self.lr_scheduler)
         if isinstance(self.lr_scheduler, PlateauLRScheduler) and epoch <= self.lr_scheduler.warmup_t:
             del kept["lr"]  # the rest of the warm-up leads to the rate of the flags
         values = {flag: (asked[flag], kept[flag]) for flag in asked if flag in kept}
-        _note_values_kept(path, args, checkpoint, epoch, values)
+        _note_values_kept(path, args, content, epoch, values)
         return epoch, progress
+
+    def _resume_optimizer(self, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+        state = checkpoint.content["optimizer"]
+        try:
+            if not hasattr(checkpoint.args, "opt"):
+                _check_hyperparameters(self.optimizer, state)
+            _load_optimizer_state(self.optimizer, state)
+        except _MISFITS as error:
+            raise UserError(
+                f"the optimizer in {checkpoint.path} is not --opt {args.opt} of this model: {error}"
+            ) from error
+
+    def _resume_schedule(self, checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[int, dict | None]:
+        """Take over the schedule, the loss scale and the best accuracy; returns the epoch and the progress in it."""
+        content = checkpoint.content
+        try:
+            if self.lr_scheduler and content.get("lr_scheduler"):
+                _load_scheduler_state(self.lr_scheduler, content["lr_scheduler"])
+            if content.get("scaler"):
+                self.loss_scaler.load_state_dict(content["scaler"])
+            self.max_accuracy = float(content.get("max_accuracy", 0.0))
+            _kept_values(self.optimizer, self.lr_scheduler)  # a damaged schedule may lack one of them
+            return runtime.resume_point(content)
+        except _MISFITS as error:
+            raise UserError(
+                f"the schedule in {checkpoint.path} is not --sched {args.sched}, or the file is damaged: {error}"
+            ) from error
 
 
 def check_classes(checkpoint: Mapping[str, Any], path: str, classes: Sequence[str]) -> None:
-    """Raise ``UserError`` if the checkpoint, where it has names of classes, means others by the data set's numbers."""
+    """Raise ``UserError`` if the checkpoint names its classes and they differ from those of the data set."""
     saved = checkpoint.get("classes") or []
     if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
         raise UserError(f"checkpoint {path} is damaged: its classes are not a list of names")
@@ -113,16 +134,20 @@ def check_classes(checkpoint: Mapping[str, Any], path: str, classes: Sequence[st
         )
 
 
-def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], path: str) -> None:
-    """Set ``args.rpe`` and ``args.model_kwargs`` as the checkpoint was trained with, if it says so.
+def with_model_flags(args: argparse.Namespace, checkpoint: Checkpoint) -> argparse.Namespace:
+    """A copy of the flags with the ``rpe`` and ``model_kwargs`` of the checkpoint's run, if the checkpoint has them.
 
-    Raises ``UserError`` if they are said and differ. Another size of pictures is noted where no positions tell of it.
+    A note reports another image size if the model has no absolute positions, which would not fit.
+
+    Raises: UserError if ``args`` has other values for them.
     """
-    size = getattr(checkpoint.get("args"), "input_size", args.input_size)
-    if size != args.input_size and "pos_embed" not in model_weights(checkpoint, path):
+    path, saved = checkpoint.path, checkpoint.args
+    size = getattr(saved, "input_size", args.input_size)
+    if size != args.input_size and "pos_embed" not in model_weights(checkpoint.content, path):
         print_once(f"note: {path} was trained with --input-size {size}, and this is with {args.input_size}")
+    flags = {}
     for name, flag, kind in (("rpe", "--rpe", str), ("model_kwargs", "--model-kwargs", dict)):
-        before, now = getattr(checkpoint.get("args"), name, None), getattr(args, name)
+        before, now = getattr(saved, name, None), getattr(args, name)
         if not isinstance(before, (kind, type(None))):
             raise UserError(f"checkpoint {path} is damaged: its {flag} is {before!r}")
         if before is not None and now and now != before:
@@ -130,19 +155,20 @@ def take_model_flags(args: argparse.Namespace, checkpoint: Mapping[str, Any], pa
                 f"{path} was trained with {flag} {before or 'left out'}, not with {now}: leave it out"
                 + ("" if args.eval else ", or use --finetune for a new run from its weights")
             )
-        setattr(args, name, now or before or kind())
+        flags[name] = now or before or kind()
+    return argparse.Namespace(**{**vars(args), **flags})
 
 
-# A resumed run follows main.py's flags but for --lr, the schedule's length in --epochs (see _kept_values) and the flags
-# in these three tables: their values come from the checkpoint. Of --seed that is the schedule's noise alone.
-# Flags that the optimizer holds: the names of their values in the groups of timm's optimizers.
+# A resumed run follows the flags of main.py, except --lr, the length of the schedule in --epochs (see _kept_values) and
+# the flags in these three tables, whose values come from the checkpoint. Of --seed, only the schedule's noise does.
+# Flags whose values are in the optimizer: their names in the parameter groups of timm's optimizers.
 OPTIMIZER_FLAGS = {
     "weight_decay": ("weight_decay",),
     "opt_betas": ("betas", "beta1"),
     "opt_eps": ("eps",),
     "momentum": ("momentum",),
 }
-# Flags that the schedule holds: the names of their values in timm's schedules, or in PyTorch's plateau in one of them.
+# Flags whose values are in the schedule: their names in timm's schedules, or in PyTorch's plateau schedule.
 SCHEDULE_FLAGS = {
     "warmup_epochs": ("warmup_t",),
     "warmup_lr": ("warmup_lr_init",),
@@ -156,16 +182,16 @@ SCHEDULE_FLAGS = {
     "lr_noise_std": ("noise_std",),
     "seed": ("noise_seed",),
 }
-# Flags that only say how a run begins, and the values that ask for nothing.
+# Flags that matter only at the start of a run, with the values that ask for nothing.
 START_FLAGS = {"pretrained": False, "finetune": "", "start_epoch": 0}
 
 
 def _kept_values(optimizer: torch.optim.Optimizer, scheduler: Scheduler | None) -> dict[str, Any]:
     """The values of the flags that a checkpoint keeps, as far as this optimizer and this schedule have them.
 
-    They are read from the states, not from the checkpoint's ``args``: these are missing from some files, say nothing of
-    a rate that was scaled with another number of images a step, and after a resumed run hold its flags, not the first
-    one's.
+    They are read from the states, not from the checkpoint's ``args``: some files have none, they do not show that a
+    rate was scaled for another number of images per step, and after a run was resumed they are its flags, not those of
+    the first run.
     """
     group = optimizer.param_groups[-1]  # timm puts the weights without decay first
     values = {"lr": group.get("initial_lr", group["lr"])}
@@ -191,7 +217,7 @@ def _note_values_kept(
     epoch: int | None,
     values: Mapping[str, tuple[Any, Any]],
 ) -> None:
-    """Note the flags that are not followed: of ``values``, (what they say, what is kept), and of ``START_FLAGS``."""
+    """Note the flags that are ignored: among ``values`` (asked, in use), and among ``START_FLAGS``."""
     values = values | runtime.start_values_kept(args, checkpoint, START_FLAGS, epoch)
     images = args.batch_size * args.world_size
     words = {
@@ -211,9 +237,9 @@ def _note_values_kept(
     )
 
 
-# What the libraries raise for states that are not theirs.
+# What the libraries raise for a state that does not fit.
 _MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-# Entries of an optimizer's groups that say how it computes, not what; they came and went with PyTorch's versions.
+# Entries of parameter groups that do not change the result of a step; they differ between versions of PyTorch.
 _NO_HYPERPARAMETERS = {
     "params",
     "param_names",
@@ -238,7 +264,7 @@ def _check_same_flags(saved: Any, args: argparse.Namespace, path: str) -> None:
 
 
 def _check_hyperparameters(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Tell optimizers apart where the file does not name its own; versions of one may differ in new entries."""
+    """Raise ``ValueError`` if the state is another optimizer's, for files that do not name their optimizer."""
     for number, (own, saved) in enumerate(zip(optimizer.param_groups, state["param_groups"], strict=False)):
         if different := (own.keys() ^ saved.keys()) - _NO_HYPERPARAMETERS:
             raise ValueError(f"only one of them has {', '.join(sorted(different))} in group {number}")
@@ -280,10 +306,11 @@ def _load_scheduler_state(scheduler: Scheduler, state: dict[str, Any]) -> None:
 def load_weights(
     model: nn.Module, checkpoint: Mapping[str, Any], path: str, or_else: str = ""
 ) -> dict[str, torch.Tensor]:
-    """Load a checkpoint of this very model, and return its weights.
+    """Load a checkpoint of the same model, and return its weights.
 
-    Raises ``UserError`` that says which keys differ, or that the numbers of classes do, with ``or_else`` for what can
-    be done about that besides choosing other data.
+    Args:
+        or_else: end of the message for another number of classes: what to do besides choosing other data.
+    Raises: UserError that names the keys that differ, or the numbers of classes.
     """
     weights = model_weights(checkpoint, path)
     if counts := _other_classes(model, weights):

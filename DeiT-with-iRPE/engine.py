@@ -1,5 +1,6 @@
 """The two loops: one training epoch, and evaluation over a whole data set."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -9,87 +10,129 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from images import notes_on
-from runtime import Progress, Run, UserError, all_reduce_sum, gather, get_world_size, print_once, step_optimizer
+from runtime import (
+    Interrupted,
+    Job,
+    Progress,
+    Run,
+    UserError,
+    all_reduce_sum,
+    gather,
+    get_rank,
+    print_once,
+    read_batches,
+    seed_everything,
+    step_optimizer,
+)
 
 
 def train_one_epoch(
     model: nn.Module,
     criterion: nn.Module,
-    data_loader: DataLoader,
+    run: Run,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
-    epoch: int,
     loss_scaler: torch.amp.GradScaler,
     max_norm: float | None = None,
     model_ema: ModelEmaV3 | None = None,
     mixup_fn: Callable | None = None,
     amp_dtype: torch.dtype = torch.float32,
-    run: Run | None = None,
 ) -> dict[str, float]:
-    """Train over the loader once.
+    """Train ``run.epoch``, from the step where the run is to its last one.
 
     Args:
-        criterion: loss of (pictures, outputs, targets), as ``losses.DistillationLoss``.
+        criterion: loss of (images, outputs, targets), as ``losses.DistillationLoss``.
+        run: has the loader, saves, and knows the signals that ask to stop.
         loss_scaler: scales the loss of float16; a disabled one leaves it alone.
         max_norm: bound on the norm of the gradient; None for no bound.
-        mixup_fn: maps (pictures, class ids) to mixed pictures and soft targets.
-        run: says at which step to begin, saves, and may end training.
-    Returns: means of loss and lr over all steps and processes.
-    Raises: UserError on all processes when the loss of one is not finite, or the gradients never are.
+        mixup_fn: maps (images, class ids) to mixed images and soft targets.
+    Returns: means of loss and lr over all steps and ranks.
+    Raises:
+        Interrupted: after a signal, once the step it came in is saved.
+        UserError: on all ranks when the loss of one is not finite, or the gradients never are.
     """
     model.train()
+    job, epoch, lr = run.job, run.epoch, optimizer.param_groups[0]["lr"]
     progress = Progress(
         f"epoch {epoch}",
-        data_loader,
-        data_loader.batch_size * get_world_size(),
-        run=run,
-        lr=optimizer.param_groups[0]["lr"],
+        len(run.loader),
+        run.images_per_step,
+        first_step=run.first_step,
+        values=run.values,
+        group=job.training_group,
+        describe_step=functools.partial(run.describe_step, lr=lr),
+        lr=lr,
     )
-    for images, targets in progress:
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        if mixup_fn is not None:
-            images, targets = mixup_fn(images, targets)
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-            loss = criterion(images, _to_float(model(images)), targets)
-        optimizer.zero_grad()
-        loss_scaler.scale(loss).backward()
-        if max_norm is not None:
-            loss_scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        step_optimizer(loss_scaler, optimizer)
-        if model_ema is not None:
-            model_ema.update(model)
-        progress.add(loss=loss)
-    print_notes(data_loader)
+    with job.training_steps():
+        for step, (images, targets) in enumerate(read_batches(run.loader), run.first_step):
+            job.place = f"epoch {epoch}, step {step}"
+            # A resumed run draws the same numbers in this step. NumPy pads the seeds of a sample, (seed, epoch,
+            # position), with 0; the last seed of a step therefore starts at 1.
+            seed_everything(run.args.seed, epoch, step, 1 + get_rank())
+
+            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            if mixup_fn is not None:
+                images, targets = mixup_fn(images, targets)
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+                loss = criterion(images, _to_float(model(images)), targets)
+            optimizer.zero_grad()
+            loss_scaler.scale(loss).backward()
+            if max_norm is not None:
+                loss_scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            step_optimizer(loss_scaler, optimizer)
+            if model_ema is not None:
+                model_ema.update(model)
+            progress.step(loss=loss)
+
+            signal_number = run.agreed_signal(progress.done)
+            if signal_number or run.save_is_due(progress.done):
+                run.save(progress.done, progress.read())
+            if signal_number:
+                raise Interrupted(signal_number, job.place)
+    print_notes(run.loader, job)
     return progress.averages()
 
 
 @torch.no_grad()
 def evaluate(
-    data_loader: DataLoader, model: nn.Module, device: torch.device, amp_dtype: torch.dtype = torch.float32
+    data_loader: DataLoader,
+    model: nn.Module,
+    device: torch.device,
+    amp_dtype: torch.dtype = torch.float32,
+    job: Job | None = None,
 ) -> dict[str, float]:
-    """Cross-entropy, top-1 and top-5 accuracy (%) over every picture of the set, counted once.
+    """Cross-entropy, top-1 and top-5 accuracy (%) over every image of the set, counted once.
 
-    The loader's sampler decides who does what: if it is a ``ShardSampler`` over several processes their sums are
-    added up, else the loader is taken to give all pictures. With fewer than five classes acc5 is 100.
-    Returns: dict with loss, acc1, acc5, equal on all processes.
-    Raises: UserError when the loss is not finite or there are no pictures.
+    If the loader's sampler is a ``ShardSampler`` over several ranks, their sums are added up; any other loader must
+    give all images. With fewer than five classes, acc5 is 100.
+    Args:
+        job: this process's part in a job of several ranks; by default there are no others.
+    Returns: dict with loss, acc1, acc5, equal on all ranks.
+    Raises:
+        Interrupted: after a signal that asks training to stop.
+        UserError: when the loss is not finite or there are no images.
     """
     model.eval()
+    job = job or Job()
     shards = getattr(data_loader.sampler, "num_replicas", 1)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for images, targets in Progress("Test", data_loader, data_loader.batch_size * shards):
+    progress = Progress("Test", len(data_loader), data_loader.batch_size * shards)
+    for images, targets in job.evaluation_steps("Test", data_loader):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         torch._dynamo.maybe_mark_dynamic(images, 0)  # a compiled model is not compiled again for the last batch
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             logits = model(images)
         sums += _batch_sums(logits.double(), targets)
+        progress.step()
+        job.stop_if_signalled()
     if shards > 1:
-        all_reduce_sum(sums)
-    print_notes(data_loader)
+        with job.waiting():
+            all_reduce_sum(sums)
+    print_notes(data_loader, job)
     loss, correct1, correct5, images = sums.tolist()
     if not images:
-        raise UserError("there are no pictures to evaluate on")
+        raise UserError("there are no images to evaluate on")
     stats = {"loss": loss / images, "acc1": 100 * correct1 / images, "acc5": 100 * correct5 / images}
     if not torch.isfinite(sums).all():
         raise UserError(
@@ -100,14 +143,16 @@ def evaluate(
     return stats
 
 
-def print_notes(data_loader: DataLoader) -> None:
-    """After the first pass over a loader, print what the user should know of its images. All processes call this."""
-    for note in notes_on(data_loader.dataset, gather):
+def print_notes(data_loader: DataLoader, job: Job) -> None:
+    """After the first pass over a loader, print what the user should know of its images. All ranks call this."""
+    with job.waiting():
+        notes = notes_on(data_loader.dataset, gather)
+    for note in notes:
         print_once(note)
 
 
 def _batch_sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[cross-entropy, right at first guess, right within five, pictures] summed over logits (B, K), targets (B,)."""
+    """[cross-entropy, right at first guess, right within five, images] summed over logits (B, K), targets (B,)."""
     guesses = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
     hits = (guesses == targets[:, None]).double()
     images = torch.full((), len(targets), dtype=torch.float64, device=logits.device)

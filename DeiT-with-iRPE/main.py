@@ -27,13 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import runtime
-from checkpoint import TrainingState, check_classes, finetune_from, load_teacher, load_weights, take_model_flags
+from checkpoint import TrainingState, check_classes, finetune_from, load_teacher, load_weights, with_model_flags
 from datasets import build_collate, build_dataset
 from engine import evaluate, train_one_epoch
 from irpe import RPE_GRAMMAR, parse_rpe
 from losses import DistillationLoss
 from rpe_models import create_model
-from runtime import UserError, get_rank, get_world_size, load_checkpoint, print_once, seed_everything
+from runtime import Checkpoint, Job, UserError, get_rank, get_world_size, print_once, seed_everything
 from samplers import RASampler, ShardSampler
 
 
@@ -54,11 +54,11 @@ class KeyValues(ParseKwargs):
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """Parser of all flags, to be given to ArgumentParser as a parent."""
-    parser = argparse.ArgumentParser("DeiT with iRPE", add_help=False)
+    """Parser of all flags, to be given to ``runtime.ArgumentParser`` as a parent."""
+    parser = runtime.ArgumentParser("DeiT with iRPE", add_help=False)
     add = parser.add_argument
 
-    add("--batch-size", default=64, type=int, help="pictures a step and process")
+    add("--batch-size", default=64, type=int, help="images per step and rank")
     add("--epochs", default=300, type=int)
 
     # Model
@@ -73,7 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--rpe",
         default="",
         metavar="rpe-{ratio}-{method}-{mode}-{shared_head}-{on}",
-        help="iRPE in a ViT whose name has none, as rpe-1.9-product-ctx-1-k; with --resume the checkpoint's",
+        help="iRPE for a ViT whose name has none, such as rpe-1.9-product-ctx-1-k; with --resume, the checkpoint's",
     )
     add(
         "--model-kwargs",
@@ -81,16 +81,16 @@ def get_args_parser() -> argparse.ArgumentParser:
         default={},
         action=KeyValues,
         metavar="KEY=VALUE",
-        help="arguments of timm's model, as patch_size=4 depth=6; with --resume the checkpoint's",
+        help="arguments of timm's model, such as patch_size=4 depth=6; with --resume, the checkpoint's",
     )
     add("--pretrained", action="store_true", help="start from the released weights")
-    add("--input-size", default=224, type=int, help="side of the pictures, and of the model's map, in pixels")
+    add("--input-size", default=224, type=int, help="side of the images in pixels")
     add("--drop", type=float, default=0.0, metavar="P", help="dropout after positions, attention and both MLP layers")
     add("--drop-path", type=float, default=0.1, metavar="P", help="stochastic depth of the last block")
     add("--model-ema", action="store_true", default=True, help="keep a moving average of the weights (the default)")
     add("--no-model-ema", action="store_false", dest="model_ema")
     add("--model-ema-decay", type=float, default=0.99996)
-    add("--model-ema-force-cpu", action="store_true", default=False, help="keep the average in main memory")
+    add("--model-ema-force-cpu", action="store_true", default=False, help="keep the moving average in main memory")
 
     # Optimizer
     add("--opt", default="adamw", type=str, help="any of timm's optimizers")
@@ -98,59 +98,88 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--opt-betas", default=None, type=float, nargs="+")
     add("--clip-grad", type=float, default=None, metavar="NORM")
     add("--momentum", type=float, default=0.9)
-    add("--weight-decay", type=float, default=0.05, help="not for 1-D weights, biases, positions and tokens")
+    add("--weight-decay", type=float, default=0.05, help="not applied to 1-D weights, biases, positions and tokens")
 
     # Learning rate
     add("--sched", default="cosine", type=str, help="any of timm's schedules")
-    add("--lr", type=float, default=5e-4, help="for 512 pictures a step; scaled with their number")
-    add("--lr-noise", type=float, nargs="+", default=None, help="part of the epochs where noise starts (and ends)")
-    add("--lr-noise-pct", type=float, default=0.67, help="bound of the noise, relative")
-    add("--lr-noise-std", type=float, default=1.0, help="of the noise (timm 1.0.15 does not look at it)")
-    add("--warmup-lr", type=float, default=1e-6, help="of the first epoch; not scaled")
-    add("--min-lr", type=float, default=1e-5, help="of the last epoch; not scaled")
-    add("--decay-epochs", type=float, default=30, help="between two decays of --sched step")
+    add("--lr", type=float, default=5e-4, help="for 512 images per step; scaled with their number")
+    add(
+        "--lr-noise",
+        type=float,
+        nargs="+",
+        default=None,
+        help="fraction of the epochs at which noise starts (and ends)",
+    )
+    add("--lr-noise-pct", type=float, default=0.67, help="limit of the noise, relative to the learning rate")
+    add("--lr-noise-std", type=float, default=1.0, help="standard deviation of the noise (timm 1.0.15 ignores it)")
+    add("--warmup-lr", type=float, default=1e-6, help="learning rate of the first epoch; not scaled")
+    add("--min-lr", type=float, default=1e-5, help="learning rate of the last epoch; not scaled")
+    add("--decay-epochs", type=float, default=30, help="epochs between two decays of --sched step")
     add("--warmup-epochs", type=int, default=5)
-    add("--cooldown-epochs", type=int, default=10, help="after a decay of --sched plateau, until it counts again")
-    add("--patience-epochs", type=int, default=10, help="without a better top-1 before --sched plateau decays")
+    add(
+        "--cooldown-epochs",
+        type=int,
+        default=10,
+        help="epochs after a decay of --sched plateau that do not count as patience",
+    )
+    add("--patience-epochs", type=int, default=10, help="epochs without a better top-1 before --sched plateau decays")
     add("--decay-rate", "--dr", type=float, default=0.1)
 
     # Augmentation
     add("--color-jitter", type=float, default=0.4, help="used without --aa")
     add("--aa", type=str, default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment or RandAugment policy, or none")
-    add("--hflip", type=float, default=0.5, metavar="P", help="probability of a mirrored picture; 0 for writing")
-    add("--min-crop", type=float, default=0.08, metavar="SHARE", help="of the picture's area; more for small objects")
-    add("--smoothing", type=float, default=0.1, help="of the labels")
+    add(
+        "--hflip",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="probability of a mirrored image; use 0 for images of text",
+    )
+    add(
+        "--min-crop",
+        type=float,
+        default=0.08,
+        metavar="SHARE",
+        help="smallest crop as a fraction of the image's area; use more for small objects",
+    )
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--train-interpolation", type=str, default="bicubic", help="bicubic, bilinear or random")
-    add("--repeated-aug", action="store_true", default=True, help="three copies of each picture (the default)")
+    add("--repeated-aug", action="store_true", default=True, help="three copies of each image (the default)")
     add("--no-repeated-aug", action="store_false", dest="repeated_aug")
-    add("--load-tar", action="store_true", help="read train.tar and val.tar instead of the folders")
-    add("--reprob", type=float, default=0.25, metavar="P", help="random erasing")
+    add("--load-tar", action="store_true", help="read train.tar and val.tar instead of folders")
+    add("--reprob", type=float, default=0.25, metavar="P", help="probability of random erasing")
     add("--remode", type=str, default="pixel", help="erase with noise (pixel), one colour (rand) or zero (const)")
-    add("--recount", type=int, default=1, help="erased rectangles at most")
+    add("--recount", type=int, default=1, help="maximum number of erased rectangles")
     add("--resplit", action="store_true", default=False, help="erase nothing in the first half of a batch")
     add("--mixup", type=float, default=0.8, metavar="ALPHA")
     add("--cutmix", type=float, default=1.0, metavar="ALPHA")
-    add("--cutmix-minmax", type=float, nargs="+", default=None, help="side of the cut relative to the picture's")
-    add("--mixup-prob", type=float, default=1.0, metavar="P", help="of mixup or cutmix")
-    add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="of cutmix where both are on")
-    add("--mixup-mode", type=str, default="batch", help="one ratio for a batch, pair or elem")
+    add(
+        "--cutmix-minmax",
+        type=float,
+        nargs="+",
+        default=None,
+        help="least and greatest side of the cut, relative to the image's",
+    )
+    add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability of mixup or cutmix")
+    add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="probability of cutmix if both are on")
+    add("--mixup-mode", type=str, default="batch", help="one ratio per batch, pair or elem")
 
     # Distillation and fine-tuning
     add("--teacher-model", default="regnety_160", type=str, metavar="NAME")
     add("--teacher-path", type=str, default="", help="checkpoint or URL")
     add("--distillation-type", default="none", choices=["none", "soft", "hard"], type=str)
-    add("--distillation-alpha", default=0.5, type=float, help="share of the distillation in the loss")
+    add("--distillation-alpha", default=0.5, type=float, help="weight of the distillation in the loss")
     add("--distillation-tau", default=1.0, type=float, help="temperature")
     add("--finetune", default="", help="checkpoint or URL to start from; resolution and classes may differ")
 
     # Data
-    add("--data-path", default="/datasets01/imagenet_full_size/061417/", type=str, help="folder of train/ and val/")
+    add("--data-path", default="/datasets01/imagenet_full_size/061417/", type=str, help="folder with train/ and val/")
     add(
         "--data-set",
         default="IMNET",
         choices=["CIFAR", "IMNET", "INAT", "INAT19", "FOLDER"],
         type=str,
-        help="FOLDER is IMNET with the classes counted",
+        help="FOLDER is IMNET with any number of classes",
     )
     add(
         "--inat-category",
@@ -163,14 +192,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--output_dir",
         default="",
-        help="folder of checkpoint.pth, log.txt and tensorboard/, with --eval of eval.json; none by default",
+        help="folder for checkpoint.pth, log.txt and tensorboard/, with --eval for eval.json; by default none",
     )
     add("--device", default="cuda", help="cuda or cpu")
     add(
         "--amp-dtype",
         default=None,
         choices=["float32", "bfloat16", "float16"],
-        help="of mixed precision; by default float16 on CUDA and float32 (none) on CPU",
+        help="data type of mixed precision; by default float16 on CUDA and float32 (none) on CPU",
     )
     add(
         "--compile",
@@ -182,72 +211,82 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--resume",
         default="",
-        help="checkpoint or URL to go on from, or to evaluate; auto takes the last one in "
-        "--output_dir, and starts anew if there is none",
+        help="checkpoint or URL to resume from, or to evaluate; auto takes the newest one in "
+        "--output_dir, and starts a new run if there is none",
     )
-    add("--save-every", default=0, type=int, metavar="STEPS", help="save within an epoch too, after so many steps")
+    add("--save-every", default=0, type=int, metavar="STEPS", help="also save within an epoch, every so many steps")
     add(
         "--step-timeout",
         default=60,
         type=int,
         metavar="SECONDS",
-        help="a process that waits so long in a training step for another, or for a picture, ends the run",
+        help="end the run if a rank waits this long for another rank or for an image in a training step",
     )
-    add("--start_epoch", default=0, type=int, metavar="N", help="where --resume does not say")
-    add("--eval", action="store_true", help="only evaluate")
-    add("--dist-eval", action="store_true", default=True, help="share the evaluation out (the default)")
-    add("--no-dist-eval", action="store_false", dest="dist_eval", help="every process evaluates all pictures")
-    add("--num_workers", default=10, type=int, help="loading processes for each training process")
-    add("--pin-mem", action="store_true", help="lock the memory that batches go to the GPU from (the default)")
+    add("--start_epoch", default=0, type=int, metavar="N", help="first epoch, unless --resume gives it")
+    add("--eval", action="store_true", help="evaluate only")
+    add("--dist-eval", action="store_true", default=True, help="divide the evaluation among the ranks (the default)")
+    add("--no-dist-eval", action="store_false", dest="dist_eval", help="every rank evaluates all images")
+    add("--num_workers", default=10, type=int, help="loading processes per rank")
+    add("--pin-mem", action="store_true", help="use pinned memory for faster copies to the GPU (the default)")
     add("--no-pin-mem", action="store_false", dest="pin_mem")
     parser.set_defaults(pin_mem=True)
 
     # Processes
-    add("--world_size", default=1, type=int, help="number of processes under SLURM; other launchers tell it")
-    add("--dist_url", default="env://", help="where the processes meet")
+    add("--world_size", default=1, type=int, help="number of ranks; the launcher sets it")
+    add("--dist_url", default="env://", help="address at which the ranks meet")
     add("--local-rank", "--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # torch.distributed.launch's
     return parser
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Train, or with ``args.eval`` only evaluate; returns the last evaluation's loss, acc1 and acc5."""
-    device = runtime.find_place(args)
+    device = runtime.find_device(args.device, args.world_size)
     check_args(args)
     if not args.eval:
         runtime.need_signals("training", *runtime.STOPPING)
     if args.compile:
         runtime.check_compiler(device)
-    runtime.prepare_output_dir(args.output_dir)
-    with runtime.output_lock(args.output_dir):
-        runtime.meet(args, runtime.step_timeout(args))
-        return train_or_evaluate(args, device)
+    with Job(args.dist_url, runtime.step_timeout(args)) as job:
+        runtime.prepare_output_dir(args.output_dir)
+        with runtime.output_lock(args.output_dir):
+            job.meet()
+            return train_or_evaluate(args, job, device)
 
 
-def train_or_evaluate(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """What ``main`` does, once the flags are checked and the output directory is this job's."""
+def train_or_evaluate(args: argparse.Namespace, job: Job, device: torch.device) -> dict[str, float]:
+    """What ``main`` does once the flags are checked, the ranks have met and the output directory is this job's."""
     seed_everything(args.seed)
     torch.backends.cudnn.benchmark = True
-    goes_on = bool(args.resume)
-    if args.resume == "auto":
-        args.resume = runtime.newest_checkpoint(args.output_dir, needed=args.eval)
-    if args.resume:
-        take_model_flags(args, load_checkpoint(args.resume), args.resume)
-    if args.eval:
-        return evaluate_only(args, device)
-    train_loader, nb_classes = build_train_loader(args, device)
-    val_loader, _ = build_val_loader(args, device)
+    checkpoint = runtime.checkpoint_to_resume(args.resume, args.output_dir, needed=args.eval)
+    settings = run_settings(args, checkpoint)
+    if settings.eval:
+        return evaluate_only(settings, job, device, checkpoint)
+    train_loader, nb_classes = build_train_loader(settings, device)
+    val_loader, _ = build_val_loader(settings, device)
     classes = class_names(train_loader.dataset.dataset)
-    state = build_state(args, build_model(args, nb_classes).to(device), classes)
-    epoch, progress = resume(args, state)
-    criterion = build_criterion(args, state.model, nb_classes, device, classes)
-    compile_model(args, state.model)
-    runtime.init_distributed(args, runtime.step_timeout(args))
-    log = runtime.RunLog(args.output_dir, epoch if goes_on else None)
-    with runtime.Run(args, log, state.save, epoch, progress, train_loader) as run:
+    state = build_state(settings, build_model(settings, nb_classes).to(device), classes)
+    epoch, progress = resume(settings, state, checkpoint)
+    del checkpoint  # its memory is needed for training
+    criterion = build_criterion(settings, state.model, nb_classes, device, classes)
+    compile_model(settings, state.model)
+    job.connect(device)
+    log = runtime.RunLog(args.output_dir, epoch if args.resume else None)
+    with runtime.Run(settings, job, log, state.save, train_loader, epoch, progress) as run:
         return train(run, device, state, criterion, val_loader, nb_classes)
 
 
-# Checks
+def run_settings(args: argparse.Namespace, checkpoint: Checkpoint | None) -> argparse.Namespace:
+    """A copy of the flags, completed with what the launcher and the checkpoint say.
+
+    ``rank``, ``world_size`` and ``distributed`` are this process's place in the job. ``resume`` is the path that
+    ``auto`` stands for ("" for none). ``rpe`` and ``model_kwargs`` are those of the model in the checkpoint.
+    """
+    settings = runtime.with_place(args)
+    settings.resume = checkpoint.path if checkpoint else ""
+    return with_model_flags(settings, checkpoint) if checkpoint else settings
+
+
+# Checks of the flags
 _RANGES = {
     "batch_size": (1, None),
     "epochs": (1, None),
@@ -297,6 +336,14 @@ _NAMES = {
 
 def check_args(args: argparse.Namespace) -> None:
     """Raise ``UserError`` for values that are impossible, alone or together."""
+    _check_ranges(args)
+    _check_names(args)
+    _check_lists(args)
+    model_arguments(args)
+    _check_combinations(args)
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
     for name, (low, high) in _RANGES.items():
         value = getattr(args, name)
         if value is not None and not (low <= value < math.inf and (high is None or value <= high)):
@@ -304,13 +351,17 @@ def check_args(args: argparse.Namespace) -> None:
                 f"{_flag(name)} {value} is out of range: it must be "
                 + (f"at least {low:g}" if high is None else f"from {low:g} to {high:g}")
             )
+
+
+def _check_names(args: argparse.Namespace) -> None:
     for name, allowed in _NAMES.items():
         if getattr(args, name) not in allowed:
             raise UserError(f"{_flag(name)} {getattr(args, name)!r} is unknown: it must be one of {', '.join(allowed)}")
-    _check_lists(args)
     if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "rows"):
         raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or rows, or not be set")
-    model_arguments(args)
+
+
+def _check_combinations(args: argparse.Namespace) -> None:
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights: leave one out")
     if not args.eval and _mixes(args) and args.batch_size % 2:
@@ -362,8 +413,8 @@ def build_train_loader(args: argparse.Namespace, device: torch.device) -> tuple[
         sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=True, seed=args.seed)
     if len(sampler) < args.batch_size:
         raise UserError(
-            f"--batch-size {args.batch_size} is more than the {len(sampler)} pictures that each of "
-            f"{get_world_size()} processes sees in an epoch: make it smaller"
+            f"--batch-size {args.batch_size} is more than the {len(sampler)} images that each of "
+            f"{get_world_size()} ranks sees in an epoch: make it smaller"
         )
     loader = _loader(
         args,
@@ -402,7 +453,7 @@ def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **
 
 # Model, loss, optimizer
 
-# arguments of a model that flags of their own say
+# Arguments of a model that have flags of their own.
 _SAID_BY = {
     "img_size": "--input-size",
     "pos_drop_rate": "--drop",
@@ -412,9 +463,9 @@ _SAID_BY = {
     "pretrained": "--pretrained",
     "rpe_config": "--rpe",
     "checkpoint_path": "--finetune",
-    "in_chans": "the pictures, which are RGB,",
+    "in_chans": "the images, which are RGB,",
 }
-# what timm raises for arguments that are not a model's
+# What timm raises for arguments that a model does not have.
 _UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -489,7 +540,7 @@ def build_criterion(
 
 
 def build_teacher(args: argparse.Namespace, nb_classes: int, classes: Sequence[str] = ()) -> nn.Module:
-    """The teacher for pictures of ``args.input_size`` with the weights of ``args.teacher_path``, frozen."""
+    """The teacher for images of ``args.input_size`` with the weights of ``args.teacher_path``, frozen."""
     try:
         try:
             teacher = create_model(args.teacher_model, num_classes=nb_classes, img_size=args.input_size)
@@ -527,7 +578,7 @@ def build_mixup(args: argparse.Namespace, nb_classes: int) -> Mixup | None:
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer with the learning rate for 512 pictures a step scaled to ``args.batch_size · world_size``."""
+    """timm's optimizer with the learning rate for 512 images per step scaled to ``args.batch_size · world_size``."""
     options = argparse.Namespace(**{**vars(args), "lr": args.lr * args.batch_size * args.world_size / 512})
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(options))
@@ -581,33 +632,36 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 # Runs
 
 
-def evaluate_only(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Evaluate ``args.resume``, or the model as it was made; with ``args.output_dir`` also writes eval.json there."""
+def evaluate_only(
+    args: argparse.Namespace, job: Job, device: torch.device, checkpoint: Checkpoint | None
+) -> dict[str, float]:
+    """Evaluate the checkpoint, or the model as it is built; with ``args.output_dir`` also write eval.json there."""
     loader, nb_classes = build_val_loader(args, device)
     model = build_model(args, nb_classes).to(device)
-    if args.resume:
-        checkpoint = load_checkpoint(args.resume)
-        load_weights(model, checkpoint, args.resume)
-        check_classes(checkpoint, args.resume, class_names(loader.dataset))
+    if checkpoint:
+        load_weights(model, checkpoint.content, checkpoint.path)
+        check_classes(checkpoint.content, checkpoint.path, class_names(loader.dataset))
     compile_model(args, model)
-    runtime.init_distributed(args, runtime.step_timeout(args))
-    stats = evaluate(loader, model, device, amp_dtype(args, device))
+    job.connect(device)
+    stats = evaluate(loader, model, device, amp_dtype(args, device), job)
     if args.output_dir and get_rank() == 0:
         path = os.path.join(args.output_dir, "eval.json")
-        with runtime.writing(path), open(path, "w") as file:
+        with job.waiting(), runtime.writing(path), open(path, "w") as file:
             json.dump(stats, file)
     return stats
 
 
-def resume(args: argparse.Namespace, state: TrainingState) -> tuple[int, dict | None]:
-    """Bring the state to where ``args.resume`` stopped; returns the epoch to train and what has been done of it."""
+def resume(
+    args: argparse.Namespace, state: TrainingState, checkpoint: Checkpoint | None
+) -> tuple[int, dict[str, Any] | None]:
+    """Bring the state to where the checkpoint's run stopped; returns the epoch to train and the progress in it."""
     old = os.path.join(args.output_dir, "checkpoint.pth")
-    if args.output_dir and not args.resume and os.path.exists(old):
+    if args.output_dir and not checkpoint and os.path.exists(old):
         print_once(
             f"note: {old} of an earlier run will be replaced after the first epoch; to go on from it, stop and "
             f"say --resume {old}"
         )
-    place = state.resume(args.resume, args) if args.resume else None
+    place = state.resume(checkpoint, args) if checkpoint else None
     if place is None and args.start_epoch and state.lr_scheduler:
         state.lr_scheduler.step(args.start_epoch - 1)
     return place or (args.start_epoch, None)
@@ -622,17 +676,17 @@ def train(
     nb_classes: int,
 ) -> dict[str, float]:
     """Train up to ``args.epochs``; after each epoch evaluate, save and log. Returns the last evaluation."""
-    args, loader = run.args, run.loader
+    args, job, loader = run.args, run.job, run.loader
     model, mixup, dtype = state.model, build_mixup(args, nb_classes), amp_dtype(args, device)
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print_once(
         f"{args.model}: {n_parameters / 1e6:.2f} M parameters, {nb_classes} classes, "
-        f"{len(loader.dataset.dataset)} pictures, {len(loader)} steps of "
+        f"{len(loader.dataset.dataset)} images, {len(loader)} steps of "
         f"{args.batch_size} x {args.world_size} an epoch, from epoch {run.epoch} to {args.epochs}"
     )
     if args.distributed:
         model = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, process_group=runtime.training_group
+            model, device_ids=[device] if device.type == "cuda" else None, process_group=job.training_group
         )
     started, test = time.time(), {}
     if run.epoch >= args.epochs:
@@ -641,18 +695,16 @@ def train(
         stats = train_one_epoch(
             model,
             criterion,
-            loader,
+            run,
             state.optimizer,
             device,
-            epoch,
             state.loss_scaler,
             args.clip_grad,
             state.model_ema,
             mixup,
             dtype,
-            run,
         )
-        test = evaluate(val_loader, state.model, device, dtype)
+        test = evaluate(val_loader, state.model, device, dtype, job)
         if state.lr_scheduler:
             state.lr_scheduler.step(epoch, test["acc1"])
         state.max_accuracy = max(state.max_accuracy, test["acc1"])

@@ -181,15 +181,15 @@ def train(flags, rank, world_size, port, out):
     os.environ.update(
         MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
     )
-    runtime, after_step = program.runtime, program.runtime.Run.after_step
+    runtime, agreed_signal = program.runtime, program.runtime.Run.agreed_signal
 
-    def noted(run, progress):
+    def noted(run, steps):
         if rank == 0:
             with open(f"{out}.steps", "a") as file:
-                file.write(f"{run.epoch * len(run.loader) + progress.done}\n")
-        after_step(run, progress)
+                file.write(f"{run.epoch * len(run.loader) + steps}\n")
+        return agreed_signal(run, steps)
 
-    runtime.Run.after_step = noted
+    runtime.Run.agreed_signal = noted
     parser = runtime.ArgumentParser("main.py", parents=[program.get_args_parser()])
     sys.argv[1:] = [*map(str, flags), "--output_dir", str(out), "--resume", "auto"]
     runtime.run(program.main, parser.parse_args())
@@ -506,7 +506,7 @@ def deit_readers(data):
         for number in range(len(dataset)):
             dataset[number]
 
-    return lambda path: state.resume(path, args), files, read
+    return lambda path: state.resume(program.runtime.checkpoint_to_resume(path, ""), args), files, read
 
 
 def detr_readers(data):
@@ -567,7 +567,7 @@ def detr_readers(data):
         torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop),
         torch.amp.GradScaler("cpu", enabled=False),
     )
-    return lambda path: state.resume(path, args), files, read
+    return lambda path: state.resume(program.runtime.checkpoint_to_resume(path, ""), args), files, read
 
 
 def damage_campaign(codebase, count, rng, folder, checkpoint):

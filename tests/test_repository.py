@@ -22,10 +22,11 @@ def test_both_codebases_have_the_same_shared_files():
 @pytest.fixture
 def copies(tmp_path):
     """A folder with both codebases, of which only the shared files exist."""
-    for original, copy in vendor.VENDORED.items():
-        for path in (tmp_path / "DeiT-with-iRPE" / original, tmp_path / "DETR-with-iRPE" / copy):
+    for original, copy in vendor.vendored_files(ROOT):
+        for path in (original, copy):
+            path = tmp_path / path.relative_to(ROOT)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(original)
+            path.write_text(original.name)
     return tmp_path
 
 
@@ -40,6 +41,14 @@ def test_vendor_names_and_copies_exactly_the_files_that_differ(copies, capsys):
     copy.unlink()
     assert vendor.main(["--check"], copies) == 1
     assert vendor.main([], copies) == 0 and copy.read_text() == "new"
+
+
+def test_modules_of_a_shared_folder_are_copied_too(copies):
+    new = copies / "DeiT-with-iRPE" / "runtime" / "new.py"
+    new.write_text("new")
+    assert vendor.main(["--check"], copies) == 1
+    assert vendor.main([], copies) == 0
+    assert (copies / "DETR-with-iRPE" / "util" / "runtime" / "new.py").read_text() == "new"
 
 
 def test_types_are_asked_for_in_public_functions_and_public_methods_only():

@@ -233,13 +233,13 @@ def test_a_coco_folder_without_images_is_refused_before_anything_is_written(tmp_
             "ValueError: this",
         ),
         (
-            "error: process 0 of 2: another process is lost: gloo\nerror: process 1 of 2: 7.png cannot be read\n",
-            "process 1 of 2: 7.png cannot be read",
+            "error: rank 0 of 2: another rank is lost: gloo\nerror: rank 1 of 2: 7.png cannot be read\n",
+            "rank 1 of 2: 7.png cannot be read",
         ),
-        ("error: process 1 of 2: Traceback (most recent call last):\n  File\nKeyError: 7\n", "KeyError: 7"),
+        ("error: rank 1 of 2: Traceback (most recent call last):\n  File\nKeyError: 7\n", "KeyError: 7"),
         (
-            "error: process 0 of 2: another process is lost: gloo\nx.y.ChildFailedError:",
-            "process 0 of 2: another process is lost: gloo",
+            "error: rank 0 of 2: another rank is lost: gloo\nx.y.ChildFailedError:",
+            "rank 0 of 2: another rank is lost: gloo",
         ),
         (
             "a.b.errors.ChildFailedError: \n  exitcode  : -9 (pid: 12)\n"

@@ -331,7 +331,7 @@ def error_in(output: str) -> str:
     The patterns are ordered: the program's own error, an exception, a signal, an error because of another rank.
     """
     for pattern in (
-        r"^error: (?!.*(?:another (?:process|rank) is lost|Traceback))(.*)",
+        r"^error: (?!.*(?:(?:another rank|rank [\d, ]+) is lost|Traceback))(.*)",
         r"^(?:\[rank\d+\]: )?((?!.*ChildFailedError)[\w.]*(?:Error|Exception)\b.*)",
         r"(Signal \d+ .*) received by PID",
         r"^error: (.*)",

@@ -74,12 +74,12 @@ def main_flags(
 
 def load_deit(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Loaded:
     """The DeiT of a checkpoint. Raises: UserError if the flags or the weights do not match."""
-    from checkpoint import load_weights, take_model_flags
+    from checkpoint import load_weights, with_model_flags
     from datasets import build_dataset, build_transform, load_image
     from main import build_model, get_args_parser
 
     flags = main_flags(get_args_parser(), args, checkpoint, model=Path(args.resume).stem)
-    take_model_flags(flags, checkpoint, args.resume)
+    flags = with_model_flags(flags, runtime.Checkpoint(args.resume, checkpoint))
     head = runtime.model_weights(checkpoint, args.resume).get("head.weight", ())
     model = build_model(flags, len(head))
     load_weights(model, checkpoint, args.resume)

@@ -108,6 +108,9 @@ class SetCriterion(nn.Module):
         weight_dict: weights of the losses in the total loss, by name.
         eos_coef: weight of the class "no object" in the cross-entropy.
         losses: the losses to compute: `labels`, `boxes`, `cardinality`, `masks`.
+
+    Attributes:
+        training_group: the process group of training steps, or None for the default group. main.py sets it.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class SetCriterion(nn.Module):
         self.matcher = matcher
         self.weight_dict = weight_dict
         self.losses = losses
+        self.training_group = None
         weight = torch.ones(num_classes + 1)
         weight[-1] = eos_coef
         self.register_buffer("empty_weight", weight)
@@ -214,7 +218,7 @@ class SetCriterion(nn.Module):
         # torch.full fills on the device; torch.tensor would copy from the host and wait for the device.
         count = torch.full((), float(sum(len(t["labels"]) for t in targets)), device=device)
         if self.training and dist.is_initialized():
-            count = runtime.all_reduce_sum(count, runtime.training_group) / runtime.get_world_size()
+            count = runtime.all_reduce_sum(count, self.training_group) / runtime.get_world_size()
         return count.clamp(min=1)
 
 

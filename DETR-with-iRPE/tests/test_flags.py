@@ -49,16 +49,16 @@ def start(root):
     def start(*flags):
         epochs, evaluations = [], []
 
-        def train_one_epoch(model, criterion, loader, optimizer, device, epoch, scaler, max_norm, amp_dtype, run):
+        def train_one_epoch(model, criterion, run, optimizer, device, scaler, max_norm, amp_dtype):
             optimizer.step()
             epochs.append(
                 SimpleNamespace(
                     model=model,
                     criterion=criterion,
-                    loader=loader,
+                    loader=run.loader,
                     optimizer=optimizer,
                     device=device,
-                    epoch=epoch,
+                    epoch=run.epoch,
                     max_norm=max_norm,
                     rates=[group["lr"] for group in optimizer.param_groups],
                 )
@@ -185,7 +185,7 @@ def test_flag_coco_panoptic_path(start, root):
 
 def test_flag_device(plain):
     assert plain.device == torch.device("cpu")
-    assert runtime.find_place(parse("--device", "meta")) == torch.device("meta")
+    assert runtime.find_device("meta") == torch.device("meta")
 
 
 def test_flag_world_size(start):
@@ -218,5 +218,32 @@ def test_flag_dist_url(monkeypatch):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--dist_url tcp://somewhere:29500"):
-        runtime.init_distributed(parse("--device", "cpu", "--dist_url", "tcp://somewhere:29500"))
+        main.main(parse("--device", "cpu", "--dist_url", "tcp://somewhere:29500", "--coco_path", "x"))
     assert asked == ["tcp://somewhere:29500"]
+
+
+def test_every_flag_is_accepted_in_both_spellings():
+    parser = run_with_submitit.get_parser()  # has the flags of main.py and its own
+    flags = {flag: action for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+    spellings = {flag: {"--" + flag[2:].replace("-", "_"), "--" + flag[2:].replace("_", "-")} for flag in flags}
+    others = [(flag, other) for flag in flags for other in spellings[flag] - {flag}]
+    assert len(others) > 30
+    for flag, other in others:
+        action = flags[flag]
+        value = "a=1" if action.dest == "model_kwargs" else str((action.choices or ["1"])[0])
+        values = [] if action.nargs == 0 else [value]
+        assert parser.parse_args([other, *values]) == parser.parse_args([flag, *values])
+        if action.nargs is None:
+            assert parser.parse_args([f"{other}={value}"]) == parser.parse_args([flag, value])
+
+
+@pytest.mark.parametrize("flag", ["--save-every", "--save_every"])
+def test_main_accepts_a_flag_in_both_spellings(flag):
+    assert main.get_args_parser().parse_args([flag, "7"]).save_every == 7
+    assert runtime.ArgumentParser(parents=[main.get_args_parser()]).parse_args([flag, "7"]).save_every == 7
+
+
+def test_unknown_flag_is_reported_as_it_was_given(capsys):
+    with pytest.raises(SystemExit):
+        main.get_args_parser().parse_args(["--save_evry", "7"])
+    assert "--save_evry" in capsys.readouterr().err

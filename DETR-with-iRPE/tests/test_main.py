@@ -1,11 +1,13 @@
 """The program from its command line: flags, training, resuming, pictures, and what a user gets wrong."""
 
+import copy
 import errno
 import io
 import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import urllib.error
 from pathlib import Path
@@ -169,21 +171,22 @@ def test_two_processes_train_one_model_under_the_old_launcher_without_use_env(co
 
 
 def _epochs(args):
-    """In a process: train for epochs that only note what they draw and the criterion's loss of a known picture."""
-    noted = []
+    """In a process: train for epochs, and note what a step draws and the criterion's loss of a known image."""
+    noted, to_device = [], engine.to_device
 
-    def note(model, criterion, loader, *_):
+    def draw(*batch):
+        noted.append({"drawn": torch.rand(()).item()})
+        return to_device(*batch)
+
+    def note_loss(model, criterion, *_):
         criterion.train()
-        next(iter(runtime.Progress("here", loader, 1, run=_[-1])))  # the first step's random numbers
         rank = runtime.get_rank()
         outputs = {"pred_logits": torch.zeros(1, 5, 6), "pred_boxes": torch.full((1, 5, 4), 0.5)}
         objects = {"labels": torch.zeros(1 + 2 * rank, dtype=torch.long), "boxes": torch.full((1 + 2 * rank, 4), 0.4)}
-        noted.append(
-            {"rank": rank, "drawn": torch.rand(()).item(), "loss": criterion(outputs, [objects])["loss_bbox"].item()}
-        )
-        return {}
+        noted[-1].update(rank=rank, loss=criterion(outputs, [objects])["loss_bbox"].item())
+        return {}, None
 
-    main.train_one_epoch, main.evaluate = note, lambda *_: ({}, None)
+    engine.to_device, main.evaluate = draw, note_loss
     main.main(args)
     Path(args.output_dir, f"noted{runtime.get_rank()}.json").write_text(json.dumps(noted))  # both would print at once
 
@@ -194,8 +197,10 @@ def test_processes_divide_by_their_mean_number_of_boxes_and_draw_different_rando
     status, out, err = finish(start(*launcher(2, "--use_env", "tests/run_code.py", script, *flags)))
     assert status == 0, err
     noted = [row for rank in range(2) for row in json.loads((tmp_path / f"noted{rank}.json").read_text())]
-    assert len({row["drawn"] for row in noted}) == len(noted) == 4
-    for row in noted:  # one box here and three there, each 4 · 0.1 away
+    assert len({row["drawn"] for row in noted}) == len(noted) == 2 * 2 * 3  # ranks, epochs, steps
+    losses = [row for row in noted if "loss" in row]
+    assert len(losses) == 4
+    for row in losses:  # one box here and three there, each 4 · 0.1 away
         assert row["loss"] == pytest.approx((1 + 2 * row["rank"]) * 0.4 / 2)
 
 
@@ -533,18 +538,29 @@ def test_states_of_another_type_are_refused(coco, trained, tmp_path, key, value)
         main.main(parse(*small(coco, "--epochs", 3, "--resume", tmp_path / "c.pth", *scaled)))
 
 
+@pytest.mark.parametrize("flags", [[], ["--eval"]], ids=["train", "eval"])
+def test_auto_reads_the_checkpoint_once_and_leaves_the_flags_as_they_are(coco, trained, tmp_path, monkeypatch, flags):
+    shutil.copy(trained / "checkpoint.pth", tmp_path)
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: read.append(str(path)) or load(path, **options))
+    args = parse(*small(coco, "--epochs", 2, "--output_dir", tmp_path, "--resume", "auto", *flags))
+    before = copy.deepcopy(vars(args))
+    main.main(args)
+    assert read == [str(tmp_path / "checkpoint.pth")] and vars(args) == before
+
+
 def test_damage_to_the_last_checkpoint_costs_one_epoch_and_a_signal_nothing(coco, tmp_path, monkeypatch, capsys):
     flags = small(coco, "--epochs", 2, "--lr_drop", 1, "--dropout", 0.1)
     main.main(parse(*flags, "--output_dir", tmp_path / "straight"))
-    after_step = runtime.Run.after_step
+    agreed_signal = runtime.Run.agreed_signal
 
-    def stop(self, progress):
-        if (self.epoch, progress.done) == (1, 2):
+    def stop(self, steps):
+        if (self.epoch, steps) == (1, 2):
             os.kill(os.getpid(), signal.SIGTERM)
-        after_step(self, progress)
+        return agreed_signal(self, steps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.Run, "after_step", stop)
+        patch.setattr(runtime.Run, "agreed_signal", stop)
         with pytest.raises(runtime.Interrupted, match="SIGTERM in epoch 1, step 1"):
             main.main(parse(*flags, "--output_dir", tmp_path, "--resume", "auto"))
     assert runtime.load_checkpoint(tmp_path / "checkpoint.pth")["progress"]["images"] == 4

@@ -34,12 +34,22 @@ def tiny(*flags):
     return model.eval(), criterion, postprocessors
 
 
+# Of both codebases, so that a module that only one of them has is found too.
+RUNTIME = sorted(
+    {
+        path.name
+        for folder in (PROJECT / "util", PROJECT.parent / "DeiT-with-iRPE")
+        for path in folder.glob("runtime/*.py")
+    }
+)
+
+
 @pytest.mark.parametrize(
     ("here", "there"),
     [
         ("models/rpe_attention/irpe.py", "irpe.py"),
-        ("util/runtime.py", "runtime.py"),
-        ("util/watchdog.py", "watchdog.py"),
+        *((f"util/runtime/{name}", f"runtime/{name}") for name in RUNTIME),
+        ("run_with_submitit.py", "run_with_submitit.py"),
         ("util/images.py", "images.py"),
         ("tests/fill.py", "tests/fill.py"),
         ("codebase_import.py", "codebase_import.py"),
@@ -446,9 +456,10 @@ def test_matcher_and_criterion_copy_from_the_device_once(monkeypatch):
 
 def test_boxes_are_counted_over_all_ranks_in_training_within_the_step_timeout(monkeypatch):
     groups, training_group = [], object()
-    monkeypatch.setattr(runtime, "training_group", training_group)
     monkeypatch.setattr(runtime, "all_reduce_sum", lambda count, group=None: groups.append(group) or count)
     monkeypatch.setattr(runtime, "get_world_size", lambda: 1)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    criterion_of().train()(outputs_of(*predictions(2, 2, 4)), objects(3, 2, 1))
+    criterion = criterion_of().train()
+    criterion.training_group = training_group
+    criterion(outputs_of(*predictions(2, 2, 4)), objects(3, 2, 1))
     assert groups and set(groups) == {training_group}

@@ -402,23 +402,31 @@ class Oracle(nn.Module):
 
 def _oracle(args):
     """Run in a process of its own: the result of `evaluate` for the oracle on each data set of a list of paths."""
-    device, results = runtime.init_distributed(args), []
-    for root in args.coco_path.split(os.pathsep):
-        args.coco_path, args.coco_panoptic_path = root, os.path.join(root, "panoptic")
-        dataset = build_dataset("val", args)
-        _, criterion, postprocessors = build_model(args)
-        postprocessors["panoptic"].is_thing_map = dataset.is_thing_map
-        stats, _ = evaluate(
-            Oracle(dataset, args.num_queries, args.num_classes),
-            criterion,
-            postprocessors,
-            eval_loader(dataset, args),
-            dataset.ground_truth(),
-            device,
-            output_dir=os.path.join(args.output_dir, os.path.basename(root)),
-        )
-        results.append(stats)
+    device, results = runtime.find_device(args.device), []
+    with runtime.Job(args.dist_url) as job:
+        job.meet()
+        job.connect(device)
+        for root in args.coco_path.split(os.pathsep):
+            results.append(_oracle_on(root, args, job, device))
     return results
+
+
+def _oracle_on(root, args, job, device):
+    args.coco_path, args.coco_panoptic_path = root, os.path.join(root, "panoptic")
+    dataset = build_dataset("val", args)
+    _, criterion, postprocessors = build_model(args)
+    postprocessors["panoptic"].is_thing_map = dataset.is_thing_map
+    stats, _ = evaluate(
+        Oracle(dataset, args.num_queries, args.num_classes),
+        criterion,
+        postprocessors,
+        eval_loader(dataset, args),
+        dataset.ground_truth(),
+        device,
+        output_dir=os.path.join(args.output_dir, os.path.basename(root)),
+        job=job,
+    )
+    return stats
 
 
 def _save(results, folder):

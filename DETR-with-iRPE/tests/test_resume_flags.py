@@ -109,7 +109,7 @@ def resume(capsys):
         args, state = begin("--resume", path, *flags)
         before = dict(vars(args))
         capsys.readouterr()
-        main.take_weights(state, args)
+        main.take_weights(state, args, runtime.checkpoint_to_resume(path, ""))
         assert vars(args) == before  # so all that reads them follows them
         said = capsys.readouterr().out
         notes = re.findall(r"note: (\S+) is resumed with what its run began with.*?: (--.*)\. A new run follows", said)

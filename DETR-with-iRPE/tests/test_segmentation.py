@@ -414,7 +414,7 @@ def start_training(args):
     model, criterion, _ = models.build_model(args)
     optimizer = main.build_optimizer(model, args)
     state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1), torch.amp.GradScaler("cpu"))
-    main.take_weights(state, args)
+    main.take_weights(state, args, runtime.checkpoint_to_resume(args.resume, args.output_dir))
     return state, criterion
 
 

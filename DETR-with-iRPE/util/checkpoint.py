@@ -1,13 +1,17 @@
-"""What a checkpoint holds and how it comes back: resuming a run, or starting another one from its weights."""
+"""What a checkpoint contains, how a run resumes from it, and how another run starts from its weights."""
 
+import argparse
+import pathlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from datasets.coco import check_same_categories
 from util import runtime
-from util.runtime import UserError, key_differences, load_checkpoint, model_weights, print_once, replacing
+from util.runtime import Checkpoint, UserError, key_differences, model_weights, print_once, replacing
 
 
 @dataclass
@@ -20,9 +24,17 @@ class TrainingState:
     loss_scaler: torch.amp.GradScaler
     categories: dict = field(default_factory=dict)  # id → name
 
-    def save(self, path, epoch, args, progress=None):
-        """Write the state after `epoch` in the released checkpoints' format, with the names of the categories; within
-        `epoch` there is also the `progress` in it. After some epochs it is kept under the epoch's number too."""
+    def save(
+        self, path: pathlib.Path, epoch: int, args: argparse.Namespace, progress: dict[str, Any] | None = None
+    ) -> None:
+        """Write the state in the format of the released checkpoints, with the names of the categories.
+
+        After some epochs, a copy with the epoch's number in its name is kept.
+
+        Args:
+            epoch: the epoch that is done, or with `progress` the one that is being trained.
+            progress: what of the epoch is done, as in `runtime.resume_point`.
+        """
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
             raise UserError("the weights are not finite and are not saved")
         state = {
@@ -42,34 +54,36 @@ class TrainingState:
         with replacing(path, keep_previous=True) as file:
             torch.save(state, file)
 
-    def check_categories(self, checkpoint, path):
-        """Raise UserError if the checkpoint, where it has names of categories, means others by the data set's ids."""
+    def check_categories(self, checkpoint: Mapping[str, Any], path: str) -> None:
+        """Raise UserError if the checkpoint names its categories and they differ from those of the data set."""
         check_same_categories(checkpoint.get("categories") or {}, f"checkpoint {path}", self.categories, "the data set")
 
-    def start_at(self, epoch):
-        """Go to the learning rates of an epoch, for a start there without a checkpoint that holds them."""
+    def start_at(self, epoch: int) -> None:
+        """Set the learning rates of an epoch, for a start there without the state of the schedule."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.lr_scheduler.gamma ** (epoch // self.lr_scheduler.step_size)
         self.lr_scheduler.last_epoch = epoch
 
-    def resume(self, path, args):
-        """Take over what the checkpoint holds; returns the epoch to train and the progress in it, None if it holds
-        weights only. A note lists the flags of `args` that are not followed. Raises UserError if it is damaged, or
-        belongs to another model or optimizer."""
-        checkpoint = load_checkpoint(path)
-        load_weights(self.model, checkpoint, path, classes_cure=FINETUNE_CURE)
-        self.check_categories(checkpoint, path)
-        if not {"optimizer", "lr_scheduler", "epoch"} <= checkpoint.keys():
+    def resume(self, checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[int, dict[str, Any] | None] | None:
+        """Take over what the checkpoint holds. A note lists the flags of `args` that are not followed.
+
+        Returns: the epoch to train and the progress in it; None if the checkpoint holds weights only.
+        Raises: UserError if it is damaged, or belongs to another model or optimizer.
+        """
+        path, content = checkpoint.path, checkpoint.content
+        load_weights(self.model, content, path, classes_cure=FINETUNE_CURE)
+        self.check_categories(content, path)
+        if not {"optimizer", "lr_scheduler", "epoch"} <= content.keys():
             print_once(f"note: {path} holds weights only; the optimizer starts anew")
-            _note_values_kept(path, args, checkpoint, None, {})
+            _note_values_kept(path, args, content, None, {})
             return None
         asked = _kept_values(self.optimizer, self.lr_scheduler)
         try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
-            if checkpoint.get("scaler"):
-                self.loss_scaler.load_state_dict(checkpoint["scaler"])
-            epoch, progress = runtime.resume_point(checkpoint)
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.lr_scheduler.load_state_dict(content["lr_scheduler"])
+            if content.get("scaler"):
+                self.loss_scaler.load_state_dict(content["scaler"])
+            epoch, progress = runtime.resume_point(content)
             kept = _kept_values(self.optimizer, self.lr_scheduler)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
@@ -78,20 +92,20 @@ class TrainingState:
                 "from its weights"
             ) from error
         values = {flag: (asked[flag], kept[flag]) for flag in asked if flag in kept}
-        _note_values_kept(path, args, checkpoint, epoch, values)
+        _note_values_kept(path, args, content, epoch, values)
         return epoch, progress
 
 
-# A resumed run follows main.py's flags but for those of _kept_values, whose values come from the checkpoint, and these,
-# which only say how a run begins; here with the values that ask for nothing.
+# A resumed run follows the flags of main.py, except those of _kept_values, whose values come from the checkpoint, and
+# these, which matter only at the start of a run; here with the values that ask for nothing.
 START_FLAGS = {"frozen_weights": None, "start_epoch": 0}
 
 
 def _kept_values(optimizer, scheduler):
     """The values of the flags that a checkpoint keeps, as the optimizer and the schedule hold them.
 
-    They are not read from the checkpoint's `args`, which are missing from some files, and after a resumed run hold its
-    flags, not the first one's.
+    They are not read from the checkpoint's `args`: some files have none, and after a run was resumed they are its
+    flags, not those of the first run.
     """
     rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     values = {"lr": rates[0], "weight_decay": optimizer.param_groups[0]["weight_decay"], "lr_drop": scheduler.step_size}
@@ -101,7 +115,7 @@ def _kept_values(optimizer, scheduler):
 
 
 def _note_values_kept(path, args, checkpoint, epoch, values):
-    """Note the flags that are not followed: of `values`, (what they say, what is kept), and of START_FLAGS."""
+    """Note the flags that are ignored: among `values` (asked, in use), and among START_FLAGS."""
     values = values | runtime.start_values_kept(args, checkpoint, START_FLAGS, epoch)
     runtime.note_values_kept(
         path,
@@ -111,7 +125,7 @@ def _note_values_kept(path, args, checkpoint, epoch, values):
     )
 
 
-def count_classes(weights):
+def count_classes(weights: Mapping[str, torch.Tensor]) -> int | None:
     """The `num_classes` of a model with these weights; None if they have no class head."""
     return next((len(weight) - 1 for key, weight in weights.items() if key.endswith("class_embed.weight")), None)
 
@@ -122,12 +136,21 @@ FINETUNE_CURE = f"{CLASSES_CURE}, or say --finetune with --resume to start from 
 MODEL_CURE = "check --enc_rpe2d, --backbone and the other flags of the model"
 
 
-def load_weights(model, checkpoint, path, new_class_head=False, classes_cure=CLASSES_CURE, model_cure=MODEL_CURE):
-    """Load a checkpoint's weights into its model.
+def load_weights(
+    model: nn.Module,
+    checkpoint: Mapping[str, Any],
+    path: str,
+    new_class_head: bool = False,
+    classes_cure: str = CLASSES_CURE,
+    model_cure: str = MODEL_CURE,
+) -> None:
+    """Load a checkpoint's weights into the model. Batch norm may be frozen or trainable on either side.
 
-    Batch norm fits whether frozen or trainable, here and there. With `new_class_head` a head for another number of
-    classes keeps its fresh values, and a line says so. Raises UserError that says which keys differ, and what to do
-    about that where the weights are loaded: `classes_cure` for another number of classes, `model_cure` for the rest.
+    Args:
+        new_class_head: keep the model's own class head, with a note, if the numbers of classes differ.
+        classes_cure: end of the message for another number of classes: what to do.
+        model_cure: end of the message for other differences.
+    Raises: UserError that says which keys differ.
     """
     weights = model_weights(checkpoint, path)
     expected = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}

@@ -5,9 +5,9 @@ import timm
 import torch
 
 import main
-from checkpoint import take_model_flags
+from checkpoint import with_model_flags
 from conftest import parse
-from runtime import UserError, load_checkpoint
+from runtime import Checkpoint, UserError, load_checkpoint
 
 RPE = "rpe-1.9-product-ctx-1-qkv"
 SMALL = ("patch_size=8", "embed_dim=48", "depth=2", "num_heads=2")
@@ -131,7 +131,7 @@ def test_a_checkpoint_with_damaged_model_flags_is_refused(pictures, equipped, tm
         pictures, EVA, "--eval", "--resume", tmp_path / "list.pth"
     )
     with pytest.raises(UserError, match="is damaged"):  # as visualize_rpe.py, whose defaults are the checkpoint's
-        take_model_flags(checkpoint["args"], checkpoint, "list.pth")
+        with_model_flags(checkpoint["args"], Checkpoint("list.pth", checkpoint))
 
 
 def test_an_image_size_that_differs_from_training_is_noted(pictures, tmp_path, capsys):
@@ -187,7 +187,7 @@ def test_an_encoding_outside_the_grammar_is_refused(tmp_path, text, said):
         (EVA, ("patch_size=0",), "cannot be built"),
         (EVA, ("norm_layer=none",), "cannot be built"),
         (EVA, ("img_size=64",), "--model-kwargs img_size=64 is for --input-size to say"),
-        (EVA, ("in_chans=1",), "--model-kwargs in_chans=1 is for the pictures, which are RGB, to say"),
+        (EVA, ("in_chans=1",), "--model-kwargs in_chans=1 is for the images, which are RGB, to say"),
         ("vit_small_patch16_18x2_224", (), "a block's attention is None; equip_irpe knows timm's "),
         (EVA, ("patch_size=7",), "--input-size 32 is no multiple of the 7 pixels"),
     ],

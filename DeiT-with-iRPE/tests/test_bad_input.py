@@ -192,7 +192,7 @@ def test_damaged_part_of_a_checkpoint(pictures, trained, tmp_path, key, damage, 
         (["--input-size", 8], "use 16"),
         (["--batch-size", 7], "--batch-size 7 is odd"),
         (["--batch-size", 0], "--batch-size 0 is out of range: it must be at least 1"),
-        (["--batch-size", 26], "--batch-size 26 is more than the 24 pictures that each of 1 processes sees"),
+        (["--batch-size", 26], "--batch-size 26 is more than the 24 images that each of 1 ranks sees"),
         (["--reprob", 1.5], "--reprob 1.5 is out of range: it must be from 0 to 1"),
         (["--lr", "nan"], "--lr nan is out of range"),
         (["--num_workers", -1], "--num_workers -1 is out of range"),
@@ -335,29 +335,29 @@ def test_broken_picture_is_said_by_the_process_that_meets_it(broken):
     assert [code for code, _, _ in results] == [1, 1]
     errors = "".join(err for _, _, err in results).splitlines()
     picture = f"image {broken}/train/bee/2.png cannot be read"
-    said = [error for error in errors if re.match(rf"error: process [01] of 2: {picture}", error)]
+    said = [error for error in errors if re.match(rf"error: rank [01] of 2: {picture}", error)]
     assert len(said) == 1 and len(errors) == 2
-    assert all(re.search("process [01] is lost or hangs in ", error) for error in errors if error not in said)
+    assert all(re.search("rank [01] is lost or hangs in ", error) for error in errors if error not in said)
 
 
 def test_wrong_flag_is_said_once_under_a_launcher(pictures):
     code, _, err = finish(start(*TORCHRUN, "--nproc_per_node=2", "main.py", *small(pictures, "--resume", "none.pth")))
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code != 0 and len(errors) == 1
-    assert errors[0].startswith("error: process 0 of 2: checkpoint none.pth cannot be read: No such file")
+    assert errors[0].startswith("error: rank 0 of 2: checkpoint none.pth cannot be read: No such file")
 
 
 def test_killed_process_ends_the_other(pictures):
     killed = (
-        "after_step = runtime.Run.after_step\n"
-        "def killed(self, progress):\n"
-        "    if runtime.get_rank() == 1 and (self.epoch, progress.done) == (1, 2):\n"
+        "agreed_signal = runtime.Run.agreed_signal\n"
+        "def killed(self, steps):\n"
+        "    if runtime.get_rank() == 1 and (self.epoch, steps) == (1, 2):\n"
         f"        os.kill(os.getpid(), {signal.SIGKILL:d})\n"
-        "    after_step(self, progress)\n"
-        "runtime.Run.after_step = killed\n"
+        "    return agreed_signal(self, steps)\n"
+        "runtime.Run.agreed_signal = killed\n"
     )
     first, second = start_processes(2, *altered(killed), *small(pictures, "--batch-size", 4, "--epochs", 3))
     status, _, err = finish(first)
     assert status == 1
-    assert re.fullmatch("error: process 0 of 2: process 1 is lost or hangs in epoch 1, step 1: .*\n", err)
+    assert re.fullmatch("error: rank 0 of 2: rank 1 is lost or hangs in epoch 1, step 1: .*\n", err)
     assert finish(second)[0] == -signal.SIGKILL

@@ -10,6 +10,8 @@ from PIL import Image
 
 import datasets
 import main
+import run_with_submitit
+import runtime
 from conftest import TINY, parse
 
 PUBLISHED = json.loads((Path(__file__).parent / "golden" / "cli_deit.json").read_text())
@@ -154,3 +156,30 @@ def test_moving_average_has_its_decay_and_place(flags):
     state = main.build_state(parse("--model-ema-decay", 0.5, *flags), torch.nn.Linear(2, 2))
     assert state.model_ema.decay == 0.5 and state.model_ema.device == ("cpu" if flags else None)
     assert main.build_state(parse("--no-model-ema"), torch.nn.Linear(2, 2)).model_ema is None
+
+
+def test_every_flag_is_accepted_in_both_spellings():
+    parser = run_with_submitit.get_parser()  # has the flags of main.py and its own
+    flags = {flag: action for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+    spellings = {flag: {"--" + flag[2:].replace("-", "_"), "--" + flag[2:].replace("_", "-")} for flag in flags}
+    others = [(flag, other) for flag in flags for other in spellings[flag] - {flag}]
+    assert len(others) > 30
+    for flag, other in others:
+        action = flags[flag]
+        value = "a=1" if action.dest == "model_kwargs" else str((action.choices or ["1"])[0])
+        values = [] if action.nargs == 0 else [value]
+        assert parser.parse_args([other, *values]) == parser.parse_args([flag, *values])
+        if action.nargs is None:
+            assert parser.parse_args([f"{other}={value}"]) == parser.parse_args([flag, value])
+
+
+@pytest.mark.parametrize("flag", ["--save-every", "--save_every"])
+def test_main_accepts_a_flag_in_both_spellings(flag):
+    assert main.get_args_parser().parse_args([flag, "7"]).save_every == 7
+    assert runtime.ArgumentParser(parents=[main.get_args_parser()]).parse_args([flag, "7"]).save_every == 7
+
+
+def test_unknown_flag_is_reported_as_it_was_given(capsys):
+    with pytest.raises(SystemExit):
+        main.get_args_parser().parse_args(["--save_evry", "7"])
+    assert "--save_evry" in capsys.readouterr().err

@@ -23,9 +23,11 @@ CASES = [(batch, tar) for batch in (7, 32) for tar in ((), ("--load-tar",))]
 PROGRAM = """
 import argparse, json, sys, main, runtime
 def evaluate_all(_):
-    for flags in json.loads(sys.argv[1]):
-        args = argparse.ArgumentParser(parents=[main.get_args_parser()]).parse_args(flags)
-        print(json.dumps(main.main(args)), flush=True)
+    with runtime.Job() as job:
+        job.meet()
+        for flags in json.loads(sys.argv[1]):
+            args = argparse.ArgumentParser(parents=[main.get_args_parser()]).parse_args(flags)
+            print(json.dumps(main.train_or_evaluate(args, job, runtime.find_device(args.device))), flush=True)
 runtime.run(evaluate_all, None)
 """
 
@@ -171,5 +173,5 @@ def test_evaluation_that_is_not_finite_or_has_no_pictures_is_an_error():
     device = torch.device("cpu")
     with pytest.raises(UserError, match="loss of the evaluation is nan"):
         engine.evaluate(loader_of(torch.full((2, 3), float("nan")), torch.zeros(2).long()), torch.nn.Identity(), device)
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         engine.evaluate(loader_of(torch.zeros(0, 3), torch.zeros(0).long()), torch.nn.Identity(), device)

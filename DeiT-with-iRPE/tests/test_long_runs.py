@@ -1,5 +1,6 @@
 """Runs that are stopped at any moment and go on: nothing is lost, said twice or drawn anew."""
 
+import copy
 import errno
 import fcntl
 import json
@@ -49,12 +50,12 @@ def stop_at(monkeypatch):
     """Sends this process a signal in that step, counted over the epochs, or in the evaluation of that epoch."""
 
     def patch(number, step=None, evaluation=None):
-        after_step, evaluate, asked = runtime.Run.after_step, main.evaluate, []
+        agreed_signal, evaluate, asked = runtime.Run.agreed_signal, main.evaluate, []
 
-        def stepped(self, progress):
-            if self.epoch * STEPS + progress.done == step:
+        def stepped(self, steps):
+            if self.epoch * STEPS + steps == step:
                 os.kill(os.getpid(), number)
-            after_step(self, progress)
+            return agreed_signal(self, steps)
 
         def evaluated(*args):
             asked.append(1)
@@ -62,7 +63,7 @@ def stop_at(monkeypatch):
                 os.kill(os.getpid(), number)
             return evaluate(*args)
 
-        monkeypatch.setattr(runtime.Run, "after_step", stepped)
+        monkeypatch.setattr(runtime.Run, "agreed_signal", stepped)
         monkeypatch.setattr(main, "evaluate", evaluated)
         return monkeypatch
 
@@ -132,6 +133,19 @@ def test_auto_starts_anew_without_a_checkpoint_and_goes_on_with_one(pictures, st
         run(pictures, "", "--resume", "auto")
 
 
+@pytest.mark.parametrize("flags", [[], ["--eval"]], ids=["train", "eval"])
+def test_auto_reads_the_checkpoint_once_and_leaves_the_flags_as_they_are(
+    pictures, trained, tmp_path, monkeypatch, flags
+):
+    shutil.copy(trained, tmp_path / "checkpoint.pth")
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: read.append(str(path)) or load(path, **options))
+    args = parse(*small(pictures, "--output_dir", tmp_path, "--resume", "auto", *flags))
+    before = copy.deepcopy(vars(args))
+    main.main(args)
+    assert read == [str(tmp_path / "checkpoint.pth")] and vars(args) == before
+
+
 def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(pictures, straight, tmp_path, capsys):
     run(pictures, tmp_path)
     path = tmp_path / "checkpoint.pth"
@@ -140,7 +154,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(pictures, strai
     assert f"note: checkpoint {path} is truncated" in capsys.readouterr().out
     assert same(state(tmp_path), state(straight)) and rows(tmp_path) == rows(straight)
     path.unlink()  # as at one moment of a save on a disk without hard links
-    assert runtime.newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint.previous.pth")
+    assert runtime.newest_checkpoint(str(tmp_path)).path == str(tmp_path / "checkpoint.previous.pth")
     for name in ("checkpoint.pth", "checkpoint.previous.pth"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint in .* is whole"):
@@ -257,12 +271,12 @@ def processes(pictures, out, *flags, world_size=2):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_signal_to_one_of_two_processes_ends_both_after_its_step(pictures, tmp_path, rank):
     signalled = (
-        "after_step = runtime.Run.after_step\n"
-        "def signalled(self, progress):\n"
-        f"    if progress.done == 2 and runtime.get_rank() == {rank}:\n"
+        "agreed_signal = runtime.Run.agreed_signal\n"
+        "def signalled(self, steps):\n"
+        f"    if steps == 2 and runtime.get_rank() == {rank}:\n"
         f"        os.kill(os.getpid(), {signal.SIGTERM:d})\n"
-        "    after_step(self, progress)\n"
-        "runtime.Run.after_step = signalled\n"
+        "    return agreed_signal(self, steps)\n"
+        "runtime.Run.agreed_signal = signalled\n"
     )
     flags = small(pictures, *FLAGS, "--batch-size", 2, "--output_dir", tmp_path)
     results = [finish(process) for process in start_processes(2, *altered(signalled), *flags)]
@@ -345,14 +359,21 @@ SLEEP = "time.sleep(10 ** 6)"
 
 
 # Before its first step a rank hangs when the other one has got as far: they could not tell it from one that never came.
-MEET = "runtime._store.set(f'there {rank}', ''); runtime._store.wait([f'there {1 - rank}'])"
+MEET = "jobs[0]._store.set(f'there {rank}', ''); jobs[0]._store.wait([f'there {1 - rank}'])"
+KEEP_JOB = """
+meet, jobs = runtime.Job.meet, []
+def kept(job):
+    jobs.append(job)
+    meet(job)
+runtime.Job.meet = kept
+"""
 
 
 def at_call(owner, name, call, action, both="pass"):
     """Code that does `action` on the bad rank in the given call of a function, after what both do then; the first call
     is 1."""
     return (
-        f"original, calls = {owner}.{name}, []\n"
+        f"{KEEP_JOB}original, calls = {owner}.{name}, []\n"
         f"def changed(*args, **kwargs):\n"
         f"    calls.append(1)\n"
         f"    if len(calls) == {call}:\n"
@@ -385,7 +406,7 @@ def ends(pictures, tmp_path_factory):
     for name, (change, bad_rank, _) in HANGING.items():
         ending = [0, 1] if name == "evaluation_asleep" else [1 - bad_rank]
         jobs[name] = {"change": change, "bad_rank": bad_rank, "ranks": [0, 1], "ending": ending}
-    jobs["never_starts"] = {"change": "runtime.STARTUP_SECONDS = 1", "bad_rank": 1, "ranks": [0], "ending": [0]}
+    jobs["never_starts"] = {"change": "runtime.job.STARTUP_SECONDS = 1", "bad_rank": 1, "ranks": [0], "ending": [0]}
     for name, job in jobs.items():
         flags = small(pictures, *FLAGS, "--batch-size", 2, "--step-timeout", 8, "--output_dir", folder / name)
         job.update(port=free_port(), flags=list(map(str, flags)))
@@ -400,19 +421,19 @@ def test_rank_that_hangs_in_any_phase_ends_the_other_and_is_named(ends, phase):
     _, bad_rank, where = HANGING[phase]
     status, said = ends[phase][str(1 - bad_rank)]
     assert status == 1, said
-    expected = f"error: process {1 - bad_rank} of 2: process {bad_rank} is lost or hangs in {where}"
+    expected = f"error: rank {1 - bad_rank} of 2: rank {bad_rank} is lost or hangs in {where}"
     assert re.match(expected, said) and said.count("\n") == 1, said
 
 
 def test_rank_whose_main_thread_hangs_in_an_evaluation_ends_itself_and_says_where(ends):
     status, said = ends["evaluation_asleep"]["1"]
     assert status == 1
-    assert re.fullmatch(r"error: process 1 of 2: this process hangs in Test, step 1, at .*\(changed\)\n", said)
+    assert re.fullmatch(r"error: rank 1 of 2: this rank hangs in Test, step 1, at .*\(changed\)\n", said)
 
 
 def test_rank_that_never_starts_ends_the_others(ends):
     status, said = ends["never_starts"]["0"]
-    assert status == 1 and "see whether all 2 processes have started" in said and said.count("\n") == 1, said
+    assert status == 1 and "check that all 2 ranks have started" in said and said.count("\n") == 1, said
 
 
 def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(pictures):
@@ -472,16 +493,16 @@ def test_signal_to_the_whole_group_spares_the_loading_processes(pictures, tmp_pa
     """As torchrun and SLURM send it."""
     signalled = (
         "os.setsid()\n"
-        "add = runtime.Progress.add\n"
-        "def signalled(self, **values):\n"
-        "    if self.header == 'epoch 0' and self.done == 2:\n"  # when all loading processes have started
+        "agreed_signal = runtime.Run.agreed_signal\n"
+        "def signalled(self, steps):\n"
+        "    if self.epoch == 0 and steps == 3:\n"  # when all loading processes have started
         "        os.system('kill -TERM 0')\n"  # not by itself: a parent's signal ends them in order
-        "        while not runtime._caught:\n"
+        "        while not self.job.received_signals:\n"
         "            time.sleep(0.01)\n"
         # Training goes on for longer than what is loaded in advance lasts, which takes processes that live.
-        "        runtime._caught.clear()\n"
-        "    add(self, **values)\n"
-        "runtime.Progress.add = signalled\n"
+        "        self.job.received_signals.clear()\n"
+        "    return agreed_signal(self, steps)\n"
+        "runtime.Run.agreed_signal = signalled\n"
     )
     flags = small(pictures, *FLAGS, "--batch-size", 2, "--epochs", 1, "--num_workers", 2)
     status, out, err = finish(start(*altered(signalled), *flags))
@@ -497,7 +518,7 @@ def test_processes_that_would_go_on_from_different_places_do_not_train(pictures,
     )
     results = [finish(process) for process in pair]
     assert [status for status, _, _ in results] == [1, 1]
-    assert "go on from different places (epoch, pictures), [(2, None), (0, None)]" in results[0][2], results
+    assert "resume from different places (epoch, images), [(2, None), (0, None)]" in results[0][2], results
     assert not (tmp_path / "1" / "checkpoint.pth").exists() and same(state(tmp_path / "0"), state(straight))
 
 
@@ -505,10 +526,10 @@ def test_signal_to_all_in_the_evaluation_ends_all_alike_though_some_have_finishe
     signalled = (
         "import engine, pathlib\n"
         "note = pathlib.Path(sys.argv[-1], 'waits')\n"
-        "steps, add_up = runtime.Progress.__iter__, engine.all_reduce_sum\n"
-        "def signalled(self):\n"
-        "    for batch in steps(self):\n"
-        "        if self.header == 'Test' and runtime.get_rank() == 1:\n"
+        "steps, add_up = runtime.Job.evaluation_steps, engine.all_reduce_sum\n"
+        "def signalled(self, header, loader):\n"
+        "    for batch in steps(self, header, loader):\n"
+        "        if runtime.get_rank() == 1:\n"
         "            while not note.exists():\n"
         "                time.sleep(0.01)\n"
         f"            os.kill(int(note.read_text()), {signal.SIGTERM:d})\n"
@@ -519,7 +540,7 @@ def test_signal_to_all_in_the_evaluation_ends_all_alike_though_some_have_finishe
         "        note.with_suffix('.tmp').write_text(str(os.getpid()))\n"
         "        note.with_suffix('.tmp').rename(note)\n"
         "    return add_up(sums)\n"
-        "runtime.Progress.__iter__, engine.all_reduce_sum = signalled, waits\n"
+        "runtime.Job.evaluation_steps, engine.all_reduce_sum = signalled, waits\n"
     )
     pair = start_processes(2, *altered(signalled), *small(pictures, *FLAGS, "--output_dir", tmp_path))
     results = [finish(process) for process in pair]

@@ -11,7 +11,7 @@ import torch
 import checkpoint
 import main
 from conftest import parse, small
-from runtime import UserError, load_checkpoint
+from runtime import UserError, checkpoint_to_resume, load_checkpoint
 from test_long_runs import Interrupted, rows, signal, stop_at  # noqa: F401, a fixture among them
 from test_schedule import timm_has_plateau
 
@@ -157,7 +157,7 @@ def resume(capsys):
         args, state = begin("--resume", path, *flags, world_size=world_size)
         before = dict(vars(args))
         capsys.readouterr()
-        main.resume(args, state)
+        main.resume(args, state, checkpoint_to_resume(path, ""))
         assert vars(args) == before  # so all that reads them follows them
         said = capsys.readouterr().out
         notes = re.findall(r"note: (\S+) is resumed with what its run began with.*?: (--.*)\. A new run follows", said)
@@ -277,7 +277,7 @@ def test_values_that_a_run_resumed_earlier_did_not_follow_are_listed_again(tmp_p
     path = save(tmp_path / "c.pth", *begin())
     flags = ["--resume", path, "--weight-decay", 0.3]
     args, state = begin(*flags)
-    main.resume(args, state)
+    main.resume(args, state, checkpoint_to_resume(path, ""))
     state.save(path, 3, args)
     assert load_checkpoint(path)["args"].weight_decay == 0.3
     _, note = resume(path, *flags[2:])

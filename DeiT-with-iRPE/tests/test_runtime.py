@@ -256,7 +256,7 @@ def test_too_many_open_files_are_one_line_with_what_to_do(capsys, error):
     with pytest.raises(SystemExit) as caught:
         runtime.run(main, argparse.Namespace())
     said = capsys.readouterr().err
-    assert caught.value.code == 1 and said.startswith("error: too many files are open in ") and said.count("\n") == 1
+    assert caught.value.code == 1 and said.startswith("error: too many files are open: ") and said.count("\n") == 1
     assert "ulimit -n" in said and "--num_workers" in said
 
 
@@ -281,15 +281,16 @@ def test_a_loading_process_ended_by_the_system_is_one_line_with_what_to_do(capsy
     with pytest.raises(SystemExit) as caught:
         runtime.run(main, argparse.Namespace())
     said = capsys.readouterr().err.splitlines()[-1]
-    assert caught.value.code == 1 and said.startswith("error: a loading process ended or hangs in ")
+    assert caught.value.code == 1 and said.startswith("error: a loading process ended or hangs: ")
     assert "/dev/shm" in said and "--num_workers" in said
 
 
-def test_full_memory_of_a_gpu_is_said_in_one_line_with_the_step(capsys, monkeypatch):
+def test_full_memory_of_a_gpu_is_said_in_one_line_with_the_step(capsys):
     def main(args):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        with runtime.Job() as job:
+            job.place = "epoch 3, step 7"
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
-    monkeypatch.setattr(runtime, "_where", "epoch 3, step 7")
     with pytest.raises(SystemExit):
         runtime.run(main, argparse.Namespace())
     said = capsys.readouterr().err
@@ -318,6 +319,13 @@ def test_parser_says_a_mistake_in_one_line(capsys):
 
 def settings(**values):
     return argparse.Namespace(**{"device": "cpu", "world_size": 1, "dist_url": "env://", **values})
+
+
+def join(args):
+    """Meet the other ranks as main.py does."""
+    runtime.find_device(args.device, args.world_size)
+    with runtime.Job(args.dist_url) as job:
+        job.meet()
 
 
 @pytest.fixture
@@ -352,20 +360,22 @@ def test_place_among_the_processes_is_read_from_any_launcher(alone, environment,
     for name, value in environment.items():
         alone.setenv(name, value)
     args = settings(**values)
-    assert runtime.find_place(args) == torch.device("cpu")
-    assert (args.rank, args.world_size) == (runtime.get_rank(), runtime.get_world_size()) == place[:2]
-    assert args.distributed == (place[1] > 1)
+    before = dict(vars(args))
+    assert runtime.find_device(args.device, args.world_size) == torch.device("cpu")
+    placed = runtime.with_place(args)
+    assert (placed.rank, placed.world_size) == (runtime.get_rank(), runtime.get_world_size()) == place[:2]
+    assert placed.distributed == (place[1] > 1) and placed.dist_url == args.dist_url and vars(args) == before
     chosen = []
     alone.setattr(torch.cuda, "set_device", chosen.append)
     alone.setattr(torch, "empty", lambda *_, **__: None)
-    assert [runtime.find_place(settings(device="cuda", **values))] == chosen == [torch.device("cuda", place[2])]
+    assert [runtime.find_device("cuda")] == chosen == [torch.device("cuda", place[2])]
 
 
 @pytest.mark.parametrize(
     ("environment", "values", "words"),
     [
         ({}, {"world_size": 2}, "torchrun --nproc_per_node=2"),
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, {}, "say tcp://HOST:PORT"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, {}, "use tcp://HOST:PORT"),
         ({}, {"device": "toaster"}, "--device toaster cannot be used"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, {"dist_url": "carrier-pigeon://x"}, "--dist_url carrier-pigeon://x"),
     ],
@@ -373,12 +383,12 @@ def test_place_among_the_processes_is_read_from_any_launcher(alone, environment,
 def test_launch_that_cannot_work_is_explained(alone, environment, values, words):
     for name, value in environment.items():
         alone.setenv(name, value)
-    assert words in fails_with(runtime.init_distributed, settings(**values))
+    assert words in fails_with(join, settings(**values))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_without_a_gpu_suggests_the_cpu():
-    assert "--device cuda cannot be used" in (said := fails_with(runtime.find_place, settings(device="cuda")))
+    assert "--device cuda cannot be used" in (said := fails_with(runtime.find_device, "cuda"))
     assert said.endswith("--device cpu")
 
 
@@ -386,19 +396,22 @@ PROGRAM = """
 import argparse, os, pathlib, signal, sys, time, torch, runtime
 case = sys.argv[1]
 def main(args):
-    runtime.find_place(args)
+    rank = runtime.get_rank()
     if case == "before":
         # one that met it long before the other would not wait for that one to say it
         there = [pathlib.Path(f"{sys.argv[0]}.{rank}") for rank in range(2)]
-        there[args.rank].touch()
+        there[rank].touch()
         while not all(path.exists() for path in there):
             time.sleep(0.01)
         raise runtime.UserError("a mistake of all")
-    runtime.init_distributed(args)
-    rank, values = runtime.get_rank(), []
-    progress = runtime.Progress("here", range(2), 1)
-    for step in progress:
-        progress.add(loss=torch.tensor(float("nan") if case == "nan" and step and rank else float(rank + step)))
+    with runtime.Job(args.dist_url) as job:
+        job.meet()
+        job.connect(torch.device("cpu"))
+        work(job, rank)
+def work(job, rank):
+    progress = runtime.Progress("here", 2, 1)
+    for step in job.evaluation_steps("here", range(2)):
+        progress.step(loss=torch.tensor(float("nan") if case == "nan" and step and rank else float(rank + step)))
     assert progress.averages() == {"loss": 1.0}
     if case == "alone" and rank == 1:
         raise runtime.UserError("a mistake of one")
@@ -406,9 +419,10 @@ def main(args):
         raise RuntimeError("a bug")
     if case == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
-    runtime.all_reduce_sum(torch.zeros(1))
+    with job.waiting():
+        runtime.all_reduce_sum(torch.zeros(1))
 url, = sys.argv[2:] or ["env://"]
-runtime.run(main, argparse.Namespace(device="cpu", world_size=1, dist_url=url))
+runtime.run(main, argparse.Namespace(dist_url=url))
 """
 
 
@@ -417,7 +431,7 @@ def test_mistake_that_all_meet_is_said_once_under_a_launcher(tmp_path, case, sai
     (tmp_path / "program.py").write_text(PROGRAM)
     status, _, err = finish(start(*launcher(2), "--use_env", tmp_path / "program.py", case, PYTHONPATH=str(PROJECT)))
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status != 0 and len(errors) == 1 and errors[0].startswith(f"error: process 0 of 2: {said}")
+    assert status != 0 and len(errors) == 1 and errors[0].startswith(f"error: rank 0 of 2: {said}")
 
 
 def test_file_at_which_the_ranks_met_is_gone_after_the_run_so_that_the_next_one_can_meet_there(tmp_path):
@@ -438,8 +452,8 @@ def test_mistake_of_one_process_ends_all_and_is_said_by_itself():
     assert {err for case in ("none", "interrupt") for _, _, err in results[case]} == {""}
     for case, said in (("alone", "a mistake of one\n"), ("bug", "Traceback (most recent call last):\n")):
         (_, _, first), (_, _, second) = results[case]
-        assert re.fullmatch("error: process 0 of 2: process 1 is lost or hangs in here, step 1: .*\n", first)
-        assert second.startswith(f"error: process 1 of 2: {said}")
+        assert re.fullmatch("error: rank 0 of 2: rank 1 is lost or hangs in here, step 1: .*\n", first)
+        assert second.startswith(f"error: rank 1 of 2: {said}")
     assert second.endswith("RuntimeError: a bug\n\n")
 
 
@@ -480,9 +494,9 @@ def test_random_numbers_of_loading_processes_differ_by_image_and_epoch_and_not_b
 
 
 def test_progress_says_steps_rate_and_means_in_plain_lines(capsys):
-    progress = runtime.Progress("epoch 3", range(24), images_per_step=8, shown=("loss", "lr"), lr=0.1)
-    for value in progress:
-        progress.add(loss=torch.tensor(float(value)), other=torch.tensor(1.0))
+    progress = runtime.Progress("epoch 3", 24, images_per_step=8, shown=("loss", "lr"), lr=0.1)
+    for value in range(24):
+        progress.step(loss=torch.tensor(float(value)), other=torch.tensor(1.0))
     lines = capsys.readouterr().out.splitlines()
     assert (
         len(lines) == 2
@@ -493,9 +507,9 @@ def test_progress_says_steps_rate_and_means_in_plain_lines(capsys):
 
 
 def test_value_that_is_not_finite_is_said_with_its_step(capsys):
-    progress = runtime.Progress("epoch 2", range(50), images_per_step=1)
+    progress = runtime.Progress("epoch 2", 50, images_per_step=1)
     sentence = fails_with(
-        lambda: [progress.add(loss=torch.tensor(math.inf if step == 23 else 1.0)) for step in progress]
+        lambda: [progress.step(loss=torch.tensor(math.inf if step == 23 else 1.0)) for step in range(50)]
     )
     assert sentence.startswith("loss is inf at epoch 2, step 23: ")
     assert "[20/50]" in (said := capsys.readouterr().out) and "[40/50]" not in said

@@ -11,6 +11,7 @@ import main
 from checkpoint import TrainingState
 from conftest import TINY, parse
 from rpe_models import create_model
+from runtime import checkpoint_to_resume
 
 OFFICIAL = json.loads((Path(__file__).parent / "golden" / "official_logs.json").read_text())
 
@@ -31,8 +32,7 @@ def learning_rates(args, first=0, metrics=None):
     """The learning rate of each epoch from ``first`` on, stepped as training steps it."""
     state = main.build_state(args, torch.nn.Linear(2, 2))
     args.start_epoch = first
-    args.resume = ""
-    main.resume(args, state)
+    main.resume(args, state, None)
     rates = []
     for epoch in range(first, args.epochs):
         rates.append(state.optimizer.param_groups[0]["lr"])
@@ -160,8 +160,8 @@ def test_any_schedule_goes_on_after_a_checkpoint_as_without(sched, tmp_path):
     straight, rates = learning_rates(args, metrics=metrics), []
     for first, last in ((0, 7), (7, 12)):
         state: TrainingState = main.build_state(args, model)
-        args.resume = tmp_path / "checkpoint.pth" if first else ""
-        assert main.resume(args, state) == (first, None)
+        path = tmp_path / "checkpoint.pth" if first else ""
+        assert main.resume(args, state, checkpoint_to_resume(path, "")) == (first, None)
         for epoch in range(first, last):
             rates.append(state.optimizer.param_groups[0]["lr"])
             if state.lr_scheduler:

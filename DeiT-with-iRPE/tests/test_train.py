@@ -1,5 +1,6 @@
 """Training: what it writes, how it resumes, and that each option changes what it should."""
 
+import argparse
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from timm.data import Mixup
 from torch.utils.data import DataLoader, TensorDataset
 
 import main
+import runtime
 from checkpoint import finetune_from
 from conftest import TINY, finish, launcher, parse, small, start, write_pictures
 from engine import train_one_epoch
@@ -177,8 +179,8 @@ def test_checkpoint_that_a_new_run_will_replace_is_named(pictures, trained, tmp_
 def test_every_epoch_has_an_order_of_its_own(pictures, monkeypatch, flag):
     orders = []
 
-    def train_one_epoch(model, criterion, data_loader, *args):
-        orders.append(tuple(data_loader.sampler))
+    def train_one_epoch(model, criterion, run, *args):
+        orders.append(tuple(run.loader.sampler))
         return {"loss": 1.0, "lr": 1.0}
 
     monkeypatch.setattr(main, "train_one_epoch", train_one_epoch)
@@ -250,7 +252,9 @@ def epoch_of(model, count=4, loss_scaler=None, images=None, **options):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), None, "none", 0.5, 1.0)
     scaler = loss_scaler or torch.amp.GradScaler("cpu", enabled=False)
-    return train_one_epoch(model, criterion, loader, optimizer, torch.device("cpu"), 5, scaler, **options)
+    flags = argparse.Namespace(output_dir="", save_every=0, epochs=6, seed=0)
+    run = runtime.Run(flags, runtime.Job(), runtime.RunLog(""), None, loader, epoch=5)
+    return train_one_epoch(model, criterion, run, optimizer, torch.device("cpu"), scaler, **options)
 
 
 def test_train_loss_is_the_mean_over_the_steps():

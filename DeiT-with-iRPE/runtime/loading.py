@@ -1,0 +1,29 @@
+"""Batches from the loading processes of a DataLoader."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+
+def own_group(_: int) -> None:
+    """A DataLoader's ``worker_init_fn``: a signal to the group of a training process does not reach its workers.
+
+    Training needs them to finish its step.
+    """
+    if hasattr(os, "setpgid"):  # a system without process groups sends them no signals
+        os.setpgid(0, 0)
+
+
+def read_batches(loader: Iterable) -> Iterator[Any]:
+    """The loader's batches. A worker that dies while it hands over a batch is reported as a dead worker."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            time.sleep(5)  # PyTorch raises an error here that names the worker, as soon as it learns of its end
+            raise RuntimeError(f"DataLoader worker ended while it handed over a batch: {error!r}") from error
+        yield batch
