@@ -34,10 +34,10 @@ CALLS = 20  # On a GPU: calls per measurement.
 
 
 def product_ids(height: int, width: int, skip: int, ratio: float) -> tuple[Tensor, int]:
-    """Bucket ids of the product method (Wu et al., ICCV 2021, Eq. 20), and the number of buckets.
+    """Bucket ids of the product method (Wu et al., ICCV 2021), and the number of buckets.
 
-    The ids are an (L, L) tensor of int64, L = height·width + skip, without gaps. The last bucket is that of the `skip`
-    tokens in front of the map.
+    The ids are an (L, L) tensor of int64, L = height·width + skip. If there are `skip` tokens in front of the map, the
+    last bucket belongs to them.
     """
     alpha, beta, gamma = ratio, 2 * ratio, 8 * ratio
 
