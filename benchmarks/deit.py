@@ -119,9 +119,11 @@ def main() -> None:
     """Measure all models and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--amp-dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--batch-size", type=int, default=16, help="images per step (default: 16)")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of each comparison (default: 15)")
+    parser.add_argument(
+        "--amp-dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="type of autocast"
+    )
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:

@@ -54,7 +54,8 @@ def attention_variants(args: argparse.Namespace) -> dict[str, Callable[[bool], N
     padding = torch.zeros(BATCH, HEIGHT, WIDTH, dtype=torch.bool, device=args.device)
     padding[1, :, WIDTH - WIDTH // 4 :] = True
     padding = padding.flatten(1)
-    added = torch.zeros(BATCH, length, device=args.device).masked_fill_(padding, -torch.inf)  # DETR computes it once.
+    # DETR computes this additive mask once for all layers.
+    added = torch.zeros(BATCH, length, device=args.device).masked_fill_(padding, -torch.inf)
     variants = {
         "nn.MultiheadAttention": variant(
             nn.MultiheadAttention(256, 8, batch_first=True),
@@ -144,7 +145,9 @@ def main() -> None:
     parser.add_argument(
         "--model-rounds", type=int, default=5, help="rounds of the training step; 0 skips it (default: 5)"
     )
-    parser.add_argument("--amp-dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--amp-dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="type of autocast"
+    )
     args = parser.parse_args()
     print(
         f"{datetime.date.today()}  {machine(args.device)}\ntorch {torch.__version__}, {torch.get_num_threads()} "
