@@ -1,11 +1,11 @@
-"""Time of DETR's encoder attention with iRPE over nn.MultiheadAttention, and of a whole training step over plain DETR.
+"""Compare DETR's encoder attention with iRPE with nn.MultiheadAttention, and its training step with plain DETR's.
 
     python benchmarks/detr.py [--device cuda] [--rounds 21] [--model-rounds 5] [--amp-dtype bfloat16]
 
-Attention: one layer of 8 heads and 256 channels on 25×34 tokens (a picture of 800×1088 pixels), batch 2, the second
-picture padded by a quarter; its peer gets the same mask, and no weights are asked for. Step: DETR-R50 at that size
-with matching, losses and AdamW. Every round runs each variant once, in turn, so that a change of the machine's speed
-meets all of them; printed are medians of times and of a round's ratios.
+Attention: one layer with 8 heads and 256 channels on 25×34 tokens (an image of 800×1088 pixels), batch 2; a quarter of
+the second image is padding. nn.MultiheadAttention gets the same mask and returns no weights. Step: DETR-R50 at this
+size, with matching, losses and AdamW. Every round runs each variant once, so that a change of the machine's speed
+affects all of them. The script prints median times, and the medians of the ratios within a round.
 """
 
 import argparse
@@ -13,11 +13,12 @@ import datetime
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from machine import machine
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "DETR-with-iRPE"))
 import main as detr_main
@@ -30,13 +31,13 @@ HEIGHT, WIDTH, BATCH = 25, 34, 2
 ENCODINGS = {where: f"rpe-2.0-product-ctx-1-{where}" for where in ("k", "qk", "qkv")}
 
 
-def attention_variants(args):
-    """Name → function of `train` that runs the variant once, forward or forward and backward."""
+def attention_variants(args: argparse.Namespace) -> dict[str, Callable[[bool], None]]:
+    """{name: function} of the attentions. A function runs once: forward, and also backward if its argument is true."""
 
-    def variant(module, call):
+    def variant(module: nn.Module, call: Callable[[nn.Module], Tensor]) -> Callable[[bool], None]:
         module.to(args.device)
 
-        def run(train):
+        def run(train: bool) -> None:
             module.train(train)
             with torch.set_grad_enabled(train), autocast(args):
                 out = call(module)
@@ -53,7 +54,8 @@ def attention_variants(args):
     padding = torch.zeros(BATCH, HEIGHT, WIDTH, dtype=torch.bool, device=args.device)
     padding[1, :, WIDTH - WIDTH // 4 :] = True
     padding = padding.flatten(1)
-    added = torch.zeros(BATCH, length, device=args.device).masked_fill_(padding, -torch.inf)  # once for all layers
+    # DETR computes this additive mask once for all layers.
+    added = torch.zeros(BATCH, length, device=args.device).masked_fill_(padding, -torch.inf)
     variants = {
         "nn.MultiheadAttention": variant(
             nn.MultiheadAttention(256, 8, batch_first=True),
@@ -70,11 +72,12 @@ def attention_variants(args):
     return variants
 
 
-def step_variants(args):
-    """Name → function that makes one training step of DETR-R50."""
+def step_variants(args: argparse.Namespace) -> dict[str, Callable[[bool], None]]:
+    """{name: function} of the models. A function runs one training step of DETR-R50 and ignores its argument."""
 
-    def variant(text):
-        flags = ["--enc_rpe2d", text, "--device", args.device, "--resume", "x"]  # no pretrained weights are fetched
+    def variant(text: str) -> Callable[[bool], None]:
+        # With --resume, DETR does not download pretrained weights.
+        flags = ["--enc_rpe2d", text, "--device", args.device, "--resume", "x"]
         model_args = detr_main.get_args_parser().parse_args(flags)
         torch.manual_seed(0)
         model, criterion, _ = build_model(model_args)
@@ -82,7 +85,7 @@ def step_variants(args):
         criterion.to(args.device).train()
         optimizer = detr_main.build_optimizer(model, model_args)
 
-        def run(train):
+        def run(train: bool) -> None:
             with autocast(args):
                 outputs = model(samples)
             loss = named_losses(criterion, criterion(outputs, targets))["loss"]
@@ -94,25 +97,31 @@ def step_variants(args):
         return run
 
     generator = torch.Generator().manual_seed(0)
-    pictures = [torch.randn(3, 32 * HEIGHT, 32 * width, generator=generator) for width in (WIDTH, WIDTH - WIDTH // 4)]
-    samples = nested_tensor_from_tensor_list(pictures).to(args.device)
+    images = [torch.randn(3, 32 * HEIGHT, 32 * width, generator=generator) for width in (WIDTH, WIDTH - WIDTH // 4)]
+    samples = nested_tensor_from_tensor_list(images).to(args.device)
     targets = [
         {
             "labels": torch.randint(1, 91, (7,), generator=generator).to(args.device),
             "boxes": (torch.rand(7, 4, generator=generator) * 0.3 + 0.3).to(args.device),
         }
-        for _ in pictures
+        for _ in images
     ]
     return {"DETR-R50": variant(""), **{f"iRPE on {where}": variant(ENCODINGS[where]) for where in ("k", "qkv")}}
 
 
-def autocast(args):
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """The context for `--amp-dtype`; float32 turns autocast off."""
     enabled = args.amp_dtype != "float32"
     return torch.autocast(args.device, dtype=getattr(torch, args.amp_dtype) if enabled else None, enabled=enabled)
 
 
-def measure(variants, train, rounds, args, warm_up=3):
-    """Print the median seconds of each variant and its median ratio to the first one in the same round."""
+def measure(
+    variants: dict[str, Callable[[bool], None]], train: bool, rounds: int, args: argparse.Namespace, warm_up: int = 3
+) -> None:
+    """Print each variant's median time and its median ratio to the first variant in the same round.
+
+    The first `warm_up` rounds do not count.
+    """
     times = {name: [] for name in variants}
     for number in range(rounds + warm_up):
         for name, run in variants.items():
@@ -128,12 +137,17 @@ def measure(variants, train, rounds, args, warm_up=3):
         print(f"  {name:24}{statistics.median(own) * 1e3:10.2f} ms  ×{ratio:5.2f}", flush=True)
 
 
-def main():
+def main() -> None:
+    """Time the attentions and the training steps, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=21, help="of the attention")
-    parser.add_argument("--model-rounds", type=int, default=5, help="of the whole step; 0 leaves it out")
-    parser.add_argument("--amp-dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--rounds", type=int, default=21, help="rounds of the attention (default: 21)")
+    parser.add_argument(
+        "--model-rounds", type=int, default=5, help="rounds of the training step; 0 skips it (default: 5)"
+    )
+    parser.add_argument(
+        "--amp-dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="type of autocast"
+    )
     args = parser.parse_args()
     print(
         f"{datetime.date.today()}  {machine(args.device)}\ntorch {torch.__version__}, {torch.get_num_threads()} "

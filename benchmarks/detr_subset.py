@@ -1,4 +1,4 @@
-"""Copy a few pictures of a set in COCO's format into both splits of a new one, for a model to learn by heart.
+"""Make a data set of a few images of COCO, to overfit a model: both splits contain the same images.
 
 python benchmarks/detr_subset.py COCO_PATH FOLDER [--images 4] [--most 4] [--repeat 25]
 """
@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 
-def copy_subset(coco_path, folder, images=4, most=4, repeat=25):
-    """Take the first `images` training pictures with one to `most` objects, none of them a crowd or small.
+def copy_subset(coco_path: str | Path, folder: str | Path, images: int = 4, most: int = 4, repeat: int = 25) -> None:
+    """Copy the first `images` training images with one to `most` objects, none of them a crowd or small (32² pixels).
 
-    In the training split each counts `repeat` times, under ids of its own, so that an epoch has some steps.
+    The training split contains each image `repeat` times, with different ids, so that an epoch has several steps.
     """
     data = json.loads(Path(coco_path, "annotations", "instances_train2017.json").read_bytes())
     objects = {}
@@ -45,8 +45,9 @@ def copy_subset(coco_path, folder, images=4, most=4, repeat=25):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("coco_path")
-    parser.add_argument("folder")
-    for name, default in (("images", 4), ("most", 4), ("repeat", 25)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("coco_path", help="folder with COCO's annotations/ and train2017/")
+    parser.add_argument("folder", help="folder of the new data set")
+    parser.add_argument("--images", type=int, default=4, help="number of images (default: 4)")
+    parser.add_argument("--most", type=int, default=4, help="largest number of objects in an image (default: 4)")
+    parser.add_argument("--repeat", type=int, default=25, help="copies of an image in the training split (default: 25)")
     copy_subset(**vars(parser.parse_args()))

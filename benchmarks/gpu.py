@@ -1,10 +1,12 @@
-"""Training steps, an attention's kernels and their tilings on a GPU: `python benchmarks/gpu.py`.
+"""Time training steps, the kernels of an attention and their tilings on a GPU.
 
-Every model is a process of its own. They compile at the same time, and wait; then they are timed, one at a time, in
-turns within every round. Printed are, for each, the time of the kernels of a step, its launches, its time on the clock
-and the peak of memory, over the plain model's (timm's, or an encoder without relative positions): as PyTorch runs
-them, and compiled. At the end the goals are compared with what was measured. `--device cpu --tiny` tries all of it
-without a GPU.
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --device cpu --tiny     # try the whole script without a GPU
+
+Each model runs in its own process. The processes compile at the same time and wait. They are then timed one at a time,
+and every round times each of them once. The script prints kernel time, number of launches, wall time and peak memory
+of a training step, in eager mode and compiled, and their ratios to the plain model's step (timm's model, or an encoder
+without relative positions). At the end it compares the ratios with the goals.
 """
 
 import argparse
@@ -18,10 +20,19 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:  # The environment has to be set before torch and rpe_ops are imported.
+    from multiprocessing.connection import Connection
+
+    import torch
+    from rpe_ops.rows import Tile
+    from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = {  # name: images, and timm's name or the map of an encoder
+MODELS = {  # name: (batch size, timm's name of the model or (height, width) of the encoder's map)
     "DeiT-S": (128, "deit_small_patch16_224"),
     "DETR encoder, 25x34": (2, (25, 34)),
     "DeiT-B": (128, "deit_base_patch16_224"),
@@ -30,30 +41,36 @@ MODELS = {  # name: images, and timm's name or the map of an encoder
 TINY_MODELS = {"DeiT-S": (1, "deit_small_patch16_224"), "DETR encoder, 1x2": (2, (1, 2))}
 WAYS = [("plain", ""), ("composed", "k"), ("rows", "k"), ("composed", "qkv"), ("rows", "qkv")]
 TINY_WAYS = {
-    "DeiT-S": [("plain", ""), ("rows", "k")],  # of which the interpreter takes long
+    "DeiT-S": [("plain", ""), ("rows", "k")],  # only two, because the interpreter is slow
     "DETR encoder, 1x2": [("plain", ""), ("composed", "qkv")],
 }
-TOGETHER = 10  # processes that compile and warm up at the same time: one DeiT in five ways takes at most 55 GB
+TOGETHER = 10  # Processes that compile at the same time. The five ways of one DeiT take at most 55 GB together.
 GOALS = {("k", "kernels"): 1.12, ("qkv", "kernels"): 1.35, ("k", "memory"): 1.02, ("qkv", "memory"): 1.12}
-SLACK = 0.03  # of the compiled model's time over the plain one's, to the ratio of the kernels
+SLACK = 0.03  # By how much the ratio of compiled wall times may exceed the ratio of kernel times.
+
+
+Ratios: TypeAlias = dict[
+    tuple[str, str, str, str], dict[str, float]
+]  # (model, mode, way, places): kernels, wall, memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model to be timed: a way of attention with terms on some places."""
+    """A model to time: `way` is plain, composed or rows, and `on` the places that have terms, for example "qkv"."""
 
     model: str
     way: str
     on: str
 
     @property
-    def name(self):
+    def name(self) -> str:
+        """The way and the places, for tables."""
         return f"{self.way} {self.on}".strip()
 
 
 @dataclasses.dataclass
 class Measurement:
-    """Of a step: milliseconds of its kernels, their number, milliseconds on the clock, MiB at the peak."""
+    """A training step: kernel time (ms), number of launches, wall time of each round (ms), and peak memory (MiB)."""
 
     kernels: float = 0.0
     launches: int = 0
@@ -61,11 +78,11 @@ class Measurement:
     memory: float = 0.0
 
 
-# --- What is timed, in a process of its own --------------------------------------------------------------------------
+# --- The timed training steps, each in its own process ---------------------------------------------------------------
 
 
-def deit_step(subject, args):
-    """(model, function of a callable model that does a training step of a DeiT)"""
+def deit_step(subject: Subject, args: "Arguments") -> tuple["nn.Module", Callable[[Callable], "torch.Tensor"]]:
+    """A DeiT, and a function that returns the loss of a batch, given the model or its compiled form."""
     sys.path.insert(0, str(ROOT / "DeiT-with-iRPE"))
     import timm
     import torch
@@ -84,8 +101,8 @@ def deit_step(subject, args):
     return model, lambda forward: F.cross_entropy(forward(images), targets)
 
 
-def encoder_step(subject, args):
-    """As `deit_step`, of DETR's encoder; the second image is padded."""
+def encoder_step(subject: Subject, args: "Arguments") -> tuple["nn.Module", Callable[[Callable], "torch.Tensor"]]:
+    """The same as `deit_step` for DETR's encoder; the second image of the batch is padded."""
     sys.path.insert(0, str(ROOT / "DETR-with-iRPE"))
     import torch
 
@@ -105,12 +122,13 @@ def encoder_step(subject, args):
 
 
 class Runner:
-    """Steps of one subject, as PyTorch runs them and compiled."""
+    """Training steps of one subject; `mode` is eager or compiled."""
 
-    def __init__(self, subject, args):
+    def __init__(self, subject: Subject, args: "Arguments") -> None:
         import torch
 
-        self.torch, self.args = torch, args
+        self.torch = torch
+        self.args = args
         torch.manual_seed(0)
         self.model, self.loss = (encoder_step if "DETR" in subject.model else deit_step)(subject, args)
         fused = {"fused": True} if args.device == "cuda" else {}
@@ -118,34 +136,35 @@ class Runner:
         compiled = torch.compile(self.model, dynamic=False, backend=args.backend)
         self.forwards = {"eager": self.model, "compiled": compiled}
 
-    def step(self, mode):
-        # without a scale for float16: only the time counts here
+    def step(self, mode: str) -> None:
+        """Run one training step. It does not scale the loss for float16, because only its time matters."""
         with self.torch.autocast(self.args.device, self.args.dtype()):
             loss = self.loss(self.forwards[mode])
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
-    def warm_up(self, mode):
-        """A step after the other processes' ones."""
+    def warm_up(self, mode: str) -> None:
+        """Run an untimed step, because other processes used the GPU before."""
         if not self.args.tiny:
             self.step(mode)
             self.synchronize()
 
-    def synchronize(self):
+    def synchronize(self) -> None:
+        """Wait until the GPU has finished."""
         if self.args.device == "cuda":
             self.torch.cuda.synchronize()
 
-    def prepare(self):
-        """Compile, and leave the memory to others."""
+    def prepare(self) -> None:
+        """Compile and warm up, then free memory for the other processes."""
         for mode in ["compiled"] if self.args.tiny else self.forwards:
             for _ in range(1 if self.args.tiny else 3):
                 self.patient_step(mode)
         self.synchronize()
         self.forget()
 
-    def patient_step(self, mode):
-        """A step, tried again while other processes fill the memory."""
+    def patient_step(self, mode: str) -> None:
+        """Run a step. Try it again for up to a minute while other processes use too much memory."""
         for _ in range(20):
             try:
                 return self.step(mode)
@@ -154,13 +173,14 @@ class Runner:
                 time.sleep(3)
         return self.step(mode)
 
-    def forget(self):
+    def forget(self) -> None:
+        """Free the gradients and the allocator's cache."""
         self.optimizer.zero_grad()
         if self.args.device == "cuda":
             self.torch.cuda.empty_cache()
 
-    def wall(self, mode):
-        """Milliseconds of a step on the clock, a mean over some in a row."""
+    def wall(self, mode: str) -> float:
+        """Wall time of a step in milliseconds, the mean over three steps."""
         self.warm_up(mode)
         steps = 1 if self.args.tiny else 3
         started = time.perf_counter()
@@ -169,12 +189,12 @@ class Runner:
         self.synchronize()
         return 1e3 * (time.perf_counter() - started) / steps
 
-    def kernels(self, mode):
-        """Milliseconds of the kernels of a step, and their number."""
+    def kernels(self, mode: str) -> tuple[float, int]:
+        """Kernel time of a step in milliseconds, and the number of launches."""
         self.warm_up(mode)
         steps = 1 if self.args.tiny else 3
 
-        def run():
+        def run() -> None:
             for _ in range(steps):
                 self.step(mode)
             self.synchronize()
@@ -184,8 +204,8 @@ class Runner:
         launches = sum(number for _, _, number in kernels)
         return milliseconds / steps, round(launches / steps)
 
-    def memory(self, mode):
-        """MiB at the peak of a step, the model and its optimizer's state included."""
+    def memory(self, mode: str) -> float:
+        """Peak memory of a step in MiB, including the model and the optimizer's state. It is 1 without a GPU."""
         if self.args.device != "cuda":
             return 1.0
         self.optimizer.zero_grad()
@@ -196,8 +216,8 @@ class Runner:
         return self.torch.cuda.max_memory_allocated() / 2**20
 
 
-def profile(function, device):
-    """[(name, milliseconds, number)] of the kernels (on a CPU the operators) that a function runs."""
+def profile(function: Callable[[], Any], device: str) -> list[tuple[str, float, int]]:
+    """(name, milliseconds, number of calls) of each kernel (on a CPU: operator) that `function` runs."""
     import torch
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
@@ -208,7 +228,7 @@ def profile(function, device):
         function()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    # A named region also has a time on the GPU, that of the kernels in it.
+    # Named regions are left out: their time on the GPU is that of the kernels inside.
     return [
         (event.key, getattr(event, time_of) / 1e3, event.count)
         for event in profiler.key_averages()
@@ -216,8 +236,8 @@ def profile(function, device):
     ]
 
 
-def serve(connection, subject, args):
-    """Answer with the result of the Runner's methods that are asked for, or with the text of what went wrong."""
+def serve(connection: "Connection", subject: Subject, args: "Arguments") -> None:
+    """Run in a worker process: call the Runner's methods as requested, and send their results or a traceback."""
     os.environ["IRPE_ATTENTION"] = "rows" if subject.way == "rows" else "composed"
     try:
         runner = Runner(subject, args)
@@ -226,14 +246,14 @@ def serve(connection, subject, args):
         while request := connection.recv():
             method, *arguments = request
             connection.send(("done", getattr(runner, method)(*arguments)))
-    except Exception:  # the parent says whose it was and goes on without this one
+    except Exception:  # The parent prints the traceback and continues without this process.
         connection.send(("failed", traceback.format_exc()))
 
 
 class Worker:
-    """The process of one subject."""
+    """The process that runs one subject, seen from the parent."""
 
-    def __init__(self, subject, args):
+    def __init__(self, subject: Subject, args: "Arguments") -> None:
         self.subject = subject
         context = multiprocessing.get_context("spawn")
         self.connection, end = context.Pipe()
@@ -242,33 +262,34 @@ class Worker:
         end.close()
         self.failed = False
 
-    def answer(self):
-        """What the process answers next; None, and a note, if it failed."""
+    def answer(self) -> tuple[str, Any] | None:
+        """The next answer of the process. If the process failed, print why and return None."""
         try:
             kind, value = self.connection.recv()
         except EOFError:
-            kind, value = "failed", "its process ended"
+            kind, value = "failed", "the process ended"
         if kind == "failed":
             self.failed = True
             print(f"FAILED: {self.subject.model}, {self.subject.name}: {value}", flush=True)
             return None
         return kind, value
 
-    def ask(self, *request):
-        """The result of a Runner's method, None if the process has failed."""
+    def ask(self, *request: str) -> Any:
+        """The result of a Runner's method, given its name and arguments; None if the process failed."""
         if self.failed:
             return None
         self.connection.send(request)
         answer = self.answer()
         return answer and answer[1]
 
-    def end(self):
+    def end(self) -> None:
+        """End the process."""
         self.process.terminate()
         self.process.join()
 
 
-def start_workers(args):
-    """Workers of all subjects, compiled some at a time and then ready to be timed, unless they failed."""
+def start_workers(args: "Arguments") -> list[Worker]:
+    """Start a worker for each subject, `TOGETHER` at a time, and wait until each is ready for timing or has failed."""
     subjects = [
         Subject(model, way, on) for model in models(args) for way, on in (TINY_WAYS[model] if args.tiny else WAYS)
     ]
@@ -281,8 +302,8 @@ def start_workers(args):
     return workers
 
 
-def time_workers(workers, args):
-    """{(subject, mode): Measurement} of those that did not fail."""
+def time_workers(workers: list[Worker], args: "Arguments") -> dict[tuple[Subject, str], Measurement]:
+    """Time all workers, then end them. Returns {(subject, mode): measurement} without those that failed."""
     found = {}
     for model in models(args):
         ours = [worker for worker in workers if worker.subject.model == model]
@@ -301,8 +322,8 @@ def time_workers(workers, args):
     return found
 
 
-def report(found, args):
-    """Print a table for each model and mode; returns {(model, mode, way, on): ratios of kernels, wall, memory}."""
+def report(found: dict[tuple[Subject, str], Measurement], args: "Arguments") -> Ratios:
+    """Print a table for each model and mode. Returns the ratios to the plain step, by (model, mode, way, places)."""
     ratios = {}
     for model in models(args):
         for mode in ("eager", "compiled"):
@@ -327,11 +348,11 @@ def report(found, args):
     return ratios
 
 
-def compare_with_goals(ratios):
-    """Print every goal for DeiT-S with what was measured."""
-    print("\nGoals (DeiT-S; over the plain step)")
+def compare_with_goals(ratios: Ratios) -> None:
+    """Print each goal for DeiT-S, the measured ratio, and whether it meets the goal."""
+    print("\nGoals (DeiT-S; ratios to the plain step)")
 
-    def compare(text, value, limit):
+    def compare(text: str, value: float, limit: float) -> None:
         print(f"  {text:66}{value:6.2f}  at most {limit:.2f}: {'met' if value <= limit else 'MISSED'}")
 
     for on in ("k", "qkv"):
@@ -343,9 +364,9 @@ def compare_with_goals(ratios):
         compare(f"rows on {on}, kernels", rows["kernels"], GOALS[on, "kernels"])
         compare(f"rows on {on}, peak memory", rows["memory"], GOALS[on, "memory"])
         if composed:
-            compare(f"rows on {on}, eager wall time; composed's is the limit", rows["wall"], composed["wall"])
+            compare(f"rows on {on}, eager wall time; the limit is composed's", rows["wall"], composed["wall"])
         compare(
-            f"rows on {on}, compiled wall time; the kernels' ratio is the limit",
+            f"rows on {on}, compiled wall time; the limit is the kernels' ratio",
             compiled["wall"],
             compiled["kernels"] + SLACK,
         )
@@ -354,8 +375,8 @@ def compare_with_goals(ratios):
 # --- Tilings ---------------------------------------------------------------------------------------------------------
 
 
-def variations(tile, fixed_other):
-    """The tile, and those that differ from it in one thing."""
+def variations(tile: "Tile", fixed_other: bool) -> list["Tile"]:
+    """The tile, followed by the tiles that differ from it in one field; `fixed_other` keeps the field `other`."""
     others = {
         "own": (32, 64, 128),
         "other": () if fixed_other else (16, 32, 64, 128),
@@ -370,8 +391,8 @@ def variations(tile, fixed_other):
     ]
 
 
-def candidates(args):
-    """[(terms on, kernel, tile)] of DeiT-S in half precision."""
+def candidates(args: "Arguments") -> list[tuple[str, str, "Tile"]]:
+    """The tilings to time, as (places, kernel, tile), for DeiT-S."""
     from rpe_ops import rows
 
     chosen, unused = [], {"k": ("forward, sums", "queries", "keys, sums"), "qkv": ("forward", "queries", "keys")}
@@ -384,8 +405,8 @@ def candidates(args):
     return chosen[:2] if args.tiny else chosen
 
 
-def one_attention(on, args):
-    """A function that runs an attention of DeiT-S forward and backward, by rows."""
+def one_attention(on: str, args: "Arguments") -> Callable[[], None]:
+    """A function that runs one attention of DeiT-S by rows, forward and backward, with terms on the places `on`."""
     if str(ROOT / "DeiT-with-iRPE") not in sys.path:
         sys.path.insert(0, str(ROOT / "DeiT-with-iRPE"))
     import rpe_ops
@@ -393,14 +414,14 @@ def one_attention(on, args):
 
     from irpe import build_rpe, get_rpe_config, rpe_attention
 
-    assert rpe_ops.ATTENTION == "rows"  # which the environment has to say before the first import
+    assert rpe_ops.ATTENTION == "rows"  # IRPE_ATTENTION has to be set before the first import.
     batch, heads, side, channels = (1, 1, 1, 16) if args.tiny else (128, 6, 14, 64)
     modules = [rpe and rpe.to(args.device) for rpe in build_rpe(get_rpe_config(skip=1, rpe_on=on), channels, heads)]
     length = side * side + 1
     x = torch.randn(batch, length, 3, heads, channels, device=args.device, dtype=args.dtype(), requires_grad=True)
     grad = torch.randn(batch, heads, length, channels, device=args.device, dtype=args.dtype())
 
-    def run():
+    def run() -> None:
         x.grad = None
         with torch.autocast(args.device, args.dtype()):
             rpe_attention(*x.permute(2, 0, 3, 1, 4), *modules).backward(grad)
@@ -410,8 +431,8 @@ def one_attention(on, args):
     return run
 
 
-def with_tile(run, kernel, tile, args):
-    """Run with another tile for a kernel; returns None, or why it cannot be had."""
+def with_tile(run: Callable[[], Any], kernel: str, tile: "Tile", args: "Arguments") -> str | None:
+    """Call `run` while `kernel` uses this tile. Returns None, or the error if the tile does not work."""
     from rpe_ops import rows
 
     key = kernel, args.width(), 64
@@ -419,31 +440,31 @@ def with_tile(run, kernel, tile, args):
     rows.TILES[key] = tile
     try:
         return run() and None
-    except Exception as error:  # too much shared memory, or more than a compiler can do: a row of the table
+    except Exception as error:  # A tile may need too much shared memory or break the compiler. The table shows that.
         return f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
     finally:
         rows.TILES[key] = before
 
 
-def compile_tiling(candidate, args):
-    """Run a candidate once, so that Triton keeps its code on the disk."""
+def compile_tiling(candidate: tuple[str, str, "Tile"], args: "Arguments") -> str | None:
+    """Run a candidate once, so that Triton's cache on disk contains it. Returns the error, if any."""
     on, kernel, tile = candidate
     return with_tile(one_attention(on, args), kernel, tile, args)
 
 
-def profile_attention(run, args):
-    """[(name, microseconds)] of the kernels of an attention, a mean over some runs."""
+def profile_attention(run: Callable[[], None], args: "Arguments") -> list[tuple[str, float]]:
+    """(name, microseconds) of each kernel of an attention, the mean over five runs."""
     times = 1 if args.tiny else 5
 
-    def several():
+    def several() -> None:
         for _ in range(times):
             run()
 
     return [(name, 1e3 * time / times) for name, time, _ in profile(several, args.device)]
 
 
-def time_kernels(args):
-    """Print the time of every kernel of an attention."""
+def time_kernels(args: "Arguments") -> None:
+    """Print the time of each kernel of an attention."""
     for on in ("k",) if args.tiny else ("k", "qkv"):
         run = one_attention(on, args)
         run()
@@ -454,9 +475,11 @@ def time_kernels(args):
             print(f"  {spent:8.1f}  {name[:100]}", flush=True)
 
 
-def time_tilings(tilings, args):
-    """Print the time of a kernel for each of its candidates."""
-    print("\nTilings: microseconds of the kernel in one attention of DeiT-S; each differs from the first in one thing")
+def time_tilings(tilings: list[tuple[str, str, "Tile"]], args: "Arguments") -> None:
+    """Print the time of a kernel with each of its candidate tiles."""
+    print(
+        "\nTilings: kernel time in one attention of DeiT-S, in microseconds; each differs from the first in one field"
+    )
     runs = {on: one_attention(on, args) for on in dict.fromkeys(on for on, *_ in tilings)}
     for on, kernel, tile in tilings:
         name = (
@@ -472,8 +495,8 @@ def time_tilings(tilings, args):
 
 
 @contextlib.contextmanager
-def compiling_beside(tilings, args):
-    """Compile all candidates, in processes beside each other and beside what is done inside."""
+def compiling_beside(tilings: list[tuple[str, str, "Tile"]], args: "Arguments") -> Iterator[None]:
+    """Compile all candidates in parallel processes while the body of the `with` statement runs."""
     if args.tiny or not tilings:
         yield
         return
@@ -483,27 +506,30 @@ def compiling_beside(tilings, args):
         compiled.get()
 
 
-# --- The whole -------------------------------------------------------------------------------------------------------
+# --- The program -----------------------------------------------------------------------------------------------------
 
 
 class Arguments(argparse.Namespace):
-    """The command line; workers get it too."""
+    """The command line, which the workers receive too."""
 
-    def dtype(self):
+    def dtype(self) -> "torch.dtype":
+        """The type of autocast."""
         import torch
 
         return getattr(torch, self.type_name)
 
-    def width(self):
+    def width(self) -> str:
+        """The name of this type in `rows.TILES`: half or float32."""
         return "half" if self.type_name != "float32" else "float32"
 
 
-def models(args):
+def models(args: Arguments) -> dict[str, tuple]:
+    """The models to time, in the form of `MODELS`."""
     return TINY_MODELS if args.tiny else {name: MODELS[name] for name in args.models}
 
 
-def header(args):
-    """One line of when, on what and with which versions."""
+def header(args: Arguments) -> str:
+    """One line with the date, machine, versions and commit."""
     import torch
     import triton
     from machine import machine
@@ -516,8 +542,11 @@ def header(args):
     )
 
 
-def wait_for(path, seconds=600):
-    """Wait until a file is there, as others use the GPU until then."""
+def wait_for(path: str | None, seconds: float = 600) -> None:
+    """Wait until a file exists, which another program creates when it no longer uses the GPU. None does not wait.
+
+    Ends the program with a message if the file does not appear in time.
+    """
     started = time.monotonic()
     while path and not Path(path).exists():
         if time.monotonic() - started > seconds:
@@ -525,7 +554,8 @@ def wait_for(path, seconds=600):
         time.sleep(0.2)
 
 
-def main(args):
+def main(args: Arguments) -> None:
+    """Run all measurements, print them, and exit with status 1 if a worker failed."""
     print(header(args), flush=True)
     tilings = [] if args.steps_only else candidates(args)
     with compiling_beside(tilings, args):
@@ -540,19 +570,25 @@ def main(args):
     sys.exit(any(worker.failed for worker in workers))
 
 
-def get_args_parser():
+def get_args_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes and no compiler, to try the script itself")
+    parser.add_argument("--tiny", action="store_true", help="use small shapes and no compiler, to try the script")
     parser.add_argument(
-        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}"
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=list(MODELS),
+        metavar="NAME",
+        help=f"models to time (choices: {', '.join(MODELS)})",
     )
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of wall times (default: 6)")
     parser.add_argument("--type", dest="type_name", choices=["float16", "bfloat16"], default="float16")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
-    parser.add_argument("--steps-only", action="store_true")
-    parser.add_argument("--tilings-only", action="store_true")
-    parser.add_argument("--after", metavar="FILE", help="compile, but time only when this file is there")
+    parser.add_argument("--backend", default="inductor", help="backend of torch.compile (default: inductor)")
+    parser.add_argument("--steps-only", action="store_true", help="time only the training steps")
+    parser.add_argument("--tilings-only", action="store_true", help="time only the kernels and their tilings")
+    parser.add_argument("--after", metavar="FILE", help="compile, then wait for this file before timing")
     return parser
 
 
@@ -567,5 +603,5 @@ if __name__ == "__main__":
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda needs a GPU and PyTorch finds none: say --device cpu --tiny to try it")
+        raise SystemExit("error: --device cuda needs a GPU, but PyTorch finds none; use --device cpu --tiny to try it")
     main(args)

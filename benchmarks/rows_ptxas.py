@@ -1,6 +1,6 @@
-"""Registers, spills and shared memory of the kernels of attention by rows: `python benchmarks/rows_ptxas.py`.
+"""Print the registers, spills and shared memory of the kernels of attention by rows: `python benchmarks/rows_ptxas.py`.
 
-Triton compiles what a call would launch, for GPUs that need not be here, and its assembler says what the code takes.
+Triton compiles the kernels that a call would launch, and its assembler ptxas reports the resources. No GPU is needed.
 """
 
 import argparse
@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from rpe_ops import rows
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "DeiT-with-iRPE"))
 from irpe import row_layout
@@ -24,7 +25,7 @@ from irpe import row_layout
 TARGETS = {80: "A100", 90: "H100"}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PLACES = ("k", "qkv")
-CHANNELS = (32, 64, 128)  # 48 is padded to 64, 96 to 128
+CHANNELS = (32, 64, 128)  # The kernels pad 48 channels to 64, and 96 to 128.
 TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -35,19 +36,28 @@ TYPES = {
 }
 
 
-def launches(dtype, channels, places, masked, dropout_p, height=14, width=14, bias=False):
-    """{kernel's name: (kernel, its tile, its arguments)} of a forward and backward pass, which are not run."""
+def launches(
+    dtype: torch.dtype,
+    channels: int,
+    places: str,
+    masked: bool,
+    dropout_p: float,
+    height: int = 14,
+    width: int = 14,
+    bias: bool = False,
+) -> dict[str, tuple[triton.JITFunction, rows.Tile, dict[str, Any]]]:
+    """{kernel: (function, tile, arguments)} of the launches of a forward and a backward pass, none of which runs."""
     found = {}
 
-    def record(kernel, grid, options, values):
+    def record(kernel: triton.JITFunction, grid: Any, options: rows.Tile, values: dict[str, Any]) -> None:
         values = values | {"OWN": options.own, "OTHER": options.other}
         name = kernel.fn.__name__.removesuffix("_kernel")
-        # A product of the forward pass is compiled as in the backward pass.
+        # The first launch of a kernel counts: the forward and the backward pass compile the product in the same way.
         found.setdefault(name, (kernel, options, {name: values[name] for name in kernel.arg_names}))
 
     launch, rows._launch = rows._launch, record
     try:
-        # as DeiT-S has it: q, k and v lie in one tensor, with a class token; seven classes of offsets on both axes
+        # As in DeiT-S, q, k and v are views of one tensor with a class token. Both axes have seven classes of offsets.
         q, k, v = torch.zeros(2, height * width + 1, 3, 6, channels, dtype=dtype, requires_grad=True).permute(
             2, 0, 3, 1, 4
         )
@@ -65,8 +75,8 @@ def launches(dtype, channels, places, masked, dropout_p, height=14, width=14, bi
     return found
 
 
-def specialised(kernel, arguments):
-    """(types, constants, alignments) of the arguments, which make a kernel another one, as Triton has them."""
+def specialised(kernel: triton.JITFunction, arguments: dict[str, Any]) -> tuple[dict, dict, dict]:
+    """(types, constants, alignments) of the arguments in Triton's form. Triton compiles a kernel for each of these."""
     signature, constants, aligned = {}, {}, {}
     for parameter in kernel.params:
         name, value = parameter.name, arguments[parameter.name]
@@ -80,8 +90,8 @@ def specialised(kernel, arguments):
     return signature, constants, aligned
 
 
-def compiled(kernel, options, arguments, arch):
-    """What Triton makes of a launch."""
+def compiled(kernel: triton.JITFunction, options: rows.Tile, arguments: dict[str, Any], arch: int) -> CompiledKernel:
+    """Compile the kernel of a launch for compute capability `arch`, for example 90."""
     return triton.compile(
         ASTSource(kernel, *specialised(kernel, arguments)),
         target=GPUTarget("cuda", arch, 32),
@@ -89,12 +99,12 @@ def compiled(kernel, options, arguments, arch):
     )
 
 
-def resources(program, arch):
-    """(registers of a thread, bytes spilled, bytes of shared memory of a program)"""
+def resources(program: CompiledKernel, arch: int) -> tuple[int, int, int]:
+    """(registers per thread, spilled bytes, bytes of shared memory per block)"""
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(program.asm["ptx"])
-        said = subprocess.run(
+        report = subprocess.run(
             [
                 triton.knobs.nvidia.ptxas.path,
                 "-v",
@@ -107,25 +117,27 @@ def resources(program, arch):
             text=True,
             check=True,
         ).stderr
-    registers = int(re.search(r"Used (\d+) registers", said)[1])
-    return registers, sum(map(int, re.findall(r"(\d+) bytes spill", said))), program.metadata.shared
+    registers = int(re.search(r"Used (\d+) registers", report)[1])
+    return registers, sum(map(int, re.findall(r"(\d+) bytes spill", report))), program.metadata.shared
 
 
-def measure(case):
-    """Lines of the table for one (arch, type, channels, places, whether masked and with dropout)."""
-    arch, dtype, channels, places, rest = case
+def measure(case: tuple[int, str, int, str, bool]) -> list[str]:
+    """The table's lines for one case: (arch, type, channels, places, whether there are a mask and dropout)."""
+    arch, dtype, channels, places, masked = case
+    dropout_p = 0.1 if masked else 0.0
     lines = []
-    for name, (kernel, options, arguments) in launches(DTYPES[dtype], channels, places, rest, 0.1 * rest).items():
+    for name, (kernel, options, arguments) in launches(DTYPES[dtype], channels, places, masked, dropout_p).items():
         registers, spilled, shared = resources(compiled(kernel, options, arguments, arch), arch)
         lines.append(
-            f"sm_{arch} {dtype:9}{channels:4}  {places:4} {'mask, dropout' if rest else '':14}{name:8}"
+            f"sm_{arch} {dtype:9}{channels:4}  {places:4} {'mask, dropout' if masked else '':14}{name:8}"
             f"{options.own:5} x {options.other:3}{options.num_warps:6}{options.num_stages:7}{registers:10}"
             f"{spilled:8}{shared:8}"
         )
     return lines
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
+    """Compile all cases and print the table."""
     print(
         f"Triton {triton.__version__}; tiles of own x other tokens; spilled and shared are bytes\n"
         f"arch  type  channels  on{'':20}kernel    tile   warps stages registers spilled  shared"
@@ -138,9 +150,16 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--channels", type=int, nargs="+", default=list(CHANNELS))
-    parser.add_argument("--places", nargs="+", default=list(PLACES))
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        choices=list(TARGETS),
+        default=list(TARGETS),
+        help="compute capabilities, as 90 for sm_90",
+    )
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="types of q, k and v")
+    parser.add_argument("--channels", type=int, nargs="+", default=list(CHANNELS), help="channels per head")
+    parser.add_argument("--places", nargs="+", default=list(PLACES), help="places with terms, as k or qkv")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes")
     main(parser.parse_args())

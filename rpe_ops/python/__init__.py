@@ -1,9 +1,11 @@
-"""iRPE's operators as one C++/CUDA extension: `rpe_ops.rpe_index` holds the gather and the bucket sum,
-`rpe_ops.reference` their definition, and `rpe_ops.attention` computes whole attentions on a CPU,
-`rpe_ops.rows.attention` on a GPU if IRPE_ATTENTION=rows is in the environment.
+"""iRPE's operators as one C++/CUDA extension.
 
-Importing raises ImportError, with the command to rebuild, when the build belongs to another PyTorch or to another
-version of these files; ModuleNotFoundError only when the package is not installed at all.
+`rpe_ops.rpe_index` contains the gather and the bucket sum, and `rpe_ops.reference` their definitions in plain PyTorch.
+`rpe_ops.attention` computes a whole attention on a CPU. `rpe_ops.rows.attention` does so on a GPU if the environment
+contains IRPE_ATTENTION=rows.
+
+The import raises ImportError and prints the command to rebuild if the extension was built for another PyTorch or from
+another version of these files. It raises ModuleNotFoundError only if the package is not installed at all.
 """
 
 import json
@@ -17,7 +19,7 @@ REBUILD = "pip install --no-build-isolation --no-deps ./rpe_ops (from the reposi
 
 
 def _load() -> bool:
-    """Load the compiled operators; True when they include the CUDA kernels."""
+    """Load the compiled operators. Returns whether they include the CUDA kernels."""
     folder = Path(__file__).parent
     try:
         build = json.loads((folder / "build.json").read_text())
@@ -40,7 +42,7 @@ def _load() -> bool:
 
 has_cuda = _load()
 
-from .blockwise import ATTENTION, attention, attention_takes, rows_take  # noqa: E402  needs the loaded operators
+from .blockwise import ATTENTION, attention, attention_takes, rows_take  # noqa: E402  This import needs the loaded operators.
 from .rpe_index import RPEIndexFunction, rpe_bucket_sum, validate_index  # noqa: E402
 
 __all__ = [

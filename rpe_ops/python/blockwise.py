@@ -1,29 +1,43 @@
-"""Attention with contextual relative positions on a CPU, block by block, over the extension's kernels.
+"""Attention with contextual relative positions on a CPU, block by block, with the extension's operators.
 
-No tensor of batch × heads × tokens × tokens is made, forward or backward: a block has whole rows of logits, and the
-backward pass makes it again, as in FlashAttention (Dao et al., NeurIPS 2022).
+Neither pass allocates a tensor of batch × heads × tokens × tokens. A block consists of whole rows of logits, and the
+backward pass computes it again, as FlashAttention does (Dao et al., NeurIPS 2022).
 """
 
 import importlib.util
 import itertools
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor, nn
 
 from .rpe_index import rpe_bucket_sum, rpe_bucket_sum_add_, rpe_index, rpe_index_add_
 
-ON_CUDA = "composed"  # the default on a GPU: "rows" once a GPU has measured that it is not slower
+ON_CUDA = "composed"  # The default on a GPU. "rows" becomes the default once it has been measured to be no slower.
 ATTENTION = os.environ.get("IRPE_ATTENTION", ON_CUDA)
-if ATTENTION == "rows" and importlib.util.find_spec("triton"):  # a PyTorch for CPUs lacks it, and has no use for it
+if ATTENTION == "rows" and importlib.util.find_spec("triton"):  # PyTorch for CPUs comes without Triton.
     from . import rows
 else:
     rows = None
 
-_BLOCK = 2**20  # logits at work at a time: 4 MB of float32, few enough to stay in a processor's cache
+_BLOCK = 2**20  # Logits per block: 4 MB of float32, which fit into a processor's cache.
+
+Terms: TypeAlias = Sequence[tuple[Tensor, Tensor]]  # Relative position terms: pairs of (ids, table).
 
 
-def attention(q, k, v, on_q=(), on_k=(), on_v=(), mask=None, dropout_p=0.0):
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    on_q: Terms = (),
+    on_k: Terms = (),
+    on_v: Terms = (),
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
     """softmax(q·kᵀ + terms on keys and queries + mask)·v + terms on values (Wu et al., ICCV 2021, Eq. 12 to 14).
 
         logits[b,h,i,j] += (q[b,h,i] @ table)[ids[i,j]]     for each (ids, table) on keys
@@ -31,22 +45,21 @@ def attention(q, k, v, on_q=(), on_k=(), on_v=(), mask=None, dropout_p=0.0):
         out[b,h,i]      += Σ_j p[b,h,i,j] table[ids[i,j]]   for each (ids, table) on values, p after dropout
 
     Args:
-        q, k, v: (B, H, L, D), q scaled; as `attention_takes` says: float32 or float64 on a CPU, outside compiling,
-            tracing, autocast and torch.func.
-        on_q, on_k, on_v: lists of pairs: ids (L, L), int32 or int64, and table, (D, buckets) or (H, D, buckets) on
-            queries and keys, (buckets, D) or (H, buckets, D) on values.
-        mask: added to the logits, broadcast to (B, H, L, L), without gradient; a query that it hides everything from
-            has no defined result.
-        dropout_p: dropout of the attention, the same in the backward pass.
-    Returns: (B, H, L, D), differentiable any number of times in q, k, v and the tables; derivatives of the second
-        order do make tensors of (B, H, L, L).
-    Raises: ValueError for a call that it does not take, IndexError for an id out of range.
+        q, k, v: (B, H, L, D), float32 or float64, on a CPU; q is already scaled. `attention_takes` has all conditions.
+        on_q, on_k, on_v: lists of pairs (ids, table). ids: (L, L), int32 or int64. table: (D, buckets) or
+            (H, D, buckets) on queries and keys, (buckets, D) or (H, buckets, D) on values.
+        mask: added to the logits, can be broadcast to (B, H, L, L), and needs no gradient. The result of a query is
+            undefined if the mask hides all keys from it.
+        dropout_p: probability of dropout on the attention weights. The backward pass drops the same weights.
+    Returns: (B, H, L, D), differentiable any number of times with respect to q, k, v and the tables. Only second
+        derivatives allocate tensors of (B, H, L, L).
+    Raises: ValueError if `attention_takes` refuses the call, IndexError for an id out of range.
     """
     if not attention_takes(q, k, v, mask):
         raise ValueError(
             f"rpe_ops.attention got q, k, v of {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} and "
-            f"{q.dtype} on {q.device}; it takes what rpe_ops.attention_takes says: eager float32 or "
-            "float64 of one shape on a CPU"
+            f"{q.dtype} on {q.device}; it takes float32 or float64 of one shape on a CPU, in eager mode and without "
+            "autocast (see rpe_ops.attention_takes)"
         )
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
@@ -55,10 +68,16 @@ def attention(q, k, v, on_q=(), on_k=(), on_v=(), mask=None, dropout_p=0.0):
     return _BlockwiseAttention.apply(q, k, v, mask, dropout_p, ids, *tables)
 
 
-def attention_takes(q, k, v, mask=None, modules=()):
-    """Whether `attention` is for this call: on a CPU, eager, outside autocast, contextual, in float32 or float64 of one
-    shape, and as `_may_stand_for` says of the mask and the modules whose `forward` will not run then."""
-    if not _may_stand_for(mask, modules) or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+def attention_takes(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, modules: Iterable[nn.Module] = ()
+) -> bool:
+    """Whether `attention` can compute this call in place of `modules`, whose `forward` then does not run.
+
+    It can if q, k and v are float32 or float64 tensors of one shape on a CPU, if nothing compiles, traces or transforms
+    the call and autocast is off, if the mask needs no gradient, and if the modules are contextual (no bias tables) and
+    have neither hooks nor a replaced `forward`.
+    """
+    if not _may_replace(mask, modules) or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return (
         q.shape == k.shape
@@ -69,24 +88,36 @@ def attention_takes(q, k, v, mask=None, modules=()):
     )
 
 
-def rows_take(q, k, v, tables, prefix, mask=None, modules=()):
-    """Whether `rows.attention` is for this call: it is chosen, it takes such tensors, and `_may_stand_for` the modules.
+def rows_take(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: list[Tensor],
+    prefix: int,
+    mask: Tensor | None = None,
+    modules: Iterable[nn.Module] = (),
+) -> bool:
+    """Whether `rows.attention` computes this call in place of `modules`, whose `forward` then does not run.
 
-    Raises: ValueError if IRPE_ATTENTION in the environment is something else than composed or rows.
+    It does if the environment contains IRPE_ATTENTION=rows, if `rows.takes` accepts q, k, v (B, H, L, D), the tables
+    and the number of prefix tokens, if nothing traces or transforms the call, if the mask needs no gradient, and if the
+    modules have neither hooks nor a replaced `forward`.
+
+    Raises: ValueError if IRPE_ATTENTION is neither composed nor rows.
     """
     if ATTENTION not in ("composed", "rows"):
         raise ValueError(f"IRPE_ATTENTION is {ATTENTION!r}; it must be composed or rows, or not be set")
     return (
-        ATTENTION == "rows"
-        and rows is not None
-        and rows.takes(q, k, v, tables, prefix)
-        and _may_stand_for(mask, modules)
+        ATTENTION == "rows" and rows is not None and rows.takes(q, k, v, tables, prefix) and _may_replace(mask, modules)
     )
 
 
-def _may_stand_for(mask, modules):
-    """Whether an attention may compute what these modules would: outside torch.func and tracing, with a mask that asks
-    for no gradient, and for modules without hooks or a `forward` of their own."""
+def _may_replace(mask: Tensor | None, modules: Iterable[nn.Module]) -> bool:
+    """Whether an attention may run in place of these modules.
+
+    It may outside of torch.func and tracing, with a mask that needs no gradient, and if the modules have neither hooks
+    nor a replaced `forward`.
+    """
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     if mask is not None and mask.requires_grad:
@@ -95,7 +126,8 @@ def _may_stand_for(mask, modules):
     return not (torch.nn.modules.module._has_any_global_hook() or any(map(_is_hooked, parts)))
 
 
-def _is_hooked(module):
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether the module has hooks or a `forward` that replaces its class's."""
     return bool(
         "forward" in vars(module)
         or module._forward_hooks
@@ -106,11 +138,20 @@ def _is_hooked(module):
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """`attention`; `ids` are three lists of ids, on keys, on queries and on values, one for every table."""
+    """`attention`. `ids` are three lists of ids: on keys, on queries and on values, with one tensor for each table."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
-    def forward(ctx, q, k, v, mask, dropout_p, ids, *tables):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        dropout_p: float,
+        ids: list[list[Tensor]],
+        *tables: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v, mask, *tables)
         ctx.ids, ctx.dropout = ids, _Dropout(dropout_p)
         (on_k, on_q, on_v), drop = _pairs(ids, tables), ctx.dropout.start()
@@ -118,14 +159,15 @@ class _BlockwiseAttention(torch.autograd.Function):
         for batch, rows, attn in _attention_blocks(q, k, mask, on_k, on_q):
             drop(attn)
             block = torch.matmul(attn, v[batch])
-            for indices, table in on_v:  # not in place: a checkpoint that saves products must find them as they were
+            for indices, table in on_v:
+                # Not in place: activation checkpointing may keep the products, which must not change then.
                 block = block + torch.matmul(rpe_bucket_sum(attn, indices[rows], table.shape[-2]), table)
             out[batch, :, rows] = block
         return out
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, *tables = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable_gradients(ctx, grad_out, mask, q, k, v, *tables)
@@ -149,7 +191,7 @@ class _BlockwiseAttention(torch.autograd.Function):
                 block += torch.matmul(sums, table.transpose(-2, -1))
                 _add_product(grad_table, q[batch, :, rows], sums)
             grad_q[batch, :, rows] = block
-            if rows.start == 0:  # of new pictures
+            if rows.start == 0:  # The block begins new images.
                 sums_q = [q.new_zeros(*k[batch].shape[:3], table.shape[-1]) for _, table in on_q]
             for (indices, _), sums in zip(on_q, sums_q, strict=True):
                 rpe_bucket_sum_add_(sums, grad, indices[rows])
@@ -160,9 +202,11 @@ class _BlockwiseAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None, None, *grad_tables
 
 
-def _differentiable_gradients(ctx, grad_out, mask, *inputs):
-    """The gradients as differentiable functions, of operators that make (B, H, L, L) tensors."""
-    inputs = [x.view_as(x) for x in inputs]  # k may be the same tensor as v, but their gradients are two
+def _differentiable_gradients(
+    ctx: Any, grad_out: Tensor, mask: Tensor | None, *inputs: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated again, from operators that allocate (B, H, L, L) tensors."""
+    inputs = [x.view_as(x) for x in inputs]  # k and v may be one tensor, but each needs its own gradient.
     q, k, v, *tables = inputs
     out = _whole_attention(q, k, v, mask, ctx.dropout.start(), *_pairs(ctx.ids, tables))
     needed = ctx.needs_input_grad[:3] + ctx.needs_input_grad[6:]
@@ -175,7 +219,17 @@ def _differentiable_gradients(ctx, grad_out, mask, *inputs):
     return grad_q, grad_k, grad_v, None, None, None, *grad_tables
 
 
-def _whole_attention(q, k, v, mask, drop, on_k, on_q, on_v):
+def _whole_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    drop: Callable[..., tuple[Tensor, ...]],
+    on_k: Terms,
+    on_q: Terms,
+    on_v: Terms,
+) -> Tensor:
+    """`attention` without blocks, as differentiable operators."""
     logits = torch.matmul(q, k.transpose(2, 3))
     for indices, table in on_k:
         logits = logits + rpe_index(torch.matmul(q, table), indices)
@@ -193,16 +247,23 @@ def _whole_attention(q, k, v, mask, drop, on_k, on_q, on_v):
 
 
 class _Dropout:
-    """Dropout with probability `p` that a second pass over the same blocks repeats, without keeping what it drew."""
+    """Dropout with probability `p` that drops the same weights in every pass over the blocks.
 
-    def __init__(self, p):
-        self.p, self.seed = p, torch.randint(2**62, ()).item() if p else 0
+    It keeps the seed of its random numbers instead of masks.
+    """
 
-    def start(self):
-        """A function that drops the next places from each of the tensors it is given, in place, and returns them."""
+    def __init__(self, p: float) -> None:
+        self.p = p
+        self.seed = torch.randint(2**62, ()).item() if p else 0
+
+    def start(self) -> Callable[..., tuple[Tensor, ...]]:
+        """Begin a pass. Returns a function to call with the tensors of each block, in order.
+
+        The function draws one mask per call, applies it to all its tensors in place, and returns them.
+        """
         generator = torch.Generator().manual_seed(self.seed)
 
-        def drop(*tensors):
+        def drop(*tensors: Tensor) -> tuple[Tensor, ...]:
             if self.p:
                 dropped = torch.empty_like(tensors[0], dtype=torch.bool).bernoulli_(self.p, generator=generator)
                 for x in tensors:
@@ -212,34 +273,39 @@ class _Dropout:
         return drop
 
 
-def _pairs(ids, tables):
-    """For keys, queries and values a list of (ids, table)."""
+def _pairs(ids: list[list[Tensor]], tables: Iterable[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
+    """Three lists of (ids, table): on keys, on queries and on values."""
     tables = iter(tables)
     return [[(indices, next(tables)) for indices in group] for group in ids]
 
 
-def _blocks(q):
-    """Slices of pictures and of rows, at most `_BLOCK` logits each or one row: some pictures, or rows of one."""
-    pictures, heads, length, _ = q.shape
+def _blocks(q: Tensor) -> list[tuple[slice, slice]]:
+    """(slice of images, slice of rows) of each block: several whole images, or some rows of one image.
+
+    A block has at most `_BLOCK` logits, or a single row if one row has more.
+    """
+    images, heads, length, _ = q.shape
     size = max(heads * length * length, 1)
     parts, step = min(math.ceil(size / _BLOCK), max(length, 1)), max(1, _BLOCK // size)
     starts = [length * part // parts for part in range(parts + 1)]
     return [
-        (slice(first, min(first + step, pictures)), rows)
-        for first in range(0, pictures, step)
+        (slice(first, min(first + step, images)), rows)
+        for first in range(0, images, step)
         for rows in itertools.starmap(slice, itertools.pairwise(starts))
     ]
 
 
-def _attention_blocks(q, k, mask, on_k, on_q, spares=0):
-    """Yield (pictures, rows, softmax of their logits (b, H, rows, L), spare tensors of the same shape).
+def _attention_blocks(
+    q: Tensor, k: Tensor, mask: Tensor | None, on_k: Terms, on_q: Terms, spares: int = 0
+) -> Iterator[tuple]:
+    """Yield (images, rows, softmax of their logits (b, H, rows, L), and `spares` empty tensors of the same shape).
 
-    The next block overwrites them: pages that are new to the process cost more time than the arithmetic on them.
+    The next block overwrites these tensors, because new memory pages cost more time than the arithmetic on them.
     """
     shapes = [(*q[batch, :, rows].shape[:3], k.shape[2]) for batch, rows in _blocks(q)]
     memory = q.new_empty(1 + spares, max(map(math.prod, shapes), default=0))
     for (batch, rows), shape in zip(_blocks(q), shapes, strict=True):
-        if rows.start == 0:  # of new pictures
+        if rows.start == 0:  # The block begins new images.
             lookups = [(indices, torch.matmul(k[batch], table)) for indices, table in on_q]
         logits, *rest = memory[:, : math.prod(shape)].unflatten(1, shape)
         _matmul(q[batch, :, rows], k[batch].transpose(2, 3), out=logits)
@@ -252,13 +318,13 @@ def _attention_blocks(q, k, mask, on_k, on_q, spares=0):
         yield batch, rows, torch.softmax(logits, -1, out=logits), *rest
 
 
-def _matmul(a, b, out):
-    """Product of 4-D tensors written to `out`, which torch.matmul would copy to."""
+def _matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write the product of 4-D tensors directly to `out`; torch.matmul would copy it there."""
     torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
 
 
-def _add_product(total, a, b):
-    """total += aᵀ·b for 4-D a and b, summed over the batch, and over the heads, where `total` has none."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += aᵀ·b for 4-D a and b, summed over the dimensions (batch, heads) that `total` lacks."""
     if total.dim() == 4 and len(total) == 1:
         total[0].baddbmm_(a[0].transpose(1, 2), b[0])
     else:

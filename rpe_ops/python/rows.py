@@ -487,14 +487,14 @@ class _Attention(torch.autograd.Function):
     """The attention without torch.compile."""
 
     @staticmethod
-    def forward(ctx, q, k, v, places, layout, sizes, bias, mask, seed, dropout_p, *tables):
+    def forward(ctx, q, k, v, places, layout, sizes, bias, mask, seed, dropout_p, *tables) -> Tensor:
         output = _forward(q, k, v, list(tables), places, layout, sizes, bias, mask, seed, dropout_p)
         _save(ctx, (q, k, v, tables, places, layout, sizes, bias, mask, seed, dropout_p), output)
         return output[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad) -> tuple[Tensor | None, ...]:
         grad_q, grad_k, grad_v, of_tables, *others = _differentiate(ctx, grad, backward=_backward)
         return grad_q, grad_k, grad_v, *others, *of_tables
 

@@ -3,71 +3,75 @@
     rpe_index       Y[b,h,i,j] = input[b,h,i,index[i,j]]
     rpe_bucket_sum  S[b,h,i,c] = sum of input[b,h,i,j] over all j with index[i,j] = c
 
-and, for attention that goes block by block on the CPU, `rpe_index_add_` and `rpe_bucket_sum_add_`, which add in place.
+`rpe_index_add_` and `rpe_bucket_sum_add_` do the same in place, for the blockwise attention on the CPU.
 
-On keys and queries (Wu et al., ICCV 2021, Eq. 12 and 13) the logits gain rpe_index(x @ table, ids); on values (Eq. 14)
-the output gains rpe_bucket_sum(attention, ids, buckets) @ table.
+iRPE on keys and queries adds rpe_index(x @ table, ids) to the logits (Wu et al., ICCV 2021, Eq. 12 and 13). iRPE on
+values adds rpe_bucket_sum(attention, ids, buckets) @ table to the output (Eq. 14).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def rpe_index(input: Tensor, index: Tensor) -> Tensor:
-    """Gather along the buckets with ids that all batches and heads share.
+    """Gather along the buckets, with ids that all images and heads share.
 
     input: (batch, heads, Lq, buckets), float16, bfloat16, float32 or float64, any strides.
     index: (Lq, Lk), int32 or int64, each id in [0, buckets).
-    Returns (batch, heads, Lq, Lk) in the dtype of input; on CUDA a row begins every so many elements that 16 divides
-    them, as attention wants it of a mask. Differentiable in input, any number of times, in
-    reverse mode; forward mode (`torch.func.jvp`) is not supported and must not be used.
+    Returns (batch, heads, Lq, Lk) in the dtype of input. On CUDA the stride between rows is a multiple of 16, because
+    PyTorch's attention wants this alignment of a mask. Reverse mode can differentiate the result with respect to input
+    any number of times. Forward mode (`torch.func.jvp`) is not supported; do not use it.
 
-    Raises ValueError or TypeError for wrong shapes and dtypes. An id out of range raises IndexError on CPU; on CUDA it
-    gives NaN and reads nothing (see `validate_index`).
+    Raises ValueError or TypeError for wrong shapes and dtypes. On the CPU an id out of range raises IndexError. On CUDA
+    its result is NaN, and no memory is read for it (see `validate_index`).
     """
     return torch.ops.rpe_ops.rpe_index(input, index)
 
 
 def rpe_bucket_sum(input: Tensor, index: Tensor, num_buckets: int) -> Tensor:
-    """Sum along the keys per bucket, with ids that all batches and heads share.
+    """Sum along the keys per bucket, with ids that all images and heads share.
 
     input: (batch, heads, Lq, Lk), float16, bfloat16, float32 or float64, any strides.
     index: (Lq, Lk), int32 or int64, each id in [0, num_buckets).
     Returns (batch, heads, Lq, num_buckets) in the dtype of input; half types are summed in float32. The result is the
-    same in every run and for any number of threads. Differentiable in input, any number of times, in
-    reverse mode; forward mode (`torch.func.jvp`) is not supported and must not be used.
+    same in every run and for any number of threads. Reverse mode can differentiate it with respect to input any number
+    of times. Forward mode (`torch.func.jvp`) is not supported; do not use it.
 
-    Raises ValueError or TypeError for wrong shapes and dtypes. An id out of range raises IndexError on CPU; on CUDA it
-    is left out (see `validate_index`).
+    Raises ValueError or TypeError for wrong shapes and dtypes. On the CPU an id out of range raises IndexError. On CUDA
+    the sums leave it out (see `validate_index`).
     """
     return torch.ops.rpe_ops.rpe_bucket_sum(input, index, num_buckets)
 
 
 def rpe_index_add_(output: Tensor, input: Tensor, index: Tensor, by_key: bool = False) -> None:
-    """Gather as `rpe_index` does and add to `output` in place; on CPU, without derivatives.
+    """Gather as `rpe_index` does, and add the result to `output` in place. CPU only, without derivatives.
 
     output[b,h,i,j] += input[b,h,i,index[i,j]], or input[b,h,j,index[i,j]] with `by_key`
 
     output: (batch, heads, Lq, Lk), float32 or float64, contiguous.
-    input: (batch, heads, Lq, buckets), or (batch, heads, Lk, buckets) with `by_key`, of output's dtype, any strides.
+    input: (batch, heads, Lq, buckets), or (batch, heads, Lk, buckets) with `by_key`; the dtype of output, any strides.
     index: (Lq, Lk), int32 or int64.
 
-    Raises ValueError or TypeError for wrong shapes, strides and dtypes, IndexError for an id out of range, when some of
-    `output` may have been added to.
+    Raises ValueError or TypeError for wrong shapes, strides and dtypes, and IndexError for an id out of range. After an
+    IndexError `output` may contain part of the result.
     """
     torch.ops.rpe_ops.rpe_index_add_(output, input, index, by_key)
 
 
 def rpe_bucket_sum_add_(output: Tensor, input: Tensor, index: Tensor) -> None:
-    """Adjoint of `rpe_index_add_` with `by_key`, in place; on CPU, without derivatives.
+    """Adjoint of `rpe_index_add_` with `by_key`, in place. CPU only, without derivatives.
 
-    output[b,h,j,index[i,j]] += input[b,h,i,j], the same in every run and for any number of threads
+    output[b,h,j,index[i,j]] += input[b,h,i,j]
+
+    The result is the same in every run and for any number of threads.
 
     output: (batch, heads, Lk, buckets), float32 or float64, contiguous.
-    input: (batch, heads, Lq, Lk), of output's dtype, any strides.
+    input: (batch, heads, Lq, Lk), the dtype of output, any strides.
     index: (Lq, Lk), int32 or int64.
 
-    Raises ValueError or TypeError for wrong shapes, strides and dtypes, IndexError for an id out of range.
+    Raises ValueError or TypeError for wrong shapes, strides and dtypes, and IndexError for an id out of range.
     """
     torch.ops.rpe_ops.rpe_bucket_sum_add_(output, input, index)
 
@@ -75,7 +79,7 @@ def rpe_bucket_sum_add_(output: Tensor, input: Tensor, index: Tensor) -> None:
 def validate_index(index: Tensor, num_buckets: int) -> None:
     """Raise IndexError unless every id of `index` (any shape, any device) is in [0, num_buckets).
 
-    Meant to be called once, where ids are made: on CUDA it waits for the device, and the operators do not check.
+    Call it once, where the ids are created. On CUDA it synchronizes with the device, so the operators do not check ids.
     """
     if index.numel() == 0:
         return
@@ -85,7 +89,7 @@ def validate_index(index: Tensor, num_buckets: int) -> None:
 
 
 class RPEIndexFunction:
-    """`RPEIndexFunction.apply(input, index)` is `rpe_index(input, index)`, under the name that users know."""
+    """`RPEIndexFunction.apply(input, index)` equals `rpe_index(input, index)`. The authors' code uses this name."""
 
     apply = staticmethod(rpe_index)
 
@@ -95,7 +99,7 @@ def _(input: Tensor, index: Tensor) -> Tensor:
     torch._check(input.dim() == 4 and index.dim() == 2, lambda: "rpe_index: input must be 4-D and index 2-D")
     torch._check(input.size(2) == index.size(0), lambda: "rpe_index: input and index differ in their queries")
     keys = index.size(1)
-    if input.device.type == "cuda":  # kRowAlignment of csrc/rpe_ops.h
+    if input.device.type == "cuda":  # 16 is kRowAlignment in csrc/rpe_ops.h.
         return input.new_empty(*input.shape[:3], (keys + 15) // 16 * 16)[..., :keys]
     return input.new_empty(*input.shape[:3], keys)
 
@@ -125,7 +129,7 @@ def _(output: Tensor, input: Tensor, index: Tensor) -> None:
     )
 
 
-def _save_index(ctx, inputs, output) -> None:
+def _save_index(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
     ctx.num_buckets = inputs[0].size(3)
 

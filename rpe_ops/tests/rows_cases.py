@@ -1,8 +1,8 @@
-"""Random cases of attention by rows against its definition in float64: `python tests/rows_cases.py --cases 600`.
+"""Compare attention by rows with its definition in float64, in random cases: `python tests/rows_cases.py --cases 600`.
 
-Without a GPU Triton's interpreter runs the kernels (TRITON_INTERPRET=1). A case passes if no result, output or
-gradient, is further from the definition than a bound: that of the type, in parts of the largest value, and twice what
-the definition itself errs when it is computed in the case's type.
+Without a GPU, Triton's interpreter runs the kernels (TRITON_INTERPRET=1). A case passes if the error of the output and
+of every gradient is at most the sum of two bounds: the type's tolerance times the largest value, and twice the error of
+the definition computed in the case's type.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
-import triton  # reads the environment
+import triton  # The import reads TRITON_INTERPRET.
 import triton.language as tl
 from rpe_ops import reference, rows
 from triton.runtime import interpreter
@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "DeiT-with-iRPE"))
 from irpe import row_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of the largest value
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # relative to the largest value
 MAPS = [(1, 1), (1, 7), (3, 3), (7, 5), (3, 18), (6, 7), (9, 2), (2, 17), (3, 16)]
 
 
-def _mend_interpreter():
-    """Triton 3.8's interpreter keeps bfloat16 as its bits, and multiplies those."""
+def _fix_interpreter():
+    """Make the interpreter multiply bfloat16 correctly: Triton 3.8's multiplies the bits as integers."""
     create_dot = interpreter.InterpreterBuilder.create_dot
 
     def wide(x):
@@ -44,11 +44,11 @@ def _mend_interpreter():
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(self, wide(a), wide(b), *rest)
 
 
-_mend_interpreter()
+_fix_interpreter()
 
 
 class Case:
-    """Inputs of one call, drawn from a seed; anything can be fixed."""
+    """Random inputs of one call, determined by a seed. Keyword arguments fix single options."""
 
     def __init__(self, seed, **fixed):
         choose, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -67,7 +67,7 @@ class Case:
             "dropout_p": choose.choice([0.0, 0.0, 0.1, 0.5]),
             "size": choose.choice([0.3, 1.0, 4.0]),
             "together": choose.random() < 0.5,
-            # the interpreter's time goes by tiles
+            # The interpreter takes about the same time for every tile, so large ones are faster.
             "tiles": choose.choice(["usual", "large", "large", "large"]),
         } | fixed
         vars(self).update(self.options)
@@ -76,7 +76,7 @@ class Case:
         height, width = self.map
         self.length = height * width + self.prefix
         shape = self.batch, self.heads, self.length, self.channels
-        if self.together:  # as a transformer has them, in one tensor of tokens
+        if self.together:  # As in a transformer, q, k and v are views of one tensor.
             x = self._random(self.batch, self.length, 3, *shape[1::2]).permute(2, 0, 3, 1, 4)
         else:
             x = self._random(3, *shape)
@@ -90,7 +90,7 @@ class Case:
         self.mask = self._mask()
 
     def _offset_ids(self, height, width):
-        """Ids of every offset, whose rows and columns have classes that are runs, as those of iRPE."""
+        """Ids of all offsets. As in iRPE, consecutive offsets form a class."""
         rows, columns = (
             torch.randint(self.classes, (n,), generator=self.generator).sort().values[:, None] for n in (height, width)
         )
@@ -101,7 +101,7 @@ class Case:
         return torch.stack([rows.expand(-1, width), columns.T.expand(height, -1)])
 
     def _ids(self, offset_ids):
-        """(L, L) of every table."""
+        """The ids of each table, (tables, L, L)."""
         height, width = self.map
         row, column = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
         ids = offset_ids[:, row[:, None] - row + height - 1, column[:, None] - column + width - 1]
@@ -123,7 +123,7 @@ class Case:
             return self._random(self.batch, self.heads, self.length, self.length)
         lengths = torch.randint(1, self.length + 1, (self.batch, 1, 1, 1), generator=self.generator)
         hidden = torch.arange(self.length) >= lengths
-        if self.mask == "blind":  # some queries see nothing
+        if self.mask == "blind":  # The mask hides all keys from some queries.
             hidden = hidden | (torch.arange(self.length)[:, None] % 3 == 1)
         if self.mask == "full bool":
             hidden = torch.rand(self.batch, 1, self.length, self.length, generator=self.generator) < 0.5
@@ -133,7 +133,10 @@ class Case:
         return torch.zeros_like(hidden, dtype=self.dtype).masked_fill(hidden, -torch.inf)
 
     def kept(self):
-        """What dropout multiplies the weights of the next call by: those of equal logits, a key to a channel."""
+        """The factors (B, H, L, L) by which dropout multiplies the attention weights when the seed is 1.
+
+        All logits are equal, and each key has its own channel, so that the output consists of the weights.
+        """
         nothing = torch.zeros(self.batch, self.heads, self.length, self.length, device=DEVICE)
         if not self.dropout_p:
             return nothing + 1
@@ -160,13 +163,13 @@ class Case:
         return torch.cat(parts, 3)[..., : self.length].double() * self.length
 
     def by_rows(self, q, k, v, *tables, **options):
-        """The call that is tested."""
+        """The tested call."""
         tables = iter(tables)
         of_places = [[next(tables) for _ in self.ids] if place in self.places else [] for place in "qkv"]
         return rows.attention(q, k, v, *of_places, *self.map_and_kind, self.mask, self.dropout_p)
 
     def definition(self, q, k, v, *tables, kept):
-        """Attention of the paper (Eq. 12 to 14), operator by operator; `kept` as `self.kept` returns it."""
+        """The paper's attention (Eq. 12 to 14), operator by operator; `kept` comes from `self.kept`."""
         scale, tables = self.channels**-0.5, iter(tables)
         logits, on_values = q * scale @ k.transpose(2, 3), []
         for place in self.places:
@@ -199,17 +202,17 @@ class Case:
         return out
 
     def results(self, function, dtype, **options):
-        """Output and gradients, for a gradient of the output that is no constant."""
+        """Output and gradients in float64; the gradient of the output is not constant."""
         torch.manual_seed(1)
         out = function(*(x.to(dtype) for x in self.inputs), **options)
         weight = torch.arange(out.numel(), device=DEVICE, dtype=torch.float64).view_as(out).sin()
-        weight = weight.to(self.dtype).to(dtype)  # the same numbers for every type
+        weight = weight.to(self.dtype).to(dtype)  # the same numbers in all types
         return [x.detach().double() for x in (out, *torch.autograd.grad((out * weight).sum(), self.inputs))]
 
 
 @contextlib.contextmanager
 def tiles(size):
-    """The usual tiles or, in the interpreter, as large ones as it takes at once."""
+    """The usual tiles, or in the interpreter the largest ones that it supports."""
     usual = dict(rows.TILES)
     if size == "large" and rows.INTERPRETED:
         rows.TILES.update(
@@ -222,7 +225,7 @@ def tiles(size):
 
 
 def excess(case):
-    """The largest error of a case in parts of what is allowed: it passes if that is at most 1."""
+    """The largest ratio of an error to its bound. The case passes if it is at most 1."""
     kept = case.kept()
     exact = case.results(case.definition, torch.float64, kept=kept)
     plain = case.results(case.definition, case.dtype, kept=kept)
@@ -230,8 +233,8 @@ def excess(case):
         found = case.results(case.by_rows, case.dtype)
     worst = 0.0
     for x, y, z in zip(exact, plain, found, strict=True):
-        # gradients of logits are differences of products of vectors like the output, and may cancel, as with one key;
-        # those of keys and tables are these times queries
+        # Gradients of logits are differences of dot products of vectors as large as the output. They may cancel, for
+        # example if there is only one key. Gradients of keys and tables are products of these and the queries.
         size = max(x.abs().max().item(), exact[0].abs().max().item() * case.channels**0.5 * max(case.size, 1.0))
         allowed = TOLERANCE[case.dtype] * size + 2 * (y - x).abs().max().item()
         error = (z - x).abs().max().item()
@@ -240,7 +243,7 @@ def excess(case):
 
 
 def examine(seed, fixed):
-    """(excess, type, line of the report) of a case."""
+    """(excess, type, printed line) of a case."""
     torch.set_num_threads(1)
     case = Case(seed, **fixed)
     value = excess(case)
@@ -251,7 +254,7 @@ def examine(seed, fixed):
 def main(args):
     print(
         f"Triton {triton.__version__} {'on a GPU' if DEVICE == 'cuda' else 'interpreted'}, {args.cases} cases from "
-        f"seed {args.seed}; the largest error of every case in parts of what is allowed"
+        f"seed {args.seed}; each line begins with the seed and the largest ratio of an error to its bound"
     )
     fixed = {"map": tuple(args.map), "batch": 1, "heads": 1} if args.map else {}
     seeds = range(args.seed, args.seed + args.cases)
@@ -263,7 +266,7 @@ def main(args):
             if not value <= 1 or not args.quiet:
                 print(line, flush=True)
     print(
-        f"{args.cases - failed} passed, {failed} failed; largest: "
+        f"{args.cases - failed} passed, {failed} failed; largest ratios: "
         + ", ".join(f"{str(dtype)[6:]} {value:.3f}" for dtype, value in worst.items())
     )
     sys.exit(failed > 0)
@@ -274,6 +277,8 @@ if __name__ == "__main__":
     parser.add_argument("--cases", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--map", type=int, nargs=2, help="height and width in every case, of one head of one image")
-    parser.add_argument("--quiet", action="store_true", help="print the failed cases and the summary alone")
+    parser.add_argument(
+        "--map", type=int, nargs=2, help="use this height and width in all cases, with one head and image"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print only failed cases and the summary")
     main(parser.parse_args())

@@ -1,4 +1,4 @@
-"""rpe_ops.attention against its definition, in blocks of any size."""
+"""rpe_ops.attention equals its definition, with blocks of any size."""
 
 import pytest
 import rpe_ops
@@ -7,12 +7,12 @@ from rpe_ops import attention, attention_takes, blockwise
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# number of tables on queries, keys and values (two make a cross), and whether the heads share them
+# Number of tables on queries, keys and values (the cross method has two), and whether the heads share them.
 PLACES = [((0, 1, 0), True), ((1, 0, 0), False), ((2, 2, 2), False), ((1, 0, 1), True), ((1, 1, 1), True)]
 
 
 def make(places=(1, 1, 1), shared=True, batch=3, heads=2, length=11, channels=4, buckets=7, dtype=torch.float64):
-    """(q, k, v, *tables) that ask for gradients, and a function of those and more arguments that attends."""
+    """Inputs (q, k, v, *tables) that need gradients, and a function that computes their attention."""
     generator = torch.Generator().manual_seed(length)
 
     def random(*shape):
@@ -31,7 +31,7 @@ def make(places=(1, 1, 1), shared=True, batch=3, heads=2, length=11, channels=4,
 
 
 def by_definition(q, k, v, on_q, on_k, on_v, mask=None):
-    """With a vector for every pair of tokens, taken from the tables."""
+    """Attention with an explicit table entry for every pair of tokens."""
     heads = q.shape[1]
     logits = q @ k.transpose(2, 3) + (0 if mask is None else mask)
     for ids, table in on_k:
@@ -43,13 +43,14 @@ def by_definition(q, k, v, on_q, on_k, on_v, mask=None):
 
 
 def with_gradients(attend, inputs, **options):
+    """The output and the gradients; the gradient of the output is not constant."""
     out = attend(*inputs, **options)
     return [out, *torch.autograd.grad((out * torch.arange(out.numel()).view_as(out).sin()).sum(), inputs)]
 
 
 @pytest.mark.parametrize("block", [1, 100, 2 * 11 * 11, 500, 2**20])
 @pytest.mark.parametrize(("places", "shared"), PLACES)
-def test_in_blocks_of_any_size_it_is_its_definition(block, places, shared, monkeypatch):
+def test_equals_the_definition_for_any_block_size(block, places, shared, monkeypatch):
     monkeypatch.setattr(blockwise, "_BLOCK", block)
     inputs, attend = make(places, shared)
     hidden = torch.zeros(3, 1, 1, 11).masked_fill(
@@ -61,7 +62,7 @@ def test_in_blocks_of_any_size_it_is_its_definition(block, places, shared, monke
         )
 
 
-def test_nothing_as_large_as_the_logits_is_made(monkeypatch):
+def test_allocates_no_tensor_as_large_as_the_logits(monkeypatch):
     sizes = []
 
     class Sizes(TorchDispatchMode):
@@ -78,11 +79,12 @@ def test_nothing_as_large_as_the_logits_is_made(monkeypatch):
     inputs, attend = make(batch=4, length=400, dtype=torch.float32)
     with Sizes():
         attend(*inputs).sum().backward()
-    assert max(sizes) < 4 * 4 * 2 * 400 * 400 / 10  # bytes of the logits
+    bytes_of_logits = 4 * 4 * 2 * 400 * 400
+    assert max(sizes) < bytes_of_logits / 10
 
 
 @pytest.mark.parametrize("block", [7, 20, 2**20])
-def test_dropout_keeps_the_mean_and_has_the_gradient_of_what_it_kept(block, monkeypatch):
+def test_dropout_keeps_the_mean_and_backward_drops_the_same_weights(block, monkeypatch):
     monkeypatch.setattr(blockwise, "_BLOCK", block)
 
     def seeded(*inputs):
@@ -92,7 +94,7 @@ def test_dropout_keeps_the_mean_and_has_the_gradient_of_what_it_kept(block, monk
     inputs, attend = make(batch=2, length=4, channels=3)
     assert torch.autograd.gradcheck(seeded, inputs)
     inputs, attend = make((1, 1, 0), batch=1, length=400, channels=3, dtype=torch.float32)
-    inputs = [x * 0.1 for x in inputs]  # no key outweighs the others
+    inputs = [x * 0.1 for x in inputs]  # Small logits give all keys similar weights.
     inputs[2] = torch.ones_like(inputs[2])
     out = seeded(*inputs)
     assert abs(out.mean() - 1) < 0.01 and out.std() > 0.01
@@ -110,12 +112,14 @@ def test_second_derivatives_equal_finite_differences(dropout_p, places, monkeypa
         return attend(x, x, v, *tables, dropout_p=dropout_p)
 
     assert torch.autograd.gradgradcheck(seeded, (x, v, *tables))
-    (grad,) = torch.autograd.grad(seeded(x, x, *tables).square().sum(), x, create_graph=True)  # k and v are one tensor
+    (grad,) = torch.autograd.grad(
+        seeded(x, x, *tables).square().sum(), x, create_graph=True
+    )  # k and v are the same tensor
     assert grad.requires_grad
     torch.testing.assert_close(grad, torch.autograd.grad(seeded(x, x, *tables).square().sum(), x)[0])
 
 
-def test_backward_under_autocast_computes_as_the_forward_did():
+def test_autocast_around_backward_does_not_change_gradients():
     inputs, attend = make(dtype=torch.float32)
     expected = torch.autograd.grad(attend(*inputs).square().sum(), inputs)
     out = attend(*inputs).square().sum()
@@ -123,7 +127,7 @@ def test_backward_under_autocast_computes_as_the_forward_did():
         torch.testing.assert_close(torch.autograd.grad(out, inputs), expected)
 
 
-def test_it_says_which_calls_it_takes_and_refuses_the_others():
+def test_attention_takes_describes_the_accepted_calls_and_others_raise():
     (q, k, v, *_), _ = make((0, 0, 0))
     assert attention_takes(q, k, v) and attention_takes(q, k, v, torch.zeros(11))
     hooked = torch.nn.Sequential(torch.nn.Identity())

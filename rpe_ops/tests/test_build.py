@@ -1,4 +1,4 @@
-"""What is imported as rpe_ops, and what is built from its sources."""
+"""The import of rpe_ops, its error messages, and builds of its sources."""
 
 import json
 import os
@@ -21,12 +21,12 @@ def python(code, cwd, *flags, **env):
 
 
 @pytest.mark.parametrize("folder", [".", "rpe_ops", "rpe_ops/python"])
-def test_import_finds_the_built_package_from_every_folder(folder):
+def test_import_finds_the_installed_package_from_every_folder(folder):
     done = python("import rpe_ops.rpe_index; print(rpe_ops.rpe_index.__file__)", REPOSITORY / folder)
     assert done.stdout.strip() == rpe_ops.rpe_index.__file__, done.stderr
 
 
-def test_without_the_package_the_source_folder_is_not_mistaken_for_it():
+def test_source_folder_cannot_be_imported_as_the_package():
     no_installed_packages = "-S"
     done = python("from rpe_ops.rpe_index import rpe_index", REPOSITORY, no_installed_packages, PYTHONPATH="")
     assert "ModuleNotFoundError: No module named 'rpe_ops" in done.stderr
@@ -46,7 +46,7 @@ def test_without_the_package_the_source_folder_is_not_mistaken_for_it():
         (None, "has not been built; build it with: pip"),
     ],
 )
-def test_a_build_for_something_else_says_so_and_how_to_rebuild(change, sentence, tmp_path):
+def test_import_of_an_outdated_build_prints_how_to_rebuild(change, sentence, tmp_path):
     package = shutil.copytree(Path(rpe_ops.__file__).parent, tmp_path / "rpe_ops")
     stamp = package / "build.json"
     if change is None:
@@ -58,7 +58,7 @@ def test_a_build_for_something_else_says_so_and_how_to_rebuild(change, sentence,
     assert last_line.startswith("ImportError: rpe_ops ") and sentence in last_line
 
 
-def test_a_library_that_does_not_load_says_so_and_how_to_rebuild(tmp_path):
+def test_import_of_a_broken_library_prints_how_to_rebuild(tmp_path):
     package = shutil.copytree(Path(rpe_ops.__file__).parent, tmp_path / "rpe_ops")
     (package / "_C.so").write_bytes(b"not a library")
     done = python("import rpe_ops.rpe_index", tmp_path, PYTHONPATH=str(tmp_path))
@@ -68,7 +68,7 @@ def test_a_library_that_does_not_load_says_so_and_how_to_rebuild(tmp_path):
 
 
 @pytest.mark.skipif(rpe_ops.has_cuda, reason="needs a build without CUDA kernels")
-def test_a_build_without_cuda_says_so_and_how_to_get_one():
+def test_cuda_call_of_a_cpu_build_prints_how_to_rebuild():
     call_on_cuda = torch.ops.rpe_ops.rpe_index.default._op_dk
     with pytest.raises(NotImplementedError, match="rpe_index: rpe_ops was built without CUDA kernels; rebuild it"):
         call_on_cuda(torch._C.DispatchKey.CUDA, torch.ones(1, 1, 1, 1), torch.zeros(1, 1, dtype=torch.int32))
@@ -83,7 +83,7 @@ def test_cuda_sources_compile_for_sm_80_and_sm_90(tmp_path):
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin"))
     if nvcc is None:
         pytest.skip("needs nvcc on PATH or in CUDA_HOME")
-    if torch.version.cuda is None:  # PyTorch's own CUDA headers are missing: only the kernels can be compiled
+    if torch.version.cuda is None:  # This PyTorch lacks its CUDA headers, so only the kernels can be compiled.
         archs = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90)]
         include = Path(torch.__file__).with_name("include")
         run(nvcc, "-std=c++17", *archs, f"-I{include}", "-c", "csrc/cuda_kernels.cu", "-o", str(tmp_path / "kernels.o"))
@@ -103,12 +103,12 @@ def test_cuda_sources_compile_for_sm_80_and_sm_90(tmp_path):
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_cuda_kernels_are_right_when_emulated_on_the_cpu(sanitizer, tmp_path):
+def test_emulated_cuda_kernels_are_correct(sanitizer, tmp_path):
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     program = tmp_path / "emulated_gpu"
-    include = Path(torch.__file__).with_name("include")  # of the half types
+    include = Path(torch.__file__).with_name("include")  # It contains the half types.
     run(
         compiler,
         "-std=c++20",

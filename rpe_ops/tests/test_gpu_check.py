@@ -1,4 +1,4 @@
-"""What is to run on a GPU, tried without one."""
+"""Run the GPU check and its benchmarks without a GPU."""
 
 import os
 import subprocess
@@ -15,9 +15,11 @@ import gpu  # noqa: E402
 import operators  # noqa: E402
 
 
-def test_the_whole_check_runs_on_small_shapes_without_a_gpu(tmp_path):
+def test_gpu_check_runs_on_small_shapes_without_a_gpu(tmp_path):
     pytest.importorskip("triton")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `python` is this one
+    path = (
+        f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # so that the script's `python` is this Python
+    )
     done = subprocess.run(
         ["bash", TESTS / "gpu_check.sh", "--tiny", tmp_path / "result.txt"],
         cwd=tmp_path,
@@ -46,7 +48,7 @@ def measured(kernels, memory, wall):
     return gpu.Measurement(kernels, 100, [wall, wall], memory)
 
 
-def test_goals_are_compared_with_ratios_to_the_plain_step(capsys):
+def test_goals_are_compared_with_the_ratios_to_the_plain_step(capsys):
     args = SimpleNamespace(tiny=False, models=["DeiT-S"], type_name="float16")
     found = {}
     for mode in ("eager", "compiled"):
@@ -73,14 +75,14 @@ def test_goals_are_compared_with_ratios_to_the_plain_step(capsys):
     ]
 
 
-def test_a_model_that_fails_says_whose_and_why():
+def test_a_failing_model_sends_its_traceback():
     sent = []
     gpu.serve(SimpleNamespace(send=sent.append), gpu.Subject("DeiT-S", "plain", ""), SimpleNamespace(device="nothing"))
     ((kind, text),) = sent
     assert kind == "failed" and "Traceback" in text
 
 
-def test_tilings_differ_in_one_thing_from_the_one_in_use():
+def test_tilings_differ_in_one_field_from_the_current_one():
     rows = pytest.importorskip("rpe_ops.rows")
     tile = rows.Tile(64, 16, 4, 1)
     for fixed_other, others in ((True, {16}), (False, {16, 32, 64, 128})):
@@ -90,9 +92,9 @@ def test_tilings_differ_in_one_thing_from_the_one_in_use():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_operators_are_judged_by_sums_in_float64(dtype):
+def test_operators_are_compared_with_sums_in_float64(dtype):
     ids, buckets = operators.product_ids(5, 6, 1, 1.9)
-    functions = operators.contestants(1, 2, ids, buckets, "cpu", dtype)  # which judges every contestant
+    functions = operators.contestants(1, 2, ids, buckets, "cpu", dtype)  # This call checks all functions.
     p = torch.full((1, 1, len(ids), len(ids)), 1.001).to(dtype)
     expected = operators.reference.rpe_bucket_sum(p.double(), ids, buckets)
     bound = operators.adding_error(p, ids, buckets, torch.float32)

@@ -1,4 +1,4 @@
-"""Both operators against their definition, on the CPU and, where there is one, on the GPU."""
+"""The operators equal their definitions on the CPU and, if there is one, on the GPU."""
 
 import itertools
 import os
@@ -19,8 +19,8 @@ from rpe_ops.rpe_index import (
 )
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-# batch, heads, Lq, Lk, buckets: one plane, planes that fill and that overflow groups of eight, rectangles, one of all,
-# more keys than a GPU's tile, more buckets than a GPU's chunk
+# (batch, heads, Lq, Lk, buckets): sizes of 1, one plane (an image and head), planes that fill and that overflow groups
+# of eight, different Lq and Lk, more keys than a tile on the GPU, more buckets than a chunk on the GPU.
 SHAPES = [
     (1, 1, 1, 1, 1),
     (1, 1, 6, 5, 4),
@@ -33,7 +33,7 @@ SHAPES = [
 
 
 def make(shape, dtype=torch.float64, device="cpu", ids=torch.int32):
-    """(x, p, index): inputs for the gather and for the sum, and ids for both."""
+    """(x, p, index): inputs of the gather and of the bucket sum, and ids for both."""
     batch, heads, queries, keys, buckets = shape
     generator = torch.Generator().manual_seed(sum(shape))
     x = torch.randn(batch, heads, queries, buckets, generator=generator, dtype=torch.float64)
@@ -59,7 +59,7 @@ def sum_by_loops(p, index, buckets):
 @pytest.mark.parametrize("ids", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_both_equal_their_definition(shape, dtype, ids, device):
+def test_operators_equal_their_definition(shape, dtype, ids, device):
     x, p, index = make(shape, dtype, device, ids)
     gathered = gather_by_loops(x.cpu(), index.cpu())
     summed = sum_by_loops(p.cpu(), index.cpu(), shape[4])
@@ -73,7 +73,7 @@ def test_both_equal_their_definition(shape, dtype, ids, device):
         assert ((s.cpu().double() - summed).abs() <= rounding).all()
 
 
-def test_each_is_the_adjoint_of_the_other(device):
+def test_gather_and_bucket_sum_are_adjoint(device):
     x, p, index = make((2, 3, 5, 9, 7), device=device)
     torch.testing.assert_close((rpe_index(x, index) * p).sum(), (x * rpe_bucket_sum(p, index, 7)).sum())
 
@@ -85,7 +85,7 @@ def test_derivatives_equal_finite_differences(check, device):
     assert check(lambda p: rpe_bucket_sum(p, index, 4), p.requires_grad_())
 
 
-def test_the_name_users_know_gathers_and_differentiates(device):
+def test_rpe_index_function_gathers_and_differentiates(device):
     x, p, index = make((2, 3, 5, 9, 7), torch.float32, device)
     y = rpe_ops.rpe_index.RPEIndexFunction.apply(x.requires_grad_(), index)
     assert torch.equal(y, reference.rpe_index(x, index)) and RPEIndexFunction is rpe_ops.RPEIndexFunction
@@ -131,7 +131,7 @@ def test_export_for_any_batch_size_and_map(device):
 
 
 def strided(tensor):
-    """The same numbers in other memory layouts."""
+    """The same values in other memory layouts."""
     yield tensor.transpose(1, 2).contiguous().transpose(1, 2)
     yield tensor.transpose(2, 3).contiguous().transpose(2, 3)
     yield tensor.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
@@ -141,7 +141,7 @@ def strided(tensor):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_any_strides_give_the_same(dtype, device):
+def test_results_do_not_depend_on_strides(dtype, device):
     x, p, index = make((2, 5, 6, 9, 7), dtype, device)
     y, s = rpe_index(x, index), rpe_bucket_sum(p, index, 7)
     layouts = [index, index.t().contiguous().t(), index.repeat_interleave(2, 1)[:, ::2]]
@@ -151,7 +151,7 @@ def test_any_strides_give_the_same(dtype, device):
         assert torch.equal(rpe_bucket_sum(other, ids, 7), s)
 
 
-def test_expanded_inputs_give_the_same(device):
+def test_expanded_inputs_give_the_same_results(device):
     x, p, index = make((2, 3, 5, 9, 7), torch.float32, device)
     for dims in ((0,), (0, 1), (2,), (0, 1, 2, 3)):
         few = tuple(slice(0, 1) if d in dims else slice(None) for d in range(4))
@@ -177,11 +177,11 @@ def test_3000_ones_sum_to_3000_in_half_types(dtype, device):
     index = torch.zeros(1, 3000, dtype=torch.int32, device=device)
     x = torch.zeros(1, 2, 1, 1, dtype=dtype, device=device, requires_grad=True)
     (grad,) = torch.autograd.grad(rpe_index(x, index), x, ones)
-    expected = torch.full_like(x, 3000)  # 3008 in bfloat16, the nearest it has
+    expected = torch.full_like(x, 3000)  # In bfloat16 this is 3008, the nearest value.
     assert torch.equal(rpe_bucket_sum(ones, index, 1), expected) and torch.equal(grad, expected)
 
 
-def test_not_a_number_stays_in_its_bucket(device):
+def test_nan_and_infinity_affect_only_their_bucket(device):
     _, p, index = make((1, 2, 3, 9, 4), torch.float32, device)
     p[0, 0, 0, 0], p[0, 1, 2, 3] = float("nan"), float("inf")
     s = rpe_bucket_sum(p, index, 4)
@@ -196,7 +196,7 @@ def test_repeated_runs_are_equal(device):
         assert torch.equal(rpe_index(x, index), y) and torch.equal(rpe_bucket_sum(p, index, 7), s)
 
 
-def test_one_and_two_threads_are_equal():
+def test_results_do_not_depend_on_the_number_of_threads():
     x, p, index = make((3, 5, 97, 99, 7), torch.float32)
     threads, results = torch.get_num_threads(), []
     try:
@@ -209,7 +209,7 @@ def test_one_and_two_threads_are_equal():
 
 
 def add_all(x, p, index):
-    """Results of the adding operators; x serves for keys in part."""
+    """The results of the in-place operators; part of x serves as the products of keys."""
     own, by_key, sums = p.clone(), p.clone(), torch.ones(*p.shape[:2], p.shape[3], x.shape[3], dtype=p.dtype)
     rpe_index_add_(own, x, index)
     rpe_index_add_(by_key, sums + x[:, :, :1], index, by_key=True)
@@ -217,7 +217,7 @@ def add_all(x, p, index):
     return own, by_key, sums
 
 
-def test_every_instruction_set_gives_the_same_bits(tmp_path):
+def test_results_do_not_depend_on_the_instruction_set(tmp_path):
     code = """if True:
         import sys, torch
         from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index
@@ -242,7 +242,7 @@ def test_every_instruction_set_gives_the_same_bits(tmp_path):
         assert not added or all(map(torch.equal, add_all(x, p, index), added))
 
 
-def test_a_row_does_not_depend_on_the_others_in_its_batch(device):
+def test_results_do_not_depend_on_the_rest_of_the_batch(device):
     x, p, index = make((3, 5, 7, 33, 6), torch.float32, device)
     y, s = rpe_index(x, index), rpe_bucket_sum(p, index, 6)
     for b, h in itertools.product(range(3), range(5)):
@@ -260,7 +260,7 @@ def test_autocast_keeps_the_dtype(dtype, device):
 
 
 @pytest.mark.slow
-def test_more_than_two_to_the_31_elements(device):
+def test_more_than_2_to_the_31_elements(device):
     batch, heads, length, buckets = 65, 8, 2048, 7  # 65·8·2048² = 2.18e9
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 6e9:
         pytest.skip("needs 6 GB of free GPU memory")
@@ -276,9 +276,9 @@ def test_more_than_two_to_the_31_elements(device):
 
 @pytest.mark.parametrize("ids", [torch.int32, torch.int64])
 @pytest.mark.parametrize("bad", [7, -1, 2**31 - 1, 2**33])
-def test_ids_out_of_range_are_named_on_the_cpu(bad, ids):
+def test_error_contains_the_id_out_of_range_on_the_cpu(bad, ids):
     if bad > torch.iinfo(ids).max:
-        pytest.skip("needs int64 ids: int32 cannot hold this one")
+        pytest.skip("this id needs int64")
     x, p, index = make((2, 3, 5, 9, 7), torch.float32, ids=ids)
     index[4, 8] = bad
     message = rf"id {bad} at index\[4, 8\] is not one of the 7 buckets"
@@ -288,9 +288,9 @@ def test_ids_out_of_range_are_named_on_the_cpu(bad, ids):
         rpe_bucket_sum(p, index, 7)
 
 
-def test_ids_out_of_range_touch_no_memory_on_the_gpu():
+def test_ids_out_of_range_access_no_memory_on_the_gpu():
     if not (torch.cuda.is_available() and rpe_ops.has_cuda):
-        pytest.skip("needs a GPU and an rpe_ops built for it")
+        pytest.skip("needs a GPU and an rpe_ops with CUDA kernels")
     x, p, index = make((2, 3, 5, 9, 7), torch.float32, "cuda")
     bad = index.clone()
     bad[4, 8], bad[3, 0] = 7, -1
@@ -300,18 +300,18 @@ def test_ids_out_of_range_touch_no_memory_on_the_gpu():
     torch.testing.assert_close(s, reference.rpe_bucket_sum(p, index, 7))
 
 
-def test_ids_on_another_device_are_named():
+def test_ids_on_another_device_are_refused():
     if not (torch.cuda.is_available() and rpe_ops.has_cuda):
-        pytest.skip("needs a GPU and an rpe_ops built for it")
+        pytest.skip("needs a GPU and an rpe_ops with CUDA kernels")
     x, p, index = make((2, 3, 5, 9, 7), torch.float32, "cuda")
     for operator in (lambda: rpe_index(x, index.cpu()), lambda: rpe_bucket_sum(p, index.cpu(), 7)):
         with pytest.raises(ValueError, match="input is on cuda:0 and index on cpu"):
             operator()
 
 
-def test_the_gpu_is_never_waited_for():
+def test_operators_do_not_synchronize_with_the_gpu():
     if not (torch.cuda.is_available() and rpe_ops.has_cuda):
-        pytest.skip("needs a GPU and an rpe_ops built for it")
+        pytest.skip("needs a GPU and an rpe_ops with CUDA kernels")
     x, p, index = make((2, 3, 5, 9, 7), torch.float32, "cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -320,7 +320,7 @@ def test_the_gpu_is_never_waited_for():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_validate_index_names_the_id_and_the_number_of_buckets(device):
+def test_validate_index_error_contains_the_id_and_the_number_of_buckets(device):
     index = torch.tensor([[0, 6], [3, 2]], device=device)
     validate_index(index, 7)
     validate_index(index[:0], 0)
@@ -340,7 +340,7 @@ def test_validate_index_names_the_id_and_the_number_of_buckets(device):
         (lambda x, i: (x, i.float()), TypeError, "int32 or int64, got Float"),
     ],
 )
-def test_wrong_arguments_are_named(change, error, message, device):
+def test_error_describes_wrong_arguments(change, error, message, device):
     x, _, index = make((2, 3, 5, 9, 9), torch.float32, device)
     with pytest.raises(error, match=message):
         rpe_index(*change(x, index))
@@ -348,7 +348,7 @@ def test_wrong_arguments_are_named(change, error, message, device):
         rpe_bucket_sum(*change(x, index), 9)
 
 
-def test_other_wrong_arguments_of_the_sum_are_named(device):
+def test_error_describes_wrong_arguments_of_the_bucket_sum(device):
     _, p, index = make((2, 3, 5, 9, 7), torch.float32, device)
     with pytest.raises(ValueError, match="8 keys and index has 9"):
         rpe_bucket_sum(p[..., 1:], index, 7)
@@ -356,11 +356,11 @@ def test_other_wrong_arguments_of_the_sum_are_named(device):
         rpe_bucket_sum(p, index, -1)
 
 
-# --- operators that add in place, on the CPU -------------------------------------------------------------------------
+# --- In-place operators on the CPU -----------------------------------------------------------------------------------
 
 
 def make_adding(shape, dtype=torch.float64, ids=torch.int32):
-    """(y, x, x of the keys, sums of the keys, index): what is added to, and what is added."""
+    """(y, x, keys_x, sums, index): logits, products of queries and of keys, bucket sums per key, and ids."""
     batch, heads, queries, keys, buckets = shape
     generator = torch.Generator().manual_seed(sum(shape))
     sizes = (queries, keys), (queries, buckets), (keys, buckets), (keys, buckets)
@@ -371,7 +371,7 @@ def make_adding(shape, dtype=torch.float64, ids=torch.int32):
 @pytest.mark.parametrize("ids", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 8, 3, 150, 9), (2, 4, 90, 131, 81)])
-def test_adding_operators_equal_their_definition(shape, dtype, ids):
+def test_in_place_operators_equal_their_definition(shape, dtype, ids):
     y, x, keys_x, sums, index = make_adding(shape, dtype, ids)
     own, by_key = y.clone(), y.clone()
     rpe_index_add_(own, x, index)
@@ -383,7 +383,7 @@ def test_adding_operators_equal_their_definition(shape, dtype, ids):
     torch.testing.assert_close(sums, expected)
 
 
-def test_adding_operators_by_loops():
+def test_in_place_operators_equal_loops():
     y, x, keys_x, sums, index = make_adding((2, 3, 4, 5, 6))
     expected = [y.clone(), y.clone(), sums.clone()]
     for b, h, i, j in itertools.product(*map(range, y.shape)):
@@ -398,7 +398,7 @@ def test_adding_operators_by_loops():
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_adding_operators_take_any_strides_of_what_they_read(number):
+def test_in_place_operators_take_inputs_of_any_strides(number):
     y, x, keys_x, sums, index = make_adding((2, 3, 5, 9, 7), torch.float32)
     plain, other = y.clone(), y.clone()
     plain_sums, other_sums = sums.clone(), sums
@@ -414,7 +414,7 @@ def test_adding_operators_take_any_strides_of_what_they_read(number):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5, 9, 7), (2, 0, 5, 9, 7), (2, 3, 0, 9, 7), (2, 3, 5, 0, 7), (2, 3, 5, 0, 0)])
-def test_adding_operators_take_empty_sizes(shape):
+def test_in_place_operators_take_empty_sizes(shape):
     batch, heads, queries, keys, buckets = shape
     y, x, keys_x, sums = (
         torch.ones(batch, heads, *size)
@@ -428,7 +428,7 @@ def test_adding_operators_take_empty_sizes(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_adding_operators_pass_opcheck(dtype):
+def test_in_place_operators_pass_opcheck(dtype):
     y, x, keys_x, sums, index = make_adding((2, 2, 3, 5, 4), dtype)
     torch.library.opcheck(torch.ops.rpe_ops.rpe_index_add_.default, (y, x, index))
     torch.library.opcheck(torch.ops.rpe_ops.rpe_index_add_.default, (y, keys_x, index, True))
@@ -450,7 +450,7 @@ def test_adding_operators_pass_opcheck(dtype):
         (lambda y, x, i: (y, x, i + 1), IndexError, "is not one of the 7 buckets"),
     ],
 )
-def test_wrong_arguments_of_adding_operators_are_named(change, error, message):
+def test_error_describes_wrong_arguments_of_in_place_operators(change, error, message):
     y, x, keys_x, sums, index = make_adding((2, 3, 5, 9, 7))
     index[2, 3] = 6
     with pytest.raises(error, match=message):
@@ -461,10 +461,10 @@ def test_wrong_arguments_of_adding_operators_are_named(change, error, message):
         rpe_bucket_sum_add_(*change(sums, y, index))
 
 
-def test_autograd_knows_what_was_added_to():
+def test_autograd_notices_in_place_changes():
     y, x, _, sums, index = make_adding((2, 3, 5, 9, 7))
     square = y.requires_grad_().clone()
-    squared = square * square  # saves what is changed next
+    squared = square * square  # Autograd saves `square`, which the operators then change.
     with torch.no_grad():
         rpe_index_add_(square, x, index)
         rpe_bucket_sum_add_(sums, y, index)
@@ -477,14 +477,14 @@ def test_autograd_knows_what_was_added_to():
         rpe_bucket_sum_add_(sums, y, index)
 
 
-def test_adding_to_what_is_read_is_refused():
+def test_overlapping_input_and_output_are_refused():
     memory = torch.zeros(2000)
     y, x = memory[:90].view(1, 2, 5, 9), memory[80:150].view(1, 2, 5, 7)
     with pytest.raises(RuntimeError, match="refer to a single memory location|overlap"):
         rpe_index_add_(y, x, torch.zeros(5, 9, dtype=torch.int32))
 
 
-def test_adding_to_tables_of_many_buckets():
+def test_in_place_operators_with_many_buckets():
     y, _, keys_x, sums, index = make_adding((1, 9, 3, 70, 20000), torch.float32)
     expected = y + reference.rpe_index(keys_x, index.t()).transpose(2, 3)
     expected_sums = sums + reference.rpe_bucket_sum(y.transpose(2, 3), index.t(), 20000)

@@ -1,4 +1,4 @@
-"""Attention by rows of the map: random cases against the definition, and what a case alone does not show."""
+"""Attention by rows of the map: random cases, launches, memory, compilation, and the choice of this attention."""
 
 import collections
 import importlib.util
@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 if importlib.util.find_spec("triton") is None:
-    pytest.skip("needs Triton, which PyTorch for CPUs has not", allow_module_level=True)
+    pytest.skip("needs Triton, which PyTorch for CPUs lacks", allow_module_level=True)
 import rpe_ops
 from rows_cases import DEVICE, Case, excess, row_layout, tiles
 from rpe_ops import blockwise, rows
@@ -40,12 +40,12 @@ SMALL = {
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Names of the kernels that are launched."""
+    """Names of the launched kernels."""
     names, launch = [], rows._launch
 
     def record(kernel, *args):
         names.append(kernel.fn.__name__)
-        with _disable_current_modes():  # the interpreter itself runs operators
+        with _disable_current_modes():  # The interpreter itself calls operators, which do not count.
             launch(kernel, *args)
 
     monkeypatch.setattr(rows, "_launch", record)
@@ -103,10 +103,10 @@ def test_output_and_gradients_equal_the_definition(fixed):
     assert excess(Case(0, **SMALL | fixed)) <= 1
 
 
-def test_sums_of_weights_survive_a_maximum_that_comes_late():
+def test_weight_sums_are_correct_if_the_maximum_comes_last():
     case = Case(0, **SMALL | {"map": (4, 4), "mask": "full"})
     with torch.no_grad():
-        case.mask = torch.full_like(case.mask, -300.0)  # far below zero, which a masked chunk must not count as
+        case.mask = torch.full_like(case.mask, -300.0)  # far below the zero of padded logits
         case.mask[..., :9] = -torch.inf
         case.mask[..., -1] = 300.0
         case.mask[..., :6, -1] = -300.0
@@ -119,11 +119,11 @@ def test_random_cases_equal_the_definition(seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_gradients_where_values_have_much_in_common(dtype):
+def test_gradients_of_values_with_a_large_mean(dtype):
     case = Case(0, **SMALL | {"dtype": dtype, "map": (5, 7)})
     with torch.no_grad():
         case.inputs[2] += 300
-    if dtype != torch.float32:  # as PyTorch's own, with what rounding the output to this type leaves
+    if dtype != torch.float32:  # As in PyTorch's own attention, the rounded output limits the precision.
         assert excess(case) <= 1
         return
     kept = case.kept()
@@ -149,7 +149,7 @@ def test_results_are_the_same_in_every_run_and_for_any_batch(monkeypatch):
     assert torch.equal(whole[1:], case.by_rows(q[1:], k[1:], v[1:], *tables))
 
 
-def test_tensors_may_lie_in_memory_as_they_like():
+def test_results_do_not_depend_on_strides():
     case = Case(0, **SMALL | {"mask": "padding"})
     expected = case.results(case.by_rows, torch.float32)
     case.inputs = [x.detach().transpose(-2, -1).contiguous().transpose(-2, -1).requires_grad_() for x in case.inputs]
@@ -163,7 +163,7 @@ def test_tensors_may_lie_in_memory_as_they_like():
     assert all(map(torch.equal, *grads))
 
 
-def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass():
+def test_saves_no_tensor_as_large_as_the_logits_for_backward():
     case = Case(0, **SMALL | {"map": (12, 12), "heads": 1, "places": "qkv"})
     kept = {}
     keep = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x)
@@ -173,7 +173,7 @@ def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass():
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators that a GPU would be given something to do by."""
+    """Records the operators that would launch work on a GPU."""
 
     quiet = (
         "view",
@@ -233,10 +233,10 @@ BACKWARD = [
     ],
     ids=str,
 )
-def test_a_call_launches_few_kernels_and_nothing_else(fixed, forward, backward, launches):
+def test_a_call_launches_the_expected_kernels_and_nothing_else(fixed, forward, backward, launches):
     case = Case(0, **SMALL | {"dtype": torch.float16} | fixed)
     with torch.no_grad():
-        case.inputs[3:] = [table.float().requires_grad_() for table in case.inputs[3:]]  # as under autocast
+        case.inputs[3:] = [table.float().requires_grad_() for table in case.inputs[3:]]  # Like autocast.
     with Operators() as operators, tiles("large"):
         out = case.by_rows(*case.inputs)
         seen = list(launches)
@@ -244,14 +244,14 @@ def test_a_call_launches_few_kernels_and_nothing_else(fixed, forward, backward, 
     assert (seen, launches[len(seen) :], operators.seen) == (forward, backward, [])
 
 
-def test_dropout_keeps_each_place_with_its_probability_and_draws_anew_for_every_call():
+def test_dropout_has_its_probability_and_differs_from_call_to_call():
     case = Case(0, **SMALL | {"batch": 2, "heads": 3, "map": (8, 8), "prefix": 0, "dropout_p": 0.3})
     with tiles("large"):
         kept = case.kept() > 0
     assert kept.sum().item() == pytest.approx(0.7 * kept.numel(), abs=5 * (0.21 * kept.numel()) ** 0.5)
     planes = kept.flatten(0, 1).flatten(1).double()
     correlations = torch.corrcoef(torch.cat([planes, planes.roll(1, 1)]))
-    assert correlations.fill_diagonal_(0).abs().max() < 5 / 64  # of planes, and of neighbours
+    assert correlations.fill_diagonal_(0).abs().max() < 5 / 64  # between planes and between neighbouring weights
     case = Case(0, **SMALL | {"places": "k", "dropout_p": 0.5})
     outs = [case.by_rows(*case.inputs) for _ in range(2)]
     case.dropout_p = 1.0
@@ -265,7 +265,7 @@ def test_the_operators_pass_opcheck(places):
     layout, sizes, bias = case.map_and_kind
     seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     inputs = [tables, places, layout, list(sizes), bias, case.mask, seed, 0.1]
-    # aot_dispatch compares what it traces, run again: what is seen through cannot run in the interpreter
+    # test_aot_dispatch_dynamic runs the traced kernels, which do not run in the interpreter.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.rpe_ops.attention_by_rows.default, [q, k, v, *inputs], test_utils=tests)
     saved = [x.detach() for x in torch.ops.rpe_ops.attention_by_rows(q, k, v, *inputs)]
@@ -277,14 +277,14 @@ def test_the_operators_pass_opcheck(places):
     )
 
 
-def test_a_second_derivative_is_refused():
+def test_second_derivatives_are_refused():
     case = Case(0, **SMALL | {"map": (2, 2), "places": "k"})
     (grad,) = torch.autograd.grad(case.by_rows(*case.inputs).square().sum(), case.inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
-def test_autocast_casts_what_is_multiplied():
+def test_autocast_casts_the_inputs_to_its_type():
     case = Case(0, **SMALL | {"map": (2, 2)})
     expected = case.by_rows(*case.inputs)
     with torch.autocast(DEVICE, torch.float16):
@@ -294,10 +294,10 @@ def test_autocast_casts_what_is_multiplied():
     torch.testing.assert_close(out.float(), expected, rtol=0, atol=2e-2)
 
 
-def test_it_says_which_calls_it_takes(monkeypatch):
+def test_rows_take_describes_the_accepted_calls(monkeypatch):
     q, table = torch.zeros(1, 2, 5, 8, device=DEVICE), torch.zeros(1, 8, 50, device=DEVICE)
     take = rpe_ops.rows_take
-    assert not take(q, q, q, [table], 1)  # composed is the default
+    assert not take(q, q, q, [table], 1)  # The default is composed.
     monkeypatch.setattr(blockwise, "ATTENTION", "rows")
     monkeypatch.setattr(blockwise, "rows", rows, raising=False)
     assert all(take(x, x, x, [table], 1) for x in (q, q.half(), q.bfloat16()))
@@ -314,7 +314,7 @@ def test_it_says_which_calls_it_takes(monkeypatch):
         [q[:0]] * 3,
     ):
         assert not take(*wrong, [table], 1)
-    for wrong in (torch.zeros(1, 7, 50), torch.zeros(3, 8, 50), torch.zeros(3, 50)):  # of other channels or heads
+    for wrong in (torch.zeros(1, 7, 50), torch.zeros(3, 8, 50), torch.zeros(3, 50)):  # Their channels or heads differ.
         assert not take(q, q, q, [wrong.to(DEVICE)], 1)
     assert not take(q, q.half(), q, [table], 1)
     assert not take(q, q, q, [table], 17) and not take(q, q, q, [table, table.half()], 1)
@@ -326,7 +326,7 @@ def test_methods_that_mix_rows_and_columns_have_no_layout():
         row_layout(mixed[None], 0, 9)
 
 
-def test_columns_are_the_axis_that_fills_chunks_better():
+def test_columns_are_the_axis_that_needs_less_padding():
     index = torch.arange(-33, 34).clamp(-3, 3) + 3
     for height, width, expected in (
         (25, 34, (34, 25, 0, 7, 1, 34)),
@@ -337,8 +337,8 @@ def test_columns_are_the_axis_that_fills_chunks_better():
         assert row_layout((rows_of[:, None] * 7 + columns)[None], 0, 49)[1] == expected
 
 
-def test_the_choice_is_read_from_the_environment():
-    def say(before="pass", **choice):
+def test_irpe_attention_in_the_environment_selects_the_attention():
+    def run(before="pass", **choice):
         environment = {name: value for name, value in os.environ.items() if name != "IRPE_ATTENTION"} | choice
         code = (
             f"{before}; import rpe_ops, sys, torch; print(rpe_ops.ATTENTION, 'triton' in sys.modules); "
@@ -346,22 +346,22 @@ def test_the_choice_is_read_from_the_environment():
         )
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
-    assert say().stdout == "composed False\n"
-    assert say(IRPE_ATTENTION="rows").stdout == "rows True\n"
-    without_triton = say("import importlib.util; importlib.util.find_spec = lambda name: None", IRPE_ATTENTION="rows")
-    assert without_triton.stdout == "rows False\n" and without_triton.returncode == 0  # as PyTorch for CPUs is
-    assert "IRPE_ATTENTION is 'fused'; it must be composed or rows" in say(IRPE_ATTENTION="fused").stderr
+    assert run().stdout == "composed False\n"
+    assert run(IRPE_ATTENTION="rows").stdout == "rows True\n"
+    without_triton = run("import importlib.util; importlib.util.find_spec = lambda name: None", IRPE_ATTENTION="rows")
+    assert without_triton.stdout == "rows False\n" and without_triton.returncode == 0  # as with PyTorch for CPUs
+    assert "IRPE_ATTENTION is 'fused'; it must be composed or rows" in run(IRPE_ATTENTION="fused").stderr
 
 
 def in_benchmarks(code):
-    """What Python prints there, not interpreted."""
+    """The output of this code in the folder benchmarks/, with Triton's compiler instead of its interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=BENCHMARKS, env=environment, check=True, capture_output=True, text=True
     ).stdout
 
 
-def test_maps_of_all_sizes_share_their_kernels():
+def test_maps_of_all_sizes_use_the_same_compiled_kernels():
     made = in_benchmarks("""
 import torch, rows_ptxas
 for size in ((14, 14), (25, 34), (1, 40), (20, 3)):
@@ -372,13 +372,13 @@ for size in ((14, 14), (25, 34), (1, 40), (20, 3)):
 
 
 @pytest.mark.parametrize(("arch", "dtype", "places"), [(80, "float32", "qkv"), (90, "float16", "k")])
-def test_it_compiles_without_spilled_registers(arch, dtype, places):
+def test_kernels_compile_without_spilled_registers(arch, dtype, places):
     case = (arch, dtype, 64, places, False)
     lines = in_benchmarks(f"import rows_ptxas; print(*rows_ptxas.measure({case}), sep='\\n')").splitlines()
     assert len(lines) == 7 and all(int(line.split()[-2]) == 0 for line in lines), lines
 
 
-def test_a_bias_compiles_in_half_precision():
+def test_kernels_of_a_bias_compile_in_half_precision():
     made = in_benchmarks("""
 import torch, rows_ptxas
 for name, (kernel, tile, arguments) in rows_ptxas.launches(torch.float16, 64, "qk", True, 0.0, bias=True).items():
@@ -388,8 +388,8 @@ for name, (kernel, tile, arguments) in rows_ptxas.launches(torch.float16, 64, "q
     assert made == ["product", "forward", "queries", "keys", "gradient", "collect"]
 
 
-def test_kernels_compile_as_torch_compile_asks_for_them():
-    """With numbers in float64, and every integer of 1 as a constant."""
+def test_kernels_compile_with_the_types_of_torch_compile():
+    """torch.compile passes floats as float64, and makes every integer 1 a constant."""
     made = in_benchmarks("""
 import torch, triton, rows_ptxas
 from triton.backends.compiler import GPUTarget
@@ -413,7 +413,7 @@ from triton.backends.compiler import GPUTarget
 from rpe_ops import rows
 from rows_ptxas import row_layout
 
-class Driver:  # of a GPU that is not here: what torch.compile asks to see which tensors a kernel writes to
+class Driver:  # It stands in for a GPU's driver. torch.compile needs its target to find the tensors a kernel writes to.
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
 
@@ -432,7 +432,7 @@ def capture(graph, _):
     print(json.dumps(seen))
     outputs, = graph.graph.find_nodes(op="output")
     outputs = [x.meta["val"] if isinstance(x, torch.fx.Node) else x for x in outputs.args[0]]
-    def run(inputs):  # nothing: there is no GPU
+    def run(inputs):  # It computes nothing, because there is no GPU.
         return [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if isinstance(x, torch.Tensor) else x
                 for x in outputs]
     run._boxed_call = True
@@ -452,7 +452,7 @@ torch.compile(step, fullgraph=True, backend=backend)(x, tables, layout, mask).su
 """
 
 
-def test_torch_compile_sees_the_kernels_and_what_they_write_to():
+def test_torch_compile_knows_the_kernels_and_the_tensors_they_write_to():
     forward, backward = (json.loads(line) for line in in_benchmarks(COMPILE).splitlines())
     kernels = [
         [(name, changed) for name, changed in graph if name.endswith("_kernel")] for graph in (forward, backward)
@@ -469,6 +469,6 @@ def test_torch_compile_sees_the_kernels_and_what_they_write_to():
         ["grads"],
     ]
     others = collections.Counter(name for graph in (forward, backward) for name, _ in graph)
-    # a view of bool as another type is more than the compiler of PyTorch 2.11 can do
+    # PyTorch 2.11 cannot compile a view of bool as another type.
     unwanted = "clone", "copy", "zero", "full", "cat", "view.dtype"
     assert not [name for name in others if any(word in name for word in unwanted)]
