@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SAVE_EVERY = 3
 EPOCHS = 3
 LONGEST = 600  # seconds until a run counts as hanging: far more than it takes, however busy the machine is
-BATCHES = {1: 4, 2: 2}  # pictures a step of each process
+BATCHES = {1: 4, 2: 2}  # images a step of each process
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ BATCHES = {1: 4, 2: 2}  # pictures a step of each process
 
 
 def write_classes(root):
-    """Class folders of random pictures, and their tars."""
+    """Class folders of random images, and their tars."""
     pixels = np.random.RandomState(0)
     for split, count in (("train", 12), ("val", 3)):
         for name in ("ant", "bee", "cat"):
@@ -59,7 +59,7 @@ def write_classes(root):
 
 
 def write_coco(root):
-    """Random pictures with one or two boxes each, in COCO's format, and a zip of those of validation."""
+    """Random images with one or two boxes each, in COCO's format, and a zip of those of validation."""
     pixels = np.random.RandomState(0)
     Path(root, "annotations").mkdir(parents=True)
     for split, count in (("train", 36), ("val", 6)):
@@ -537,8 +537,8 @@ def detr_readers(data):
                 }
             )
         )
-    for picture in Path(data, "val2017").iterdir():
-        picture.unlink()  # read from the zip
+    for image in Path(data, "val2017").iterdir():
+        image.unlink()  # read from the zip
     files = [
         data / "train2017" / "0.png",
         data / "val2017.zip",

@@ -1,4 +1,4 @@
-"""The program from its command line: flags, training, resuming, pictures, and what a user gets wrong."""
+"""The program from its command line: flags, training, resuming, images, and what a user gets wrong."""
 
 import copy
 import errno
@@ -149,7 +149,7 @@ def test_a_start_at_a_later_epoch_has_its_learning_rate(coco, trained, tmp_path)
         assert row["epoch"] == 4 and row["train_lr"] == pytest.approx(1e-6)
 
 
-def test_no_weight_on_pictures_without_objects_is_no_loss():
+def test_no_weight_on_images_without_objects_is_no_loss():
     args = parse("--eos_coef", 0, "--no_pretrained_backbone", "--device", "cpu", "--num_classes", 5)
     _, criterion, _ = build_model(args)
     outputs = {"pred_logits": torch.randn(2, 4, 6, requires_grad=True), "pred_boxes": torch.rand(2, 4, 4)}
@@ -222,12 +222,12 @@ def test_digits_have_boxes_around_their_masks_and_panoptic_maps_of_the_same_mask
     instances = load_annotations(tmp_path, "val")
     panoptic = json.loads((tmp_path / "annotations" / "panoptic_val2017.json").read_text())
     assert {len(a["segments_info"]) for a in panoptic["annotations"]} == {2, 3}
-    for picture, annotation in zip(panoptic["images"], panoptic["annotations"], strict=True):
+    for image, annotation in zip(panoptic["images"], panoptic["annotations"], strict=True):
         ids = np.asarray(Image.open(tmp_path / "panoptic_val2017" / annotation["file_name"])) @ [1, 256, 256**2]
-        pixels = np.asarray(Image.open(tmp_path / "val2017" / picture["file_name"]).convert("L"))
+        pixels = np.asarray(Image.open(tmp_path / "val2017" / image["file_name"]).convert("L"))
         *digits, paper = annotation["segments_info"]
         assert paper["category_id"] == 10 and pixels[ids == paper["id"]].max() < pixels[ids != paper["id"]].min() + 1
-        objects = [a for a in instances["annotations"] if a["image_id"] == picture["id"]]
+        objects = [a for a in instances["annotations"] if a["image_id"] == image["id"]]
         for segment, entry in zip(digits, objects, strict=True):
             mask = ids == segment["id"]
             assert np.array_equal(mask, coco_mask.decode(entry["segmentation"])) and entry["area"] == mask.sum()
@@ -279,7 +279,7 @@ def test_pretrained_weights_come_from_the_cache_into_the_frozen_form(offline, tm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hub and pictures
+# Hub and images
 
 
 def test_hub_entries_build_their_models_and_load_what_is_cached(offline, tmp_path):
@@ -321,13 +321,13 @@ def test_hub_panoptic_models_draw_maps_of_what_is_above_the_threshold():
     assert hubconf.detr_resnet50_panoptic().detr.class_embed.out_features == 251
 
 
-def picture_flags(*flags):
+def image_flags(*flags):
     return [str(flag) for flag in ("--device", "cpu", *flags)]
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A checkpoint with masks and panoptic categories of a filled model, its own flags, and a picture."""
+    """A checkpoint with masks and panoptic categories of a filled model, its own flags, and an image."""
     folder = tmp_path_factory.mktemp("drawn")
     args = parse(*small("", "--masks", "--dataset_file", "coco_panoptic", "--num_classes", 5, "--eval"))
     args.is_thing_map = {1: True, 3: False, 4: True}
@@ -339,18 +339,18 @@ def drawn(tmp_path_factory):
         },
         folder / "masks.pth",
     )
-    Image.fromarray(np.random.RandomState(0).randint(0, 255, (60, 90, 3)).astype(np.uint8)).save(folder / "picture.png")
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (60, 90, 3)).astype(np.uint8)).save(folder / "image.png")
     return folder
 
 
-def test_pictures_show_detections_panoptic_maps_and_attention(coco, trained, drawn, tmp_path, capsys):
+def test_images_show_detections_panoptic_maps_and_attention(coco, trained, drawn, tmp_path, capsys):
     files = sorted((coco / "val2017").iterdir())[:2]
-    for checkpoint, pictures in ((trained / "checkpoint.pth", files), (drawn / "masks.pth", [drawn / "picture.png"])):
-        argv = picture_flags(
+    for checkpoint, images in ((trained / "checkpoint.pth", files), (drawn / "masks.pth", [drawn / "image.png"])):
+        argv = image_flags(
             "--resume",
             checkpoint,
             "--image",
-            *pictures,
+            *images,
             "--output_dir",
             tmp_path,
             "--threshold",
@@ -361,8 +361,8 @@ def test_pictures_show_detections_panoptic_maps_and_attention(coco, trained, dra
         )
         visualize.main(visualize.parser().parse_args(argv), argv)
         assert "_detections.png: 5 objects" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"picture_panoptic.png"} | {
-        f"{file.stem}_{kind}.png" for file in [*files, drawn / "picture.png"] for kind in ("detections", "attention")
+    assert {path.name for path in tmp_path.iterdir()} == {"image_panoptic.png"} | {
+        f"{file.stem}_{kind}.png" for file in [*files, drawn / "image.png"] for kind in ("detections", "attention")
     }
 
 
@@ -374,13 +374,13 @@ def pixels_of(figure):
 
 
 def test_masks_and_segments_tint_their_own_pixels_and_are_named(drawn):
-    picture = Image.new("RGB", (80, 40))  # black: left half one segment, right half another
+    image = Image.new("RGB", (80, 40))  # black: left half one segment, right half another
     ids = np.zeros((40, 80, 3), np.uint8)
     ids[:, 40:, 0] = 7
     file = io.BytesIO()
     Image.fromarray(ids).save(file, "PNG")
     found = {"png_string": file.getvalue(), "segments_info": [{"id": 0, "category_id": 3}, {"id": 7, "category_id": 9}]}
-    figure, words = visualize.draw_panoptic(picture, found, {3: "bee"})
+    figure, words = visualize.draw_panoptic(image, found, {3: "bee"})
     assert words == "2 segments" and [text.get_text() for text in figure.axes[0].texts] == ["bee", "9"]
     assert [text.get_position()[0] // 40 for text in figure.axes[0].texts] == [0, 1]
     shown = pixels_of(figure)
@@ -393,14 +393,14 @@ def test_masks_and_segments_tint_their_own_pixels_and_are_named(drawn):
         "boxes": torch.tensor([[4.0, 4, 36, 36], [0, 0, 9, 9]]),
         "masks": torch.from_numpy(ids[None, None, :, :, 0] == 0).byte().expand(2, 1, -1, -1),
     }
-    figure, words = visualize.draw_detections(picture, detected, {3: "bee"}, 0.5)
+    figure, words = visualize.draw_detections(image, detected, {3: "bee"}, 0.5)
     assert words == "1 objects" and [text.get_text() for text in figure.axes[0].texts] == ["bee 0.90"]
     shown = pixels_of(figure)
     assert shown[shown.shape[0] // 2, quarter].max() > 50 and shown[shown.shape[0] // 2, 3 * quarter].max() == 0
 
 
 def test_things_of_the_set_reach_the_panoptic_maps_that_are_drawn(drawn):
-    argv = picture_flags("--resume", drawn / "masks.pth", "--image", "x", "--output_dir", "x")
+    argv = image_flags("--resume", drawn / "masks.pth", "--image", "x", "--output_dir", "x")
     _, _, postprocessors, _ = visualize.load_model(visualize.parser().parse_args(argv), argv)
     assert postprocessors["panoptic"].is_thing_map == {1: True, 3: False, 4: True}
 
@@ -408,7 +408,7 @@ def test_things_of_the_set_reach_the_panoptic_maps_that_are_drawn(drawn):
 @pytest.mark.parametrize("masks", [False, True])
 def test_drawn_attention_is_a_distribution_that_the_encoding_changes(trained, drawn, masks):
     file = drawn / "masks.pth" if masks else trained / "checkpoint.pth"
-    argv = picture_flags("--resume", file, "--image", "x", "--output_dir", "x")
+    argv = image_flags("--resume", file, "--image", "x", "--output_dir", "x")
     args, model, _, names = visualize.load_model(visualize.parser().parse_args(argv), argv)
     assert args.enc_rpe2d == "rpe-2.0-product-ctx-1-k" and names[3] == "bee"
     attention = (model.detr if masks else model).transformer.encoder.layers[0].self_attn
@@ -431,7 +431,7 @@ def test_mistakes_in_drawing_are_one_sentence(coco, trained, tmp_path):
         (["--image", "x.png", *common, "--nheads", 0], "--nheads is 0"),
         (["--image", "x.png", *common[:2]], "--output_dir"),
     ):
-        argv = picture_flags(*flags)
+        argv = image_flags(*flags)
         with pytest.raises(UserError, match=words):
             visualize.main(visualize.parser().parse_args(argv), argv)
 
@@ -639,8 +639,8 @@ def test_a_flag_that_cannot_be_read_is_one_line(coco):
 
 def test_a_mistake_ends_the_program_with_one_line_and_no_traceback(coco, tmp_path):
     root = write_set(tmp_path / "set", count=3)
-    picture = root / "train2017" / "0001.png"
-    picture.write_bytes(picture.read_bytes()[:900])
+    image = root / "train2017" / "0001.png"
+    image.write_bytes(image.read_bytes()[:900])
     out = tmp_path / "out"
     status, _, err = finish(start("main.py", *small(root, "--num_workers", 1, "--batch_size", 1, "--output_dir", out)))
-    assert status == 1 and str(picture) in err and len(err.splitlines()) == 1, err
+    assert status == 1 and str(image) in err and len(err.splitlines()) == 1, err

@@ -1,4 +1,4 @@
-"""Generated pictures, tars of them, parsed flags and launched processes for the tests."""
+"""Generated images, tars of them, parsed flags and launched processes for the tests."""
 
 import argparse
 import contextlib
@@ -37,16 +37,16 @@ def operators(request, monkeypatch):
     monkeypatch.setattr(irpe, "HAS_RPE_OPS", request.param == "rpe_ops")
 
 
-def write_pictures(folder, classes=("ant", "bee", "cat"), count=8, size=40, seed=0):
-    """Class folders of random pictures, brighter from class to class, with oblong, grey and nested ones among them."""
+def write_images(folder, classes=("ant", "bee", "cat"), count=8, size=40, seed=0):
+    """Class folders of random images, brighter from class to class, with oblong, grey and nested ones among them."""
     rs = np.random.RandomState(seed)
     for number, name in enumerate(classes):
         for i in range(count):
             path = Path(folder, name, "more" if i == 5 else "", f"{i}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = rs.randint(0, 60, (size + 4 * i, size, 3)) + 190 * number // max(1, len(classes) - 1)
-            picture = Image.fromarray(pixels.astype(np.uint8))
-            (picture.convert("L") if i == 3 else picture).save(path)
+            image = Image.fromarray(pixels.astype(np.uint8))
+            (image.convert("L") if i == 3 else image).save(path)
 
 
 def write_tar(path, folder, arcname=""):
@@ -57,11 +57,11 @@ def write_tar(path, folder, arcname=""):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """A data path with train and val, as folders and as tars: three classes of eight pictures each."""
-    root = tmp_path_factory.mktemp("pictures")
+def image_root(tmp_path_factory):
+    """A data path with train and val, as folders and as tars: three classes of eight images each."""
+    root = tmp_path_factory.mktemp("image_root")
     for seed, split in enumerate(("train", "val")):
-        write_pictures(root / split, seed=seed)
+        write_images(root / split, seed=seed)
         write_tar(root / f"{split}.tar", root / split)
     return root
 
@@ -105,12 +105,12 @@ def like_windows(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def trained(pictures, tmp_path_factory):
+def trained(image_root, tmp_path_factory):
     """checkpoint.pth, beside its log.txt, of a run of one epoch; for reading only."""
     from main import main
 
     path = tmp_path_factory.mktemp("trained")
-    main(parse(*small(pictures, "--output_dir", path)))
+    main(parse(*small(image_root, "--output_dir", path)))
     return path / "checkpoint.pth"
 
 

@@ -66,26 +66,26 @@ def tables(path):
 
 
 @pytest.fixture(scope="module")
-def equipped(pictures, tmp_path_factory):
+def equipped(image_root, tmp_path_factory):
     """checkpoint.pth of an Eva with iRPE, trained for an epoch, and its last evaluation."""
     path = tmp_path_factory.mktemp("equipped")
-    stats = run(pictures, EVA, "--rpe", RPE, "--model-kwargs", *SMALL, "--output_dir", path)
+    stats = run(image_root, EVA, "--rpe", RPE, "--model-kwargs", *SMALL, "--output_dir", path)
     return path / "checkpoint.pth", stats
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_plain_weights_are_finetuned_with_irpe_and_evaluated_again(pictures, tmp_path, name):
+def test_plain_weights_are_finetuned_with_irpe_and_evaluated_again(image_root, tmp_path, name):
     if not timm.is_model(name):
         pytest.skip(f"needs a timm with {name}, which {timm.__version__} has not")
     kwargs = ("--model-kwargs", *SMALL, *VITS[name])
-    plain = run(pictures, name, *kwargs, "--output_dir", tmp_path / "plain")
+    plain = run(image_root, name, *kwargs, "--output_dir", tmp_path / "plain")
     start = (*kwargs, "--rpe", RPE, "--finetune", tmp_path / "plain" / "checkpoint.pth")
-    assert run(pictures, name, *start, "--eval") == pytest.approx(plain, abs=1e-5)  # tables of zeros change nothing
+    assert run(image_root, name, *start, "--eval") == pytest.approx(plain, abs=1e-5)  # tables of zeros change nothing
 
-    trained = run(pictures, name, *start, "--output_dir", tmp_path / "rpe")
+    trained = run(image_root, name, *start, "--output_dir", tmp_path / "rpe")
     learned = tables(tmp_path / "rpe" / "checkpoint.pth")
     assert len(learned) == 6 and all(learned[f"blocks.0.attn.rpe_{on}.lookup_table_weight"].any() for on in "qkv")
-    assert run(pictures, name, "--eval", "--resume", tmp_path / "rpe" / "checkpoint.pth") == trained != plain
+    assert run(image_root, name, "--eval", "--resume", tmp_path / "rpe" / "checkpoint.pth") == trained != plain
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", EVA])
@@ -102,9 +102,9 @@ def test_plain_weights_of_another_map_and_other_classes_start_a_model_with_irpe(
     assert "new head.bias, head.weight" in printed or "new head.weight, head.bias" in printed
 
 
-def test_a_resumed_run_takes_the_model_flags_of_its_checkpoint(pictures, equipped, tmp_path):
+def test_a_resumed_run_takes_the_model_flags_of_its_checkpoint(image_root, equipped, tmp_path):
     path, stats = equipped
-    on = (pictures, EVA, "--epochs", 2, "--output_dir", tmp_path)
+    on = (image_root, EVA, "--epochs", 2, "--output_dir", tmp_path)
     (tmp_path / "checkpoint.pth").write_bytes(path.read_bytes())
     after = run(*on, "--resume", "auto")
     args = load_checkpoint(tmp_path / "checkpoint.pth")["args"]
@@ -113,33 +113,33 @@ def test_a_resumed_run_takes_the_model_flags_of_its_checkpoint(pictures, equippe
     assert said == after
 
 
-def test_flags_that_contradict_the_checkpoint_are_refused(pictures, equipped):
+def test_flags_that_contradict_the_checkpoint_are_refused(image_root, equipped):
     resume = ("--eval", "--resume", equipped[0])
     assert f"was trained with --rpe {RPE}, not with rpe-1.9-product-ctx-1-k: leave it out" in refused(
-        pictures, EVA, *resume, "--rpe", "rpe-1.9-product-ctx-1-k"
+        image_root, EVA, *resume, "--rpe", "rpe-1.9-product-ctx-1-k"
     )
-    sentence = refused(pictures, EVA, *resume, "--model-kwargs", "depth=3")
+    sentence = refused(image_root, EVA, *resume, "--model-kwargs", "depth=3")
     assert "was trained with --model-kwargs {" in sentence and "not with {'depth': 3}: leave it out" in sentence
-    assert "belongs to another model" in refused(pictures, "vit_tiny_patch16_224", *resume)
+    assert "belongs to another model" in refused(image_root, "vit_tiny_patch16_224", *resume)
 
 
-def test_a_checkpoint_with_damaged_model_flags_is_refused(pictures, equipped, tmp_path):
+def test_a_checkpoint_with_damaged_model_flags_is_refused(image_root, equipped, tmp_path):
     checkpoint = load_checkpoint(equipped[0])
     checkpoint["args"].model_kwargs = ["depth=2"]
     torch.save(checkpoint, tmp_path / "list.pth")
     assert "list.pth is damaged: its --model-kwargs is ['depth=2']" in refused(
-        pictures, EVA, "--eval", "--resume", tmp_path / "list.pth"
+        image_root, EVA, "--eval", "--resume", tmp_path / "list.pth"
     )
     with pytest.raises(UserError, match="is damaged"):  # as visualize_rpe.py, whose defaults are the checkpoint's
         with_model_flags(checkpoint["args"], Checkpoint("list.pth", checkpoint))
 
 
-def test_an_image_size_that_differs_from_training_is_noted(pictures, tmp_path, capsys):
+def test_an_image_size_that_differs_from_training_is_noted(image_root, tmp_path, capsys):
     kwargs = ("--rpe", RPE, "--model-kwargs", *SMALL, "pos_embed=none")
-    run(pictures, "vit_tiny_patch16_224", *kwargs, "--output_dir", tmp_path)
+    run(image_root, "vit_tiny_patch16_224", *kwargs, "--output_dir", tmp_path)
     resume = ("--eval", "--resume", tmp_path / "checkpoint.pth")
     assert "note:" not in capsys.readouterr().out
-    run(pictures, "vit_tiny_patch16_224", *resume, "--input-size", 48)
+    run(image_root, "vit_tiny_patch16_224", *resume, "--input-size", 48)
     assert "trained with --input-size 32, and this is with 48" in capsys.readouterr().out
 
 
@@ -192,8 +192,8 @@ def test_an_encoding_outside_the_grammar_is_refused(tmp_path, text, said):
         (EVA, ("patch_size=7",), "--input-size 32 is no multiple of the 7 pixels"),
     ],
 )
-def test_a_model_that_cannot_be_equipped_or_built_is_refused_with_the_reason(pictures, name, kwargs, said):
-    assert said in refused(pictures, name, "--rpe", RPE, "--model-kwargs", *kwargs)
+def test_a_model_that_cannot_be_equipped_or_built_is_refused_with_the_reason(image_root, name, kwargs, said):
+    assert said in refused(image_root, name, "--rpe", RPE, "--model-kwargs", *kwargs)
 
 
 def test_model_kwargs_without_a_key_are_refused(capsys):

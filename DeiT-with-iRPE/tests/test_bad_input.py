@@ -10,7 +10,7 @@ import timm
 import torch
 
 import main
-from conftest import TINY, TORCHRUN, altered, finish, parse, small, start, start_processes, write_pictures
+from conftest import TINY, TORCHRUN, altered, finish, parse, small, start, start_processes, write_images
 from fill import fill_state_dict
 from rpe_models import create_model
 from runtime import UserError, load_checkpoint
@@ -33,9 +33,9 @@ def checkpoint_of(name, path, num_classes=3, img_size=32):
 
 
 @pytest.fixture
-def broken(pictures, tmp_path):
-    """A copy of the pictures with one of them cut in half, in training and in validation."""
-    shutil.copytree(pictures, tmp_path / "broken")
+def broken(image_root, tmp_path):
+    """A copy of the images with one of them cut in half, in training and in validation."""
+    shutil.copytree(image_root, tmp_path / "broken")
     for split in ("train", "val"):
         file = tmp_path / "broken" / split / "bee" / "2.png"
         os.truncate(file, file.stat().st_size // 2)
@@ -55,13 +55,13 @@ def test_missing_data_folder(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--finetune"])
-def test_missing_checkpoint(pictures, tmp_path, flag):
+def test_missing_checkpoint(image_root, tmp_path, flag):
     assert f"checkpoint {tmp_path}/none.pth cannot be read: No such file" in refused(
-        pictures, flag, tmp_path / "none.pth"
+        image_root, flag, tmp_path / "none.pth"
     )
 
 
-def test_truncated_picture_is_named_and_the_checkpoint_stays(trained, broken, tmp_path):
+def test_truncated_image_is_named_and_the_checkpoint_stays(trained, broken, tmp_path):
     shutil.copytree(trained.parent, tmp_path / "out")
     before = {file: (tmp_path / "out" / file).read_bytes() for file in ("checkpoint.pth", "log.txt")}
     sentence = refused(
@@ -80,28 +80,28 @@ def test_truncated_picture_is_named_and_the_checkpoint_stays(trained, broken, tm
     assert before == {file: (tmp_path / "out" / file).read_bytes() for file in before}
 
 
-def test_unreadable_picture_is_named(broken):
-    (broken / "val" / "bee" / "2.png").write_text("no picture")
+def test_unreadable_image_is_named(broken):
+    (broken / "val" / "bee" / "2.png").write_text("no image")
     assert f"image {broken}/val/bee/2.png cannot be read: it is in no format" in refused(broken, "--eval")
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--finetune"])
-def test_truncated_checkpoint(pictures, tmp_path, flag):
+def test_truncated_checkpoint(image_root, tmp_path, flag):
     path = checkpoint_of(TINY, tmp_path / "c.pth")
     os.truncate(path, path.stat().st_size // 2)
-    assert f"checkpoint {path} is truncated" in refused(pictures, flag, path)
+    assert f"checkpoint {path} is truncated" in refused(image_root, flag, path)
 
 
-def test_checkpoint_of_another_model_says_which_keys_differ(pictures, tmp_path):
+def test_checkpoint_of_another_model_says_which_keys_differ(image_root, tmp_path):
     plain = checkpoint_of("deit_tiny_patch16_224", tmp_path / "plain.pth")
     assert "belongs to another model: 12 missing (blocks.0.attn.rpe_k.lookup_table_weight, " in refused(
-        pictures, "--resume", plain
+        image_root, "--resume", plain
     )
     wide = checkpoint_of("deit_small_patch16_224", tmp_path / "wide.pth", num_classes=3)
-    sentence = refused(pictures, "--eval", "--resume", wide, "--model", "deit_tiny_patch16_224")
+    sentence = refused(image_root, "--eval", "--resume", wide, "--model", "deit_tiny_patch16_224")
     assert "of another shape (" in sentence and "(1, 1, 384) instead of (1, 1, 192)" in sentence
     small_map = checkpoint_of(TINY, tmp_path / "map.pth", img_size=64)
-    sentence = refused(pictures, "--resume", small_map)
+    sentence = refused(image_root, "--resume", small_map)
     assert "pos_embed is (1, 17, 192) instead of (1, 5, 192)" in sentence and "of --input-size 64" in sentence
 
 
@@ -111,36 +111,36 @@ class Intruder:
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--finetune"])
-def test_pickle_that_needs_more_than_the_allow_list(pictures, tmp_path, monkeypatch, flag):
+def test_pickle_that_needs_more_than_the_allow_list(image_root, tmp_path, monkeypatch, flag):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {}, "args": Intruder()}, "evil.pth")
-    assert "checkpoint evil.pth is refused: it needs posix.system" in refused(pictures, flag, "evil.pth")
+    assert "checkpoint evil.pth is refused: it needs posix.system" in refused(image_root, flag, "evil.pth")
     assert not os.path.exists("intruded")
 
 
-def test_class_counts_that_disagree_with_the_checkpoint(pictures, tmp_path):
+def test_class_counts_that_disagree_with_the_checkpoint(image_root, tmp_path):
     path = checkpoint_of(TINY, tmp_path / "c.pth", num_classes=10)
     for flags in (["--eval"], []):
-        sentence = refused(pictures, *flags, "--resume", path)
+        sentence = refused(image_root, *flags, "--resume", path)
         assert f"checkpoint {path} has 10 classes and the data set 3: check --data-set" in sentence
         assert ("--finetune" in sentence) == (not flags)  # an evaluation with a new head would measure nothing
 
 
-def test_output_directory_that_cannot_be_written(pictures, tmp_path):
+def test_output_directory_that_cannot_be_written(image_root, tmp_path):
     (tmp_path / "file").touch()
     assert f"output directory {tmp_path}/file/out cannot be written" in refused(
-        pictures, "--output_dir", tmp_path / "file" / "out"
+        image_root, "--output_dir", tmp_path / "file" / "out"
     )
 
 
 @pytest.mark.parametrize("flags", [["--opt", "sgd"], ["--opt", "lion"], ["--sched", "step"]], ids=" ".join)
-def test_run_goes_on_only_with_its_own_optimizer_and_schedule(pictures, trained, tmp_path, flags):
-    assert f"cannot go on with {' '.join(flags)}: use the same" in refused(pictures, "--resume", trained, *flags)
+def test_run_goes_on_only_with_its_own_optimizer_and_schedule(image_root, trained, tmp_path, flags):
+    assert f"cannot go on with {' '.join(flags)}: use the same" in refused(image_root, "--resume", trained, *flags)
     if flags[0] == "--opt":  # files of other programs do not say their optimizer
         checkpoint = load_checkpoint(trained)
         del checkpoint["args"]
         torch.save(checkpoint, tmp_path / "c.pth")
-        assert f"is not {' '.join(flags)} of this model" in refused(pictures, "--resume", tmp_path / "c.pth", *flags)
+        assert f"is not {' '.join(flags)} of this model" in refused(image_root, "--resume", tmp_path / "c.pth", *flags)
 
 
 def permuted(optimizer):
@@ -172,11 +172,11 @@ def permuted(optimizer):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_damaged_part_of_a_checkpoint(pictures, trained, tmp_path, key, damage, words):
+def test_damaged_part_of_a_checkpoint(image_root, trained, tmp_path, key, damage, words):
     checkpoint = load_checkpoint(trained)
     checkpoint[key] = damage(checkpoint[key])
     torch.save(checkpoint, tmp_path / "c.pth")
-    assert words in refused(pictures, "--resume", tmp_path / "c.pth", "--epochs", 2)
+    assert words in refused(image_root, "--resume", tmp_path / "c.pth", "--epochs", 2)
 
 
 # Flags
@@ -231,45 +231,47 @@ def test_damaged_part_of_a_checkpoint(pictures, trained, tmp_path, key, damage, 
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_flag_that_cannot_be_followed(pictures, flags, words):
-    assert words in refused(pictures, *flags)
+def test_flag_that_cannot_be_followed(image_root, flags, words):
+    assert words in refused(image_root, *flags)
 
 
-def test_teacher_that_cannot_be_had(pictures, tmp_path):
+def test_teacher_that_cannot_be_had(image_root, tmp_path):
     flags = ["--model", "deit_tiny_distilled_patch16_224", "--distillation-type", "hard", "--teacher-path"]
-    assert "none.pth cannot be read" in refused(pictures, *flags, tmp_path / "none.pth", "--teacher-model", "resnet10t")
-    assert "model 'resnet1' is unknown" in refused(pictures, *flags, "x", "--teacher-model", "resnet1")
+    assert "none.pth cannot be read" in refused(
+        image_root, *flags, tmp_path / "none.pth", "--teacher-model", "resnet10t"
+    )
+    assert "model 'resnet1' is unknown" in refused(image_root, *flags, "x", "--teacher-model", "resnet1")
     path, model = checkpoint_of(TINY, tmp_path / "c.pth"), ["--teacher-model", "deit_tiny_patch16_224"]
     assert f"checkpoint {path} belongs to another model than --teacher-model deit_tiny_patch16_224: 12 unexpected" in (
-        refused(pictures, *flags, path, *model)
+        refused(image_root, *flags, path, *model)
     )
 
 
-def test_classes_of_other_names_than_the_checkpoints_are_named(pictures, trained, tmp_path):
+def test_classes_of_other_names_than_the_checkpoints_are_named(image_root, trained, tmp_path):
     """However many there are; but a new run may begin from them."""
-    write_pictures(tmp_path / "train", ("ant", "cat", "dog"))
-    write_pictures(tmp_path / "val", ("ant", "cat", "dog"), 2)
+    write_images(tmp_path / "train", ("ant", "cat", "dog"))
+    write_images(tmp_path / "val", ("ant", "cat", "dog"), 2)
     for flags in (["--eval"], ["--epochs", 2]):
         sentence = refused(tmp_path, "--resume", trained, *flags)
         assert sentence.startswith(f"checkpoint {trained} was trained on other classes than those of the data set: 2 ")
         assert "such as 1 (bee and cat)" in sentence
     main.main(parse(*small(tmp_path, "--finetune", trained)))
-    assert main.main(parse(*small(pictures, "--eval", "--resume", trained)))["acc5"] == 100
+    assert main.main(parse(*small(image_root, "--eval", "--resume", trained)))["acc5"] == 100
 
 
-def test_released_checkpoints_whose_classes_have_no_names_are_read(pictures, trained, tmp_path):
+def test_released_checkpoints_whose_classes_have_no_names_are_read(image_root, trained, tmp_path):
     checkpoint = load_checkpoint(trained)
     del checkpoint["classes"]
     torch.save(checkpoint, tmp_path / "c.pth")
     for flags in (["--eval"], ["--epochs", 2]):
-        assert main.main(parse(*small(pictures, "--resume", tmp_path / "c.pth", *flags)))["acc5"] == 100
+        assert main.main(parse(*small(image_root, "--resume", tmp_path / "c.pth", *flags)))["acc5"] == 100
 
 
-def test_teacher_that_numbers_classes_otherwise_is_refused(pictures, tmp_path):
+def test_teacher_that_numbers_classes_otherwise_is_refused(image_root, tmp_path):
     weights = timm.create_model("resnet10t", num_classes=3).state_dict()
     torch.save({"model": weights, "classes": ["bee", "ant", "cat"]}, tmp_path / "c.pth")
     assert "2 numbers mean another class, such as 0 (bee and ant)" in refused(
-        pictures,
+        image_root,
         "--model",
         "deit_tiny_distilled_patch16_224",
         "--distillation-type",
@@ -282,10 +284,10 @@ def test_teacher_that_numbers_classes_otherwise_is_refused(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "resnet10t"])
-def test_teacher_of_other_classes_is_not_told_to_be_finetuned(pictures, tmp_path, name):
+def test_teacher_of_other_classes_is_not_told_to_be_finetuned(image_root, tmp_path, name):
     torch.save({"model": timm.create_model(name, num_classes=10).state_dict()}, tmp_path / "c.pth")
     assert refused(
-        pictures,
+        image_root,
         "--model",
         "deit_tiny_distilled_patch16_224",
         "--distillation-type",
@@ -303,29 +305,29 @@ def test_teacher_of_other_classes_is_not_told_to_be_finetuned(pictures, tmp_path
 # Systems
 
 
-def test_system_without_the_signals_of_training_is_told_so_and_evaluates(pictures, trained, tmp_path, like_windows):
-    assert refused(pictures, "--output_dir", tmp_path / "out") == (
+def test_system_without_the_signals_of_training_is_told_so_and_evaluates(image_root, trained, tmp_path, like_windows):
+    assert refused(image_root, "--output_dir", tmp_path / "out") == (
         "training needs the signals SIGTERM and SIGUSR1 and SIGUSR2, and Windows lacks SIGUSR1 and SIGUSR2: use Linux, "
         "on Windows in WSL; main.py --eval works without them"
     )
     assert not (tmp_path / "out").exists()
-    assert main.main(parse(*small(pictures, "--eval", "--resume", trained, "--num_workers", 1)))["acc5"] == 100
+    assert main.main(parse(*small(image_root, "--eval", "--resume", trained, "--num_workers", 1)))["acc5"] == 100
 
 
 # What the process says and how it ends
 
 
-def test_the_program_says_one_line_and_ends_with_an_error(pictures):
-    code, _, err = finish(start("main.py", *small(pictures, "--data-set", "MARS")))
+def test_the_program_says_one_line_and_ends_with_an_error(image_root):
+    code, _, err = finish(start("main.py", *small(image_root, "--data-set", "MARS")))
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "--data-set: invalid choice" in err
 
 
-def test_unknown_way_of_attention_in_the_environment(pictures, monkeypatch):
+def test_unknown_way_of_attention_in_the_environment(image_root, monkeypatch):
     monkeypatch.setenv("IRPE_ATTENTION", "flash")
-    assert refused(pictures) == "IRPE_ATTENTION is 'flash'; it must be composed or rows, or not be set"
+    assert refused(image_root) == "IRPE_ATTENTION is 'flash'; it must be composed or rows, or not be set"
 
 
-def test_broken_picture_is_said_by_the_process_that_meets_it(broken):
+def test_broken_image_is_said_by_the_process_that_meets_it(broken):
     results = [
         finish(process)
         for process in start_processes(
@@ -334,20 +336,20 @@ def test_broken_picture_is_said_by_the_process_that_meets_it(broken):
     ]
     assert [code for code, _, _ in results] == [1, 1]
     errors = "".join(err for _, _, err in results).splitlines()
-    picture = f"image {broken}/train/bee/2.png cannot be read"
-    said = [error for error in errors if re.match(rf"error: rank [01] of 2: {picture}", error)]
+    image = f"image {broken}/train/bee/2.png cannot be read"
+    said = [error for error in errors if re.match(rf"error: rank [01] of 2: {image}", error)]
     assert len(said) == 1 and len(errors) == 2
     assert all(re.search("rank [01] is lost or hangs in ", error) for error in errors if error not in said)
 
 
-def test_wrong_flag_is_said_once_under_a_launcher(pictures):
-    code, _, err = finish(start(*TORCHRUN, "--nproc_per_node=2", "main.py", *small(pictures, "--resume", "none.pth")))
+def test_wrong_flag_is_said_once_under_a_launcher(image_root):
+    code, _, err = finish(start(*TORCHRUN, "--nproc_per_node=2", "main.py", *small(image_root, "--resume", "none.pth")))
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code != 0 and len(errors) == 1
     assert errors[0].startswith("error: rank 0 of 2: checkpoint none.pth cannot be read: No such file")
 
 
-def test_killed_process_ends_the_other(pictures):
+def test_killed_process_ends_the_other(image_root):
     killed = (
         "agreed_signal = runtime.Run.agreed_signal\n"
         "def killed(self, steps):\n"
@@ -356,7 +358,7 @@ def test_killed_process_ends_the_other(pictures):
         "    return agreed_signal(self, steps)\n"
         "runtime.Run.agreed_signal = killed\n"
     )
-    first, second = start_processes(2, *altered(killed), *small(pictures, "--batch-size", 4, "--epochs", 3))
+    first, second = start_processes(2, *altered(killed), *small(image_root, "--batch-size", 4, "--epochs", 3))
     status, _, err = finish(first)
     assert status == 1
     assert re.fullmatch("error: rank 0 of 2: rank 1 is lost or hangs in epoch 1, step 1: .*\n", err)

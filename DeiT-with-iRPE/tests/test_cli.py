@@ -60,11 +60,11 @@ def test_both_spellings_of_the_launchers_flag_are_taken(spelling):
 def training_batch(*flags):
     args = parse("--input-size", 32, "--data-set", "FOLDER", *flags)
     transform, collate = datasets.build_transform(True, args), datasets.build_collate(args)
-    picture = Image.fromarray(np.random.RandomState(0).randint(0, 255, (50, 60, 3), np.uint8))
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (50, 60, 3), np.uint8))
     batches = []
     for seed in range(6):
         main.seed_everything(seed)
-        batches.append(collate([(transform(picture), 0) for _ in range(4)])[0])
+        batches.append(collate([(transform(image), 0) for _ in range(4)])[0])
     return torch.stack(batches)
 
 
@@ -83,7 +83,7 @@ def training_batch(*flags):
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
-def test_augmentation_flag_changes_the_training_pictures(base, changed):
+def test_augmentation_flag_changes_the_training_images(base, changed):
     assert torch.equal(training_batch(*base), training_batch(*base))
     assert not torch.equal(training_batch(*base), training_batch(*base, *changed))
 

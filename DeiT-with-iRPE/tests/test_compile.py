@@ -58,24 +58,24 @@ def weights_of(folder):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_a_compiled_run_trains_as_a_plain_one(pictures, tmp_path, monkeypatch):
+def test_a_compiled_run_trains_as_a_plain_one(image_root, tmp_path, monkeypatch):
     monkeypatch.setattr(main, "evaluate", lambda *args: {"loss": 1.0, "acc1": 50.0, "acc5": 100.0})
     for name, flags in (("compiled", ["--compile"]), ("plain", [])):
-        run(pictures, "--output_dir", tmp_path / name, "--drop-path", 0, "--model-ema-decay", 0.5, *flags)
+        run(image_root, "--output_dir", tmp_path / name, "--drop-path", 0, "--model-ema-decay", 0.5, *flags)
     names = list(create_model(TINY, img_size=32, depth=1).state_dict())
     for compiled, plain in zip(weights_of(tmp_path / "compiled"), weights_of(tmp_path / "plain"), strict=True):
         assert list(compiled) == list(plain) == names
         torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5)
 
 
-def test_a_compiled_run_that_was_interrupted_goes_on_to_the_bit(pictures, tmp_path, graphs):
+def test_a_compiled_run_that_was_interrupted_goes_on_to_the_bit(image_root, tmp_path, graphs):
     straight, halves = tmp_path / "straight", tmp_path / "halves"
-    run(pictures, "--compile", "--drop", 0.1, "--epochs", 2, "--output_dir", straight)
+    run(image_root, "--compile", "--drop", 0.1, "--epochs", 2, "--output_dir", straight)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "print_once", interrupt_after_the_first_epoch)
         with pytest.raises(KeyboardInterrupt):
-            run(pictures, "--compile", "--drop", 0.1, "--epochs", 2, "--output_dir", halves)
-    run(pictures, "--compile", "--drop", 0.1, "--epochs", 2, "--output_dir", halves, "--resume", "auto")
+            run(image_root, "--compile", "--drop", 0.1, "--epochs", 2, "--output_dir", halves)
+    run(image_root, "--compile", "--drop", 0.1, "--epochs", 2, "--output_dir", halves, "--resume", "auto")
     torch.testing.assert_close(weights_of(straight), weights_of(halves), rtol=0, atol=0)
 
 
@@ -84,27 +84,27 @@ def interrupt_after_the_first_epoch(text):
         raise KeyboardInterrupt
 
 
-def test_checkpoints_of_compiled_and_plain_runs_take_each_others_place(pictures, tmp_path, graphs):
+def test_checkpoints_of_compiled_and_plain_runs_take_each_others_place(image_root, tmp_path, graphs):
     for name, first, second in (("one", ["--compile"], []), ("other", [], ["--compile"])):
-        run(pictures, *first, "--output_dir", tmp_path / name)
-        run(pictures, *second, "--output_dir", tmp_path / name, "--resume", "auto", "--epochs", 2)
+        run(image_root, *first, "--output_dir", tmp_path / name)
+        run(image_root, *second, "--output_dir", tmp_path / name, "--resume", "auto", "--epochs", 2)
     assert graphs
     torch.testing.assert_close(weights_of(tmp_path / "one"), weights_of(tmp_path / "other"), rtol=1e-3, atol=1e-5)
 
 
-def test_evaluation_compiles_once_for_batches_of_all_sizes(pictures, tmp_path, graphs):
-    # 24 pictures in batches of 7, 7, 7 and 3
-    stats = run(pictures, "--eval", "--compile", "--output_dir", tmp_path)
+def test_evaluation_compiles_once_for_batches_of_all_sizes(image_root, tmp_path, graphs):
+    # 24 images in batches of 7, 7, 7 and 3
+    stats = run(image_root, "--eval", "--compile", "--output_dir", tmp_path)
     assert len(graphs) == 1 + 1  # the first is the check of the compiler
     assert json.loads((tmp_path / "eval.json").read_text()) == stats
-    assert stats == pytest.approx(run(pictures, "--eval"), rel=1e-5)
+    assert stats == pytest.approx(run(image_root, "--eval"), rel=1e-5)
 
 
-def test_training_evaluation_and_a_teacher_are_a_graph_each_for_all_epochs(pictures, tmp_path, graphs):
+def test_training_evaluation_and_a_teacher_are_a_graph_each_for_all_epochs(image_root, tmp_path, graphs):
     teacher = create_model(TINY, num_classes=3, img_size=32)
     torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
     run(
-        pictures,
+        image_root,
         "--compile",
         "--epochs",
         2,
@@ -151,8 +151,8 @@ def test_a_compiled_model_in_distributed_data_parallel_has_the_same_gradients():
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], list(expected))
 
 
-def test_an_environment_that_cannot_compile_is_one_sentence(pictures):
-    status, _, err = finish(start("main.py", *small(pictures, "--compile"), CXX="/nowhere/g++"))
+def test_an_environment_that_cannot_compile_is_one_sentence(image_root):
+    status, _, err = finish(start("main.py", *small(image_root, "--compile"), CXX="/nowhere/g++"))
     assert status == 1
     assert err.count("error: ") == 1 and "Traceback" not in err
     assert "--compile cannot be used" in err and "/nowhere/g++" in err and "leave --compile out" in err

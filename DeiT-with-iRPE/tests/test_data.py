@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import auto_augment
 from torch.utils.data import DataLoader
 
-from conftest import parse, write_pictures, write_tar
+from conftest import parse, write_images, write_tar
 from datasets import ImageTar, build_collate, build_dataset, build_transform
 from runtime import UserError
 from samplers import RASampler, ShardSampler
@@ -48,13 +48,13 @@ ARCNAMES = {
 
 
 @pytest.mark.parametrize("layout", [*ARCNAMES, "tar of tars", "tar of tars in folders", "tar of tars of folders"])
-def test_a_tar_yields_the_same_samples_as_its_folder_in_the_same_order(pictures, tmp_path, layout):
-    folder, _ = build("val", pictures)
+def test_a_tar_yields_the_same_samples_as_its_folder_in_the_same_order(image_root, tmp_path, layout):
+    folder, _ = build("val", image_root)
     if layout in ARCNAMES:
-        write_tar(tmp_path / "val.tar", pictures / "val", ARCNAMES[layout])
+        write_tar(tmp_path / "val.tar", image_root / "val", ARCNAMES[layout])
     else:
         for name in ("cat", "ant", "bee"):
-            write_tar(tmp_path / f"{name}.tar", pictures / "val" / name, name if "of folders" in layout else "")
+            write_tar(tmp_path / f"{name}.tar", image_root / "val" / name, name if "of folders" in layout else "")
         with tarfile.open(tmp_path / "val.tar", "w") as tar:
             for name in ("cat", "ant", "bee"):
                 tar.add(tmp_path / f"{name}.tar", f"{'a/b/' if 'in folders' in layout else ''}{name}.tar")
@@ -63,16 +63,16 @@ def test_a_tar_yields_the_same_samples_as_its_folder_in_the_same_order(pictures,
     assert len(tar) == 24 and same(contents(tar), contents(folder))
 
 
-def test_several_workers_read_the_same_from_a_tar(pictures):
-    dataset, _ = build("val", pictures, "--load-tar")
+def test_several_workers_read_the_same_from_a_tar(image_root):
+    dataset, _ = build("val", image_root, "--load-tar")
     dataset[0]  # opens the file before the workers start
     loader = DataLoader(dataset, 1, num_workers=2)
     assert same([(image[0], int(target)) for image, target in loader], contents(dataset))
     assert same(contents(pickle.loads(pickle.dumps(dataset))), contents(dataset))  # as a spawned worker gets it
 
 
-def test_no_file_is_written_beside_a_tar(pictures, tmp_path):
-    shutil.copy(pictures / "val.tar", tmp_path)
+def test_no_file_is_written_beside_a_tar(image_root, tmp_path):
+    shutil.copy(image_root / "val.tar", tmp_path)
     build("val", tmp_path, "--load-tar")
     assert os.listdir(tmp_path) == ["val.tar"]
 
@@ -81,8 +81,8 @@ def test_no_file_is_written_beside_a_tar(pictures, tmp_path):
 @pytest.mark.parametrize("evaluation", [[], ["--eval"]])
 @pytest.mark.parametrize("flags", [[], ["--load-tar"]])
 def test_validation_classes_are_numbered_as_in_training(tmp_path, flags, evaluation, data_set):
-    write_pictures(tmp_path / "train", ("a", "b", "c", "d"), 1)
-    write_pictures(tmp_path / "val", ("b", "d"), 1)
+    write_images(tmp_path / "train", ("a", "b", "c", "d"), 1)
+    write_images(tmp_path / "val", ("b", "d"), 1)
     for split in ("train", "val"):
         write_tar(tmp_path / f"{split}.tar", tmp_path / split)
     classes = {"FOLDER": 4, "IMNET": 1000}[data_set]
@@ -93,16 +93,16 @@ def test_validation_classes_are_numbered_as_in_training(tmp_path, flags, evaluat
 
 @pytest.mark.parametrize("flags", [[], ["--load-tar"]])
 def test_a_validation_class_that_is_missing_in_training_is_named(tmp_path, flags):
-    write_pictures(tmp_path / "train", ("a", "b"), 1)
-    write_pictures(tmp_path / "val", ("a", "zebra"), 1)
+    write_images(tmp_path / "train", ("a", "b"), 1)
+    write_images(tmp_path / "val", ("a", "zebra"), 1)
     for split in ("train", "val"):
         write_tar(tmp_path / f"{split}.tar", tmp_path / split)
     with pytest.raises(UserError, match="1 classes that are missing in training, such as zebra"):
         build("val", tmp_path, *flags)
 
 
-def test_imnet_has_a_thousand_classes_and_folder_counts_them(pictures, tmp_path):
-    assert build("val", pictures, "--data-set", "IMNET")[1] == 1000
+def test_imnet_has_a_thousand_classes_and_folder_counts_them(image_root, tmp_path):
+    assert build("val", image_root, "--data-set", "IMNET")[1] == 1000
     for number in range(1001):
         (tmp_path / "val" / str(number)).mkdir(parents=True)
         Image.new("RGB", (2, 2)).save(tmp_path / "val" / str(number) / "0.png")
@@ -114,9 +114,9 @@ def test_imnet_has_a_thousand_classes_and_folder_counts_them(pictures, tmp_path)
 # Tars that cannot be read
 
 
-def test_a_truncated_tar_is_refused_wherever_it_ends(pictures, tmp_path):
-    whole = (pictures / "val.tar").read_bytes()
-    with tarfile.open(pictures / "val.tar") as tar:
+def test_a_truncated_tar_is_refused_wherever_it_ends(image_root, tmp_path):
+    whole = (image_root / "val.tar").read_bytes()
+    with tarfile.open(image_root / "val.tar") as tar:
         members = tar.getmembers()
     end = members[-1].offset_data + -(-members[-1].size // 512) * 512
     cuts = [0, 100, members[3].offset, members[3].offset + 200, members[3].offset_data + 100, end - 600, end]
@@ -127,8 +127,8 @@ def test_a_truncated_tar_is_refused_wherever_it_ends(pictures, tmp_path):
             build("val", tmp_path / str(number), "--load-tar")
 
 
-def test_a_truncated_tar_inside_a_tar_is_named(pictures, tmp_path):
-    write_tar(tmp_path / "ant.tar", pictures / "val" / "ant")
+def test_a_truncated_tar_inside_a_tar_is_named(image_root, tmp_path):
+    write_tar(tmp_path / "ant.tar", image_root / "val" / "ant")
     (tmp_path / "ant.tar").write_bytes((tmp_path / "ant.tar").read_bytes()[:-9000])
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
         tar.add(tmp_path / "ant.tar", "ant.tar")
@@ -136,25 +136,25 @@ def test_a_truncated_tar_inside_a_tar_is_named(pictures, tmp_path):
         build("val", tmp_path, "--load-tar")
 
 
-def test_a_damaged_header_in_a_tar_is_not_mistaken_for_its_end(pictures, tmp_path):
-    with tarfile.open(pictures / "val.tar") as tar:
+def test_a_damaged_header_in_a_tar_is_not_mistaken_for_its_end(image_root, tmp_path):
+    with tarfile.open(image_root / "val.tar") as tar:
         offset = tar.getmembers()[5].offset
-    data = bytearray((pictures / "val.tar").read_bytes())
+    data = bytearray((image_root / "val.tar").read_bytes())
     data[offset : offset + 512], data[offset + 512 : offset + 1024] = b"x" * 512, bytes(512)
     (tmp_path / "val.tar").write_bytes(data)
     with pytest.raises(UserError, match="val.tar is truncated or damaged"):
         build("val", tmp_path, "--load-tar")
 
 
-def test_a_compressed_tar_is_refused(pictures, tmp_path):
+def test_a_compressed_tar_is_refused(image_root, tmp_path):
     with tarfile.open(tmp_path / "val.tar", "w:gz") as tar:
-        tar.add(pictures / "val", "")
+        tar.add(image_root / "val", "")
     with pytest.raises(UserError, match="compressed"):
         build("val", tmp_path, "--load-tar")
 
 
-def test_a_tar_without_class_folders_or_images_is_refused(pictures, tmp_path):
-    write_tar(tmp_path / "val.tar", pictures / "val" / "ant" / "more")
+def test_a_tar_without_class_folders_or_images_is_refused(image_root, tmp_path):
+    write_tar(tmp_path / "val.tar", image_root / "val" / "ant" / "more")
     with pytest.raises(UserError, match="5.png in .*val.tar is in no class folder"):
         build("val", tmp_path, "--load-tar")
     (tmp_path / "empty").mkdir()
@@ -202,7 +202,7 @@ def test_a_tar_with_a_single_class_is_read(tmp_path):
 
 
 def test_hard_links_in_a_tar_yield_the_images_that_they_link_to(tmp_path):
-    write_pictures(tmp_path / "val", ("ant", "bee"), 3)
+    write_images(tmp_path / "val", ("ant", "bee"), 3)
     os.link(tmp_path / "val" / "bee" / "2.png", tmp_path / "val" / "ant" / "9.png")
     write_tar(tmp_path / "val.tar", tmp_path / "val", "/any/val")
     with tarfile.open(tmp_path / "val.tar") as tar:
@@ -234,7 +234,7 @@ def test_a_tar_member_without_content_of_its_own_is_named(tmp_path, kind, words)
 
 @pytest.mark.parametrize("flags", [[], ["--load-tar"]])
 def test_attribute_files_of_macos_are_no_images(tmp_path, flags):
-    write_pictures(tmp_path / "val", ("ant", "bee"), 2)
+    write_images(tmp_path / "val", ("ant", "bee"), 2)
     (tmp_path / "val" / "ant" / "._1.png").write_bytes(b"attributes")
     write_tar(tmp_path / "val.tar", tmp_path / "val")
     assert len(contents(build("val", tmp_path, *flags)[0])) == 4
@@ -245,7 +245,7 @@ def test_attribute_files_of_macos_are_no_images(tmp_path, flags):
 def test_hidden_folders_are_no_classes_and_hold_no_images(tmp_path, capsys, flags, folder):
     root = tmp_path / ".cache"  # what the data set lies in may be hidden
     for split in ("train", "val"):
-        write_pictures(root / split, ("ant", "bee"), 2)
+        write_images(root / split, ("ant", "bee"), 2)
         (root / split / folder).mkdir(parents=True)
         shutil.copy(root / split / "ant" / "0.png", root / split / folder / "0-checkpoint.png")
         write_tar(root / f"{split}.tar", root / split, "mnt/.data")
@@ -257,13 +257,13 @@ def test_hidden_folders_are_no_classes_and_hold_no_images(tmp_path, capsys, flag
 
 
 def test_an_empty_hidden_folder_is_no_class(tmp_path, capsys):
-    write_pictures(tmp_path / "val", ("ant", "bee"), 2)
+    write_images(tmp_path / "val", ("ant", "bee"), 2)
     (tmp_path / "val" / ".ipynb_checkpoints").mkdir()
     assert build("val", tmp_path)[1] == 2 and not capsys.readouterr().out
 
 
 def test_images_outside_of_class_folders_are_refused(tmp_path):
-    write_pictures(tmp_path / "all", ("ant",), 2)
+    write_images(tmp_path / "all", ("ant",), 2)
     shutil.move(tmp_path / "all" / "ant", tmp_path / "val")
     with pytest.raises(UserError) as caught:
         build("val", tmp_path)
@@ -272,7 +272,7 @@ def test_images_outside_of_class_folders_are_refused(tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--load-tar"]])
 def test_images_of_kinds_that_are_not_read_are_counted_in_a_note(tmp_path, capsys, flags):
-    write_pictures(tmp_path / "val", ("ant", "bee"), 2)
+    write_images(tmp_path / "val", ("ant", "bee"), 2)
     for name in ("a.gif", "b.JFIF", "notes.txt", "._c.heic"):
         shutil.copy(tmp_path / "val" / "ant" / "0.png", tmp_path / "val" / "bee" / name)
     write_tar(tmp_path / "val.tar", tmp_path / "val")
@@ -294,7 +294,7 @@ def test_images_of_kinds_that_are_not_read_are_counted_in_a_note(tmp_path, capsy
 )
 def test_classes_whose_order_by_name_is_not_that_of_their_numbers_are_noted(tmp_path, capsys, classes, said):
     for split in ("train", "val"):
-        write_pictures(tmp_path / split, classes, 1)
+        write_images(tmp_path / split, classes, 1)
     for split, flags, notes in (("train", [], 1), ("val", ["--eval"], 1), ("val", [], 0)):
         assert build(split, tmp_path, *flags)[0].classes == sorted(classes)
         out = capsys.readouterr().out
@@ -307,7 +307,7 @@ def test_classes_whose_order_by_name_is_not_that_of_their_numbers_are_noted(tmp_
 @pytest.fixture
 def broken(tmp_path):
     """A truncated image and a text file with an image's suffix, and their tar."""
-    write_pictures(tmp_path / "val", ("ant",), 2)
+    write_images(tmp_path / "val", ("ant",), 2)
     data = (tmp_path / "val" / "ant" / "0.png").read_bytes()
     (tmp_path / "val" / "ant" / "cut.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "val" / "ant" / "text.jpg").write_text("no image")
@@ -326,8 +326,8 @@ def test_an_unreadable_image_is_named_with_and_without_workers(broken, flags, wo
     assert str(caught.value).startswith(f"image {where} cannot be read: ") and "\n" not in str(caught.value)
 
 
-def test_an_image_truncated_in_a_tar_is_named(pictures, tmp_path):
-    shutil.copy(pictures / "val.tar", tmp_path)
+def test_an_image_truncated_in_a_tar_is_named(image_root, tmp_path):
+    shutil.copy(image_root / "val.tar", tmp_path)
     dataset = ImageTar(str(tmp_path / "val.tar"), lambda image: image)
     os.truncate(tmp_path / "val.tar", int(dataset.index.offsets[4]) + 50)  # after the scan
     with pytest.raises(UserError, match=r"image .* in .*val.tar cannot be read"):
@@ -428,7 +428,7 @@ def test_cifar_has_a_hundred_classes_and_keeps_its_own_size(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("data_set", "year"), [("INAT", 2018), ("INAT19", 2019)])
 def test_inaturalist_numbers_the_values_of_the_chosen_level(tmp_path, data_set, year):
-    write_pictures(tmp_path / "images", ("a",), 3)
+    write_images(tmp_path / "images", ("a",), 3)
     categories = [
         {"id": 0, "name": "z", "genus": "g"},
         {"id": 1, "name": "y", "genus": "g"},

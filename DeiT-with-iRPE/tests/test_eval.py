@@ -1,4 +1,4 @@
-"""Evaluation counts every picture once, however it is shared out."""
+"""Evaluation counts every image once, however it is shared out."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import engine
 import main
-from conftest import PROJECT, TINY, finish, launcher, parse, small, start, start_processes, write_pictures, write_tar
+from conftest import PROJECT, TINY, finish, launcher, parse, small, start, start_processes, write_images, write_tar
 from fill import fill_state_dict, image
 from rpe_models import create_model
 from runtime import UserError
@@ -32,12 +32,12 @@ runtime.run(evaluate_all, None)
 """
 
 
-def prepared(picture):
-    """What spec/deit.md says of validation pictures, without torchvision: (3, 224, 224)."""
-    picture = picture.convert("RGB")
-    width, height = picture.size
+def prepared(image):
+    """What spec/deit.md says of validation images, without torchvision: (3, 224, 224)."""
+    image = image.convert("RGB")
+    width, height = image.size
     short = min(width, height)
-    side = picture.resize((256 * width // short, 256 * height // short), Image.BICUBIC)
+    side = image.resize((256 * width // short, 256 * height // short), Image.BICUBIC)
     left, top = round((side.width - 224) / 2), round((side.height - 224) / 2)
     pixels = np.asarray(side.crop((left, top, left + 224, top + 224)), np.float32) / 255
     return torch.from_numpy(((pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).transpose(2, 0, 1)).float()
@@ -47,14 +47,14 @@ def prepared(picture):
 def imagenet(tmp_path_factory):
     """(data path with val/ and val.tar, filled checkpoint, what its evaluation has to give)
 
-    The pictures are the real sample where it is at hand. The head is made from their features so that many
+    The images are the real sample where it is at hand. The head is made from their features so that many
     classes are right at once, some at the second guess and some not at all.
     """
     root = tmp_path_factory.mktemp("imagenet")
     if REAL.is_dir():
         (root / "val").symlink_to(REAL)
     else:
-        write_pictures(root / "val", tuple("abcdefgh"), 5, size=230)
+        write_images(root / "val", tuple("abcdefgh"), 5, size=230)
     write_tar(root / "val.tar", root / "val")
     classes = sorted(folder.name for folder in (root / "val").iterdir())
     files = [file for name in classes for file in sorted((root / "val" / name).rglob("*.*"))]
@@ -112,7 +112,7 @@ def agrees(result, expected):
     )
 
 
-def test_evaluation_gives_what_one_picture_at_a_time_gives(imagenet):
+def test_evaluation_gives_what_one_image_at_a_time_gives(imagenet):
     expected = imagenet[2]
     assert 10 < expected["acc1"] < expected["acc5"] < 100 and 0.1 < expected["loss"] < 10
     assert all(agrees(main.main(parse(*flags_of(imagenet, *case))), expected) for case in CASES)
@@ -120,7 +120,7 @@ def test_evaluation_gives_what_one_picture_at_a_time_gives(imagenet):
 
 @pytest.mark.parametrize("processes", [2, 3])  # each with two of the four cases
 def test_evaluation_is_the_same_for_any_number_of_processes_and_any_batch(imagenet, tmp_path, processes):
-    write_pictures(tmp_path / "val", ("a", "b"), 1)  # one process of three has none
+    write_images(tmp_path / "val", ("a", "b"), 1)  # one process of three has none
     few = [str(flag) for flag in small(tmp_path, "--eval")]
     chosen = (CASES[0], CASES[3]) if processes == 2 else CASES[1:3]
     cases = [few, [*flags_of(imagenet, 32), "--no-dist-eval"]] + [flags_of(imagenet, *case) for case in chosen]
@@ -161,7 +161,7 @@ def test_accuracies_are_right_for_few_and_many_classes(classes):
     assert stats["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item())
 
 
-def test_evaluation_turns_off_what_is_only_for_training(pictures):
+def test_evaluation_turns_off_what_is_only_for_training(image_root):
     model = torch.nn.Sequential(torch.nn.Dropout(0.9)).train()
     logits, targets = image(1, (6, 4)), torch.arange(6) % 4
     assert engine.evaluate(loader_of(logits, targets), model, torch.device("cpu")) == engine.evaluate(
@@ -169,7 +169,7 @@ def test_evaluation_turns_off_what_is_only_for_training(pictures):
     )
 
 
-def test_evaluation_that_is_not_finite_or_has_no_pictures_is_an_error():
+def test_evaluation_that_is_not_finite_or_has_no_images_is_an_error():
     device = torch.device("cpu")
     with pytest.raises(UserError, match="loss of the evaluation is nan"):
         engine.evaluate(loader_of(torch.full((2, 3), float("nan")), torch.zeros(2).long()), torch.nn.Identity(), device)

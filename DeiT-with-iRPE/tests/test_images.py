@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import main
-from conftest import parse, small, write_pictures, write_tar
+from conftest import parse, small, write_images, write_tar
 from datasets import RandomResizedCrop, build_dataset, build_transform, load_image
 from engine import evaluate
 from images import DARK, DEEP_MODES, SIDEWAYS, Oddities, oddities, to_rgb, without_ends
@@ -195,7 +195,7 @@ def test_a_note_counts_every_image_once_whichever_processes_met_it():
 
 def test_one_note_tells_of_the_turned_images_that_workers_of_a_run_met(tmp_path, capsys):
     for split, turned in (("train", 4), ("val", 2)):
-        write_pictures(tmp_path / split, ("ant", "bee"), 2)
+        write_images(tmp_path / split, ("ant", "bee"), 2)
         for number in range(turned):
             save_turned(tmp_path / split / "ant" / f"turned{number}.jpg", 8)
     main.main(parse(*small(tmp_path, "--num_workers", 1, "--epochs", 2, "--no-repeated-aug", "--batch-size", 4)))
@@ -204,14 +204,14 @@ def test_one_note_tells_of_the_turned_images_that_workers_of_a_run_met(tmp_path,
     assert "train/ant/turned0.jpg" in notes[0] and "val/ant/turned0.jpg" in notes[1]
 
 
-def test_images_as_they_should_be_give_no_note(pictures, capsys):
-    dataset, _ = build_dataset(False, parse(*small(pictures)))
+def test_images_as_they_should_be_give_no_note(image_root, capsys):
+    dataset, _ = build_dataset(False, parse(*small(image_root)))
     evaluate(DataLoader(dataset, 8), nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3)), torch.device("cpu"))
     assert "note" not in capsys.readouterr().out
 
 
 def test_a_single_class_is_noted(tmp_path, capsys):
-    write_pictures(tmp_path / "train", ("ant",), 2)
+    write_images(tmp_path / "train", ("ant",), 2)
     build_dataset(True, parse(*small(tmp_path)))
     assert "has a single class, ant" in capsys.readouterr().out
 
@@ -260,7 +260,7 @@ def test_random_crops_of_ordinary_images_are_timms(shape):
 @pytest.fixture
 def of_each_kind(tmp_path, monkeypatch):
     """Data sets of a training split with a single class, by kind, and how errors name their first image."""
-    write_pictures(tmp_path / "train", ("ant",), 2)
+    write_images(tmp_path / "train", ("ant",), 2)
     write_tar(tmp_path / "train.tar", tmp_path / "train")
     listing = {
         "images": [{"id": 1, "file_name": "train/ant/0.png"}],

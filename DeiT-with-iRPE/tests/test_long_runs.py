@@ -17,16 +17,16 @@ import torch
 import engine
 import main
 import runtime
-from conftest import altered, finish, free_port, parse, small, start, start_processes, write_pictures
+from conftest import altered, finish, free_port, parse, small, start, start_processes, write_images
 from runtime import Interrupted, UserError, load_checkpoint
 from test_train import same
 
 FLAGS = ["--model", "test_vit", "--epochs", 2, "--batch-size", 4, "--drop", 0.1, "--lr", 0.05, "--warmup-epochs", 0]
-STEPS = 6  # of an epoch: 24 pictures
+STEPS = 6  # of an epoch: 24 images
 
 
-def run(pictures, out, *flags):
-    return main.main(parse(*small(pictures, *FLAGS, "--output_dir", out, *flags)))
+def run(image_root, out, *flags):
+    return main.main(parse(*small(image_root, *FLAGS, "--output_dir", out, *flags)))
 
 
 def state(out):
@@ -38,10 +38,10 @@ def rows(out):
 
 
 @pytest.fixture(scope="module")
-def straight(pictures, tmp_path_factory):
+def straight(image_root, tmp_path_factory):
     """Output of a run that never stopped."""
     out = tmp_path_factory.mktemp("straight")
-    run(pictures, out)
+    run(image_root, out)
     return out
 
 
@@ -83,33 +83,33 @@ def stop_at(monkeypatch):
     ids=str,
 )
 def test_signal_ends_training_after_the_step_and_it_goes_on_to_the_bit(
-    pictures, straight, tmp_path, stop_at, number, moment
+    image_root, straight, tmp_path, stop_at, number, moment
 ):
     handler = signal.getsignal(number)
     patch = stop_at(number, **moment)
     with pytest.raises(Interrupted, match=number.name):
-        run(pictures, tmp_path, "--resume", "auto")
+        run(image_root, tmp_path, "--resume", "auto")
     assert signal.getsignal(number) == handler
     steps = moment.get("step") or STEPS * moment["evaluation"]
     progress = load_checkpoint(tmp_path / "checkpoint.pth")["progress"]
     assert progress["images"] == 4 * ((steps - 1) % STEPS + 1)
     patch.undo()
-    run(pictures, tmp_path, "--resume", "auto", "--num_workers", 2)  # whoever loads a picture draws the same
+    run(image_root, tmp_path, "--resume", "auto", "--num_workers", 2)  # whoever loads an image draws the same
     assert same(state(tmp_path), state(straight)) and rows(tmp_path) == rows(straight)
 
 
-def test_pictures_that_were_seen_are_not_loaded_again(pictures, tmp_path, stop_at, monkeypatch):
+def test_images_that_were_seen_are_not_loaded_again(image_root, tmp_path, stop_at, monkeypatch):
     stop_at(signal.SIGTERM, step=4)
     with pytest.raises(Interrupted):
-        run(pictures, tmp_path, "--epochs", 1)
+        run(image_root, tmp_path, "--epochs", 1)
     monkeypatch.undo()
     seen, get = [], runtime.SeededDataset.__getitem__
     monkeypatch.setattr(runtime.SeededDataset, "__getitem__", lambda self, key: seen.append(key[1:]) or get(self, key))
-    run(pictures, tmp_path, "--epochs", 1, "--resume", "auto")
+    run(image_root, tmp_path, "--epochs", 1, "--resume", "auto")
     assert seen == [(0, 0, place) for place in range(16, 24)]
 
 
-def test_state_within_an_epoch_is_saved_every_so_many_steps(pictures, tmp_path, monkeypatch):
+def test_state_within_an_epoch_is_saved_every_so_many_steps(image_root, tmp_path, monkeypatch):
     saved, save = [], torch.save
     monkeypatch.setattr(
         "torch.save",
@@ -118,39 +118,39 @@ def test_state_within_an_epoch_is_saved_every_so_many_steps(pictures, tmp_path, 
             save(state, file),
         ),
     )
-    run(pictures, tmp_path, "--save-every", 4)
+    run(image_root, tmp_path, "--save-every", 4)
     assert saved == [(epoch, images) for epoch in (0, 1) for images in (16, 24, None)]
 
 
 # What a run starts from
 
 
-def test_auto_starts_anew_without_a_checkpoint_and_goes_on_with_one(pictures, straight, tmp_path, capsys):
+def test_auto_starts_anew_without_a_checkpoint_and_goes_on_with_one(image_root, straight, tmp_path, capsys):
     for epochs in (1, 2, 2):
-        run(pictures, tmp_path, "--resume", "auto", "--epochs", epochs, "--warmup-epochs", 0, "--sched", "step")
+        run(image_root, tmp_path, "--resume", "auto", "--epochs", epochs, "--warmup-epochs", 0, "--sched", "step")
     assert [row["epoch"] for row in rows(tmp_path)] == [0, 1] and "nothing to train" in capsys.readouterr().out
     with pytest.raises(UserError, match="--output_dir"):
-        run(pictures, "", "--resume", "auto")
+        run(image_root, "", "--resume", "auto")
 
 
 @pytest.mark.parametrize("flags", [[], ["--eval"]], ids=["train", "eval"])
 def test_auto_reads_the_checkpoint_once_and_leaves_the_flags_as_they_are(
-    pictures, trained, tmp_path, monkeypatch, flags
+    image_root, trained, tmp_path, monkeypatch, flags
 ):
     shutil.copy(trained, tmp_path / "checkpoint.pth")
     read, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda path, **options: read.append(str(path)) or load(path, **options))
-    args = parse(*small(pictures, "--output_dir", tmp_path, "--resume", "auto", *flags))
+    args = parse(*small(image_root, "--output_dir", tmp_path, "--resume", "auto", *flags))
     before = copy.deepcopy(vars(args))
     main.main(args)
     assert read == [str(tmp_path / "checkpoint.pth")] and vars(args) == before
 
 
-def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(pictures, straight, tmp_path, capsys):
-    run(pictures, tmp_path)
+def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(image_root, straight, tmp_path, capsys):
+    run(image_root, tmp_path)
     path = tmp_path / "checkpoint.pth"
     path.write_bytes(path.read_bytes()[:-100])
-    run(pictures, tmp_path, "--resume", "auto")
+    run(image_root, tmp_path, "--resume", "auto")
     assert f"note: checkpoint {path} is truncated" in capsys.readouterr().out
     assert same(state(tmp_path), state(straight)) and rows(tmp_path) == rows(straight)
     path.unlink()  # as at one moment of a save on a disk without hard links
@@ -158,7 +158,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(pictures, strai
     for name in ("checkpoint.pth", "checkpoint.previous.pth"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint in .* is whole"):
-        run(pictures, tmp_path, "--resume", "auto")
+        run(image_root, tmp_path, "--resume", "auto")
 
 
 def test_log_goes_on_without_lines_of_later_epochs_and_without_a_cut_one(tmp_path):
@@ -190,7 +190,7 @@ def test_tensorboard_hides_what_a_killed_run_left_of_later_epochs(tmp_path):
 
 @pytest.mark.parametrize("broken", ["always", "once"])
 def test_tensorboard_that_cannot_be_written_costs_no_more_than_that(
-    pictures, straight, tmp_path, capsys, monkeypatch, broken
+    image_root, straight, tmp_path, capsys, monkeypatch, broken
 ):
     (tmp_path / "tensorboard").touch()  # a file where the folder should be
     if broken == "once":
@@ -202,7 +202,7 @@ def test_tensorboard_that_cannot_be_written_costs_no_more_than_that(
                 write(log) if len(log.lines) == 1 else ((tmp_path / "tensorboard").unlink(missing_ok=True), write(log))
             ),
         )
-    run(pictures, tmp_path)
+    run(image_root, tmp_path)
     said = capsys.readouterr().out
     assert said.count(f"note: {tmp_path}/tensorboard cannot be written: ") >= 1
     assert same(state(tmp_path), state(straight)) and rows(tmp_path) == rows(straight)
@@ -230,46 +230,46 @@ def full_disk(monkeypatch, fails):
 
 
 @pytest.mark.parametrize("file", ["checkpoint.pth", "log.txt"])
-def test_full_disk_costs_no_more_than_the_saves_that_fail(pictures, straight, tmp_path, monkeypatch, capsys, file):
+def test_full_disk_costs_no_more_than_the_saves_that_fail(image_root, straight, tmp_path, monkeypatch, capsys, file):
     failed = []
     full_disk(monkeypatch, lambda name: file in name and len(failed) < 2 and not failed.append(name))
-    run(pictures, tmp_path)
+    run(image_root, tmp_path)
     said = capsys.readouterr().out
     assert said.count(f"note: {tmp_path}/{file} cannot be written: No space left on device: training goes on") == 2
     assert same(state(tmp_path), state(straight)) and rows(tmp_path) == rows(straight)
 
 
-def test_last_state_that_cannot_be_saved_is_a_failure_and_the_last_good_one_stays(pictures, tmp_path, monkeypatch):
+def test_last_state_that_cannot_be_saved_is_a_failure_and_the_last_good_one_stays(image_root, tmp_path, monkeypatch):
     saved = []
     full_disk(monkeypatch, lambda name: "checkpoint.pth" in name and (saved.append(1) or len(saved) > 2))
     with pytest.raises(UserError, match=r"checkpoint.pth cannot be written: No space left"):
-        run(pictures, tmp_path)
+        run(image_root, tmp_path)
     assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 0
 
 
-def test_loss_that_is_not_finite_is_written_down_with_its_pictures_and_can_be_replayed(tmp_path, monkeypatch):
-    write_pictures(tmp_path / "data" / "train")
-    write_pictures(tmp_path / "data" / "val", count=1)
+def test_loss_that_is_not_finite_is_written_down_with_its_images_and_can_be_replayed(tmp_path, monkeypatch):
+    write_images(tmp_path / "data" / "train")
+    write_images(tmp_path / "data" / "val", count=1)
     monkeypatch.setattr(sys, "argv", ["main.py", "--lr", "a b"])
     flags = ["--lr", 1e30, "--warmup-lr", 1e30, "--save-every", 1]
     for attempt in ([], ["--resume", "auto"]):
         with pytest.raises(UserError, match=r"loss is nan .*python main.py --lr 'a b' --resume auto$"):
             run(tmp_path / "data", tmp_path, *flags, *attempt)
         noted = json.loads((tmp_path / "nonfinite.json").read_text())
-        assert (noted["epoch"], noted["lr"], len(noted["pictures"])) == (0, pytest.approx(1e30 * 4 / 512), 1)
+        assert (noted["epoch"], noted["lr"], len(noted["images"])) == (0, pytest.approx(1e30 * 4 / 512), 1)
         assert noted["step"] * 4 == load_checkpoint(tmp_path / "checkpoint.pth")["progress"]["images"]
         sampler = runtime.SeededSampler(main.RASampler(range(24)), 0)
         keys = list(sampler)[4 * noted["step"] :][:4]
         dataset = main.build_dataset(True, parse(*small(tmp_path / "data")))[0]
-        assert noted["pictures"] == [[dataset.samples[index][0] for index, *_ in keys]]
+        assert noted["images"] == [[dataset.samples[index][0] for index, *_ in keys]]
 
 
-def processes(pictures, out, *flags, world_size=2):
-    return start_processes(world_size, "main.py", *small(pictures, *FLAGS, "--output_dir", out, *flags))
+def processes(image_root, out, *flags, world_size=2):
+    return start_processes(world_size, "main.py", *small(image_root, *FLAGS, "--output_dir", out, *flags))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_signal_to_one_of_two_processes_ends_both_after_its_step(pictures, tmp_path, rank):
+def test_signal_to_one_of_two_processes_ends_both_after_its_step(image_root, tmp_path, rank):
     signalled = (
         "agreed_signal = runtime.Run.agreed_signal\n"
         "def signalled(self, steps):\n"
@@ -278,14 +278,14 @@ def test_signal_to_one_of_two_processes_ends_both_after_its_step(pictures, tmp_p
         "    return agreed_signal(self, steps)\n"
         "runtime.Run.agreed_signal = signalled\n"
     )
-    flags = small(pictures, *FLAGS, "--batch-size", 2, "--output_dir", tmp_path)
+    flags = small(image_root, *FLAGS, "--batch-size", 2, "--output_dir", tmp_path)
     results = [finish(process) for process in start_processes(2, *altered(signalled), *flags)]
     assert [result[0] for result in results] == [75, 75] and results[1][2] == results[0][2] == ""
     assert "stopped by SIGTERM in epoch 0, step 1: --resume auto goes on" in results[0][1]
     assert load_checkpoint(tmp_path / "checkpoint.pth")["progress"]["images"] == 8
 
 
-def test_main_process_may_write_for_longer_than_a_step_may_take(pictures, tmp_path):
+def test_main_process_may_write_for_longer_than_a_step_may_take(image_root, tmp_path):
     slow = (
         "import checkpoint\n"
         "save, saves = checkpoint.TrainingState.save, []\n"
@@ -295,7 +295,7 @@ def test_main_process_may_write_for_longer_than_a_step_may_take(pictures, tmp_pa
         "    save(*args)\n"
         "checkpoint.TrainingState.save = slow\n"
     )
-    flags = small(pictures, *FLAGS, "--epochs", 1, "--save-every", 2, "--step-timeout", 6, "--output_dir", tmp_path)
+    flags = small(image_root, *FLAGS, "--epochs", 1, "--save-every", 2, "--step-timeout", 6, "--output_dir", tmp_path)
     results = [finish(process) for process in start_processes(2, *altered(slow), *flags)]
     assert [result[0] for result in results] == [0, 0], results
 
@@ -310,13 +310,13 @@ with runtime.output_lock(sys.argv[1]):
 """
 
 
-def test_second_job_in_an_output_directory_is_refused_until_the_first_one_is_killed(pictures, tmp_path, capsys):
+def test_second_job_in_an_output_directory_is_refused_until_the_first_one_is_killed(image_root, tmp_path, capsys):
     first = start("-c", LOCKING, tmp_path)
     assert first.stdout.readline() == "locked\n"
     try:
         for flags in ((), ("--eval",), ("--resume", "auto")):
             with pytest.raises(UserError) as refused:
-                run(pictures, tmp_path, *flags)
+                run(image_root, tmp_path, *flags)
             place = f"--output_dir {tmp_path} is in use by process {first.pid} on {socket.gethostname()}"
             assert re.match(
                 rf"{place}, since 20\d\d-.*: choose another one, or stop that job first$", str(refused.value)
@@ -325,8 +325,8 @@ def test_second_job_in_an_output_directory_is_refused_until_the_first_one_is_kil
     finally:
         first.kill()
         finish(first)
-    run(pictures, tmp_path, "--epochs", 1)
-    run(pictures, tmp_path, "--epochs", 1, "--eval")  # a job that has ended in order leaves nothing behind either
+    run(image_root, tmp_path, "--epochs", 1)
+    run(image_root, tmp_path, "--epochs", 1, "--eval")  # a job that has ended in order leaves nothing behind either
     assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 0
 
 
@@ -400,7 +400,7 @@ HANGING = {
 
 
 @pytest.fixture(scope="module")
-def ends(pictures, tmp_path_factory):
+def ends(image_root, tmp_path_factory):
     """Job -> rank -> (exit status, standard error), of a pair of ranks for each phase, all at the same time."""
     folder, jobs = tmp_path_factory.mktemp("hanging"), {}
     for name, (change, bad_rank, _) in HANGING.items():
@@ -408,7 +408,7 @@ def ends(pictures, tmp_path_factory):
         jobs[name] = {"change": change, "bad_rank": bad_rank, "ranks": [0, 1], "ending": ending}
     jobs["never_starts"] = {"change": "runtime.job.STARTUP_SECONDS = 1", "bad_rank": 1, "ranks": [0], "ending": [0]}
     for name, job in jobs.items():
-        flags = small(pictures, *FLAGS, "--batch-size", 2, "--step-timeout", 8, "--output_dir", folder / name)
+        flags = small(image_root, *FLAGS, "--batch-size", 2, "--step-timeout", 8, "--output_dir", folder / name)
         job.update(port=free_port(), flags=list(map(str, flags)))
     (folder / "jobs.json").write_text(json.dumps(jobs))
     status, _, said = finish(start("tests/forked_ranks.py", folder / "jobs.json", folder / "results.json"))
@@ -436,7 +436,7 @@ def test_rank_that_never_starts_ends_the_others(ends):
     assert status == 1 and "check that all 2 ranks have started" in said and said.count("\n") == 1, said
 
 
-def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(pictures):
+def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(image_root):
     killed = (
         "import torch\n"
         "def killed(self, index):\n"
@@ -450,7 +450,7 @@ def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(pictures):
         "folder, loaded = type(main.build_dataset(True, arguments)[0]), []\n"
         "get, folder.__getitem__ = folder.__getitem__, killed\n"
     )
-    flags = small(pictures, *FLAGS, "--num_workers", 1)
+    flags = small(image_root, *FLAGS, "--num_workers", 1)
     runs = {
         place: start(*altered(killed.format(in_training=place == "epoch 0, step [0-5]")), *flags)
         for place in ("epoch 0, step [0-5]", "Test, step [0-5]")
@@ -461,7 +461,7 @@ def test_loading_process_that_is_killed_ends_the_run_with_a_sentence(pictures):
         assert status == 1 and re.match(expected, said) and said.count("\n") == 1, said
 
 
-def test_two_launchers_that_meet_train_as_one(pictures, tmp_path):
+def test_two_launchers_that_meet_train_as_one(image_root, tmp_path):
     """As on two machines."""
     port = free_port()
     pair = [
@@ -474,11 +474,11 @@ def test_two_launchers_that_meet_train_as_one(pictures, tmp_path):
             f"--master_port={port}",
             "--master_addr=localhost",
             "main.py",
-            *small(pictures, *FLAGS, "--output_dir", tmp_path / "two"),
+            *small(image_root, *FLAGS, "--output_dir", tmp_path / "two"),
         )
         for node in range(2)
     ]
-    plain = processes(pictures, tmp_path / "one")
+    plain = processes(image_root, tmp_path / "one")
     results = [finish(process) for process in pair]
     assert [result[0] for result in results] == [0, 0], results
     assert results[0][1].count("* Acc@1") == 2 and "* Acc@1" not in results[1][1]
@@ -489,7 +489,7 @@ def test_two_launchers_that_meet_train_as_one(pictures, tmp_path):
 # What other processes, signals and disks do to a run
 
 
-def test_signal_to_the_whole_group_spares_the_loading_processes(pictures, tmp_path):
+def test_signal_to_the_whole_group_spares_the_loading_processes(image_root, tmp_path):
     """As torchrun and SLURM send it."""
     signalled = (
         "os.setsid()\n"
@@ -504,17 +504,17 @@ def test_signal_to_the_whole_group_spares_the_loading_processes(pictures, tmp_pa
         "    return agreed_signal(self, steps)\n"
         "runtime.Run.agreed_signal = signalled\n"
     )
-    flags = small(pictures, *FLAGS, "--batch-size", 2, "--epochs", 1, "--num_workers", 2)
+    flags = small(image_root, *FLAGS, "--batch-size", 2, "--epochs", 1, "--num_workers", 2)
     status, out, err = finish(start(*altered(signalled), *flags))
     assert status == 0 and "epoch 0 [12/12]" in out and err == "", (out, err)
 
 
-def test_processes_that_would_go_on_from_different_places_do_not_train(pictures, straight, tmp_path):
+def test_processes_that_would_go_on_from_different_places_do_not_train(image_root, straight, tmp_path):
     shutil.copytree(straight, tmp_path / "0")
     pair = start_processes(
         2,
         *altered("sys.argv[-1] += str(runtime.get_rank())"),
-        *small(pictures, *FLAGS, "--epochs", 3, "--resume", "auto", "--output_dir", f"{tmp_path}/"),
+        *small(image_root, *FLAGS, "--epochs", 3, "--resume", "auto", "--output_dir", f"{tmp_path}/"),
     )
     results = [finish(process) for process in pair]
     assert [status for status, _, _ in results] == [1, 1]
@@ -522,7 +522,7 @@ def test_processes_that_would_go_on_from_different_places_do_not_train(pictures,
     assert not (tmp_path / "1" / "checkpoint.pth").exists() and same(state(tmp_path / "0"), state(straight))
 
 
-def test_signal_to_all_in_the_evaluation_ends_all_alike_though_some_have_finished_theirs(pictures, tmp_path):
+def test_signal_to_all_in_the_evaluation_ends_all_alike_though_some_have_finished_theirs(image_root, tmp_path):
     signalled = (
         "import engine, pathlib\n"
         "note = pathlib.Path(sys.argv[-1], 'waits')\n"
@@ -542,21 +542,21 @@ def test_signal_to_all_in_the_evaluation_ends_all_alike_though_some_have_finishe
         "    return add_up(sums)\n"
         "runtime.Job.evaluation_steps, engine.all_reduce_sum = signalled, waits\n"
     )
-    pair = start_processes(2, *altered(signalled), *small(pictures, *FLAGS, "--output_dir", tmp_path))
+    pair = start_processes(2, *altered(signalled), *small(image_root, *FLAGS, "--output_dir", tmp_path))
     results = [finish(process) for process in pair]
     assert [result[0] for result in results] == [75, 75] and "stopped by SIGTERM in Test" in results[0][1], results
     assert load_checkpoint(tmp_path / "checkpoint.pth")["progress"]["images"] == 24
 
 
-def test_failed_write_after_a_damaged_checkpoint_leaves_the_good_one(pictures, straight, tmp_path, monkeypatch):
-    run(pictures, tmp_path)
+def test_failed_write_after_a_damaged_checkpoint_leaves_the_good_one(image_root, straight, tmp_path, monkeypatch):
+    run(image_root, tmp_path)
     path = tmp_path / "checkpoint.pth"
     path.write_bytes(path.read_bytes()[:-100])
     with monkeypatch.context() as patch:
         full_disk(patch, lambda name: "checkpoint.pth" in name)
         with pytest.raises(UserError, match="checkpoint.pth cannot be written"):
-            run(pictures, tmp_path, "--resume", "auto", "--epochs", 3)
-    run(pictures, tmp_path, "--resume", "auto")
+            run(image_root, tmp_path, "--resume", "auto", "--epochs", 3)
+    run(image_root, tmp_path, "--resume", "auto")
     assert same(state(tmp_path), state(straight))
 
 
@@ -586,7 +586,7 @@ def test_two_checkpoints_are_whole_at_every_moment_also_after_a_failed_write(tmp
     assert [load_checkpoint(tmp_path / name)["epoch"] for name in ("c.pth", "c.previous.pth")] == [2, 1]
 
 
-def test_output_directory_that_goes_away_ends_nothing_before_the_last_save(pictures, tmp_path, monkeypatch, capsys):
+def test_output_directory_that_goes_away_ends_nothing_before_the_last_save(image_root, tmp_path, monkeypatch, capsys):
     evaluate, out = main.evaluate, tmp_path / "out"
 
     def evaluated(*args):
@@ -596,25 +596,25 @@ def test_output_directory_that_goes_away_ends_nothing_before_the_last_save(pictu
 
     monkeypatch.setattr(main, "evaluate", evaluated)
     with pytest.raises(UserError, match="out/.* cannot be written: Not a directory"):
-        run(pictures, out)
+        run(image_root, out)
     said = capsys.readouterr().out
     assert said.count("note: ") == 3 and said.count("Max accuracy") == 2
 
 
-def test_signal_is_no_success_where_the_save_before_it_failed(pictures, tmp_path, monkeypatch, stop_at):
+def test_signal_is_no_success_where_the_save_before_it_failed(image_root, tmp_path, monkeypatch, stop_at):
     stop_at(signal.SIGTERM, evaluation=1)
     full_disk(monkeypatch, lambda name: "checkpoint.pth" in name)
     with pytest.raises(UserError, match="checkpoint.pth cannot be written"):
-        run(pictures, tmp_path)
+        run(image_root, tmp_path)
 
 
-def test_output_that_nobody_can_take_does_not_end_training(pictures, straight, tmp_path):
+def test_output_that_nobody_can_take_does_not_end_training(image_root, straight, tmp_path):
     full = altered("sys.stdout = open('/dev/full', 'w')")
-    _, _, said = finish(start(*full, *small(pictures, *FLAGS, "--output_dir", tmp_path)))
+    _, _, said = finish(start(*full, *small(image_root, *FLAGS, "--output_dir", tmp_path)))
     assert same(state(tmp_path), state(straight)), said
 
 
-def test_weights_that_are_not_finite_never_replace_good_ones(pictures, straight, tmp_path, monkeypatch, capsys):
+def test_weights_that_are_not_finite_never_replace_good_ones(image_root, straight, tmp_path, monkeypatch, capsys):
     for bad, flags, words in (
         (4, ["--save-every", 2], "loss is nan at epoch 0, step 4: .* --resume auto$"),
         (STEPS, [], "the loss of the evaluation is nan"),
@@ -630,12 +630,12 @@ def test_weights_that_are_not_finite_never_replace_good_ones(pictures, straight,
         with monkeypatch.context() as patch:
             patch.setattr(engine, "step_optimizer", spoiled)
             with pytest.raises(UserError, match=words):
-                run(pictures, out, *flags)
+                run(image_root, out, *flags)
         assert "note: the weights are not finite" in capsys.readouterr().out
-        run(pictures, out, "--resume", "auto", *flags)
+        run(image_root, out, "--resume", "auto", *flags)
         assert same(state(out), state(straight))
 
 
-def test_evaluation_of_a_checkpoint_that_is_not_there_is_refused(pictures, tmp_path):
+def test_evaluation_of_a_checkpoint_that_is_not_there_is_refused(image_root, tmp_path):
     with pytest.raises(UserError, match="no checkpoint in .* is whole"):
-        run(pictures, tmp_path, "--eval", "--resume", "auto")
+        run(image_root, tmp_path, "--eval", "--resume", "auto")

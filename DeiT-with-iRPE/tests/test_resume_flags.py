@@ -340,8 +340,8 @@ def test_weights_in_other_groups_are_explained(tmp_path, resume):
 TINY_RUN = ["--model", "test_vit", "--batch-size", 12, "--warmup-epochs", 0, "--no-model-ema"]
 
 
-def test_longer_run_is_resumed_at_the_rates_of_the_first_one_and_says_so(pictures, tmp_path, capsys):
-    flags = small(pictures, *TINY_RUN, "--output_dir", tmp_path, "--resume", "auto")
+def test_longer_run_is_resumed_at_the_rates_of_the_first_one_and_says_so(image_root, tmp_path, capsys):
+    flags = small(image_root, *TINY_RUN, "--output_dir", tmp_path, "--resume", "auto")
     main.main(parse(*flags, "--epochs", 2))
     assert "is resumed with" not in capsys.readouterr().out
     main.main(parse(*flags, "--epochs", 3, "--lr", 0.5, "--drop", 0.1, "--mixup", 0))
@@ -356,8 +356,8 @@ def test_longer_run_is_resumed_at_the_rates_of_the_first_one_and_says_so(picture
     assert rates[1:] == pytest.approx([rates[0] / 1, 1e-5 + (rates[0] - 1e-5) / 2])
 
 
-def test_run_that_stopped_within_an_epoch_notes_the_rate_too(pictures, tmp_path, stop_at, capsys):  # noqa: F811
-    flags = small(pictures, *TINY_RUN, "--batch-size", 4, "--output_dir", tmp_path)
+def test_run_that_stopped_within_an_epoch_notes_the_rate_too(image_root, tmp_path, stop_at, capsys):  # noqa: F811
+    flags = small(image_root, *TINY_RUN, "--batch-size", 4, "--output_dir", tmp_path)
     patch = stop_at(signal.SIGTERM, step=2)
     with pytest.raises(Interrupted):
         main.main(parse(*flags))

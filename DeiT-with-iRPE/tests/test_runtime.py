@@ -213,12 +213,12 @@ class Failing(torch.utils.data.Dataset):
         return 4
 
     def __getitem__(self, i):
-        raise UserError("picture 7 is broken: see the manual")
+        raise UserError("image 7 is broken: see the manual")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_sentence_survives_the_worker_process(workers):
-    assert fails_with(list, DataLoader(Failing(), num_workers=workers)) == "picture 7 is broken: see the manual"
+    assert fails_with(list, DataLoader(Failing(), num_workers=workers)) == "image 7 is broken: see the manual"
 
 
 @pytest.mark.parametrize(

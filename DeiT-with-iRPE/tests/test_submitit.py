@@ -188,10 +188,10 @@ def test_without_submitit_a_sentence_says_what_to_install(monkeypatch, capsys):
 # Running
 
 
-def test_two_tasks_of_slurm_train_together_and_write_into_the_job_s_folder(slurm, pictures, tmp_path):
+def test_two_tasks_of_slurm_train_together_and_write_into_the_job_s_folder(slurm, image_root, tmp_path):
     """From the command line, by the script that sbatch got."""
     status, out, said = finish(
-        start(PROJECT / "run_with_submitit.py", *small(pictures), "--ngpus", 2, "--job_dir", tmp_path / "%j")
+        start(PROJECT / "run_with_submitit.py", *small(image_root), "--ngpus", 2, "--job_dir", tmp_path / "%j")
     )
     assert status == 0 and out.startswith("job 77 (slurm)"), said
     environment = {
@@ -209,14 +209,14 @@ def test_two_tasks_of_slurm_train_together_and_write_into_the_job_s_folder(slurm
     assert {f"77_{task}_result.pkl" for task in (0, 1)} <= set(os.listdir(tmp_path / "77"))
 
 
-def test_preempted_job_of_two_processes_goes_on_by_itself(pictures, tmp_path):
+def test_preempted_job_of_two_processes_goes_on_by_itself(image_root, tmp_path):
     """Without SLURM, from another folder; submitit's own controller starts the job again."""
     with open(tmp_path / "said", "w") as said:  # the controller keeps it open
         subprocess.run(
             [
                 sys.executable,
                 PROJECT / "run_with_submitit.py",
-                *map(str, small(pictures)),
+                *map(str, small(image_root)),
                 "--ngpus",
                 "2",
                 "--epochs",
@@ -255,8 +255,8 @@ def test_preempted_job_of_two_processes_goes_on_by_itself(pictures, tmp_path):
 # Going on
 
 
-def test_requeued_job_goes_on_from_its_checkpoint_and_not_from_another_run_s(job, pictures, tmp_path, capsys):
-    flags = small(pictures, "--output_dir", tmp_path / "out")
+def test_requeued_job_goes_on_from_its_checkpoint_and_not_from_another_run_s(job, image_root, tmp_path, capsys):
+    flags = small(image_root, "--output_dir", tmp_path / "out")
     job(1, *flags)
     trainer = job(2, *flags)
     assert epochs(tmp_path / "out") == [0, 0]
@@ -270,10 +270,10 @@ def test_requeued_job_goes_on_from_its_checkpoint_and_not_from_another_run_s(job
     )
 
 
-def test_job_that_saved_nothing_begins_as_it_began(job, pictures, tmp_path, capsys):
-    job(1, *small(pictures, "--output_dir", tmp_path / "first"))
+def test_job_that_saved_nothing_begins_as_it_began(job, image_root, tmp_path, capsys):
+    job(1, *small(image_root, "--output_dir", tmp_path / "first"))
     first = tmp_path / "first" / "checkpoint.pth"
-    flags = small(pictures, "--resume", first, "--epochs", 2)
+    flags = small(image_root, "--resume", first, "--epochs", 2)
     trainer = job(2, *flags)
     assert epochs(tmp_path / "2") == [1] and trainer.args == parse(*flags)
     for name in ("checkpoint.pth", "checkpoint.previous.pth"):
@@ -283,13 +283,13 @@ def test_job_that_saved_nothing_begins_as_it_began(job, pictures, tmp_path, caps
     assert "from epoch 1 to 2" in capsys.readouterr().out and epochs(tmp_path / "2") == [1]
 
 
-def test_all_gpus_stay_visible_for_the_processes_to_choose_by_number(job, pictures, monkeypatch):
+def test_all_gpus_stay_visible_for_the_processes_to_choose_by_number(job, image_root, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    job(1, *small(pictures, "--eval"))
+    job(1, *small(image_root, "--eval"))
     assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["LOCAL_RANK"]) == ("4,5", "0")
 
 
-def test_mistake_in_a_job_is_one_sentence_and_a_failure(job, pictures, tmp_path, capsys):
+def test_mistake_in_a_job_is_one_sentence_and_a_failure(job, image_root, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         job(1, *small(tmp_path / "nowhere"))
     assert caught.value.code == 1 and re.fullmatch(r"error: [^\n]*nowhere[^\n]*\n", capsys.readouterr().err)

@@ -62,7 +62,7 @@ def checkpoint(tmp_path):
     return path
 
 
-def test_a_trained_checkpoint_goes_to_a_folder_and_back_and_evaluates_the_same(pictures, trained, tmp_path, capsys):
+def test_a_trained_checkpoint_goes_to_a_folder_and_back_and_evaluates_the_same(image_root, trained, tmp_path, capsys):
     run("write", trained, tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     assert config["architecture"] == TINY and config["label_names"] == ["ant", "bee", "cat"]
@@ -74,20 +74,20 @@ def test_a_trained_checkpoint_goes_to_a_folder_and_back_and_evaluates_the_same(p
     run("read", tmp_path / "folder", tmp_path / "back.pth")
     command = capsys.readouterr().out
     assert f"--eval --model {TINY} --input-size 32 --resume {tmp_path / 'back.pth'}" in command
-    evaluate = small(pictures, "--eval", "--resume")
+    evaluate = small(image_root, "--eval", "--resume")
     expected = main.main(parse(*evaluate, trained))
     assert main.main(parse(*evaluate, tmp_path / "back.pth")) == expected
-    of_folder = [*small(pictures, "--eval", "--pretrained"), "--model", f"local-dir:{tmp_path / 'folder'}"]
+    of_folder = [*small(image_root, "--eval", "--pretrained"), "--model", f"local-dir:{tmp_path / 'folder'}"]
     assert main.main(parse(*of_folder)) == expected
 
 
-def test_the_classes_of_a_folder_are_compared_with_those_of_the_data_set(pictures, trained, tmp_path):
+def test_the_classes_of_a_folder_are_compared_with_those_of_the_data_set(image_root, trained, tmp_path):
     saved = load_checkpoint(trained)
     torch.save(saved | {"classes": ["bee", "ant", "cat"]}, tmp_path / "checkpoint.pth")
     run("write", tmp_path / "checkpoint.pth", tmp_path / "folder")
     run("read", tmp_path / "folder", tmp_path / "back.pth")
     with pytest.raises(UserError, match="trained on other classes"):
-        main.main(parse(*small(pictures, "--eval", "--resume", tmp_path / "back.pth")))
+        main.main(parse(*small(image_root, "--eval", "--resume", tmp_path / "back.pth")))
 
 
 def test_timm_loads_the_folder_of_a_model_with_rpe(checkpoint, tmp_path):

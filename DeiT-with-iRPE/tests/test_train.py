@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import main
 import runtime
 from checkpoint import finetune_from
-from conftest import TINY, finish, launcher, parse, small, start, write_pictures
+from conftest import TINY, finish, launcher, parse, small, start, write_images
 from engine import train_one_epoch
 from fill import fill_state_dict, image
 from losses import DistillationLoss
@@ -43,8 +43,8 @@ def same(first, second):
 # A whole run
 
 
-def test_training_writes_the_published_log_and_checkpoint(pictures, tmp_path):
-    test = run(pictures, "--output_dir", tmp_path, "--epochs", 2)
+def test_training_writes_the_published_log_and_checkpoint(image_root, tmp_path):
+    test = run(image_root, "--output_dir", tmp_path, "--epochs", 2)
     lines = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     names = ["train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"]
     assert [list(line) for line in lines] == [names] * 2 and [line["epoch"] for line in lines] == [0, 1]
@@ -70,17 +70,17 @@ def test_training_writes_the_published_log_and_checkpoint(pictures, tmp_path):
     assert lines[0]["n_parameters"] == sum(p.numel() for p in model.parameters())
 
 
-def test_evaluating_the_checkpoint_gives_what_training_printed(pictures, tmp_path, capsys):
-    trained = run(pictures, "--output_dir", tmp_path, "--lr", 0.02, "--warmup-lr", 1e-3)
+def test_evaluating_the_checkpoint_gives_what_training_printed(image_root, tmp_path, capsys):
+    trained = run(image_root, "--output_dir", tmp_path, "--lr", 0.02, "--warmup-lr", 1e-3)
     printed = capsys.readouterr().out.splitlines()
-    assert run(pictures, "--eval", "--resume", tmp_path / "checkpoint.pth") == trained
+    assert run(image_root, "--eval", "--resume", tmp_path / "checkpoint.pth") == trained
     line = f"* Acc@1 {trained['acc1']:.3f} Acc@5 {trained['acc5']:.3f} loss {trained['loss']:.3f}"
     assert line in printed and capsys.readouterr().out.splitlines()[-1] == line
 
 
 def test_training_learns_what_can_be_learned(tmp_path):
     for split, seed in (("train", 0), ("val", 1)):
-        write_pictures(tmp_path / split, ("dark", "bright"), 24, seed=seed)
+        write_images(tmp_path / split, ("dark", "bright"), 24, seed=seed)
     test = run(
         tmp_path,
         "--epochs",
@@ -105,7 +105,7 @@ def test_training_learns_what_can_be_learned(tmp_path):
     assert test["acc1"] == 100
 
 
-def test_a_resumed_run_goes_on_to_the_bit_as_one_that_never_stopped(pictures, tmp_path, monkeypatch):
+def test_a_resumed_run_goes_on_to_the_bit_as_one_that_never_stopped(image_root, tmp_path, monkeypatch):
     flags = [
         "--epochs",
         3,
@@ -124,7 +124,7 @@ def test_a_resumed_run_goes_on_to_the_bit_as_one_that_never_stopped(pictures, tm
         "--lr-noise",
         0.1,
     ]
-    run(pictures, "--output_dir", tmp_path / "straight", *flags)
+    run(image_root, "--output_dir", tmp_path / "straight", *flags)
 
     evaluations = iter([main.evaluate])
 
@@ -136,15 +136,15 @@ def test_a_resumed_run_goes_on_to_the_bit_as_one_that_never_stopped(pictures, tm
     with monkeypatch.context() as patch:
         patch.setattr(main, "evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(pictures, "--output_dir", tmp_path / "halves", *flags)
-    run(pictures, "--output_dir", tmp_path / "halves", "--resume", tmp_path / "halves" / "checkpoint.pth", *flags)
+            run(image_root, "--output_dir", tmp_path / "halves", *flags)
+    run(image_root, "--output_dir", tmp_path / "halves", "--resume", tmp_path / "halves" / "checkpoint.pth", *flags)
     straight, halves = (load_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("straight", "halves"))
     assert all(same(straight[key], halves[key]) for key in straight if key != "args")
     logs = [(tmp_path / name / "log.txt").read_text() for name in ("straight", "halves")]
     assert logs[0] == logs[1] and logs[0].count("\n") == 3
 
 
-def test_optimizer_of_a_released_file_is_taken_over(pictures, trained, tmp_path):
+def test_optimizer_of_a_released_file_is_taken_over(image_root, trained, tmp_path):
     checkpoint = load_checkpoint(trained)
     del checkpoint["max_accuracy"]
     old_keys = {"params", "lr", "betas", "eps", "weight_decay", "amsgrad", "initial_lr"}  # PyTorch 1.7's AdamW
@@ -156,27 +156,27 @@ def test_optimizer_of_a_released_file_is_taken_over(pictures, trained, tmp_path)
     torch.save(checkpoint, tmp_path / "released.pth")
     ends = []
     for name, file in (("own", trained), ("released", tmp_path / "released.pth")):
-        run(pictures, "--output_dir", tmp_path / name, "--resume", file, "--epochs", 2)
+        run(image_root, "--output_dir", tmp_path / name, "--resume", file, "--epochs", 2)
         ends.append(load_checkpoint(tmp_path / name / "checkpoint.pth")["model"])
     assert same(*ends)
 
 
-def test_best_accuracy_is_remembered_by_a_resumed_run(pictures, tmp_path, monkeypatch, capsys):
+def test_best_accuracy_is_remembered_by_a_resumed_run(image_root, tmp_path, monkeypatch, capsys):
     for accuracy, flags in ((70.0, []), (50.0, ["--resume", tmp_path / "checkpoint.pth", "--epochs", 2])):
         monkeypatch.setattr(main, "evaluate", lambda *args, a=accuracy: {"loss": 1.0, "acc1": a, "acc5": 100.0})
-        run(pictures, "--output_dir", tmp_path, *flags)
+        run(image_root, "--output_dir", tmp_path, *flags)
         assert "Max accuracy: 70.00%" in capsys.readouterr().out
 
 
-def test_checkpoint_that_a_new_run_will_replace_is_named(pictures, trained, tmp_path, capsys):
+def test_checkpoint_that_a_new_run_will_replace_is_named(image_root, trained, tmp_path, capsys):
     for more, said in (([], False), ([], True), (["--resume", trained], False)):
-        run(pictures, "--output_dir", tmp_path, *more)
+        run(image_root, "--output_dir", tmp_path, *more)
         note = f"note: {tmp_path}/checkpoint.pth of an earlier run will be replaced"
         assert (note in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("flag", ["--repeated-aug", "--no-repeated-aug"])
-def test_every_epoch_has_an_order_of_its_own(pictures, monkeypatch, flag):
+def test_every_epoch_has_an_order_of_its_own(image_root, monkeypatch, flag):
     orders = []
 
     def train_one_epoch(model, criterion, run, *args):
@@ -184,21 +184,21 @@ def test_every_epoch_has_an_order_of_its_own(pictures, monkeypatch, flag):
         return {"loss": 1.0, "lr": 1.0}
 
     monkeypatch.setattr(main, "train_one_epoch", train_one_epoch)
-    run(pictures, "--epochs", 3, flag)
+    run(image_root, "--epochs", 3, flag)
     assert len(set(orders)) == 3
 
 
-def test_nothing_is_trained_beyond_the_last_epoch(pictures, trained, tmp_path, capsys):
-    run(pictures, "--output_dir", tmp_path, "--resume", trained)
+def test_nothing_is_trained_beyond_the_last_epoch(image_root, trained, tmp_path, capsys):
+    run(image_root, "--output_dir", tmp_path, "--resume", trained)
     assert "nothing to train" in capsys.readouterr().out and not (tmp_path / "checkpoint.pth").exists()
 
 
-def test_weights_alone_can_be_evaluated_and_trained_further(pictures, tmp_path, capsys):
+def test_weights_alone_can_be_evaluated_and_trained_further(image_root, tmp_path, capsys):
     weights = fill_state_dict(create_model(TINY, num_classes=3, img_size=32).state_dict())
     torch.save({"model": weights}, tmp_path / "released.pth")
-    run(pictures, "--eval", "--resume", tmp_path / "released.pth")
+    run(image_root, "--eval", "--resume", tmp_path / "released.pth")
     run(
-        pictures,
+        image_root,
         "--resume",
         tmp_path / "released.pth",
         "--start_epoch",
@@ -221,8 +221,8 @@ def test_weights_alone_can_be_evaluated_and_trained_further(pictures, tmp_path, 
     assert same(checkpoint["model"], weights) and same(checkpoint["model_ema"], weights) and checkpoint["epoch"] == 1
 
 
-def test_two_processes_train_under_the_old_launcher_without_use_env(pictures, tmp_path):
-    flags = small(pictures, "--output_dir", tmp_path, "--batch-size", 4, "--num_workers", 1)
+def test_two_processes_train_under_the_old_launcher_without_use_env(image_root, tmp_path):
+    flags = small(image_root, "--output_dir", tmp_path, "--batch-size", 4, "--num_workers", 1)
     status, out, err = finish(start(*launcher(2), "main.py", *flags))
     assert status == 0, err
     assert out.count("* Acc@1") == 1 and "3 steps of 4 x 2 an epoch" in out
@@ -234,7 +234,7 @@ def test_two_processes_train_under_the_old_launcher_without_use_env(pictures, tm
 
 
 class Recorder(torch.nn.Module):
-    """A linear classifier of tiny pictures that keeps what it was given."""
+    """A linear classifier of tiny images that keeps what it was given."""
 
     def __init__(self):
         super().__init__()
@@ -319,13 +319,13 @@ def test_mixed_precision_computes_in_its_type_and_trains_alike(dtype):
     assert results[1] == pytest.approx(results[0], rel=0.05) and results[1] != results[0]
 
 
-def test_bad_loss_names_epoch_and_step_and_keeps_the_checkpoint(pictures, tmp_path):
+def test_bad_loss_names_epoch_and_step_and_keeps_the_checkpoint(image_root, tmp_path):
     images = image(1, (6, 3, 2, 2))
     images[3] = float("inf")
     with pytest.raises(UserError, match=r"loss is nan at epoch 5, step 1: "):
         epoch_of(Recorder(), count=6, images=images)
     with pytest.raises(UserError, match="loss is nan at epoch 2, step [12]: "):  # the epochs before are warm-up
-        run(pictures, "--output_dir", tmp_path, "--epochs", 3, "--warmup-epochs", 1, "--lr", 1e30)
+        run(image_root, "--output_dir", tmp_path, "--epochs", 3, "--warmup-epochs", 1, "--lr", 1e30)
     assert load_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1
     assert (tmp_path / "log.txt").read_text().count("\n") == 2
 
@@ -333,19 +333,19 @@ def test_bad_loss_names_epoch_and_step_and_keeps_the_checkpoint(pictures, tmp_pa
 # Moving average
 
 
-def test_moving_average_follows_its_recursion(pictures, tmp_path):
+def test_moving_average_follows_its_recursion(image_root, tmp_path):
     flags = ["--output_dir", tmp_path, "--model-ema-decay", 0.75, "--batch-size", 24, "--warmup-lr", 0.01]
     torch.manual_seed(0)
-    run(pictures, *flags)
+    run(image_root, *flags)
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
     main.seed_everything(0)
-    first = main.build_model(parse(*small(pictures)), 3).state_dict()  # one step of 24 pictures
+    first = main.build_model(parse(*small(image_root)), 3).state_dict()  # one step of 24 images
     for key, value in checkpoint["model"].items():
         assert torch.allclose(checkpoint["model_ema"][key], 0.75 * first[key] + 0.25 * value, atol=1e-6)
     assert not same(checkpoint["model_ema"], checkpoint["model"])
-    run(pictures, *flags, "--model-ema-force-cpu")
+    run(image_root, *flags, "--model-ema-force-cpu")
     assert same(load_checkpoint(tmp_path / "checkpoint.pth")["model_ema"], checkpoint["model_ema"])
-    run(pictures, *flags, "--no-model-ema")
+    run(image_root, *flags, "--no-model-ema")
     assert load_checkpoint(tmp_path / "checkpoint.pth")["model_ema"] is None
 
 
@@ -379,7 +379,7 @@ def test_distillation_needs_both_heads():
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_distilled_model_is_trained_with_a_teacher_from_its_file(pictures, tmp_path, kind):
+def test_distilled_model_is_trained_with_a_teacher_from_its_file(image_root, tmp_path, kind):
     torch.save({"model": create_model("resnet10t", num_classes=3).state_dict()}, tmp_path / "teacher.pth")
     flags = [
         "--model",
@@ -399,10 +399,10 @@ def test_distilled_model_is_trained_with_a_teacher_from_its_file(pictures, tmp_p
     ]
     weights = []
     for alpha in (0, 1):
-        run(pictures, *flags, "--distillation-alpha", alpha, "--weight-decay", 0, "--clip-grad", 1)
+        run(image_root, *flags, "--distillation-alpha", alpha, "--weight-decay", 0, "--clip-grad", 1)
         weights.append(load_checkpoint(tmp_path / "checkpoint.pth")["model"])
     main.seed_everything(0)
-    first = main.build_model(parse(*small(pictures, "--model", DISTILLED)), 3).state_dict()
+    first = main.build_model(parse(*small(image_root, "--model", DISTILLED)), 3).state_dict()
     changed = [
         [key for key in ("head.weight", "head_dist.weight") if not torch.equal(first[key], after[key])]
         for after in weights
@@ -410,7 +410,7 @@ def test_distilled_model_is_trained_with_a_teacher_from_its_file(pictures, tmp_p
     assert changed == [["head.weight"], ["head_dist.weight"]]
 
 
-def test_teacher_of_another_resolution_gets_interpolated_positions(pictures, tmp_path):
+def test_teacher_of_another_resolution_gets_interpolated_positions(image_root, tmp_path):
     weights = fill_state_dict(create_model("vit_tiny_patch16_224", num_classes=3, img_size=64).state_dict())
     torch.save({"model": weights}, tmp_path / "teacher.pth")
     flags = ["--teacher-model", "vit_tiny_patch16_224", "--teacher-path", tmp_path / "teacher.pth"]
@@ -419,7 +419,7 @@ def test_teacher_of_another_resolution_gets_interpolated_positions(pictures, tmp
     old = weights["pos_embed"][:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
     new = F.interpolate(old, size=(6, 6), mode="bicubic", align_corners=False, antialias=True)
     assert torch.allclose(teacher.pos_embed[:, 1:], new.permute(0, 2, 3, 1).flatten(1, 2), atol=1e-5)
-    run(pictures, "--model", DISTILLED, *flags, "--distillation-type", "hard")
+    run(image_root, "--model", DISTILLED, *flags, "--distillation-type", "hard")
 
 
 # Fine-tuning
@@ -439,7 +439,7 @@ def test_finetuning_to_another_resolution_interpolates_the_positions(tmp_path, c
     assert torch.allclose(state["pos_embed"][:, 1:], new.permute(0, 2, 3, 1).flatten(1, 2), atol=1e-5)
 
 
-def test_finetuning_to_other_classes_makes_new_heads_and_says_so(pictures, tmp_path, capsys):
+def test_finetuning_to_other_classes_makes_new_heads_and_says_so(image_root, tmp_path, capsys):
     weights = fill_state_dict(create_model(DISTILLED, num_classes=9, img_size=32).state_dict())
     torch.save({"model": weights}, tmp_path / "c.pth")
     model = create_model(DISTILLED, num_classes=3, img_size=32)
@@ -448,7 +448,7 @@ def test_finetuning_to_other_classes_makes_new_heads_and_says_so(pictures, tmp_p
     assert "head.weight" in said and "head_dist.weight" in said and "3 classes instead of 9" in said
     state = model.state_dict()
     assert all(torch.equal(state[key], weights[key]) for key in weights if not key.startswith("head"))
-    run(pictures, "--model", DISTILLED, "--finetune", tmp_path / "c.pth")
+    run(image_root, "--model", DISTILLED, "--finetune", tmp_path / "c.pth")
 
 
 def test_finetuning_may_add_relative_positions_but_nothing_else(tmp_path, capsys):

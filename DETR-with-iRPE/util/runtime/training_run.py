@@ -169,7 +169,7 @@ class Run:
         names = gather([name_of(index) for index, *_ in keys])
         path = pathlib.Path(self.args.output_dir, "nonfinite.json")
         if get_rank() == 0:
-            content = {"epoch": self.epoch, "step": step, **values, "lr": lr, "pictures": names}
+            content = {"epoch": self.epoch, "step": step, **values, "lr": lr, "images": names}
             try:
                 with replacing(path) as file:
                     file.write(json.dumps(content).encode())
