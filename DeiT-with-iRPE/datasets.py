@@ -1,6 +1,6 @@
-"""The data sets by name and the transforms of DeiT's recipe.
+"""The data sets of ``--data-set``, and the transforms of DeiT's recipe.
 
-This module has its own tar reader. timm's ReaderImageInTar writes a pickled index beside the data and keeps one open
+This module has its own tar reader. timm's ReaderImageInTar writes a pickled index next to the data and keeps one open
 tarfile, whose file position forked workers share. Here the headers are scanned once into arrays, and each image is read
 from a newly opened file. The order is torchvision's, so a folder and its tar give equal results.
 """
@@ -93,11 +93,11 @@ def _note_numbered_classes(classes: list[str], path: str) -> None:
 
 
 def build_transform(is_train: bool, args: argparse.Namespace) -> Callable[[Image.Image], Any]:
-    """Transform of one image to a normalized (3, ``args.input_size``, ``args.input_size``) tensor.
+    """Transform of one image to a normalised (3, ``args.input_size``, ``args.input_size``) tensor.
 
-    Training uses DeiT's augmentation as the flags set it; validation resizes the short side to ⌊256/224·size⌋ and
-    crops the centre. CIFAR at its own 32 pixels is padded and cropped instead. Raises ``UserError`` for values that
-    timm does not know.
+    Training uses DeiT's augmentation with the settings of the flags; validation resizes the short side to
+    ⌊256/224·size⌋ and crops the centre. CIFAR at its native 32 pixels is instead padded and cropped at random in
+    training, and not resized in validation. Raises ``UserError`` for values that timm does not know.
     """
     size = args.input_size
     own_size = args.data_set == "CIFAR" and size == CIFAR_SIZE
@@ -145,7 +145,7 @@ def _train_transform(args: argparse.Namespace) -> transforms.Compose:
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's, with a crop of at least one pixel: timm rounds sides down to 0 for images of a few pixels."""
+    """timm's random crop, but at least one pixel large: timm rounds sides down to 0 for images of a few pixels."""
 
     @staticmethod
     def get_params(img: Image.Image, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[int, ...]:
@@ -155,7 +155,7 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's posterize, also for 0 bits, its highest magnitude: older Pillow made a black image, newer refuses."""
+    """timm's posterize, also for 0 bits, its highest magnitude: old Pillow returned a black image, new Pillow raises."""
     return auto_augment.posterize(image, bits, **options) if bits else image.point(lambda value: 0)
 
 
@@ -163,7 +163,7 @@ auto_augment.NAME_TO_OP.update(Posterize=_posterize, PosterizeIncreasing=_poster
 
 
 def build_collate(args: argparse.Namespace) -> Callable[[list], Any]:
-    """The function that makes a batch of training samples; with ``--resplit``, nothing is erased in its first half."""
+    """The function that collates training samples; with ``--resplit``, it erases nothing in a batch's first half."""
     if not (args.resplit and args.reprob > 0):
         return default_collate
     erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, num_splits=2, device="cpu")
@@ -179,22 +179,22 @@ def _collate_and_erase(erase: RandomErasing, samples: list) -> Any:
 
 
 def load_image(path: str) -> Image.Image:
-    """RGB image of a file; ``UserError`` that names a file that is missing, truncated or no image."""
+    """Read an RGB image. Raises ``UserError`` that names the file if it is missing, truncated or not an image."""
     with naming(path):
         return read_image(path)[0]
 
 
 def read_image(source: str | BinaryIO) -> tuple[Image.Image, int]:
-    """RGB image of a path or an open file, and what ``images.oddities`` finds in it."""
+    """Read an RGB image from a path or an open file; returns it and its ``images.oddities``."""
     with Image.open(source) as image:
         return to_rgb(image), oddities(image)
 
 
 class NamedImages(Dataset):
-    """Images of files, in a data set whose errors name the image.
+    """A data set of image files, whose errors name the image.
 
     A subclass defines ``source(i)``, the path or file of image i, ``target(i)``, its class, and ``name(i)``, its name
-    in messages. It sets ``transform``, and ``oddities`` in its constructor, so that all workers share them.
+    in messages. Its constructor sets ``transform`` and ``oddities``; all workers share the latter.
     """
 
     transform: Callable[[Image.Image], Any]
@@ -208,28 +208,28 @@ class NamedImages(Dataset):
             return self.transform(image), self.target(i)
 
 
-# Class folders, in a folder or in a tar
+# Class folders, in a folder or in a tar file
 
 
 def _build_split(is_train: bool, args: argparse.Namespace, transform: Callable) -> Dataset:
-    """DIR/train or DIR/val, or their tars; validation numbers its classes as training does."""
+    """DIR/train or DIR/val, or their tar files. Validation uses the class numbers of training."""
     train, val = (os.path.join(args.data_path, split + (".tar" if args.load_tar else "")) for split in ("train", "val"))
     kind = ImageTar if args.load_tar else ImageFolder
     if is_train:
         return kind(train, transform)
     has_train = os.path.isfile(train) if args.load_tar else os.path.isdir(train)
-    # Evaluation needs no scan of ImageNet's 150 GB of training images, which takes minutes: its classes are known.
+    # Scanning ImageNet's 150 GB of training images takes minutes. Evaluation does not need it if val.tar has all classes.
     if has_train and args.load_tar and args.eval and args.data_set == "IMNET":
         has_train = len(kind.class_names(val)) != IMAGENET_CLASSES
     return kind(val, transform, kind.class_names(train) if has_train else None)
 
 
-# Kinds of images that torchvision's ImageFolder skips silently.
+# File types of images that torchvision's ImageFolder skips silently.
 OTHER_IMAGES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpx", ".jxl", ".tga")
 
 
 class Sieve:
-    """Selects the images among the files of a data set, and collects those that it skips, for a note.
+    """Selects the images among the files of a data set, and records which ones it skips, for a note.
 
     Args:
         top: path of the data set's folder; the paths of all files start with it.
@@ -241,16 +241,16 @@ class Sieve:
         self.of_other_kinds: list[str] = []
 
     def is_image(self, path: str) -> bool:
-        """Whether a file is an image of a kind that is read."""
+        """Whether a file is an image of a supported type."""
         name = posixpath.basename(path)
-        if name.startswith("._"):  # macOS puts a file ._NAME.jpg of attributes beside NAME.jpg, in tars too
+        if name.startswith("._"):  # macOS stores attributes of NAME.jpg in a file ._NAME.jpg, also in tar files
             return False
         if name.lower().endswith(OTHER_IMAGES):
             self.of_other_kinds.append(path)
         return name.lower().endswith(IMG_EXTENSIONS)
 
     def is_visible(self, path: str) -> bool:
-        """Whether an image is in no hidden folder of the data set: .ipynb_checkpoints and the like hold copies."""
+        """Whether an image is outside of the data set's hidden folders, such as .ipynb_checkpoints, which hold copies."""
         if "/." in "/" + posixpath.dirname(path[len(self.top) :]):
             self.hidden.append(path)
             return False
@@ -270,7 +270,10 @@ class Sieve:
 
 
 def _number_classes(names: list[str], known: list[str] | None, path: str) -> tuple[list[str], dict[str, int]]:
-    """(all classes, index of each of ``names``), the index being that in ``known`` where it is given."""
+    """All classes, and the index of each of ``names`` among them. The classes are ``known``, or ``names`` if it is None.
+
+    Raises ``UserError`` for a name that is not among the known classes.
+    """
     known = names if known is None else known
     index = {name: number for number, name in enumerate(known)}
     strangers = [name for name in names if name not in index]
@@ -280,7 +283,7 @@ def _number_classes(names: list[str], known: list[str] | None, path: str) -> tup
 
 
 class ImageFolder(NamedImages, torchvision.datasets.ImageFolder):
-    """torchvision's ImageFolder; it can number its classes as another folder does, and its errors name the file."""
+    """torchvision's ImageFolder, but its errors name the file, and it can use the class numbers of another folder."""
 
     def __init__(self, root: str, transform: Callable, known_classes: list[str] | None = None) -> None:
         self._known_classes, self._sieve = known_classes, Sieve(os.path.expanduser(root))
@@ -297,16 +300,16 @@ class ImageFolder(NamedImages, torchvision.datasets.ImageFolder):
         return self._sieve.is_image(path) and self._sieve.is_visible(path)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        """Class names in order, and their numbers; torchvision calls it."""
+        """Class names in order, and their indices. torchvision calls this method."""
         names = self.class_names(directory)
         for hidden in glob.glob(os.path.join(glob.escape(directory), ".*", "**"), recursive=True):
-            self._is_ours(hidden)  # collects it for the note
+            self._is_ours(hidden)  # records it for the note
         if not names:
             raise FileNotFoundError("it has no class folder")
         return _number_classes(names, self._known_classes, directory)
 
     def name(self, i: int) -> str:
-        """Image i's path."""
+        """The path of image i."""
         return self.samples[i][0]
 
     source = name
@@ -317,19 +320,19 @@ class ImageFolder(NamedImages, torchvision.datasets.ImageFolder):
 
     @staticmethod
     def class_names(root: str) -> list[str]:
-        """Sorted names of the class folders; empty folders count, as for torchvision, and hidden ones do not."""
+        """Sorted names of the class folders, including empty ones, as in torchvision, but without hidden ones."""
         return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 class ImageTar(NamedImages):
-    """An uncompressed tar of class folders or, as ImageNet is distributed, of one tar per class.
+    """An uncompressed tar file that contains class folders or, as ImageNet is distributed, one tar file per class.
 
-    The class folders lie side by side, at the top or under folders that all members share (``train/``, an absolute
-    path). Each class folder holds at least one image directly; images in its subfolders belong to the same class. If
-    there is only one class, it must have no subfolders.
+    The class folders are siblings, at the top or in a folder that contains all members (``train/``, an absolute path).
+    Each class folder has at least one image directly in it; images in its subfolders belong to the same class. If there
+    is only one class, it must not have subfolders.
 
-    Yields what ``ImageFolder`` yields for the unpacked files, in the same order. Raises ``UserError`` for a tar that
-    is missing, truncated, compressed or laid out differently, or has symbolic links.
+    The items are those of ``ImageFolder`` for the unpacked files, in the same order. Raises ``UserError`` for a tar file
+    that is missing, truncated, compressed or laid out differently, or has symbolic links.
     """
 
     def __init__(self, path: str, transform: Callable, known_classes: list[str] | None = None) -> None:
@@ -343,7 +346,7 @@ class ImageTar(NamedImages):
         return len(self.index.offsets)
 
     def name(self, i: int) -> str:
-        """Image i's name for messages."""
+        """The name of image i in messages."""
         return f"{self.index.names[i].decode(errors='replace')} in {self.path}"
 
     def source(self, i: int) -> BinaryIO:
@@ -364,7 +367,7 @@ class ImageTar(NamedImages):
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Where the images of a tar are: sorted class names, and for each image its name, position, size and class."""
+    """The images of a tar file: sorted class names, and for each image its name, position, size and class."""
 
     classes: list[str]
     names: np.ndarray  # (N,) bytes
@@ -389,7 +392,7 @@ def _scan_tar(path: str, _mtime: int) -> TarIndex:
             names.append(name)
             offsets.append(offset)
             sizes.append(size)
-    # Folders above all images, such as those of an absolute path, may be hidden ones.
+    # Folders that contain all images, such as those of an absolute path, may be hidden.
     sieve.top = posixpath.commonpath({posixpath.dirname(name) for name in names}) if names else ""
     visible = [sieve.is_visible(name) for name in names]
     names, offsets, sizes = (list(itertools.compress(column, visible)) for column in (names, offsets, sizes))
@@ -412,7 +415,7 @@ def _classes_of(names: list[str], path: str) -> list[str]:
     """Class folder of each member; ``UserError`` if the tar does not have the layout that ``ImageTar`` describes."""
     inner = names
     while len({name.partition("/")[0] for name in inner}) == 1 and all(name.count("/") > 1 for name in inner):
-        inner = [name.partition("/")[2] for name in inner]  # everything lies in one folder, such as train/
+        inner = [name.partition("/")[2] for name in inner]  # everything is in one folder, such as train/
     layout = "a tar must hold CLASS/IMAGE for every class, or ANY/FOLDER/CLASS/IMAGE with one ANY/FOLDER for all"
     for name, rest in zip(names, inner, strict=True):
         if "/" not in rest:
@@ -435,20 +438,20 @@ def _bytes(names: list[str]) -> np.ndarray:
 
 
 def _images(file: BinaryIO, path: str, sieve: Sieve) -> Iterator[tuple[str, int, int]]:
-    """(name, position in the file, size) of every image; a tar inside the tar counts as a folder."""
+    """(name, position in the file, size) of every image. A tar file inside the tar file counts as a folder."""
     for name, offset, size in _members(file, 0, os.fstat(file.fileno()).st_size, path):
         if name.endswith(".tar"):
             folder = name[:-4]
             for inner, inner_offset, inner_size in _members(file, offset, size, f"{name} in {path}"):
                 if sieve.is_image(inner):
-                    inner = inner.removeprefix(posixpath.basename(folder) + "/")  # cat.tar may hold cat/
+                    inner = inner.removeprefix(posixpath.basename(folder) + "/")  # cat.tar may contain cat/
                     yield f"{folder}/{inner}", inner_offset, inner_size
         elif sieve.is_image(name):
             yield name, offset, size
 
 
 def _members(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tuple[str, int, int]]:
-    """(name, position in the file, size) of every file in the tar: first the regular files, then the hard links."""
+    """(name, position, size) of every file in a tar file: first the regular files, then the hard links."""
     target_of_link = {}
     for member in _headers(file, start, size, label):
         if member.issym() or member.issparse():
@@ -467,9 +470,9 @@ def _members(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tupl
 def _hard_links(
     file: BinaryIO, start: int, size: int, label: str, target_of_link: dict[str, str]
 ) -> Iterator[tuple[str, int, int]]:
-    """(name, position in the file, size) of every hard link, at the data of the regular file that it links to.
+    """(name, position, size) of every hard link, where position and size are those of the regular file it links to.
 
-    This second pass over the headers finds the targets, so that the first one need not remember a million files.
+    A second pass over the headers finds these files, so that the first pass need not remember a million files.
     """
     targets = set(target_of_link.values())
     data_of_target = {}
@@ -496,11 +499,11 @@ def _headers(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tarf
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 yield member
-                tar.members.clear()  # tarfile would keep a million TarInfo objects, a gigabyte
+                tar.members.clear()  # otherwise tarfile would keep a million TarInfo objects, a gigabyte
             file.seek(tar.offset)
     except tarfile.ReadError as error:
         raise UserError(f"tar {label} is truncated, compressed or no tar: {error}") from error
-    # tarfile treats a broken header as the end, and reads past the end of a tar inside another one.
+    # tarfile treats a damaged header as the end of the archive, and reads past the end of a tar file inside another one.
     if tar.offset >= start + size or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise UserError(f"tar {label} is truncated or damaged at byte {tar.offset - start}")
 
@@ -516,7 +519,7 @@ class CIFAR100(torchvision.datasets.CIFAR100):
             return super().__getitem__(i)
 
     def name(self, i: int) -> str:
-        """Image i's name for messages; the IndexError behind the last one ends a loop over the data set."""
+        """The name of image i in messages. An index past the end raises IndexError, which ends a loop over the set."""
         return f"{range(len(self))[i]} of CIFAR-100's {'training' if self.train else 'test'} set"
 
 
@@ -531,7 +534,7 @@ def _build_cifar(root: str, is_train: bool, transform: Callable) -> Dataset:
 
 
 class INaturalist(NamedImages):
-    """iNaturalist 2018 or 2019: images of ``{train|val}{year}.json``, classes of one level of ``categories.json``.
+    """iNaturalist 2018 or 2019: the images of ``{train|val}{year}.json``, with one level of ``categories.json`` as classes.
 
     Args:
         root: folder of the two JSON files; the paths of the images in them are relative to it.
@@ -564,7 +567,7 @@ class INaturalist(NamedImages):
         return len(self.samples)
 
     def name(self, i: int) -> str:
-        """Image i's path."""
+        """The path of image i."""
         return os.path.join(self.root, self.samples[i][0])
 
     source = name

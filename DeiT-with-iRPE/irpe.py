@@ -1,4 +1,4 @@
-"""Image relative position encoding (iRPE) for vision transformers, in one file to copy.
+"""Image relative position encoding (iRPE) for vision transformers, in a single file that you can copy.
 
 Wu, Peng, Chen, Fu, Chao: "Rethinking and Improving Relative Position Encoding for Vision Transformer", ICCV 2021.
 
@@ -6,8 +6,8 @@ Wu, Peng, Chen, Fu, Chao: "Rethinking and Improving Relative Position Encoding f
     rpe_q, rpe_k, rpe_v = build_rpe(config, head_dim=64, num_heads=6)
     out = rpe_attention(q, k, v, rpe_q=rpe_q, rpe_k=rpe_k, rpe_v=rpe_v)
 
-Shapes: B images, H heads, L tokens (`skip` prefix tokens, then the map row by row), D channels of a head,
-`nb` buckets, H' = 1 if the heads share their tables, else H.
+Shapes: B images, H heads, L tokens (`skip` prefix tokens, then the map row by row), D channels per head, `nb` buckets,
+H' = 1 if the heads share their tables, else H.
 """
 
 import enum
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:  # faster kernels for the same operators; a build for another PyTorch raises an error that says so
+try:  # Faster kernels for the same operators. One that was built for another PyTorch raises an error that says so.
     import rpe_ops
     from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index
 
@@ -52,7 +52,7 @@ if HAS_RPE_OPS and not hasattr(rpe_ops, "rows_take"):
 
 
 class METHOD(str, enum.Enum):
-    """How an offset on the map becomes a bucket. The short names are accepted wherever a member is."""
+    """How an offset on the map is mapped to a bucket. Functions accept a member or its short name."""
 
     EUCLIDEAN = "euc"
     QUANT = "quant"
@@ -67,9 +67,11 @@ def piecewise_index(relative_position: Tensor, alpha: float, beta: float, gamma:
 
     Args:
         relative_position: offsets or distances in tokens, integer or float tensor of any shape.
-        alpha, beta, gamma: end of the identity part, largest value, distance at which it is reached (up to rounding).
+        alpha: end of the identity part.
+        beta: largest value.
+        gamma: distance at which the largest value is reached (up to rounding).
         dtype: integer type of the result.
-    Returns: tensor of the same shape with whole values in [-int(β), int(β)].
+    Returns: tensor of the same shape with integers in [-int(β), int(β)].
     """
     x = relative_position.float()
     # float32 logarithms and rounding half to even resolve ties as they did when the released models were trained. The
@@ -79,8 +81,8 @@ def piecewise_index(relative_position: Tensor, alpha: float, beta: float, gamma:
     return torch.where(x.abs() <= alpha, x.round(), far).to(dtype)
 
 
-# method: (bucket of the offset (dr, dc), number of axes that the buckets span), where `index` is g + int(β) and thus
-# has the values 0 ... size - 1.
+# method: (function that computes the bucket of the offset (dr, dc), number of axes that the buckets span). The function
+# takes `index`, which is g + int(β) and has the values 0 ... size - 1.
 _MAPPINGS = {
     METHOD.EUCLIDEAN: (lambda dr, dc, index, size: index((dr.square() + dc.square()).float().sqrt().round()), 1),
     METHOD.QUANT: (lambda dr, dc, index, size: index(dr.square() + dc.square()), 1),
@@ -109,7 +111,7 @@ def get_bucket_ids_2d(
 
     Args:
         method: a `METHOD` or its short name; for cross, one axis (`cross_rows` or `cross_cols`).
-        height, width: the map, in tokens.
+        height, width: size of the map, in tokens.
         skip: number of prefix tokens before the map; all pairs with one of them share the last bucket.
         alpha, beta, gamma: see `piecewise_index`.
     Returns: ids (L, L) with L = skip + height·width, where ids[i, j] is the bucket of query i and key j; and the
@@ -118,7 +120,7 @@ def get_bucket_ids_2d(
     """
     method = METHOD(_choice("method", method, [m.value for m in _MAPPINGS]))
     table = _offset_ids(method, height, width, alpha, beta, gamma, dtype, device)
-    # ids[(r, c), (r', c')] = table[r - r' + height - 1, c - c' + width - 1], which is a window of the table per query.
+    # ids[(r, c), (r', c')] = table[r - r' + height - 1, c - c' + width - 1], so the ids of a query are a window of it.
     ids = table.unfold(0, height, 1).unfold(1, width, 1).flip(2, 3).reshape(height * width, height * width)
     num_buckets = _count_buckets(method, skip, beta)
     return F.pad(ids, (skip, 0, skip, 0), value=num_buckets - 1), num_buckets
@@ -134,7 +136,7 @@ def _offset_ids(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
-    """The bucket of every offset, (2·height - 1, 2·width - 1); the first offset is (1 - height, 1 - width)."""
+    """The bucket of every offset, (2·height - 1, 2·width - 1), starting with the offset (1 - height, 1 - width)."""
     dr, dc = (torch.arange(1 - n, n, device=device) for n in (height, width))
 
     def index(x: Tensor) -> Tensor:
@@ -150,10 +152,10 @@ def _parts(method: METHOD) -> tuple[METHOD, ...]:
 
 
 def _in_a_thread(compute: Callable[[], Any]) -> Any:
-    """`compute()`, run in a new thread.
+    """Return `compute()`, executed in a new thread.
 
-    The caller may be in inference mode, trace with fake tensors, or have another default device. A new thread has none
-    of these, so that the cached result is an ordinary tensor that every later caller can use.
+    The caller may be in inference mode, trace with fake tensors, or have set a default device. A new thread inherits
+    none of this, so the cached result is an ordinary tensor that every later caller can use.
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(compute).result()
@@ -170,10 +172,10 @@ def _cached_ids(
     dtype: torch.dtype,
     transposed: bool,
 ) -> Tensor:
-    """Ids of each method's table, (tables, L, L), or their transposes."""
+    """Bucket ids of each method's table, (tables, L, L), or their transposes."""
 
     def compute() -> Tensor:
-        # Always on the CPU, because the logarithm of another device may move a tie to the next bucket.
+        # Always computed on the CPU, because another device's logarithm may round a tie into the next bucket.
         ids = torch.stack([get_bucket_ids_2d(x, height, width, skip, *piecewise, dtype)[0] for x in methods])
         return (ids.mT.contiguous() if transposed else ids).to(device)
 
@@ -181,20 +183,23 @@ def _cached_ids(
 
 
 def row_layout(offset_ids: Tensor, skip: int, num_buckets: int) -> tuple[Tensor, tuple[int, ...]]:
-    """A description of a map for `rpe_ops.rows`, for methods whose buckets depend on a class of the two rows and on the
-    two columns of a pair, which are product and cross.
+    """Describe a map for the kernels of `rpe_ops.rows`.
+
+    They support the methods whose bucket for a pair of tokens depends on a class of the two rows and on the two columns:
+    product and cross.
 
     Args:
         offset_ids: buckets of every offset, (tables, 2·height - 1, 2·width - 1), on the CPU; cross has two tables.
-        skip: number of prefix tokens before the map; their pairs have the last of each table's `num_buckets`.
-    Returns: a flat int32 tensor, and the sizes (rows, columns, prefix tokens, classes, tokens from one row to the next,
-        tokens from one column to the next). The map is transposed if its rows fill chunks of 16 tokens better. The
-        tensor is the concatenation of
-        1. the class of each pair of rows, (rows + 1, rows + 1), where row 0 is the prefix;
-        2. for each table, the bucket of each column (the last one is the prefix), class, and column of the other token,
-           with -1 where there is none: (tables, columns + 1, classes, columns rounded up to 16);
-        3. for each bucket of each table, where its list in 4 begins, and where the last one ends;
-        4. for each bucket of each table, the list of its positions in 2.
+        skip: number of prefix tokens before the map; their pairs use the last bucket of each table.
+        num_buckets: number of buckets of each table.
+    Returns: a flat int32 tensor, and the sizes (rows, columns, prefix tokens, row classes, distance in tokens from one
+        row to the next, and from one column to the next). The map is transposed if that fills chunks of 16 tokens
+        better. The tensor is the concatenation of
+        1. the class of each pair of rows, (rows + 1, rows + 1), where row 0 stands for the prefix;
+        2. for each table, the bucket for each column (the last one stands for the prefix), row class, and column of the
+           other token, with -1 where there is none: (tables, columns + 1, classes, columns rounded up to 16);
+        3. for each bucket of each table, where its list in part 4 begins; then the end of the last list;
+        4. for each bucket of each table, the list of its positions in part 2.
     Raises: ValueError if the rows of a class are not contiguous.
     """
     rows, columns = ((size + 1) // 2 for size in offset_ids.shape[1:])
@@ -251,7 +256,7 @@ RPE_GRAMMAR = "rpe-{ratio}-{euc|quant|cross|product}-{bias|ctx}-{shared_head: 0|
 
 
 def _choice(name: str, value: Any, allowed: tuple | list) -> Any:
-    """The value; ValueError that names the allowed ones if it is none of them."""
+    """Return the value, or raise ValueError that lists the allowed values if it is not one of them."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
     return value
@@ -259,7 +264,7 @@ def _choice(name: str, value: Any, allowed: tuple | list) -> Any:
 
 @dataclass(frozen=True)
 class RPEConfig:
-    """A description of an encoding; `get_rpe_config` makes it and checks its values, and `build_rpe` builds it."""
+    """The configuration of an encoding. `get_rpe_config` creates it from checked values; `build_rpe` builds modules."""
 
     ratio: float
     method: METHOD
@@ -282,16 +287,17 @@ def get_rpe_config(
     skip: int = 0,
     rpe_on: str = "k",
 ) -> RPEConfig:
-    """An `RPEConfig`, which describes an encoding.
+    """Check the values of an encoding, and return its `RPEConfig`.
 
     Args:
         ratio: scales the piecewise function: α = ratio, β = 2·ratio, γ = 8·ratio.
         method: `euc`, `quant`, `cross` or `product`, or a `METHOD`.
-        mode: `bias` (a number per bucket) or `ctx`/`contextual` (a vector per bucket, multiplied with q, k or p).
-        shared_head: whether all heads share a table, instead of one table per head.
+        mode: `bias` (a number per bucket) or `ctx`/`contextual` (a vector per bucket, multiplied by the queries, the
+            keys or the attention weights).
+        shared_head: whether all heads share one table; otherwise each head has its own.
         skip: number of prefix tokens before the map: 0 in DETR, 1 with a class token, 2 in a distilled DeiT.
         rpe_on: which of queries, keys and values get a term: q, k, v, qk, kv, qv or qkv; v only in contextual mode.
-    Raises: ValueError that names the allowed values.
+    Raises: ValueError that states the allowed values.
     """
     if not (isinstance(ratio, numbers.Real) and 0 < ratio < math.inf):
         raise ValueError(f"ratio is {ratio!r}; it must be a number above 0, as 1.9")
@@ -308,7 +314,7 @@ def get_rpe_config(
 
 
 def parse_rpe(text: str) -> RPEConfig:
-    """The `RPEConfig`, with skip=0, of a string in the form of `RPE_GRAMMAR`.
+    """Parse a string of the form `RPE_GRAMMAR` to an `RPEConfig` with skip=0.
 
     Raises: ValueError that says which part is wrong.
     """
@@ -325,10 +331,10 @@ def parse_rpe(text: str) -> RPEConfig:
 
 @torch.compiler.assume_constant_result
 def _is_exporting() -> bool:
-    """Whether torch.export is tracing this call; PyTorch 2.6 cannot tell.
+    """Whether torch.export is tracing this call; always False on PyTorch 2.6, which cannot tell.
 
-    torch.compile evaluates this function instead of tracing it, because PyTorch 2.11 would treat the answer as always
-    True inside a compiled model.
+    The decorator makes torch.compile call this function instead of tracing it: PyTorch 2.11 would otherwise assume that
+    `is_exporting` is True inside a compiled model.
     """
     return getattr(torch.compiler, "is_exporting", bool)()
 
@@ -353,19 +359,19 @@ def _gather_buckets(lookup: Tensor, ids: Tensor) -> Tensor:
 
 
 def _sum_buckets(attn: Tensor, ids: Tensor, num_buckets: int) -> Tensor:
-    """S[b, h, i, c] = Σ over j with ids[i, j] = c of attn[b, h, i, j], added in at least float32; (B, H, Lq, nb)."""
+    """S[b, h, i, c] = Σ of attn[b, h, i, j] over all j with ids[i, j] = c, summed in float32 or more; (B, H, Lq, nb)."""
     if _use_rpe_ops(attn.device):
         return rpe_bucket_sum(attn, ids, num_buckets)
     total = attn.new_zeros(*attn.shape[:-1], num_buckets, dtype=torch.promote_types(attn.dtype, torch.float32))
     return total.scatter_add(-1, ids.expand_as(attn), attn.to(total.dtype)).to(attn.dtype)
 
 
-# An error suggests a `skip` of at most this many tokens: a class token and four registers, as in DINOv2.
+# Error messages suggest at most this many prefix tokens as `skip`: a class token and four registers, as in DINOv2.
 _LIKELY_PREFIX_TOKENS = 5
 
 
 def _whole_size(name: str, value: Any) -> int:
-    """A size as an int; ValueError if it is no whole number above 0."""
+    """A size of the map as an int. Raises ValueError if it is not a positive integer."""
     try:
         size = operator.index(value)  # makes torch.compile treat sizes as constants
     except TypeError:
@@ -376,9 +382,9 @@ def _whole_size(name: str, value: Any) -> int:
 
 
 def _map_size(length: int, height: int | None, width: int | None, skip: int) -> tuple[int, int]:
-    """(height, width) of the map of `length` tokens, `skip` of which come before it; square if neither is given.
+    """(height, width) of the map in a sequence of `length` tokens, of which the first `skip` are prefix tokens.
 
-    Raises: ValueError if there is no such map.
+    Without height and width, the map is square. Raises: ValueError if the length does not fit.
     """
     if (height is None) != (width is None):
         raise ValueError(f"the map's height is {height} and its width {width}; give both, or neither for a square map")
@@ -390,7 +396,7 @@ def _map_size(length: int, height: int | None, width: int | None, skip: int) -> 
     if height > 0 and length == height * width + skip:
         return height, width
     if square:
-        height = width = math.isqrt(length)  # which another skip would give
+        height = width = math.isqrt(length)  # the square map that another `skip` would give
     prefix = length - height * width
     if height > 0 and 0 <= prefix <= _LIKELY_PREFIX_TOKENS:
         raise ValueError(
@@ -439,13 +445,14 @@ class iRPE(nn.Module):
         width: int | None = None,
         transposed: bool = False,
     ) -> Tensor:
-        """Bucket ids of the map, (L, L), or their transpose. Without height and width the map is square.
+        """Bucket ids of the map, (L, L), or their transpose. Without height and width, the map is square.
 
-        Raises: ValueError if `length` is not height·width + skip, or a size is not a whole number above 0.
+        Raises: ValueError if `length` is not height·width + skip, or a size is not a positive integer.
         """
         length = operator.index(length)  # makes torch.compile treat sizes as constants
         height, width = _map_size(length, height, width, self.config.skip)
-        # torch.compile would confuse two constants that one function returns, so it transposes the ids itself.
+        # torch.compile would confuse two different constants from the same function, so compiled code gets the ids
+        # and transposes them itself.
         flip = transposed and torch.compiler.is_compiling()
         ids = self._constant_ids(height, width, torch.device(device), transposed and not flip)
         ids = ids[-1 if self.method is METHOD.CROSS_COLS else 0]
@@ -453,19 +460,19 @@ class iRPE(nn.Module):
 
     @torch.compiler.assume_constant_result
     def _constant_ids(self, height: int, width: int, device: torch.device, transposed: bool) -> Tensor:
-        """Ids of all tables of the method, (tables, L, L).
+        """Bucket ids of all tables of the method, (tables, L, L).
 
-        assume_constant_result makes torch.compile call this function and store its result. It could not trace the
+        assume_constant_result makes torch.compile call this function and store its result, because it cannot trace the
         cache and the thread behind it.
         """
         methods = _parts(self.config.method)
-        dtype = torch.int32 if _use_rpe_ops(device) else torch.int64  # PyTorch's own gather takes no int32
+        dtype = torch.int32 if _use_rpe_ops(device) else torch.int64  # PyTorch's own gather requires int64
         return _cached_ids(methods, height, width, self.config.skip, self.config.piecewise, device, dtype, transposed)
 
     def terms(
         self, length: int, device: torch.device, height: int | None = None, width: int | None = None
     ) -> list[tuple[Tensor, Tensor]]:
-        """This module's term in the form that `rpe_ops.attention` takes: a list of (ids, table)."""
+        """This module's term in the form that `rpe_ops.attention` expects: a list of (ids, table)."""
         ids = self.bucket_ids(length, device, height, width, transposed=self.on == "q")
         return [(ids, self._table * self._table.shape[-2] ** -0.5 if self.on == "q" else self._table)]
 
@@ -478,7 +485,7 @@ class iRPE(nn.Module):
     def _table(self) -> Tensor:
         if self.config.mode == "bias":  # every token uses the same row of lookup values
             return self.lookup_table_bias[None, :, None]
-        # Without a head axis where heads share the table, matmul folds batch and heads into rows of one product.
+        # If the heads share a table, it needs no head axis: matmul then folds batch and heads into a single product.
         weight = self.lookup_table_weight
         return weight[0] if len(weight) == 1 else weight
 
@@ -486,10 +493,11 @@ class iRPE(nn.Module):
         """The term that this table adds to the logits (on q, k) or to the output (on v), Eq. 12 to 14.
 
         Args:
-            x: on q and k the scaled queries or keys, (B, H, L, D); on v the attention after softmax, (B, H, L, L).
-            height, width: the map, in tokens; square if not given.
-        Returns: on q and k the term for the logits, (B, H, L, L), or (1, H', L, L) in bias mode; on v the term for the
-            output, (B, H, L, D).
+            x: on k, the scaled queries, (B, H, L, D); on q, the scaled keys, (B, H, L, D); on v, the attention weights
+                after the softmax, (B, H, L, L).
+            height, width: size of the map, in tokens; square if not given.
+        Returns: on q and k, the term for the logits, (B, H, L, L), or (1, H', L, L) in bias mode; on q, its last two
+            axes are (keys, queries). On v, the term for the output, (B, H, L, D).
         Raises: ValueError if L does not fit the map and the configured skip.
         """
         ids = self.bucket_ids(x.shape[-2], x.device, height, width)
@@ -500,7 +508,7 @@ class iRPE(nn.Module):
         return _gather_buckets(torch.matmul(x, self._table), ids)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """torch.jit.script calls this method of every module before it compiles a model."""
+        """Raise an error. torch.jit.script calls this method of every module before it compiles a model."""
         raise RuntimeError(
             "torch.jit.script cannot compile iRPE, whose bucket ids Python computes; use "
             "torch.jit.trace, torch.export or torch.compile"
@@ -539,7 +547,7 @@ class iRPE_Cross(nn.Module):
 def build_rpe(
     rpe_config: RPEConfig | None, head_dim: int, num_heads: int
 ) -> tuple[iRPE | iRPE_Cross | None, iRPE | iRPE_Cross | None, iRPE | iRPE_Cross | None]:
-    """The modules (rpe_q, rpe_k, rpe_v) of a configuration, with None for terms that it does not have.
+    """Build the modules (rpe_q, rpe_k, rpe_v) of a configuration, with None for terms that it does not have.
 
     Args:
         rpe_config: from `get_rpe_config`, or None for no encoding.
@@ -556,13 +564,13 @@ def build_rpe(
 
 # --- Attention -------------------------------------------------------------------------------------------------------
 
-# On a GPU, PyTorch's attention copies a mask, and its gradient, unless rows begin at multiples of this many elements.
+# On a GPU, PyTorch's attention copies a mask and its gradient unless their rows are aligned to this many elements.
 _ROW_ALIGNMENT = 16
 _ALIGNED_DEVICES = ("cuda",)
 
 
 class _AlignedSum(torch.autograd.Function):
-    """The sum of broadcast terms for `scaled_dot_product_attention`, written once, with aligned rows."""
+    """The sum of broadcast terms, with the aligned rows that `scaled_dot_product_attention` needs."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *terms: Tensor) -> Tensor:
@@ -587,11 +595,11 @@ class _AlignedSum(torch.autograd.Function):
 
 
 def add_terms(terms: list[Tensor]) -> Tensor:
-    """The sum of terms for the logits, as a mask for `scaled_dot_product_attention`.
+    """Add up terms for the logits, for use as the mask of `scaled_dot_product_attention`.
 
     Args:
         terms: tensors that broadcast to (B, H, L, L).
-    Returns: the sum. On a GPU its rows are aligned and it has the type of the computation, since PyTorch's attention
+    Returns: the sum. On a GPU, its rows are aligned and it has the dtype of the computation, because PyTorch's attention
         would copy it otherwise.
     """
     device = terms[0].device.type
@@ -614,11 +622,11 @@ def _has_aligned_rows(x: Tensor) -> bool:
     return x.stride(-1) == 1 and all(stride % _ROW_ALIGNMENT == 0 for stride in x.stride()[:-1])
 
 
-_MOST_CLASSES = 15  # With more classes of rows, the products of `rpe_ops.rows` would be as large as the logits.
+_MOST_CLASSES = 15  # With more row classes, the products of `rpe_ops.rows` would be as large as the logits.
 
 
 def _goes_by_rows(q: Tensor, k: Tensor, v: Tensor, modules: list[iRPE | iRPE_Cross], mask: Tensor | None) -> bool:
-    """Whether `rpe_ops.rows` computes this call. It cannot for euclid and quantization, which mix rows and columns."""
+    """Whether `rpe_ops.rows` computes this call. It does not support Euclidean and quantization buckets."""
     configs = [module.config for module in modules]
     kinds = {(x.ratio, x.method, x.mode, x.shared_head, x.skip) for x in configs}
     fits = (
@@ -627,12 +635,12 @@ def _goes_by_rows(q: Tensor, k: Tensor, v: Tensor, modules: list[iRPE | iRPE_Cro
         and 2 * int(configs[0].piecewise[1]) + 1 <= _MOST_CLASSES
     )
     tables = [table for module in modules for table in module.tables]
-    # Called in any case, because it rejects an unknown value of IRPE_ATTENTION.
+    # This is called even if `fits` is False, because it rejects an unknown value of IRPE_ATTENTION.
     return rpe_ops.rows_take(q, k, v, tables, configs[0].skip, mask, modules) and fits
 
 
-# assume_constant_result for the reason given in iRPE._constant_ids. There are two functions, because torch.compile can
-# store a tensor or numbers, but not a tuple of both.
+# iRPE._constant_ids explains assume_constant_result. There are two functions, because torch.compile can store a tensor or
+# numbers as a constant, but not a tuple of both.
 @torch.compiler.assume_constant_result
 def _constant_row_layout(*key: Any) -> Tensor:
     return _cached_row_layout(*key)[0]
@@ -644,7 +652,7 @@ def _constant_row_sizes(*key: Any) -> tuple[int, ...]:
 
 
 def _check_self_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless q, k and v, (B, H, L, D), belong to the same tokens; heads and batches may broadcast."""
+    """Raise ValueError unless q, k and v, (B, H, L, D), belong to the same tokens. B and H may be broadcast."""
     if torch.jit.is_tracing():  # sizes are tensors then, and comparing them prints a warning
         return
     if q.ndim == 4 and q.shape == k.shape == v.shape:
@@ -679,12 +687,13 @@ def rpe_attention(
     Args:
         q, k, v: (B, H, L, D), q not yet scaled.
         rpe_q, rpe_k, rpe_v: modules from `build_rpe`, or None.
-        height, width: the map, in tokens; square if not given. A map is 2-D: fold a video's frames into the batch.
+        height, width: size of the map, in tokens; square if not given. A map is 2-D: fold a video's frames into the
+            batch dimension.
         attn_mask: as in `scaled_dot_product_attention`: added to the logits, or bool with True where a query may attend
-            to a key; broadcast to (B, H, L, L). Queries that may attend to no key get zeros.
+            to a key; broadcast to (B, H, L, L). The output is zero for queries that may not attend to any key.
         dropout_p: dropout probability of the attention weights; pass 0 in evaluation.
     Returns: (B, H, L, D).
-    Raises: ValueError, if there are modules, when q, k and v do not belong to the tokens of one map, or L does not fit
+    Raises: ValueError if any module is given and q, k and v do not belong to the tokens of one map, or L does not fit
         the map and skip.
     """
     modules = [module for module in (rpe_q, rpe_k, rpe_v) if module is not None]
@@ -707,9 +716,9 @@ def rpe_attention(
 
 
 def _additive_mask(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(the mask in additive form, the queries that it allows no key), (…, L, L) and (…, L, 1).
+    """The mask in additive form, (…, L, L), and which queries may not attend to any key, (…, L, 1).
 
-    The rows of those queries are zero, because softmax of -∞ alone would be NaN.
+    The rows of those queries are set to zero, because the softmax of a row of -∞ would be NaN.
     """
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
@@ -727,7 +736,7 @@ def _attention_by_rows(
     attn_mask: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    """`rpe_attention` by `rpe_ops.rows`; q is not scaled, and modules are on queries, keys and values, or None."""
+    """`rpe_attention` computed by `rpe_ops.rows`; q is not scaled, and `modules` are (rpe_q, rpe_k, rpe_v)."""
     config = next(module.config for module in modules if module is not None)
     tables = [module.tables if module is not None else [] for module in modules]
     size = _map_size(operator.index(q.shape[2]), height, width, config.skip)
@@ -757,7 +766,7 @@ def _composed_attention(
     mask: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    """`rpe_attention` composed of the modules' terms and PyTorch's operators; q is scaled, and the mask is additive."""
+    """`rpe_attention` from the modules' terms and PyTorch's operators; q is already scaled, and the mask is additive."""
     terms = [
         rpe_k and rpe_k(q, height, width),
         rpe_q and rpe_q(k * q.shape[-1] ** -0.5, height, width).transpose(-2, -1),
@@ -768,7 +777,7 @@ def _composed_attention(
         logits = functools.reduce(torch.add, terms, torch.matmul(q, k.transpose(-2, -1)))
         attn = F.dropout(logits.softmax(-1), dropout_p)
         return torch.matmul(attn, v) + rpe_v(attn, height, width)
-    # Without a term on values PyTorch's attention does the rest, with the terms as its mask.
+    # Without a term on values, PyTorch's attention computes everything else, with the terms as its mask.
     out = F.scaled_dot_product_attention(q, k, v, add_terms(terms), dropout_p, scale=1.0)
-    # The strides of the output depend on whether gradients are computed, which may change after the trace.
+    # The strides of the output depend on whether gradients are computed, which may change after tracing.
     return out.clone(memory_format=torch.contiguous_format) if _is_recorded() else out

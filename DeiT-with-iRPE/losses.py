@@ -12,8 +12,8 @@ class DistillationLoss(nn.Module):
         base_criterion: loss of (logits, targets).
         teacher_model: classifier in evaluation mode, run without gradients; may be None for type "none".
         distillation_type: "none", the base loss alone; "soft" (Eq. 2), tau² times the Kullback-Leibler divergence of
-            the softmaxes at temperature tau, as a mean over all B·K elements; "hard" (Eq. 3), the cross-entropy to
-            the teacher's decision.
+            the softmaxes at temperature tau, averaged over all B·K elements; "hard" (Eq. 3), the cross-entropy with
+            the teacher's predicted class as the label.
         alpha: weight of the distillation loss, from 0 to 1.
         tau: temperature of the soft distillation.
     """
@@ -40,7 +40,7 @@ class DistillationLoss(nn.Module):
         Args:
             inputs: images (B, 3, H, W), for the teacher.
             outputs: logits (B, K), or for distillation the logits of the class and of the distillation head.
-            targets: as the base loss takes them: (B,) class numbers, or (B, K) probabilities.
+            targets: as the base loss takes them: (B,) class indices, or (B, K) probabilities.
         """
         class_logits, student = outputs if isinstance(outputs, tuple) else (outputs, None)
         loss = self.base_criterion(class_logits, targets)

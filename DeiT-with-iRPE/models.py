@@ -1,4 +1,4 @@
-"""The DeiT baselines: timm's own models with DeiT's initial values and, on request, with iRPE in every block."""
+"""The DeiT baselines: timm's own models with DeiT's initialisation and, optionally, with iRPE in every block."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def load_pretrained(model: nn.Module, url: str) -> None:
-    """Load a released file into `model`: from torch.hub's cache, else downloaded.
+    """Load a released checkpoint into `model`, from torch.hub's cache or else from its URL.
 
     Positions are interpolated to the model's map, and a head for another number of classes keeps its initial values.
 
@@ -57,12 +57,12 @@ def load_pretrained(model: nn.Module, url: str) -> None:
 def build_deit(
     name: str, pretrained: bool = False, rpe_config: RPEConfig | None = None, url: str | None = None, **kwargs: Any
 ) -> nn.Module:
-    """timm's DeiT of that name with DeiT's initial values, plus iRPE.
+    """Build timm's DeiT of that name with DeiT's initialisation, plus iRPE.
 
     Args:
         name: a baseline's name, without an encoding.
-        pretrained: load weights: those of the folder or of the Hub repository that timm builds the model from, else
-            the released ones.
+        pretrained: load weights. If timm builds the model from a folder or a Hub repository, they are the ones saved
+            there, otherwise the released ones.
         rpe_config: from `irpe.get_rpe_config`, or None; its `skip` is set to the model's prefix tokens.
         url: address of the released weights; if None, the one that timm knows.
         kwargs: timm's (`num_classes`, `img_size`, `drop_rate`, `drop_path_rate`, ...). With `features_only` the
@@ -71,7 +71,7 @@ def build_deit(
     features = pop_feature_arguments(kwargs)
     model = getattr(timm_deit, name)(**kwargs)
     if model.cls_token is not None:
-        torch.nn.init.trunc_normal_(model.cls_token, std=0.02)  # timm starts it at 1e-6, DeiT does not
+        torch.nn.init.trunc_normal_(model.cls_token, std=0.02)  # timm initialises it with a standard deviation of 1e-6
     record_arguments(model, **kwargs)
     equip_irpe(model, rpe_config)
     if pretrained and describes_equipped_weights(kwargs.get("pretrained_cfg")):

@@ -1,9 +1,9 @@
 """DeiT with iRPE by name: deit_{size}_patch16_{res}_{mode}_{method}_{buckets}_{shared|unshared}_{where}.
 
 `deit_small_patch16_224_ctx_product_50_shared_qk` is DeiT-small at 224×224 with contextual product encoding of 50
-buckets, shared by the heads, on queries and keys. `parse_name` reads such a name and `create_model` builds it. An
-import of this module registers the nine names of the public implementation with timm. `model_cards.py` lists and
-describes them.
+buckets, with tables shared across heads, on queries and keys. `parse_name` reads such a name and `create_model` builds
+the model. Importing this module registers the nine names of the public implementation with timm. `model_cards.py` lists
+and describes them.
 """
 
 import difflib
@@ -59,9 +59,9 @@ class DeiTName:
 
 
 def count_used_buckets(method: str | METHOD, ratio: float, side: int = 14) -> int:
-    """Number of buckets that a square map of `side` tokens with a class token uses (cross: both tables together).
+    """The number of buckets that a map of `side` × `side` tokens with a class token uses (cross: in both tables).
 
-    For side=14 it is the number in a model's name.
+    For side=14, it is the number in a model's name.
     """
     tables = ("cross_rows", "cross_cols") if method == "cross" else (method,)
     return sum(
@@ -71,8 +71,8 @@ def count_used_buckets(method: str | METHOD, ratio: float, side: int = 14) -> in
 
 @functools.lru_cache
 def _ratios(method: str) -> dict[int, float]:
-    """{number of buckets: smallest ratio that uses so many}, among the ratios that `ratio_of` tries."""
-    # 338 = 13² + 13² is the largest squared distance on the map; larger ratios change nothing.
+    """{number of buckets: smallest ratio that uses that many}, among the ratios that `ratio_of` tries."""
+    # 338 = 13² + 13² is the largest squared distance on the map, so larger ratios give the same buckets.
     steps = [step / 10 for step in range(1, 200)] + list(range(20, 339 if method == "quant" else 21))
     ratios = {}
     for ratio in steps:
@@ -81,10 +81,10 @@ def _ratios(method: str) -> dict[int, float]:
 
 
 def ratio_of(method: str, buckets: int) -> float:
-    """Ratio of the mapping that uses `buckets` buckets on a 14×14 map with a class token.
+    """The ratio with which a method uses `buckets` buckets on a 14×14 map with a class token.
 
     It is the published ratio if there is one, else the smallest among 0.1, 0.2, ..., 20 (and, for quantization, the
-    whole numbers up to 338). Raises: ValueError that lists the counts this method can have.
+    integers up to 338). Raises: ValueError that lists the numbers of buckets that the method can have.
     """
     if (method, buckets) in PUBLISHED_RATIOS:
         return PUBLISHED_RATIOS[method, buckets]
@@ -142,7 +142,7 @@ def build_named(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module
 
 
 def near_names(name: str) -> list[str]:
-    """Up to four names of timm, which include the DeiT baselines and those registered here, similar to `name`."""
+    """Up to four registered names similar to `name`: timm's, which include the DeiT baselines, and those of this file."""
     return difflib.get_close_matches(name, timm.list_models(), 4)
 
 
@@ -178,7 +178,7 @@ def create_model(name: str, pretrained: bool = False, rpe_config: RPEConfig | No
     try:
         return timm.create_model("vit_irpe", pretrained, base=name, rpe=rpe_text(rpe_config), **kwargs)
     except TypeError:
-        # If this kind of model cannot have iRPE at all, that error helps more than one about an argument it lacks.
+        # If iRPE does not support this model at all, that error is more helpful than one about an unknown argument.
         equip_irpe(timm.create_model(name), rpe_config)
         raise
 
@@ -198,7 +198,7 @@ def _cfg(resolution: int, url: str = "") -> dict[str, Any]:
         "tag": None,
         "architecture": None,
         "input_size": (3, resolution, resolution),
-        "crop_pct": 224 / 256,  # as the accuracy of these models was measured; timm evaluates its DeiT with 0.9
+        "crop_pct": 224 / 256,  # the accuracy of these models was measured with this; timm evaluates its DeiT with 0.9
     }
 
 

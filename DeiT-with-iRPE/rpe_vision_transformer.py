@@ -1,7 +1,7 @@
 """iRPE in timm's vision transformers: attention classes, `equip_irpe`, which puts them into a model, and `vit_irpe`.
 
-`vit_irpe` is the name under which timm knows every equipped model. `timm.models.save_for_hf` writes it with its
-arguments, and after an import of this module `timm.create_model("local-dir:FOLDER", pretrained=True)` reads them back.
+`vit_irpe` is the name under which timm builds equipped models. `timm.models.save_for_hf` stores it with its arguments.
+If this module has been imported, `timm.create_model("local-dir:FOLDER", pretrained=True)` loads such a model.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class MapSizes:
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
-        # torch.compile treats these as constants: an entry added by the first call would recompile the second.
+        # torch.compile treats these as constants: an entry that the first call adds would recompile the second one.
         grid_size = getattr(getattr(model, "patch_embed", None), "grid_size", None)
         self.by_tokens = {math.prod(grid_size): tuple(grid_size)} if grid_size else {}
         self.model = model
@@ -55,7 +55,7 @@ class MapSizes:
 
 
 class _Terms:
-    """iRPE for timm's kinds of self-attention; with `rpe_config=None` they compute exactly what timm's do.
+    """Adds iRPE to timm's self-attention classes, whose result does not change if `rpe_config` is None.
 
     Takes timm's arguments, and `rpe_config` from `irpe.get_rpe_config`. Input and output are (B, L, C) with
     L = skip + height·width; the map is square unless `equip_irpe` supplies its size.
@@ -95,7 +95,7 @@ class _Terms:
         height, width = self.map_sizes.by_tokens.get(L - self.skip, (None, None))
         rpe_q, rpe_k = self.rpe_q, self.rpe_k
         if rope is not None:
-            # The content logits use rotated queries and keys. The encoding uses the plain ones: a term of rotated ones
+            # The content logits use rotated queries and keys. The encoding uses them before rotation: otherwise a term
             # would depend on the position of the query (for rpe_q: of the key), not on content and offset alone.
             attn_mask, rpe_q, rpe_k = self.logit_terms(q, k, height, width, attn_mask), None, None
             q, k = self.rotate(q, rope).type_as(v), self.rotate(k, rope).type_as(v)
@@ -103,7 +103,7 @@ class _Terms:
             q, k, v, rpe_q, rpe_k, self.rpe_v, height, width, attn_mask, self.attn_drop.p if self.training else 0.0
         )
         out = out.transpose(1, 2).flatten(2)
-        # Newer releases of timm, and the Eva class, may scale or gate the heads' output.
+        # The Eva class and newer releases of timm may normalise or gate the heads' output.
         if getattr(self, "norm", None) is not None:
             out = self.norm(out)
         if getattr(self, "gate", None) is not None:
@@ -130,7 +130,7 @@ class _Terms:
     def logit_terms(
         self, q: torch.Tensor, k: torch.Tensor, height: int | None, width: int | None, mask: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Sum of the encodings on keys and queries and of the mask, to add to the logits; None if there are none."""
+        """The sum of the terms on keys and queries and the mask, to be added to the logits; None without any of them."""
         terms = []
         if self.rpe_k is not None:
             terms.append(self.rpe_k(q * self.scale, height, width))
@@ -143,7 +143,7 @@ class _Terms:
         return add_terms(terms) if terms else None
 
     def rotate(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        """Apply the rotary embedding to queries or keys (B, H, L, D); prefix tokens have no position and stay."""
+        """Apply the rotary embedding to queries or keys (B, H, L, D), except to prefix tokens, which have no position."""
         prefix = self.num_prefix_tokens
         half = {"half": True} if getattr(self, "rotate_half", False) else {}  # timm 1.0.15 has no such argument
         return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, **half)], 2)
@@ -165,17 +165,17 @@ _EQUIPPED = {timm_vit.Attention: RPEAttention, AttentionRope: RPEAttentionRope, 
 
 
 def equip_irpe(model: nn.Module, rpe_config: RPEConfig | None) -> nn.Module:
-    """Add iRPE to every block of a timm VisionTransformer or Eva, in place. Weights stay; new tables are zero.
+    """Add iRPE to every block of a timm VisionTransformer or Eva, in place. Weights are kept; new tables are zero.
 
     Args:
         model: any `timm.models.vision_transformer.VisionTransformer` or `timm.models.eva.Eva`, with or without class,
-            distillation and register tokens and rotary positions, whose blocks hold timm's `Attention`,
-            `EvaAttention` or `AttentionRope`. Maps may be oblong and, with `dynamic_img_size`, vary.
+            distillation and register tokens and rotary positions, whose blocks contain timm's `Attention`,
+            `EvaAttention` or `AttentionRope`. Maps need not be square and, with `dynamic_img_size`, may vary in size.
         rpe_config: from `irpe.get_rpe_config`; its `skip` is replaced by the model's number of prefix tokens. None
             leaves the model as it is.
 
     Returns: the model. If timm built it by name, its architecture is now `vit_irpe`, so that timm can save and load it.
-    Raises: TypeError for a model of another kind, ValueError for one that drops patches or is already equipped.
+    Raises: TypeError for a model of another class, ValueError for one that drops patches or is already equipped.
     """
     if rpe_config is None:
         return model
@@ -219,7 +219,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
 # --- timm's factory ---------------------------------------------------------------------------------------------------
 
-# Arguments that timm's factory passes to an entry point about the weights, not about the model.
+# Arguments of timm's factory that concern the weights, not the model.
 _WEIGHT_ARGUMENTS = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir")
 # Arguments with which timm wraps a model for feature extraction.
 _FEATURE_ARGUMENTS = ("features_only", "out_indices", "feature_cls")
@@ -230,9 +230,9 @@ def vit_irpe(pretrained: bool = False, *, base: str = "", rpe: str = "", **kwarg
     """Any timm model that `equip_irpe` accepts, with iRPE, for `timm.create_model("vit_irpe", base=..., rpe=...)`.
 
     Args:
-        pretrained: load weights: those of the folder or of the Hub repository that timm builds the model from, else
-            the plain weights of `base`, with tables of zeros.
-        base: timm's name of the plain model, such as "vit_base_patch16_224".
+        pretrained: load weights. If timm builds the model from a folder or a Hub repository, they are the ones saved
+            there, otherwise timm's weights of `base`, with tables of zeros.
+        base: timm's name of the model without iRPE, such as "vit_base_patch16_224".
         rpe: the encoding as `irpe.RPE_GRAMMAR` defines it, such as "rpe-1.9-product-ctx-1-k".
         kwargs: timm's, for `base`. With `features_only` the result is a `FeatureGetterNet`.
     Raises: ValueError if `base` or `rpe` is missing or wrong, and what `equip_irpe` raises.
@@ -254,17 +254,17 @@ def vit_irpe(pretrained: bool = False, *, base: str = "", rpe: str = "", **kwarg
 
 
 def rpe_text(rpe_config: RPEConfig) -> str:
-    """The text that `irpe.parse_rpe` turns into `rpe_config`, but for its `skip`."""
+    """The string that `irpe.parse_rpe` parses to `rpe_config`, except for its `skip`."""
     ratio = f"{decimal.Decimal(repr(rpe_config.ratio)).normalize():f}"  # 20 for 20.0, and never an exponent
     mode = "ctx" if rpe_config.mode == "contextual" else "bias"
     return f"rpe-{ratio}-{rpe_config.method.value}-{mode}-{int(rpe_config.shared_head)}-{rpe_config.rpe_on}"
 
 
 def set_architecture(model: nn.Module, architecture: str, **equipment: str) -> None:
-    """Record the entry point with which timm builds the model again; `timm.models.save_for_hf` writes it.
+    """Record the entry point from which timm can rebuild the model; `timm.models.save_for_hf` stores it.
 
     Args:
-        equipment: `base` and `rpe` if the entry point is `vit_irpe`; another one has its encoding in its name.
+        equipment: `base` and `rpe` if the entry point is `vit_irpe`; the names of others include their encoding.
     """
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": architecture}
     arguments = {name: value for name, value in recorded_arguments(model).items() if name not in ("base", "rpe")}
@@ -272,10 +272,10 @@ def set_architecture(model: nn.Module, architecture: str, **equipment: str) -> N
 
 
 def record_arguments(model: nn.Module, **arguments: Any) -> None:
-    """Record arguments with which timm builds the model again; None, timm's default, and weight sources are left out.
+    """Record the arguments from which timm can rebuild the model, except None, timm's default, and weight sources.
 
-    timm's factory records its arguments in the same attribute, and `timm.models.save_for_hf` writes them. Releases of
-    timm without that attribute write only what `save_for_hf` gets as `model_args`: give it `recorded_arguments(model)`.
+    timm's factory records its arguments in the same attribute, and `timm.models.save_for_hf` stores them. Releases of
+    timm without that attribute store only the `model_args` of `save_for_hf`: pass it `recorded_arguments(model)`.
     """
     described = {
         name: value for name, value in arguments.items() if name not in _WEIGHT_ARGUMENTS and value is not None
@@ -284,12 +284,12 @@ def record_arguments(model: nn.Module, **arguments: Any) -> None:
 
 
 def recorded_arguments(model: nn.Module) -> dict[str, Any]:
-    """The recorded arguments with which timm builds the model again."""
+    """The recorded arguments from which timm can rebuild the model."""
     return dict(getattr(model, "_model_args", {}))
 
 
 def describes_equipped_weights(pretrained_cfg: Any) -> bool:
-    """Whether timm builds a saved model: a `local-dir:` or `hf-hub:` holds weights that include the tables."""
+    """Whether timm loads a saved model: the weights of a `local-dir:` or `hf-hub:` model include the tables."""
     return isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") in ("local-dir", "hf-hub")
 
 
@@ -321,9 +321,9 @@ def wrap_features(model: nn.Module, features: dict[str, Any]) -> nn.Module:
     """Apply `features_only`: a `FeatureGetterNet` that returns the maps of some blocks, each (B, C, h, w).
 
     Args:
-        features: from `pop_feature_arguments`. `out_indices` are numbers of blocks or, as a number, how many of the
-            last ones; 3 by default, as in timm.
-    Raises: ValueError for a `feature_cls` other than timm's "getter", which is the one for vision transformers.
+        features: from `pop_feature_arguments`. `out_indices` are the indices of blocks or, as a single number n, the
+            last n blocks; 3 by default, as in timm.
+    Raises: ValueError for a `feature_cls` other than "getter", which timm uses for vision transformers.
     """
     if not features.get("features_only"):
         return model

@@ -23,14 +23,14 @@ class RASampler(RepeatAugSampler):
             get_world_size() if num_replicas is None else num_replicas,
             get_rank() if rank is None else rank,
             shuffle,
-            selected_round=256 if len(dataset) >= 256 else 0,  # with 256, older timm would select nothing
+            selected_round=256 if len(dataset) >= 256 else 0,  # with 256, older timm would select none of fewer images
         )
 
 
 class ShardSampler(Sampler[int]):
-    """Every ``num_replicas``-th index, starting at ``rank``: together the ranks see each image exactly once.
+    """Every ``num_replicas``-th index, starting at ``rank``, so that together the ranks see each image exactly once.
 
-    torch's DistributedSampler repeats images until all shards are equally long, so that some would count twice.
+    torch's DistributedSampler repeats images to make all shards equally long, so some images would count twice.
     """
 
     def __init__(self, dataset: Sized, num_replicas: int, rank: int) -> None:
