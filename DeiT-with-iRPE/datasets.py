@@ -155,7 +155,7 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's posterize, also for 0 bits, its highest magnitude: old Pillow returned a black image, new Pillow raises."""
+    """timm's posterize, also for 0 bits, its highest magnitude, for which newer Pillow raises an error."""
     return auto_augment.posterize(image, bits, **options) if bits else image.point(lambda value: 0)
 
 
@@ -218,7 +218,7 @@ def _build_split(is_train: bool, args: argparse.Namespace, transform: Callable) 
     if is_train:
         return kind(train, transform)
     has_train = os.path.isfile(train) if args.load_tar else os.path.isdir(train)
-    # Scanning ImageNet's 150 GB of training images takes minutes. Evaluation does not need it if val.tar has all classes.
+    # Scanning ImageNet's 150 GB of training images takes minutes, which evaluation avoids if val.tar has all classes.
     if has_train and args.load_tar and args.eval and args.data_set == "IMNET":
         has_train = len(kind.class_names(val)) != IMAGENET_CLASSES
     return kind(val, transform, kind.class_names(train) if has_train else None)
@@ -250,7 +250,7 @@ class Sieve:
         return name.lower().endswith(IMG_EXTENSIONS)
 
     def is_visible(self, path: str) -> bool:
-        """Whether an image is outside of the data set's hidden folders, such as .ipynb_checkpoints, which hold copies."""
+        """Whether an image is outside of hidden folders, such as .ipynb_checkpoints, which contain copies."""
         if "/." in "/" + posixpath.dirname(path[len(self.top) :]):
             self.hidden.append(path)
             return False
@@ -270,7 +270,7 @@ class Sieve:
 
 
 def _number_classes(names: list[str], known: list[str] | None, path: str) -> tuple[list[str], dict[str, int]]:
-    """All classes, and the index of each of ``names`` among them. The classes are ``known``, or ``names`` if it is None.
+    """All classes, which are ``known`` unless it is None, and the index of each of ``names`` among them.
 
     Raises ``UserError`` for a name that is not among the known classes.
     """
@@ -331,8 +331,8 @@ class ImageTar(NamedImages):
     Each class folder has at least one image directly in it; images in its subfolders belong to the same class. If there
     is only one class, it must not have subfolders.
 
-    The items are those of ``ImageFolder`` for the unpacked files, in the same order. Raises ``UserError`` for a tar file
-    that is missing, truncated, compressed or laid out differently, or has symbolic links.
+    The items are those of ``ImageFolder`` for the unpacked files, in the same order. Raises ``UserError`` for a tar
+    file that is missing, truncated, compressed or laid out differently, or has symbolic links.
     """
 
     def __init__(self, path: str, transform: Callable, known_classes: list[str] | None = None) -> None:
@@ -503,7 +503,7 @@ def _headers(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tarf
             file.seek(tar.offset)
     except tarfile.ReadError as error:
         raise UserError(f"tar {label} is truncated, compressed or no tar: {error}") from error
-    # tarfile treats a damaged header as the end of the archive, and reads past the end of a tar file inside another one.
+    # tarfile treats a damaged header as the end of the file, and reads past the end of a tar file inside another one.
     if tar.offset >= start + size or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise UserError(f"tar {label} is truncated or damaged at byte {tar.offset - start}")
 
@@ -534,7 +534,7 @@ def _build_cifar(root: str, is_train: bool, transform: Callable) -> Dataset:
 
 
 class INaturalist(NamedImages):
-    """iNaturalist 2018 or 2019: the images of ``{train|val}{year}.json``, with one level of ``categories.json`` as classes.
+    """iNaturalist 2018 or 2019: the images of ``{train|val}{year}.json``, whose classes are one level of the categories.
 
     Args:
         root: folder of the two JSON files; the paths of the images in them are relative to it.

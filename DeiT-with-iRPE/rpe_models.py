@@ -142,7 +142,7 @@ def build_named(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module
 
 
 def near_names(name: str) -> list[str]:
-    """Up to four registered names similar to `name`: timm's, which include the DeiT baselines, and those of this file."""
+    """Up to four model names similar to `name` that timm knows, including those registered here."""
     return difflib.get_close_matches(name, timm.list_models(), 4)
 
 

@@ -130,7 +130,7 @@ class _Terms:
     def logit_terms(
         self, q: torch.Tensor, k: torch.Tensor, height: int | None, width: int | None, mask: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The sum of the terms on keys and queries and the mask, to be added to the logits; None without any of them."""
+        """The sum of the terms on keys and queries and of the mask, to add to the logits; None without any of them."""
         terms = []
         if self.rpe_k is not None:
             terms.append(self.rpe_k(q * self.scale, height, width))
@@ -143,7 +143,7 @@ class _Terms:
         return add_terms(terms) if terms else None
 
     def rotate(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-        """Apply the rotary embedding to queries or keys (B, H, L, D), except to prefix tokens, which have no position."""
+        """Apply the rotary embedding to queries or keys (B, H, L, D), except to prefix tokens (no position)."""
         prefix = self.num_prefix_tokens
         half = {"half": True} if getattr(self, "rotate_half", False) else {}  # timm 1.0.15 has no such argument
         return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, **half)], 2)

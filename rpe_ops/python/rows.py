@@ -1,10 +1,10 @@
 """Attention with relative positions on a GPU by rows of the map, in Triton, for the methods product and cross.
 
-A bucket depends on a pair of tokens through a *class* of their two rows and through their two columns. With P the
-width of the map rounded up to 16, the products of a token with a table, E (B, H, L, classes·P), are stored in the order
-E[…, class·P + c'] for columns c' of the other token. What a term adds for a row of the map is therefore contiguous, and
-kernels read and write 16 adjacent numbers, without look-ups, scatters or atomic operations. README.md explains the
-design; rows_kernels.py holds the kernels.
+The bucket of a pair of tokens depends only on a *class* of their two rows and on their two columns. Let P be the width
+of the map rounded up to a multiple of 16. The products of the tokens with a table, E (B, H, L, classes·P), are stored in
+the order E[…, class·P + c'], where c' is the column of the other token. What a term adds for a row of the map is
+therefore contiguous, and the kernels read and write 16 adjacent numbers, without look-ups, scatters or atomic
+operations. README.md explains the design; rows_kernels.py contains the kernels.
 """
 
 import os
@@ -20,11 +20,11 @@ from torch.autograd.function import once_differentiable
 from . import rows_kernels as kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_SPLIT_PROGRAMS = 256  # programs among which the sums of the tables' gradients are split, if there is enough for them
+_SPLIT_PROGRAMS = 256  # the number of programs that compute the tables' gradients, if there is enough work for them
 
 
 class Tile(NamedTuple):
-    """Tokens that a program owns, tokens on the other side that it takes at a time, and Triton's options."""
+    """The number of tokens that a program owns, how many other tokens it processes at a time, and Triton's options."""
 
     own: int
     other: int
@@ -32,10 +32,10 @@ class Tile(NamedTuple):
     num_stages: int = 1
 
 
-# The tile of each kernel, for a type and a number of channels up to 64 or 128; a benchmark may assign others. Both
-# sizes are powers of two and multiples of 16, and `other` is 16 for kernels with sums. For product, adjoint and
-# gradient, `own` are tokens and `other` is a part of the products. Those of half precision and 64 channels are the
-# fastest of benchmarks/gpu_*.txt; benchmarks/rows_ptxas.txt lists the registers that each takes.
+# The tile of each kernel, for a dtype and for up to 64 or 128 channels; a benchmark may assign others. Both sizes are
+# powers of two and multiples of 16, and `other` is 16 for kernels with sums. In the kernels product, adjoint and
+# gradient, `own` counts tokens and `other` counts entries of the products. The tiles for half precision and 64 channels
+# are the fastest ones in benchmarks/gpu_*.txt; benchmarks/rows_ptxas.txt lists the registers of each kernel.
 TILES = {
     (kernel, *key): tile
     for key, tiles in {
@@ -98,10 +98,11 @@ def tile(kernel: str, dtype: torch.dtype, channels: int) -> Tile:
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], prefix: int) -> bool:
-    """Whether `attention` is for this call.
+    """Whether `attention` supports this call.
 
-    It takes q, k, v of one shape and type, at most 128 channels and 16 prefix tokens, and tables of one type for these
-    heads and channels, on a GPU (or, under Triton's interpreter, on the CPU), with Triton 3.3 or newer.
+    It needs q, k and v of the same shape and dtype, at most 128 channels and 16 prefix tokens, and tables of one dtype
+    whose shapes fit these heads and channels, on a GPU (or, under Triton's interpreter, on the CPU), and Triton 3.3 or
+    newer.
     """
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
     return (
@@ -119,7 +120,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], prefix: int) ->
 
 
 def _fits(table, heads, channels):
-    """Whether a table is for so many heads and channels; that of a bias, (H', buckets), has no channels."""
+    """Whether a table's shape fits these numbers of heads and channels; a bias table, (H', buckets), has no channels."""
     return len(table) in (1, heads) and (table.dim() == 2 or channels in table.shape[1:])
 
 
@@ -139,15 +140,17 @@ def attention(
     """softmax(scale·q·kᵀ + terms on keys and queries + mask)·v + term on values, with scale = D^-1/2 (Eq. 12 to 14).
 
     Args:
-        q, k, v: (B, H, L, D), as `takes` says; q not scaled. Autocast casts them.
-        tables_q, tables_k, tables_v: for each place no table, one, or two of a cross (rows, columns), as many in every
-            place: (H', D, buckets) on queries and keys, (H', buckets, D) on values, (H', buckets) with `bias`.
-        layout, sizes: of the map and the method, as irpe.py's `row_layout` makes them; layout on the device of q.
+        q, k, v: (B, H, L, D), as `takes` requires; q is not scaled. Autocast casts them.
+        tables_q, tables_k, tables_v: the tables of the terms on queries, keys and values. A list is empty without that
+            term; otherwise it has one table, or two for the cross method (rows, columns). Shapes: (H', D, buckets) on
+            queries and keys, (H', buckets, D) on values, (H', buckets) with `bias`.
+        layout, sizes: the description of map and method by irpe.py's `row_layout`; the layout is on the device of q.
         bias: whether the tables have a number for every bucket instead of a vector.
-        mask: added to the logits, or bool with True where a key may be seen; broadcast to (B, H, L, L); no gradient.
-        dropout_p: dropout of the attention, the same in the backward pass.
-    Returns: (B, H, L, D). A query that sees nothing gets zeros, and contributes zero to every gradient. Gradients are
-        the same in every run; they have no derivatives themselves.
+        mask: added to the logits, or bool with True where a query may attend to a key; broadcast to (B, H, L, L). It
+            gets no gradient.
+        dropout_p: dropout probability of the attention weights. The backward pass drops the same weights.
+    Returns: (B, H, L, D). A query that may not attend to any key gets zeros, and contributes zero to every gradient.
+        Gradients are the same in every run, and cannot be differentiated again.
     """
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -158,7 +161,7 @@ def attention(
     arguments = places, layout, list(sizes), bias, mask, seed, float(dropout_p)
     if torch.compiler.is_compiling():
         return torch.ops.rpe_ops.attention_by_rows(q, k, v, tables, *arguments)[0]
-    # PyTorch takes longer to call an operator written in Python than a GPU takes for this attention.
+    # Calling an operator written in Python takes PyTorch longer than a GPU needs for this attention.
     return _Attention.apply(q, k, v, *arguments, *tables)
 
 
@@ -166,7 +169,7 @@ def attention(
 
 
 class _Call:
-    """Launches the kernels of one call. `values` are the arguments that kernels share, by their parameters' names."""
+    """Launches the kernels of one call. `values` are the arguments that kernels share, by parameter name."""
 
     def __init__(self, q, tables, places, layout, sizes, bias, mask, seed, dropout_p):
         batch, heads, length, channels = q.shape
@@ -215,7 +218,7 @@ class _Call:
             "buckets": tables[0].shape[1 if places[0] == "v" else -1],
             "on_values": places.find("v"),
         }
-        if bias:  # its tables have one channel, which every token has a 1 in
+        if bias:  # a bias table has a single channel, in which every token is 1
             self.of_tables = self.values | {"scale": 1.0, "CHANNELS": 1, "BLOCK_D": 16}
         else:
             self.of_tables = self.values
@@ -224,9 +227,9 @@ class _Call:
         return tile(name, self.q.dtype, self.q.shape[3])
 
     def products(self, x):
-        """Products of a tensor of tokens for each place with that place's tables: (places, B, H, L, classes·P).
+        """Multiply tensors of tokens, one for each place, by that place's tables: (places, B, H, L, classes·P).
 
-        Those of a bias are (places, 1, H', columns + 1, classes·P), since they depend on no token.
+        The products of a bias are (places, 1, H', columns + 1, classes·P), because they do not depend on the tokens.
         """
         values = self.of_tables
         if self.bias:
@@ -278,7 +281,7 @@ class _Call:
         )
 
     def attend(self, kernel, name, products, tokens, by_key=False, **values):
-        """Launch a kernel of attention; `tokens` are the tensors that it reads by token, by their parameters' names."""
+        """Launch an attention kernel; `tokens` are the tensors that it reads token by token, by parameter name."""
         options = self.tile(name)
         of_query, of_key = (0, 0) if self.mask is None else self.mask.stride()[2:]
         of_own, of_other = (of_key, of_query) if by_key else (of_query, of_key)
@@ -296,7 +299,7 @@ class _Call:
                 "on_q": self._on_logits("q", products),
                 "on_k": self._on_logits("k", products),
                 "products_b": 0 if self.bias else products.stride(1),
-                # All heads have the same products of a bias that they share.
+                # If the heads share a bias, they all have the same products.
                 "products_h": 0 if self.bias and self.groups == 1 else products.stride(2),
                 "mask_own": of_own,
                 "mask_other": of_other,
@@ -317,7 +320,7 @@ class _Call:
         return kernels.BY_OWN.value + kernels.BY_OTHER.value
 
     def gradients(self, x, products):
-        """Gradients of the tables, flat and one after the other, from those of the products, a tensor a place."""
+        """The gradients of the tables, flattened and concatenated, from the gradients of each place's products."""
         values = self.of_tables
         options = self.tile("gradient")
         programs = _ceil_div(self.size, options.other) * values["count"] * self.groups
@@ -346,7 +349,7 @@ class _Call:
 
 
 def _launch(kernel, grid, options, values):
-    """Launch a kernel with those of the values that are its parameters."""
+    """Launch a kernel with the values that are among its parameters."""
     values = values | {"OWN": options.own, "OTHER": options.other}
     arguments = {name: values[name] for name in kernel.arg_names}
     tensor = next(iter(arguments.values()))
@@ -354,7 +357,7 @@ def _launch(kernel, grid, options, values):
         if not isinstance(tensor, FakeTensor):
             kernel[grid](**arguments)
         return
-    # wrap_triton costs a quarter of a millisecond, and only what torch.compile traces needs it.
+    # wrap_triton takes a quarter of a millisecond, and is only needed while torch.compile traces the call.
     traced = isinstance(tensor, (FakeTensor, FunctionalTensor))
     launcher = torch.library.wrap_triton(kernel) if traced else kernel
     with torch.cuda.device_of(tensor):
@@ -366,13 +369,13 @@ def _ceil_div(a, b):
 
 
 def _strided(name, x):
-    """A tensor of (…, B, H, L, D) with its strides, by the names of a kernel's parameters."""
+    """A tensor (…, B, H, L, D) and its strides, by the names of a kernel's parameters."""
     b, h, token, _ = x.stride()[-4:]
     return {name: x, f"{name}_b": b, f"{name}_h": h, f"{name}_l": token}
 
 
 def _three(name, tensors, first=0):
-    """Tensors of up to three places, by the names of a kernel's parameters; the last one stands in for missing ones."""
+    """The tensors of up to three places, by the names of a kernel's parameters; the last one fills unused parameters."""
     return {f"{name}_{first + place}": tensors[min(place, len(tensors) - 1)] for place in range(3)}
 
 
@@ -399,13 +402,13 @@ def _forward(
     seed: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, logarithms of the softmax's sums, sums of weights that meet the table on values)"""
+    """The output, the logarithms of the softmax's sums, and the sums of weights to multiply by the table on values."""
     q, k, v = (_contiguous_channels(x) for x in (q, k, v))
     call = _Call(q, tables, places, layout, sizes, bias, mask, seed, dropout_p)
     batch, heads, length, channels = q.shape
     tokens = {"q": k, "k": q}
     products = call.products([tokens[place] for place in call.on_logits])
-    # (B, L, H, D) in memory, so that the heads join to channels without a copy
+    # The memory layout is (B, L, H, D), so that the heads can be concatenated without a copy.
     out = q.new_empty(batch, length, heads, channels).transpose(1, 2)
     log_sums = q.new_empty(batch, heads, length, dtype=torch.float32)
     sums = q.new_empty(batch, heads, length, call.size if "v" in places else 0)
@@ -442,14 +445,14 @@ def _backward(
     seed: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k, q and v, (3, B, H, L, D), and, flat and one after the other, of the tables"""
+    """The gradients of k, q and v, (3, B, H, L, D), and of the tables, flattened and concatenated."""
     grad, q, k, v = (_contiguous_channels(x) for x in (grad, q, k, v))
     call = _Call(q, tables, places, layout, sizes, bias, mask, seed, dropout_p)
     batch, heads, length, channels = q.shape
     tokens = {"q": k, "k": q, "v": grad}
     tokens_of_places = [tokens[place] for place in places]
     products = call.products(tokens_of_places)
-    # Of keys, queries and values: what the tables on queries, keys and values are multiplied with.
+    # The order is keys, queries, values, because these are multiplied by the tables on queries, keys and values.
     grads = q.new_empty(3, batch, length, heads, channels).transpose(2, 3)
     grad_products = q.new_empty(len(call.on_logits), batch, heads, length, call.size)
     shared = {
@@ -484,7 +487,7 @@ def _backward(
 
 
 class _Attention(torch.autograd.Function):
-    """The attention without torch.compile."""
+    """The attention for calls that torch.compile does not trace."""
 
     @staticmethod
     def forward(ctx, q, k, v, places, layout, sizes, bias, mask, seed, dropout_p, *tables) -> Tensor:
@@ -504,11 +507,11 @@ def _contiguous_channels(x):
 
 
 def _register(name, function):
-    """An operator that torch.compile sees through or, since it cannot see into the interpreter, takes as a whole."""
+    """Register an operator. torch.compile traces into it, except under Triton's interpreter, which it cannot trace."""
     if not INTERPRETED:
         return torch.library.triton_op(name, function, mutates_args=())
     operator = torch.library.custom_op(name, function, mutates_args=())
-    operator.register_fake(function)  # which launches nothing then
+    operator.register_fake(function)  # with fake tensors, the function launches nothing
     return operator
 
 

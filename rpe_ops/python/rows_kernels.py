@@ -5,9 +5,12 @@ Terms used here:
     plane: one head of one image.
     own, other: a program owns a block of tokens and loops over the others. The forward and the queries' kernel own
         queries and loop over keys; the keys' kernel owns keys and loops over queries. A tile is (own, other).
-    products: what a token has with the table of a term, one number for each row class and column of the other token,
-        (…, L, classes·P) with P the map's width rounded up to 16. A term on keys uses products of queries, a term on
-        queries those of keys, and a term on values, in the backward pass, those of the output's gradients.
+    products: the products of a token with the table of a term, one number for each row class and column of the other
+        token, (…, L, classes·P), where P is the map's width rounded up to a multiple of 16. A term on keys uses the
+        products of queries, a term on queries those of keys, and a term on values, in the backward pass, those of the
+        output's gradients.
+    sums: in the layout of products, sums over the rows of a class: weights for a term on values, otherwise gradients of
+        logits.
     shape: the tuple rows, columns, prefix, row_step, column_step, chunks, padded (P), size (classes·P).
     layout: row classes, (rows + 1)², with the prefix first, and then what irpe.py's `row_layout` adds for the tables.
 """
@@ -15,7 +18,7 @@ Terms used here:
 import triton
 import triton.language as tl
 
-# One compiled kernel serves maps of all sizes, because compiling takes longer than a training step may.
+# One compiled kernel serves maps of all sizes, because compiling a kernel in a training step would take too long.
 VARYING = [
     "length",
     "rows",
@@ -46,9 +49,9 @@ BY_OTHER = tl.constexpr(2)
 
 @triton.jit
 def _place(chunk, shape):
-    """Row of each chunk, where the prefix is row 0, and its first column.
+    """The row of each chunk, where row 0 is the prefix, and its first column.
 
-    Chunks go down the map, one block of 16 columns after the other; the prefix comes first.
+    The prefix comes first. The chunks of the map then follow in blocks of 16 columns, each from top to bottom.
     """
     rows, columns, prefix, row_step, column_step, chunks, padded, size = shape
     on_map = tl.minimum(chunk, chunks - 1) - tl.where(prefix > 0, 1, 0)
@@ -85,7 +88,7 @@ def _side(first, shape, BIAS: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def _own_plane(chunks, heads, OWN: tl.constexpr):
-    """(plane, image, head, first chunk) of a program's own tokens; the image in 64 bits, for offsets."""
+    """(plane, image, head, first chunk) of a program's own tokens. The image is int64, because offsets may be large."""
     blocks = tl.cdiv(chunks, OWN // 16)
     plane = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * (OWN // 16)
@@ -94,7 +97,7 @@ def _own_plane(chunks, heads, OWN: tl.constexpr):
 
 @triton.jit
 def _planes(chunks, OWN: tl.constexpr):
-    """The number of planes, in 64 bits, for offsets."""
+    """The number of planes, in int64, because offsets may be large."""
     return (tl.num_programs(0) // tl.cdiv(chunks, OWN // 16)).to(tl.int64)
 
 
@@ -165,7 +168,7 @@ def _logits(
 
 @triton.jit
 def _dropout(tile, seed, plane, query, key, length, dropout_p):
-    """A tile after dropout, which depends on the seed and the place alone; `query` and `key` broadcast to the tile."""
+    """A tile after dropout, which depends only on seed, plane, query and key; the latter two broadcast to the tile."""
     place = query * length + key
     drawn, _, _, _ = tl.philox(tl.load(seed), place, plane + place * 0, place * 0, place * 0)
     return tl.where(tl.uint_to_uniform_float(drawn) >= dropout_p, tile / (1 - dropout_p), 0.0)
@@ -212,9 +215,9 @@ def _clear_unmet(sums, own, layout, shape):
 
 @triton.jit
 def _end_of_run(own, chunk, layout, shape):
-    """(whether a run ends with a chunk, where its sum belongs), for each own token.
+    """For each own token, whether a run ends with a chunk, and where its sum belongs.
 
-    A run is a stretch of chunks in the same columns whose rows have one class for the own token.
+    A run is a sequence of chunks in the same columns whose rows have the same class for the own token.
     """
     row, at = own[2], own[3]
     other_row, column = _place(chunk, shape)
@@ -227,7 +230,7 @@ def _end_of_run(own, chunk, layout, shape):
 
 @triton.jit
 def _store_run(sums, total, own, ends, at):
-    """Write the sums of the runs that end; returns the sums to go on with."""
+    """Write the sums of the runs that end. Returns the sums for the next chunk, 0 for a run that begins there."""
     places = at[:, None] + tl.arange(0, 16)[None, :]
     tl.store(sums + places, total.to(sums.dtype.element_ty), mask=(ends & own[1])[:, None])
     return tl.where(ends[:, None], 0.0, total)
@@ -302,9 +305,9 @@ def forward_kernel(
 ):
     """The output of a block of queries, and the logarithms of their softmax's sums.
 
-    A term on values needs, for each query, sums of weights by runs: `sums`, which the table on values is multiplied
-    with afterwards. The largest logit grows while the sums are made, so each is stored with the maximum of its time in
-    `maxima`, and multiplied by what is missing in the end.
+    A term on values also needs `sums`, for each query the sums of the weights of each run, which are multiplied by the
+    table on values afterwards. As the maximum of the logits changes during the loop, each sum is stored with the current
+    maximum, in `maxima`, and is rescaled at the end.
     """
     scale = tl.cast(scale, tl.float32)  # torch.compile passes numbers as float64
     dropout_p = tl.cast(dropout_p, tl.float32)
@@ -347,11 +350,11 @@ def forward_kernel(
         largest = larger
     blind = weight == 0.0
     weight = tl.where(blind, 1.0, weight)[:, None]
-    # +∞ makes every weight of a query that sees nothing zero, here and in the backward pass.
+    # For a query that may not attend to any key, +∞ makes every weight zero, here and in the backward pass.
     log_sum = tl.where(blind, float("inf"), largest)[:, None] + tl.log(weight)
     tl.store(log_sums + plane.to(tl.int64) * length + token[:, None], log_sum, mask=own[1][:, None])
     if ON_V:
-        tl.debug_barrier()  # other threads may have written what a thread reads now
+        tl.debug_barrier()  # a thread now reads what other threads may have written
         _normalise(sums, maxima, log_sum, own, layout, shape)
     out += (b * length * heads + h) * CHANNELS
     _store(out, total / weight, token * heads * CHANNELS, own[1], CHANNELS, BLOCK_D)
@@ -392,8 +395,8 @@ def _exact_delta(
 ):
     """Σ over keys of p·(gradient of p), from weights and gradients as the queries' kernel computes them.
 
-    Computed from the output instead, it would be rounded differently from the gradients, and what all values have in
-    common would not cancel. float32 has digits to lose by that.
+    If it were computed from the output, it would be rounded differently from the gradients, so a large mean of all
+    values would not cancel exactly. In float32, that would lose precision.
     """
     delta = tl.zeros((q_tile.shape[0], 1), tl.float32)
     weight = tl.zeros((q_tile.shape[0], 1), tl.float32)
@@ -412,7 +415,7 @@ def _exact_delta(
             grad = _dropout(grad, seed, plane, own[0][:, None], other[0][None, :], length, dropout_p)
         delta += tl.sum(p * grad, 1)[:, None]
         weight += tl.sum(p, 1)[:, None]
-    return delta / tl.where(weight == 0.0, 1.0, weight)  # the weights sum to 1 but for rounding
+    return delta / tl.where(weight == 0.0, 1.0, weight)  # the sum of the weights is 1 except for rounding
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -475,9 +478,9 @@ def queries_kernel(
 ):
     """Gradients of a block of queries and, with a term on keys, of their products.
 
-    The gradients of queries are the second of `grads`; those of products are the second of `sums` if those of keys are
-    the first. Both tensors are passed whole, because torch.compile would copy parts. The queries leave `deltas`, Σ over
-    keys of p·(gradient of p), to the keys' kernel.
+    The gradients of queries are the second part of `grads`. Those of products are the second part of `sums`, or the only
+    one without a term on queries. Both tensors are passed whole, because torch.compile would copy slices. The kernel also
+    writes `deltas`, Σ over keys of p·(gradient of p), for the keys' kernel.
     """
     scale = tl.cast(scale, tl.float32)  # torch.compile passes numbers as float64
     dropout_p = tl.cast(dropout_p, tl.float32)
@@ -619,7 +622,7 @@ def keys_kernel(
 ):
     """Gradients of a block of keys and values and, with a term on queries, of the keys' products.
 
-    They are the first and the third of `grads`, and the first of `sums`, which are passed whole as in `queries_kernel`.
+    They are the first and the third part of `grads`, and the first part of `sums`; see `queries_kernel`.
     """
     scale = tl.cast(scale, tl.float32)  # torch.compile passes numbers as float64
     dropout_p = tl.cast(dropout_p, tl.float32)
@@ -672,9 +675,9 @@ def keys_kernel(
 
 
 # --- Tables ----------------------------------------------------------------------------------------------------------
-# Up to three places, on queries, keys and values, share a launch: `place` counts those that have tables, and selects
-# one of three tensors. Tables of all heads together are one group, and otherwise every head is a group. A bias is a
-# table of one channel, for which every token is 1.
+# Terms on up to three places (queries, keys, values) share a launch: `place` counts the places that have tables, and
+# selects one of three tensors. If the heads share their tables, they form one group; otherwise every head is a group. A
+# bias is treated as a table with a single channel, in which every token is 1.
 
 
 @triton.jit
@@ -707,8 +710,10 @@ def _of_column(
     x_l,
     OWN: tl.constexpr,
 ):
-    """For a block of the tokens of one column in all maps of a group (the last column is the prefix): whether there is
-    a token, where its products begin, and where its channels begin."""
+    """A block of the tokens of one column, or of the prefix if `column` is `columns`, in all maps of a group.
+
+    Returns: whether there is a token, where its products begin, and where its channels begin.
+    """
     per_plane = tl.where(column == columns, prefix, rows)
     number = block * OWN + tl.arange(0, OWN)
     inside = number < planes * per_plane
@@ -725,10 +730,10 @@ def _of_column(
 
 @triton.jit
 def _channels(x, x_at, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BIAS: tl.constexpr):
-    """(tokens, channels); for a bias one channel, which is 1."""
+    """Load (tokens, channels). For a bias, there is a single channel, which is 1."""
     if BIAS:
         tile = tl.where(x_at[:, None] * 0 + tl.arange(0, BLOCK_D)[None, :] == 0, 1.0, 0.0)
-    else:  # an `else`, since Triton would demand one type from two returns
+    else:  # Triton would require the same type from two returns
         tile = _load(x, x_at, CHANNELS, BLOCK_D)
     return tile
 
@@ -758,9 +763,9 @@ def _table_tile(
     BLOCK_D: tl.constexpr,
     OTHER: tl.constexpr,
 ):
-    """(channels, OTHER) of a place's table in the order of the products of tokens in a column, scaled.
+    """Load a tile (channels, OTHER) of a place's table, in the order of the products of tokens in a column.
 
-    Tables on queries and keys are (channels, buckets), and are scaled; those on values are (buckets, channels).
+    Tables on queries and keys are (channels, buckets), and the tile is scaled; those on values are (buckets, channels).
     """
     channel = tl.arange(0, BLOCK_D)[:, None]
     by_channel = tl.where(place == on_values, 1, buckets)

@@ -185,8 +185,8 @@ def _cached_ids(
 def row_layout(offset_ids: Tensor, skip: int, num_buckets: int) -> tuple[Tensor, tuple[int, ...]]:
     """Describe a map for the kernels of `rpe_ops.rows`.
 
-    They support the methods whose bucket for a pair of tokens depends on a class of the two rows and on the two columns:
-    product and cross.
+    They support the methods product and cross, whose bucket for a pair of tokens depends on a class of the two rows and
+    on the two columns.
 
     Args:
         offset_ids: buckets of every offset, (tables, 2·height - 1, 2·width - 1), on the CPU; cross has two tables.
@@ -359,7 +359,7 @@ def _gather_buckets(lookup: Tensor, ids: Tensor) -> Tensor:
 
 
 def _sum_buckets(attn: Tensor, ids: Tensor, num_buckets: int) -> Tensor:
-    """S[b, h, i, c] = Σ of attn[b, h, i, j] over all j with ids[i, j] = c, summed in float32 or more; (B, H, Lq, nb)."""
+    """S[b, h, i, c] = Σ attn[b, h, i, j] over all j with ids[i, j] = c, in float32 or higher; (B, H, Lq, nb)."""
     if _use_rpe_ops(attn.device):
         return rpe_bucket_sum(attn, ids, num_buckets)
     total = attn.new_zeros(*attn.shape[:-1], num_buckets, dtype=torch.promote_types(attn.dtype, torch.float32))
@@ -599,8 +599,8 @@ def add_terms(terms: list[Tensor]) -> Tensor:
 
     Args:
         terms: tensors that broadcast to (B, H, L, L).
-    Returns: the sum. On a GPU, its rows are aligned and it has the dtype of the computation, because PyTorch's attention
-        would copy it otherwise.
+    Returns: the sum. On a GPU, its rows are aligned and it has the dtype of the computation, because PyTorch's
+        attention would copy it otherwise.
     """
     device = terms[0].device.type
     # torch.compile aligns masks itself; torch.jit.trace and torch.func do not support this autograd.Function.
@@ -639,8 +639,8 @@ def _goes_by_rows(q: Tensor, k: Tensor, v: Tensor, modules: list[iRPE | iRPE_Cro
     return rpe_ops.rows_take(q, k, v, tables, configs[0].skip, mask, modules) and fits
 
 
-# iRPE._constant_ids explains assume_constant_result. There are two functions, because torch.compile can store a tensor or
-# numbers as a constant, but not a tuple of both.
+# iRPE._constant_ids explains assume_constant_result. There are two functions, because torch.compile can store a tensor
+# or numbers as a constant, but not a tuple of both.
 @torch.compiler.assume_constant_result
 def _constant_row_layout(*key: Any) -> Tensor:
     return _cached_row_layout(*key)[0]
@@ -766,7 +766,7 @@ def _composed_attention(
     mask: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    """`rpe_attention` from the modules' terms and PyTorch's operators; q is already scaled, and the mask is additive."""
+    """`rpe_attention` from the modules' terms and PyTorch's operators; q is already scaled, the mask is additive."""
     terms = [
         rpe_k and rpe_k(q, height, width),
         rpe_q and rpe_q(k * q.shape[-1] ** -0.5, height, width).transpose(-2, -1),
