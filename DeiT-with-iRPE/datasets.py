@@ -534,7 +534,7 @@ def _build_cifar(root: str, is_train: bool, transform: Callable) -> Dataset:
 
 
 class INaturalist(NamedImages):
-    """iNaturalist 2018 or 2019: the images of ``{train|val}{year}.json``, whose classes are one level of the categories.
+    """iNaturalist 2018 or 2019: the images of ``{train|val}{year}.json``, with classes from ``categories.json``.
 
     Args:
         root: folder of the two JSON files; the paths of the images in them are relative to it.

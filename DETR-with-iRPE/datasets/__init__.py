@@ -26,7 +26,7 @@ def build_dataset(split: str, args: argparse.Namespace) -> CocoDetection | CocoP
 
 
 def train_loader(dataset: Dataset, args: argparse.Namespace) -> DataLoader:
-    """Shuffled batches of this rank. An epoch leaves out the images at its end that do not fill a batch.
+    """Shuffled batches of this rank. The last images of an epoch are left out if they do not fill a batch.
 
     Raises: UserError if the data set has too few images for a batch on every rank.
     """
@@ -49,8 +49,8 @@ def train_loader(dataset: Dataset, args: argparse.Namespace) -> DataLoader:
 def eval_loader(dataset: Dataset, args: argparse.Namespace) -> DataLoader:
     """The batches of this rank. Together, the ranks load every image once.
 
-    The batches do not depend on the number of ranks, which take turns. The results therefore do not depend on it
-    either: padding, which affects DETR's predictions, is determined by the batch.
+    The data set is divided into batches first, which are then dealt out to the ranks. Results therefore do not depend
+    on the number of ranks: padding affects DETR's predictions, but depends only on the batch.
     """
     batches = torch.arange(len(dataset)).split(args.eval_batch_size or args.batch_size)
     batches_of_rank = [batch.tolist() for batch in batches[get_rank() :: get_world_size()]]

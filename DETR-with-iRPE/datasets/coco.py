@@ -38,11 +38,11 @@ from .fields import (
 )
 from .rle import to_rle
 
-# Some of COCO's boxes exceed the image by up to 2 pixels, through rounding. A file is wrong if more than one box in a
-# thousand exceeds it by more.
+# Because of rounding, some of COCO's boxes exceed the image by up to 2 pixels. A file is rejected if more than one box
+# in a thousand exceeds it by more.
 TOLERATED_PIXELS = 2.0
 TOLERATED_SHARE = 1e-3
-# The areas of a file are wrong if more than 5 % of them do not fit the box. The mask of a thin object, for example a
+# A note is printed if more than 5 % of the areas in a file do not fit the box. The mask of a thin object, for example a
 # rope, may cover as little as a thousandth of its box.
 TOLERATED_AREAS = 0.05
 LEAST_AREA = 1e-3
@@ -73,8 +73,8 @@ class CocoSet(torch.utils.data.Dataset):
     as height and width, `boxes` (n, 4), `labels` (n,) and, with `masks`, `masks` (n, H, W).
 
     Args:
-        path: file of the annotations, for messages.
-        data: content of this file.
+        path: the annotation file, for messages.
+        data: the content of this file.
         root: folder with `{split}2017/` or `{split}2017.zip` and `annotations/instances_{split}2017.json`.
         split: `train` or `val`.
         transforms: maps (PIL image, target) to (image, target), see transforms.py.
@@ -116,7 +116,7 @@ class CocoSet(torch.utils.data.Dataset):
     def ground_truth(self) -> COCO | None:
         """The instances of these images, for pycocotools.
 
-        Objects get new ids, since pycocotools counts an object with id 0 as never detected, and counts only the last
+        Objects get new ids, because pycocotools treats an object with id 0 as never detected, and counts only the last
         of several objects with the same id.
 
         Raises: UserError if the file of instances lacks one of the images.
@@ -142,7 +142,7 @@ class CocoSet(torch.utils.data.Dataset):
         return self.images[index]["file_name"]
 
     def place(self, index: int) -> str:
-        """Path of an image; the zip may hold the image instead."""
+        """Path of an image, for messages. The image may be in the zip file instead."""
         return str(self.image_files.folder / self.name(index))
 
     def __getitem__(self, index: int) -> tuple[Any, dict]:
@@ -256,7 +256,7 @@ def _read_json(path: Path, flag: str) -> dict:
 
 
 def _entry_name(path: Path, part: str, entries: list[dict], number: int) -> str:
-    """How messages call an entry of a part of the file."""
+    """The name of an entry in messages."""
     entry = entries[number]
     return f"annotations {path}: {part}: entry {number}" + (f" (id {entry['id']!r})" if entry.get("id") else "")
 
@@ -299,7 +299,7 @@ def read_instances(path: Path, masks: bool = False) -> dict[str, list[dict]]:
             entry["id"] = number
         if entry["area"] is None:
             entry["area"] = max(0, entry["bbox"][2] * entry["bbox"][3])
-        segmentation = entry.pop("segmentation", None)  # takes most of the memory, and is only needed for masks
+        segmentation = entry.pop("segmentation", None)  # uses most of the memory, and is only needed for masks
         if masks:
             image = images[entry["image_id"]]
             entry["segmentation"] = to_rle(segmentation, image["height"], image["width"], _object_name(path, entry))
@@ -330,7 +330,7 @@ def check_categories(dataset: CocoSet, num_classes: int) -> None:
 def check_same_categories(ours: Mapping[int, str], path: Any, theirs: Mapping[int, str], other_path: Any) -> None:
     """Raise UserError if a category id that two files share has different names in them.
 
-    A category whose name is its id has no name, and fits any other. Case and surrounding spaces do not matter.
+    A category whose name is its id counts as unnamed and matches any name. Case and surrounding spaces are ignored.
 
     Args:
         ours, theirs: category id → name.
@@ -376,7 +376,7 @@ def check_same_sets(train_set: CocoSet, val_set: CocoSet) -> None:
 
 
 def note_objects(dataset: CocoSet, num_queries: int, learns: bool) -> None:
-    """Print a note if a data set has no objects, and if an image has more objects than DETR can detect.
+    """Print a note if a data set has no objects, and one if an image has more objects than DETR can detect.
 
     Args:
         dataset: the data set.
@@ -405,7 +405,7 @@ def note_measures(ground_truth: COCO, path: Path) -> None:
 
     Args:
         ground_truth: the result of `CocoSet.ground_truth`.
-        path: its file, for the notes.
+        path: the annotation file, for the notes.
     """
     entries = ground_truth.dataset["annotations"]
     odd = [entry for entry in entries if not _is_area_in_box(entry)]
@@ -450,9 +450,9 @@ def _clip_boxes(entries: list[dict], images: Mapping[int, dict], path: Path) -> 
     Args:
         entries: annotations with `bbox` (x, y, width, height).
         images: image id → entry.
-        path: their file, for messages.
+        path: the annotation file, for messages.
     Returns: the remaining entries, and their boxes (n, 4) as corners in pixels, float32.
-    Raises: UserError if too many boxes are outside of their image, or all have no area.
+    Raises: UserError if too many boxes reach out of their image, or all boxes have no area.
     """
     boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
     if len(boxes) and (0 <= boxes).all() and (boxes <= 1).all():
@@ -512,16 +512,16 @@ def read_image(source: Path | BinaryIO, name: str, read: Callable[[Image.Image],
 
 @functools.lru_cache(maxsize=8)
 def _open_zip(path: Path, pid: int) -> zipfile.ZipFile:
-    # The process id is part of the cache's key: forked workers would share the position of a common file handle, so
-    # that every process must open the zip itself.
+    # Forked workers would share the position of a common file handle. The process id is therefore part of the cache
+    # key, so that every process opens the zip file itself.
     return zipfile.ZipFile(path)
 
 
 class ImageFiles:
-    """Image files in a folder or, if the folder lacks them, in the zip of the same name beside it.
+    """Image files in a folder or, if the folder lacks them, in the zip file of the same name next to it.
 
     Args:
-        folder: path of the folder. The zip contains the folder.
+        folder: path of the folder. The zip file contains the folder.
     Raises: UserError if neither exists.
     """
 
@@ -532,7 +532,7 @@ class ImageFiles:
             raise UserError(f"there is neither a folder {folder} nor {self.archive}: one of them must be there")
 
     def check(self, names: Sequence[str]) -> None:
-        """Raise UserError if one of the files is missing or the zip is damaged."""
+        """Raise UserError if one of the files is missing or the zip file is damaged."""
         unpacked = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         packed = set(self._zip().namelist()) if self.archive.is_file() else set()
         missing = [
@@ -554,7 +554,7 @@ class ImageFiles:
         Args:
             name: the file's path in the folder.
             size: height and width according to the annotations.
-            annotations: their file, for messages.
+            annotations: the annotation file, for messages.
             read: takes the open PIL image.
         Raises: UserError that names the image if it has another size, cannot be opened or `read` fails.
         """
@@ -576,7 +576,7 @@ class ImageFiles:
         return read_image(self._unpack(name), f"{name} in {self.archive}", read_checked)
 
     def _unpack(self, name: str) -> io.BytesIO:
-        """The content of a file in the zip."""
+        """The content of a file in the zip file."""
         try:
             return io.BytesIO(self._zip().read(f"{self.folder.name}/{name}"))
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeError) as error:

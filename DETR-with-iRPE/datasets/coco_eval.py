@@ -34,7 +34,7 @@ class CocoEvaluator:
                 pixels, or `masks` (n, 1, H, W), uint8.
         """
         for image_id, found in predictions.items():
-            if self.iou_type == "segm":  # as RLE, since uncompressed masks of a whole data set would not fit in memory
+            if self.iou_type == "segm":  # RLE, because the uncompressed masks of a data set would not fit in memory
                 shapes = rle_tools.encode(np.asfortranarray(found["masks"][:, 0].permute(1, 2, 0).cpu().numpy()))
             else:
                 boxes = found["boxes"].double().cpu().numpy()
@@ -50,7 +50,8 @@ class CocoEvaluator:
         if gathered is None:
             return None
         found = [image for images in gathered for image in images]
-        # COCOeval sorts images by id, so that the number of ranks does not matter. Only the table is worth printing.
+        # COCOeval sorts images by id, so the number of ranks does not matter. Everything it prints before the table is
+        # suppressed.
         with contextlib.redirect_stdout(io.StringIO()):
             measured = COCOeval(self.ground_truth, self._results(found), self.iou_type)
             measured.evaluate()

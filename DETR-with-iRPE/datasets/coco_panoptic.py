@@ -104,7 +104,7 @@ class CocoPanoptic(CocoSet):
         return by_image
 
     def _segment_name(self, files: list[str], segments: list[dict], number: int) -> str:
-        """How messages call a segment, given by its index in the lists of all segments and their files."""
+        """The name in messages of the segment with this index in the lists of all segments and their files."""
         place = number - files.index(files[number])
         given = segments[number].get("id")
         return f"annotations {self.path}: segments_info of {files[number]}: segment {place}" + (

@@ -1,7 +1,7 @@
 """Checks of the fields of COCO's JSON files.
 
-COCO has 860,000 annotations. To keep their checks fast, `read_column` checks a field in all entries at once, and looks
-at single entries only if that fails.
+COCO has 860,000 annotations. To keep the checks fast, `read_column` checks a field in all entries at once, and looks at
+individual entries only if that fails.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ class Kind:
     """The kind of values that a field may have.
 
     Attributes:
-        words: a description for messages, after "it must be".
-        all_right: whether all values of a list are valid and need no conversion. It is fast, and may return False for
+        words: a description that follows "it must be" in messages.
+        all_right: a fast check that all values of a list are valid and need no conversion. It may return False for
             values that `read` accepts.
         read: converts a value to the type that the program uses. Raises ValueError for an invalid value.
     """
@@ -38,7 +38,7 @@ def read_column(entries: list[dict], field: str, kind: Kind, name: Callable[[int
         entries: JSON objects.
         field: name of the field.
         kind: kind of its values.
-        name: returns how messages call the entry with an index.
+        name: takes the index of an entry, and returns the name of the entry in messages.
     Returns: the values.
     Raises: UserError that names the entry and the field of the first invalid value.
     """

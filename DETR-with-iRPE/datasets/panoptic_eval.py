@@ -25,7 +25,7 @@ class PanopticEvaluator:
     Args:
         dataset: the data set of all images to evaluate.
         output_dir: write `panoptic_eval/*.png` and `panoptic_eval/predictions.json` here; empty to write nothing. If
-            writing fails, `summarize` prints a note, and the metrics are complete nevertheless.
+            writing fails, `summarize` prints a note, but the metrics are still complete.
     """
 
     def __init__(self, dataset: CocoPanoptic, output_dir: str | os.PathLike = "") -> None:
@@ -33,7 +33,7 @@ class PanopticEvaluator:
         self.images = {image["id"]: image for image in dataset.images}
         self.folder = Path(output_dir, "panoptic_eval") if output_dir else None
         self.found = []
-        self.failure = None  # the message of the first write that failed; there are no writes after it
+        self.failure = None  # the error message of the first write that failed; nothing is written after it
 
     def update(self, predictions: dict[int, dict[str, Any]]) -> None:
         """Add the maps of images, each image once.

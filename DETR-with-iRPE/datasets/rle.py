@@ -8,13 +8,13 @@ from util.runtime import UserError
 
 from .fields import is_number
 
-FARTHEST_COORDINATE = 1e5  # pixels; pycocotools needs memory in proportion to the length of a polygon's edges
+FARTHEST_COORDINATE = 1e5  # pixels; pycocotools uses memory in proportion to the length of a polygon's edges
 
 
 def to_rle(segmentation: Any, height: int, width: int, name: str) -> dict:
     """Convert a segmentation to compressed RLE.
 
-    pycocotools does not check its input and may crash, so that this function checks everything.
+    pycocotools may crash on invalid input, which it does not check, so this function checks everything.
 
     Args:
         segmentation: polygons, uncompressed RLE or compressed RLE.
@@ -74,8 +74,9 @@ def _whole_numbers(counts: list) -> list[int]:
 def _decompress(counts: Any) -> list[int]:
     """The run lengths of compressed RLE.
 
-    A number consists of characters with codes from 48. Each has five bits, from the lowest, and a sixth bit that is set
-    if more characters follow. From the fourth number on, the numbers are differences to the last but one.
+    A number consists of one or more characters. The code of a character minus 48 has six bits: five bits of the number,
+    starting with the lowest ones, and a bit that is set if more characters follow. From the fourth number on, each number
+    is the difference from the run length two positions before.
 
     Raises: ValueError if `counts` is not such a string.
     """

@@ -21,7 +21,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Resize:
     """Scale the short side to `short_side` pixels, or to less if the long side would exceed `max_size`.
 
-    In contrast to torchvision's `Resize`, no side of a long and narrow image becomes 0 pixels long.
+    Unlike torchvision's `Resize`, it never makes a side of a long and narrow image 0 pixels long.
     """
 
     def __init__(self, short_side: int, max_size: int | None = None) -> None:

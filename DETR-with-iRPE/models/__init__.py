@@ -1,4 +1,4 @@
-"""Build the detector that a command line asks for."""
+"""Build the detector that the command line describes."""
 
 import argparse
 
@@ -15,12 +15,12 @@ from .transformer import Transformer
 
 NUM_CLASSES = {"coco": 91, "coco_panoptic": 250}  # of the released models, by --dataset_file
 COCO_THINGS = {category: category <= 90 for category in range(1, 201)}
-# Flags that the arguments stored in released checkpoints lack, with the values that these models were built with.
+# Flags that are missing in the arguments of released checkpoints, with the values that these models were built with.
 _NEW_FLAGS = {"num_classes": None, "last_stride": 2, "no_pretrained_backbone": False, "is_thing_map": None}
 
 
 def parse_enc_rpe2d(text: str) -> RPEConfig | None:
-    """Parse `--enc_rpe2d`. The empty string stands for no relative position encoding, for which the result is None.
+    """Parse `--enc_rpe2d`. The empty string means no relative position encoding; the result is then None.
 
     Raises: UserError that states which part is wrong and shows the grammar.
     """
@@ -39,7 +39,7 @@ def build_model(args: argparse.Namespace) -> tuple[nn.Module, SetCriterion, dict
         args: the parsed command line (see main.py), or the `args` of a checkpoint.
     Returns: the model, the criterion and the postprocessors by name: `bbox`; with `--masks` also `segm`; with
         `--masks` and a panoptic data set also `panoptic`.
-    Raises: UserError for flags that do not fit together.
+    Raises: UserError for flags that are invalid or incompatible with each other.
     """
     args = argparse.Namespace(**{**_NEW_FLAGS, **vars(args)})
     num_classes = args.num_classes or NUM_CLASSES[args.dataset_file]

@@ -112,7 +112,7 @@ class Joiner(nn.Sequential):
 
 
 def build_backbone(args: argparse.Namespace) -> Joiner:
-    """Build the backbone and the position encoding that the command line asks for.
+    """Build the backbone and the position encoding that the command line selects.
 
     The weights are torchvision's, unless a checkpoint provides them (`resume`, `frozen_weights`, `eval`) or
     `no_pretrained_backbone` is set. A backbone that trains from random weights needs trainable batch norm. A backbone

@@ -100,7 +100,7 @@ class DETR(nn.Module):
 
 
 class SetCriterion(nn.Module):
-    """The losses of the matched predictions of all decoder layers. They need a single copy from device to host.
+    """The losses of the matched predictions of all decoder layers, computed with a single copy from device to host.
 
     Args:
         num_classes: K.
@@ -135,10 +135,11 @@ class SetCriterion(nn.Module):
         """Compute the losses.
 
         In training, box and mask losses are divided by the mean number of objects over all ranks, at least 1. In
-        evaluation they are divided by the number of this batch, since ranks may have different numbers of batches.
+        evaluation, they are divided by the number of objects in this rank's batch, at least 1, because ranks may have
+        different numbers of batches.
 
         Args:
-            outputs: of `DETR`.
+            outputs: the output of `DETR`.
             targets: for each image a dict with `labels` (n,) and `boxes` (n, 4), normalised (cx, cy, w, h); for the
                 loss `masks` also `masks` (n, height, width), bool.
         Returns: the losses by name. Names of the earlier layers' losses end in `_0`, `_1`, ...
@@ -163,8 +164,8 @@ class SetCriterion(nn.Module):
                 named.update(_name_layers(name, per_layer))
         return named
 
-    # Each of the following methods returns its losses by name, as tensors (layers,). Those that exist for the last
-    # layer alone have shape (1,).
+    # Each of the following methods returns its losses by name, as tensors (layers,). Losses of the last layer only have
+    # shape (1,).
 
     def _loss_labels(self, logits: torch.Tensor, targets: Targets, matches: Matches) -> dict[str, torch.Tensor]:
         """Weighted cross-entropy, and the percentage of matched objects that the last layer misclassifies."""
@@ -236,7 +237,7 @@ class PostProcess(nn.Module):
         """Take the most probable class of every query, and scale its box.
 
         Args:
-            outputs: of `DETR`.
+            outputs: the output of `DETR`.
             target_sizes: (B, 2), height and width of the original images in pixels.
         Returns: for each image a dict with `scores` (Q,), `labels` (Q,) and `boxes` (Q, 4), which are corners in
             pixels.

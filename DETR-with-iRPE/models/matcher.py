@@ -33,7 +33,7 @@ class Matches(NamedTuple):
 
 
 class HungarianMatcher(nn.Module):
-    """Finds the assignment with the least cost_class · (−probability) + cost_bbox · L1 + cost_giou · (−GIoU).
+    """Finds the assignment that minimises cost_class · (−probability) + cost_bbox · L1 + cost_giou · (−GIoU).
 
     Boxes are normalised (cx, cy, w, h). Targets are dicts with `labels` (n,) and `boxes` (n, 4), one for each image.
 
@@ -69,7 +69,7 @@ class HungarianMatcher(nn.Module):
     def match_layers(
         self, logits: torch.Tensor, boxes: torch.Tensor, targets: Sequence[dict[str, torch.Tensor]]
     ) -> Matches:
-        """Match the predictions of several decoder layers at once, with a single copy from the device.
+        """Match the predictions of several decoder layers at once, with a single copy from device to host.
 
         Args:
             logits: (layers, B, Q, K + 1).
@@ -77,8 +77,8 @@ class HungarianMatcher(nn.Module):
             targets: see the class.
         Returns: the matches, on the CPU.
         """
-        # SciPy rejects costs that are not finite. They must pass here, since the training loop reports the loss that
-        # is not finite on all ranks at once.
+        # SciPy rejects costs that are not finite. Replace them, because the training loop reports a loss that is not
+        # finite on all ranks at once.
         cost = np.nan_to_num(self._cost(logits, boxes, targets).cpu().numpy(), nan=1e9, posinf=1e9, neginf=-1e9)
         first_object = np.cumsum([0] + [len(t["labels"]) for t in targets])
         columns = [np.empty((4, 0), dtype=np.int64)]

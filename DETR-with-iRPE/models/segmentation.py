@@ -56,7 +56,7 @@ class AttentionMaps(nn.Module):
 class MaskHead(nn.Module):
     """Predicts a query's mask from the image's feature map and the query's attention maps.
 
-    Its convolutions raise the resolution step by step and add the backbone's finer maps, as a feature pyramid network.
+    It increases the resolution step by step and adds the backbone's finer maps, as in a feature pyramid network.
 
     Args:
         dim: C, channels of the last map. The layers have C + heads, C/2, C/4, C/8 and C/16 channels.
@@ -94,7 +94,7 @@ class MaskHead(nn.Module):
         map_weight, attention_weight = self.lay1.weight.split([projected.shape[1], attention.shape[2]], dim=1)
         shared = F.conv2d(projected, map_weight, self.lay1.bias, padding=1)
         x = F.conv2d(attention.flatten(0, 1), attention_weight, padding=1)
-        # Queries differ by values that are small beside the shared ones: their sum in bfloat16 would lose them.
+        # The queries' own parts are small compared with the shared part, so the sum in bfloat16 would lose them.
         x = _add_to_queries(x.to(torch.promote_types(x.dtype, torch.float32)), shared)
         x = self._finish(1, x)
         x = self._finish(2, self.lay2(x))
@@ -185,15 +185,15 @@ class PostProcessSegm(nn.Module):
         """Resize the masks to the original images.
 
         Args:
-            results: of `PostProcess`, a dict for each image, which this method extends by `masks` (Q, 1, h, w), uint8.
-            outputs: of `DETRsegm`.
+            results: of `PostProcess`, a dict for each image, to which this method adds `masks` (Q, 1, h, w), uint8.
+            outputs: the output of `DETRsegm`.
             orig_target_sizes: (B, 2), height and width of the original images.
             max_target_sizes: (B, 2), height and width of the images that the model processed, without padding.
         Returns: `results`.
         """
         padded = max_target_sizes.amax(0).tolist()
         sizes = zip(max_target_sizes.tolist(), orig_target_sizes.tolist(), strict=True)
-        # One image at a time, since the enlarged logits of a batch need much memory.
+        # One image at a time, because the enlarged logits of a whole batch would take too much memory.
         for result, logits, ((height, width), original) in zip(results, outputs["pred_masks"], sizes, strict=True):
             masks = enlarge(logits, padded)[:, None, :height, :width] > self.limit
             result["masks"] = F.interpolate(masks.byte(), original)
@@ -220,8 +220,8 @@ class PostProcessPanoptic(nn.Module):
         """Compute the panoptic maps.
 
         Args:
-            outputs: of `DETRsegm`. As in the published code, their masks are resized to each processed image without
-                removing the padding first. A batch of a single image has no padding.
+            outputs: the output of `DETRsegm`. As in the published code, its masks are resized to each processed image
+                without removing the padding first. A batch of a single image has no padding.
             processed_sizes: (B, 2), height and width of the images that the model processed.
             target_sizes: (B, 2), height and width of the panoptic maps; `processed_sizes` if not given.
         Returns: for each image a dict with `png_string`, the bytes of a PNG file whose colours encode the segment ids
@@ -251,7 +251,7 @@ class PostProcessPanoptic(nn.Module):
         if classes:
             ids = self._merge_stuff(classes)[ids]
         # Remove small segments and assign their pixels to the remaining masks, until all segments are large enough.
-        # Queries that were merged into another one have no pixels and are removed as well.
+        # Queries that were merged into another one have no pixels left and are removed as well.
         while True:
             areas = np.bincount(ids.ravel(), minlength=len(kept))[: len(kept)]
             large = areas >= SMALLEST_AREA

@@ -1,8 +1,8 @@
 """Attention with relative positions on a GPU by rows of the map, in Triton, for the methods product and cross.
 
 The bucket of a pair of tokens depends only on a *class* of their two rows and on their two columns. Let P be the width
-of the map rounded up to a multiple of 16. The products of the tokens with a table, E (B, H, L, classes·P), are stored in
-the order E[…, class·P + c'], where c' is the column of the other token. What a term adds for a row of the map is
+of the map rounded up to a multiple of 16. The products of the tokens with a table, E (B, H, L, classes·P), are stored
+in the order E[…, class·P + c'], where c' is the column of the other token. What a term adds for a row of the map is
 therefore contiguous, and the kernels read and write 16 adjacent numbers, without look-ups, scatters or atomic
 operations. README.md explains the design; rows_kernels.py contains the kernels.
 """
@@ -120,7 +120,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], prefix: int) ->
 
 
 def _fits(table, heads, channels):
-    """Whether a table's shape fits these numbers of heads and channels; a bias table, (H', buckets), has no channels."""
+    """Whether a table fits these numbers of heads and channels; a bias table, (H', buckets), has no channels."""
     return len(table) in (1, heads) and (table.dim() == 2 or channels in table.shape[1:])
 
 
@@ -375,7 +375,7 @@ def _strided(name, x):
 
 
 def _three(name, tensors, first=0):
-    """The tensors of up to three places, by the names of a kernel's parameters; the last one fills unused parameters."""
+    """Tensors of up to three places, by the names of a kernel's parameters; the last one fills unused parameters."""
     return {f"{name}_{first + place}": tensors[min(place, len(tensors) - 1)] for place in range(3)}
 
 
@@ -402,7 +402,7 @@ def _forward(
     seed: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the logarithms of the softmax's sums, and the sums of weights to multiply by the table on values."""
+    """The output, the logarithms of the softmax's sums, and the sums of weights for the term on values."""
     q, k, v = (_contiguous_channels(x) for x in (q, k, v))
     call = _Call(q, tables, places, layout, sizes, bias, mask, seed, dropout_p)
     batch, heads, length, channels = q.shape

@@ -306,8 +306,8 @@ def forward_kernel(
     """The output of a block of queries, and the logarithms of their softmax's sums.
 
     A term on values also needs `sums`, for each query the sums of the weights of each run, which are multiplied by the
-    table on values afterwards. As the maximum of the logits changes during the loop, each sum is stored with the current
-    maximum, in `maxima`, and is rescaled at the end.
+    table on values afterwards. As the maximum of the logits changes during the loop, each sum is stored with the
+    current maximum, in `maxima`, and is rescaled at the end.
     """
     scale = tl.cast(scale, tl.float32)  # torch.compile passes numbers as float64
     dropout_p = tl.cast(dropout_p, tl.float32)
@@ -478,9 +478,9 @@ def queries_kernel(
 ):
     """Gradients of a block of queries and, with a term on keys, of their products.
 
-    The gradients of queries are the second part of `grads`. Those of products are the second part of `sums`, or the only
-    one without a term on queries. Both tensors are passed whole, because torch.compile would copy slices. The kernel also
-    writes `deltas`, Σ over keys of p·(gradient of p), for the keys' kernel.
+    The gradients of queries are the second part of `grads`. Those of products are the second part of `sums`, or the
+    only one without a term on queries. Both tensors are passed whole, because torch.compile would copy slices. The
+    kernel also writes `deltas`, Σ over keys of p·(gradient of p), for the keys' kernel.
     """
     scale = tl.cast(scale, tl.float32)  # torch.compile passes numbers as float64
     dropout_p = tl.cast(dropout_p, tl.float32)

@@ -45,15 +45,15 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             )
         self.rpe_q, self.rpe_k, self.rpe_v = build_rpe(rpe_config, self.head_dim, self.num_heads)
         self.to(self.in_proj_weight)  # the lookup tables follow the `device` and `dtype` arguments
-        # For inference, nn.TransformerEncoderLayer and nn.TransformerEncoder compute attention from the weights without
-        # calling `forward`. They do not if this attribute claims that keys and values have other sizes.
+        # At inference, nn.TransformerEncoderLayer and nn.TransformerEncoder compute attention from the weights without
+        # calling `forward`, unless this attribute claims that keys and values have other sizes than queries.
         self._qkv_same_embed_dim = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_qkv_same_embed_dim": False})  # modules pickled by older versions have True
 
     def _reset_parameters(self) -> None:
-        self._qkv_same_embed_dim = self.in_proj_weight is not None  # PyTorch initializes other weights if False
+        self._qkv_same_embed_dim = self.in_proj_weight is not None  # if False, PyTorch initialises separate weights
         super()._reset_parameters()
         self._qkv_same_embed_dim = False
 
@@ -70,7 +70,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         *,
         hw: tuple[int, int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend, as `nn.MultiheadAttention` does for batches.
+        """Compute the attention, as `nn.MultiheadAttention` does for batches.
 
         Args:
             query, key, value: (B, L, C) with `batch_first`, otherwise (L, B, C). With relative position encodings, all
