@@ -1,5 +1,6 @@
 """Runs that are stopped at any moment and go on: nothing is lost, said twice or drawn anew."""
 
+import argparse
 import copy
 import errno
 import fcntl
@@ -13,6 +14,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import engine
 import main
@@ -599,6 +601,17 @@ def test_output_directory_that_goes_away_ends_nothing_before_the_last_save(pictu
         run(pictures, out)
     said = capsys.readouterr().out
     assert said.count("note: ") == 3 and said.count("Max accuracy") == 2
+
+
+def test_mistake_at_the_time_of_a_signal_is_reported_though_its_sentence_says_timeout():
+    flags = argparse.Namespace(output_dir="", save_every=0, epochs=1)
+    loader = DataLoader(range(4), 2)
+    with (
+        pytest.raises(UserError, match="loss is nan"),
+        runtime.Run(flags, runtime.Job(), runtime.RunLog(""), None, loader) as run,
+    ):
+        run.job.received_signals.append(signal.SIGTERM)
+        raise UserError("loss is nan; to replay it: python main.py --step-timeout 6")
 
 
 def test_signal_is_no_success_where_the_save_before_it_failed(pictures, tmp_path, monkeypatch, stop_at):

@@ -58,10 +58,12 @@ class Job:
             self._disconnect()
             return
         self._claim_ending()
+        if isinstance(error, UserError | Interrupted) or not isinstance(error, Exception):
+            return
         sentence = explanation(error, self.place)
-        if not sentence and dist.is_initialized() and isinstance(error, Exception) and tells_of_lost_rank(error):
+        if not sentence and dist.is_initialized() and tells_of_lost_rank(error):
             sentence = f"{_named(silent_ranks())} is lost or hangs in {self.place}: {UserError(error)}"
-        if sentence and not isinstance(error, UserError | Interrupted):
+        if sentence:
             raise UserError(sentence) from error
 
     def meet(self) -> None:
