@@ -8,7 +8,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-# A loading process that the system has killed leaves no error of its own.
+# When the system kills a loading process, no error says why, so the message names the likely causes.
 _LOADING_ADVICE = (
     "if the machine's memory or its shared memory (df -h /dev/shm; in Docker, --shm-size) was full, a "
     "lower --num_workers needs less of both"
@@ -45,7 +45,7 @@ class Interrupted(Exception):
 
 
 def explanation(error: Exception, place: str = "") -> str:
-    """A sentence for an error that a full GPU, the system's limits or a lost loading process caused; empty for others.
+    """A sentence for an error caused by a full GPU, a limit of the system or a lost loading process; else empty.
 
     Args:
         place: what the program was doing, such as "epoch 3, step 7".

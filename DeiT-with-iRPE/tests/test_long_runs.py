@@ -258,12 +258,12 @@ def test_loss_that_is_not_finite_is_written_down_with_its_pictures_and_can_be_re
         with pytest.raises(UserError, match=r"loss is nan .*python main.py --lr 'a b' --resume auto$"):
             run(tmp_path / "data", tmp_path, *flags, *attempt)
         noted = json.loads((tmp_path / "nonfinite.json").read_text())
-        assert (noted["epoch"], noted["lr"], len(noted["pictures"])) == (0, pytest.approx(1e30 * 4 / 512), 1)
+        assert (noted["epoch"], noted["lr"], len(noted["images"])) == (0, pytest.approx(1e30 * 4 / 512), 1)
         assert noted["step"] * 4 == load_checkpoint(tmp_path / "checkpoint.pth")["progress"]["images"]
         sampler = runtime.SeededSampler(main.RASampler(range(24)), 0)
         keys = list(sampler)[4 * noted["step"] :][:4]
         dataset = main.build_dataset(True, parse(*small(tmp_path / "data")))[0]
-        assert noted["pictures"] == [[dataset.samples[index][0] for index, *_ in keys]]
+        assert noted["images"] == [[dataset.samples[index][0] for index, *_ in keys]]
 
 
 def processes(pictures, out, *flags, world_size=2):
@@ -650,5 +650,7 @@ def test_weights_that_are_not_finite_never_replace_good_ones(pictures, straight,
 
 
 def test_evaluation_of_a_checkpoint_that_is_not_there_is_refused(pictures, tmp_path):
-    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+    with pytest.raises(
+        UserError, match=f"--resume auto finds no checkpoint in --output_dir {tmp_path}: give the folder"
+    ):
         run(pictures, tmp_path, "--eval", "--resume", "auto")
