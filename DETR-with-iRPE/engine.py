@@ -79,8 +79,9 @@ def train_one_epoch(
     with job.training_steps():
         for step, (samples, targets) in enumerate(read_batches(run.loader), run.first_step):
             job.place = f"epoch {epoch}, step {step}"
-            # A resumed run draws the same numbers in this step. NumPy pads the seeds of a sample, (seed, epoch,
-            # position), with 0; the last seed of a step therefore starts at 1.
+            # The seeds depend on the position in training only, so that a resumed run draws the same numbers. The last
+            # one starts at 1: NumPy pads the seeds of an image, (seed, epoch, position), with 0, and no step may share
+            # the random numbers of an image.
             seed_everything(run.args.seed, epoch, step, 1 + get_rank())
 
             samples, targets = to_device(samples, targets, device)
@@ -92,7 +93,7 @@ def train_one_epoch(
             loss_scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
             step_optimizer(loss_scaler, optimizer)
-            # float16's first steps overflow until the scale has come down, and the scaler leaves them out
+            # In float16 the first steps overflow until the scale has come down; the scaler skips them.
             norm = grad_norm.nan_to_num(posinf=0.0) if loss_scaler.is_enabled() else grad_norm
             progress.step(**losses, grad_norm=norm)
 

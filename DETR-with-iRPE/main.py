@@ -270,7 +270,7 @@ def number_of_classes(args: argparse.Namespace, datasets: Sequence[Dataset]) -> 
     if args.num_classes is not None:
         return args.num_classes
     counted = max(dataset.num_classes for dataset in datasets)
-    # The released panoptic models have outputs for so many classes.
+    # Smaller panoptic sets get the number of classes of the released panoptic models.
     return max(counted, NUM_CLASSES["coco_panoptic"]) if args.dataset_file == "coco_panoptic" else counted
 
 
@@ -400,7 +400,7 @@ def take_weights(
 
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Run the command line; returns what `evaluate` measured if that was all that was asked."""
+    """Train, or with `args.eval` only evaluate; returns the metrics of `--eval`, and None after training."""
     check_args(args)
     if not args.eval:
         runtime.need_signals("training", *runtime.STOPPING)
@@ -415,7 +415,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def train_or_evaluate(args: argparse.Namespace, job: Job, device: torch.device) -> dict[str, Any] | None:
-    """What `main` does once the flags are checked, the ranks have met and the output directory is this job's."""
+    """What `main` does after it has checked the flags, met the other ranks and locked the output directory."""
     checkpoint = runtime.checkpoint_to_resume(args.resume, args.output_dir, needed=args.eval)
     torch.manual_seed(args.seed)
     train_set, val_set = build_datasets(args)

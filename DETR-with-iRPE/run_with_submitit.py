@@ -87,7 +87,8 @@ def _flags_to_go_on(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = runtime.newest_checkpoint(args.output_dir)
     if checkpoint is None or getattr(checkpoint.args, "job_id", None) != args.job_id:
         return {}
-    return {"resume": checkpoint.path, "finetune": False}  # the run has started, so its first weights do not matter
+    # The run has started, so its first weights do not matter: --finetune counts as not given.
+    return {"resume": checkpoint.path, "finetune": main.get_args_parser().get_default("finetune")}
 
 
 def submit(args: argparse.Namespace) -> None:
@@ -104,9 +105,8 @@ def submit(args: argparse.Namespace) -> None:
     for name in ("ngpus", "nodes", "timeout"):
         if getattr(args, name) < 1:
             raise runtime.UserError(f"--{name} {getattr(args, name)} is out of range: it must be at least 1")
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        sys.path
-    )  # so that the job can import main, from wherever it is submitted
+    # The job can then import main from wherever it is submitted.
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     try:
         with runtime.writing(f"--job_dir {args.job_dir}"):
             executor = submitit.AutoExecutor(args.job_dir, slurm_max_num_timeout=30)

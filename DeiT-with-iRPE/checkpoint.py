@@ -286,7 +286,7 @@ def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any
 def _scheduler_state(scheduler: Scheduler | None) -> dict[str, Any] | None:
     if not isinstance(scheduler, PlateauLRScheduler):
         return scheduler and scheduler.state_dict()
-    # timm leaves out the counters that decide when the next decay comes
+    # timm's state dict lacks the counters that decide when the next decay comes.
     return {
         **scheduler.state_dict(),
         "plateau": scheduler.lr_scheduler.state_dict(),
@@ -323,9 +323,16 @@ def load_weights(
 
 
 def load_teacher(teacher: nn.Module, name: str, path: str, classes: Sequence[str] = ()) -> None:
-    """Load the file of ``--teacher-path`` into the ``--teacher-model`` of that name; absolute positions of another
-    resolution are interpolated. Raises ``UserError`` if it is another model's, or knows other classes than the data
-    set."""
+    """Load the weights of ``--teacher-path`` into the teacher.
+
+    Absolute positions of another resolution are interpolated.
+
+    Args:
+        name: value of ``--teacher-model``, for messages.
+        path: value of ``--teacher-path``.
+        classes: names of the data set's classes in the order of their ids.
+    Raises: UserError if the weights belong to another model or to other classes.
+    """
     checkpoint = load_checkpoint(path)
     weights = model_weights(checkpoint, path)
     if counts := _other_classes(teacher, weights):
@@ -340,10 +347,12 @@ def load_teacher(teacher: nn.Module, name: str, path: str, classes: Sequence[str
 
 
 def finetune_from(model: nn.Module, path: str) -> None:
-    """Start ``model`` from a checkpoint of another resolution, number of classes, or without iRPE.
+    """Start ``model`` from a checkpoint, which may be of another resolution, for other classes, or without iRPE.
 
-    Absolute positions are interpolated (bicubic), a head for other classes keeps its new values, and so do RPE
-    tables that the checkpoint lacks; each is said in a line. Raises ``UserError`` for any other difference.
+    Absolute positions are interpolated (bicubic). The model keeps its own head if the numbers of classes differ, and
+    its own RPE tables if the checkpoint has none. A line is printed for each of these.
+
+    Raises: UserError for any other difference.
     """
     weights, expected = model_weights(load_checkpoint(path), path), model.state_dict()
     heads = _heads_of_other_classes(model, expected, weights)
@@ -396,7 +405,7 @@ def _other_classes(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> tup
 
 
 def _prefix_positions(model: nn.Module) -> int:
-    # an Eva of timm 1.0.15 has positions for every prefix token, and no word for it
+    # In timm 1.0.15, an Eva has positions for every prefix token, and lacks the attribute that would say so.
     return 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
 
 

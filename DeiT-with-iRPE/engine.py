@@ -66,8 +66,9 @@ def train_one_epoch(
     with job.training_steps():
         for step, (images, targets) in enumerate(read_batches(run.loader), run.first_step):
             job.place = f"epoch {epoch}, step {step}"
-            # A resumed run draws the same numbers in this step. NumPy pads the seeds of a sample, (seed, epoch,
-            # position), with 0; the last seed of a step therefore starts at 1.
+            # The seeds depend on the position in training only, so that a resumed run draws the same numbers. The last
+            # one starts at 1: NumPy pads the seeds of an image, (seed, epoch, position), with 0, and no step may share
+            # the random numbers of an image.
             seed_everything(run.args.seed, epoch, step, 1 + get_rank())
 
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)

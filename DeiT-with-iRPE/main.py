@@ -38,7 +38,7 @@ from samplers import RASampler, ShardSampler
 
 
 class KeyValues(ParseKwargs):
-    """timm's action for key=value ..., with one sentence for what is not."""
+    """timm's action for key=value arguments, with one sentence for a word that is not of this form."""
 
     def __call__(
         self,
@@ -254,7 +254,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
 
 def train_or_evaluate(args: argparse.Namespace, job: Job, device: torch.device) -> dict[str, float]:
-    """What ``main`` does once the flags are checked, the ranks have met and the output directory is this job's."""
+    """What ``main`` does after it has checked the flags, met the other ranks and locked the output directory."""
     seed_everything(args.seed)
     torch.backends.cudnn.benchmark = True
     checkpoint = runtime.checkpoint_to_resume(args.resume, args.output_dir, needed=args.eval)
@@ -435,7 +435,7 @@ def build_val_loader(args: argparse.Namespace, device: torch.device) -> tuple[Da
 
 
 def class_names(dataset: Dataset) -> list[str]:
-    """Names of a data set's classes by their numbers."""
+    """Names of a data set's classes in the order of their ids."""
     return [str(name) for name in dataset.classes]
 
 
@@ -453,7 +453,7 @@ def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **
 
 # Model, loss, optimizer
 
-# Arguments of a model that have flags of their own.
+# Arguments of a model that --model-kwargs may not set, and what determines them instead.
 _SAID_BY = {
     "img_size": "--input-size",
     "pos_drop_rate": "--drop",
@@ -470,9 +470,9 @@ _UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, Ru
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say to ``create_model`` besides the name, ``pretrained`` and the classes.
+    """The arguments of ``create_model`` that the flags give, besides the name, ``pretrained`` and the classes.
 
-    Raises ``UserError`` for an encoding outside the grammar, or an argument that is another flag's to say.
+    Raises: UserError for an invalid --rpe, or for an argument in --model-kwargs that another flag determines.
     """
     if said := args.model_kwargs.keys() & _SAID_BY.keys():
         name = min(said)
@@ -492,7 +492,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
-    """The named model for ``args.input_size`` pixels, started as the flags say."""
+    """The model of ``--model`` for ``args.input_size`` pixels, with the first weights that the flags ask for."""
     try:
         model = create_model(
             args.model, args.pretrained and not args.resume, num_classes=nb_classes, **model_arguments(args)
@@ -519,8 +519,11 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
 def build_criterion(
     args: argparse.Namespace, model: nn.Module, nb_classes: int, device: torch.device, classes: Sequence[str] = ()
 ) -> DistillationLoss:
-    """Loss of (images, outputs, targets); with distillation it runs the teacher, which must know the ``classes`` by the
-    same numbers."""
+    """Loss of (images, outputs, targets). With distillation it runs the teacher.
+
+    Args:
+        classes: names of the data set's classes in the order of their ids; the teacher's must be the same.
+    """
     if _mixes(args):
         base = SoftTargetCrossEntropy()  # the smoothing is in the targets
     elif args.smoothing > 0:
@@ -556,7 +559,8 @@ def build_teacher(args: argparse.Namespace, nb_classes: int, classes: Sequence[s
 def compile_model(args: argparse.Namespace, model: nn.Module) -> None:
     """With ``args.compile``, compile the model in place, so that the names of its weights stay as they are.
 
-    Training has one size of batch, which is compiled as a constant; ``evaluate`` says that its batches change.
+    All training batches have the same size, which is compiled as a constant; ``evaluate`` marks the size of its batches
+    as dynamic.
     """
     if args.compile:
         model.compile(dynamic=False)
@@ -614,7 +618,7 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) 
 
 
 def build_state(args: argparse.Namespace, model: nn.Module, classes: Sequence[str] = ()) -> TrainingState:
-    """Everything that training changes, new; ``classes`` are the names that a checkpoint keeps."""
+    """The state at the start of training; ``classes`` are the names of the classes, which checkpoints contain."""
     optimizer = build_optimizer(args, model)
     ema = None
     if args.model_ema:
@@ -625,7 +629,7 @@ def build_state(args: argparse.Namespace, model: nn.Module, classes: Sequence[st
 
 
 def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
-    """Type of mixed precision; float32 is none."""
+    """Data type of mixed precision; float32 stands for no mixed precision."""
     return getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
 
 

@@ -40,8 +40,7 @@ def train_loader(dataset: Dataset, args: argparse.Namespace) -> DataLoader:
     )
     if not len(loader):
         raise UserError(
-            f"{len(dataset)} images in {get_world_size()} processes do not fill one batch of "
-            f"--batch_size {args.batch_size}"
+            f"{len(dataset)} images on {get_world_size()} ranks do not fill one batch of --batch_size {args.batch_size}"
         )
     return loader
 

@@ -75,8 +75,8 @@ def _decompress(counts: Any) -> list[int]:
     """The run lengths of compressed RLE.
 
     A number consists of one or more characters. The code of a character minus 48 has six bits: five bits of the number,
-    starting with the lowest ones, and a bit that is set if more characters follow. From the fourth number on, each number
-    is the difference from the run length two positions before.
+    starting with the lowest ones, and a bit that is set if more characters follow. From the fourth number on, each
+    number is the difference from the run length two positions before.
 
     Raises: ValueError if `counts` is not such a string.
     """

@@ -15,9 +15,9 @@ from .errors import UserError
 from .files import writing
 from .ranks import get_rank, print_once
 
-# The classes that a checkpoint may contain besides tensors and plain containers: what saved flags hold. A system can
-# instantiate paths of its own kind only, so all are read as pure paths. The name of their module depends on Python's
-# version.
+# The classes that a checkpoint may contain besides tensors and plain containers. The saved flags need them. A system
+# can only instantiate paths of its own kind, so all paths are read as pure paths. The name of their module depends on
+# the version of Python.
 _ALLOWED = [
     argparse.Namespace,
     *(
@@ -46,8 +46,8 @@ def checkpoint_to_resume(resume: str, output_dir: str, needed: bool = False) -> 
 
     Args:
         resume: a path, a URL, "" for none, or "auto" for the newest checkpoint in ``output_dir``, if there is one.
-        needed: whether a run cannot do without a checkpoint that "auto" does not find.
-    Raises: UserError if the checkpoint cannot be read, or "auto" finds none that is whole though there should be one.
+        needed: whether it is an error if "auto" finds no checkpoint.
+    Raises: UserError if the checkpoint cannot be read. For the errors of "auto", see `newest_checkpoint`.
     """
     if resume == "auto":
         return newest_checkpoint(output_dir, needed)
@@ -60,8 +60,9 @@ def newest_checkpoint(output_dir: str, needed: bool = False) -> Checkpoint | Non
     If the last checkpoint is damaged, a note says so, and it is renamed so that the one before takes its place.
 
     Args:
-        needed: raise an error if there is none.
-    Raises: UserError if all checkpoints are damaged, since a new run would replace them.
+        needed: raise an error if there is no checkpoint.
+    Raises: UserError if all checkpoints are damaged, since a new run would replace them; also if there is none, but one
+        is needed.
     """
     if not output_dir:
         raise UserError("--resume auto looks for checkpoints in --output_dir: give that too")
@@ -79,9 +80,14 @@ def newest_checkpoint(output_dir: str, needed: bool = False) -> Checkpoint | Non
             with writing(path):
                 os.replace(damaged[0], path.with_name("checkpoint.damaged.pth"))
         return Checkpoint(str(path), content)
-    if damaged or needed:
+    if damaged:
         raise UserError(
             f"no checkpoint in {output_dir} is whole: delete them to start a new run, or --resume another one"
+        )
+    if needed:
+        raise UserError(
+            f"--resume auto finds no checkpoint in --output_dir {output_dir}: give the folder of a run, or the "
+            "checkpoint itself to --resume"
         )
     return None
 
@@ -151,12 +157,12 @@ def note_values_kept(path: str | os.PathLike, values: Mapping[str, tuple[Any, An
 def start_values_kept(
     args: argparse.Namespace, checkpoint: Mapping[str, Any], flags: Mapping[str, Any], epoch: int | None
 ) -> dict[str, tuple[Any, Any]]:
-    """Values for ``note_values_kept`` of flags that matter only at the start of a run, as far as they ask for another
-    start than the run in the checkpoint had.
+    """Those flags of a resumed run that ask for a start other than the one that the run in the checkpoint had.
 
     Args:
-        flags: the names of these flags, with the values that ask for nothing.
-        epoch: the epoch to continue with; None if the checkpoint has none, and ``start_epoch`` is followed.
+        flags: the names of the flags that matter only at the start of a run, with the values that ask for nothing.
+        epoch: the epoch to continue with; None if the checkpoint has none, so that the run begins at ``start_epoch``.
+    Returns: the ``values`` for `note_values_kept`.
     """
     values = {}
     for flag, nothing in flags.items():

@@ -16,8 +16,8 @@ class RunLog:
 
     Args:
         output_dir: nothing is written if it is empty.
-        first_epoch: the first epoch of a resumed run, which drops the lines of this and later epochs that an
-            interrupted run left; None keeps all lines. A line that a crash cut off is dropped too.
+        first_epoch: the first epoch of a resumed run. The lines that an interrupted run left for this epoch and later
+            ones are dropped; None keeps all lines. A line that a crash cut off is always dropped.
     """
 
     def __init__(self, output_dir: str, first_epoch: int | None = None) -> None:
@@ -29,7 +29,8 @@ class RunLog:
     def write(self, epoch: int, values: Mapping[str, Any] | None = None) -> None:
         """Append an epoch's values, if there are any, and write what is not written yet. TensorBoard gets the numbers.
 
-        A failure to write for TensorBoard is only noted, since log.txt has all its numbers; the next call tries again.
+        If TensorBoard's files cannot be written, there is only a note, since log.txt has all the numbers; the next call
+        tries again.
 
         Raises: UserError if log.txt cannot be written; the next call tries again.
         """

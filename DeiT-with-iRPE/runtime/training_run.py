@@ -27,9 +27,10 @@ _STEPS_BETWEEN_MEETINGS = 20
 
 
 class Run:
-    """Training from the point where it was.
+    """Training from the epoch and step at which it starts or resumes.
 
-    As a context, it receives the signals that ask to stop. A training loop looks like this::
+    Inside its ``with``, a signal that asks to stop no longer kills the process; the loop asks for it after every step.
+    A training loop looks like this::
 
         with Run(...) as run:
             for epoch in run.epochs():
@@ -46,10 +47,11 @@ class Run:
         args: the flags: `output_dir`, `save_every` (0: save at the end of an epoch only), `epochs`. They are saved too.
         job: this process's part in the job.
         log: receives a row after each epoch.
-        write_state: writes the state; takes a path, the epoch, ``args``, and the progress in the epoch, None after it.
+        write_state: writes the state; takes a path, the epoch, ``args``, and the progress in the epoch (None if the
+            epoch is done).
         loader: its sampler is a ``SeededSampler``.
         epoch: the first epoch to train.
-        progress: what of this epoch is done already, as in ``resume_point``.
+        progress: what of this epoch is done already, as `resume_point` returns it.
 
     Attributes:
         epoch: the epoch that is being trained.
@@ -105,15 +107,18 @@ class Run:
             self.epoch, self.first_step, self.values = self.epoch + 1, 0, {}
 
     def save_is_due(self, steps: int) -> bool:
-        """Whether the state is to be saved after so many steps of the epoch."""
+        """Whether the state is to be saved now that ``steps`` steps of the epoch are done."""
         save_every = self.args.save_every
         return steps == len(self.loader) or bool(save_every) and steps % save_every == 0
 
     def agreed_signal(self, steps: int) -> int:
-        """The number of a signal that asks to stop after so many steps of the epoch; 0 for none.
+        """The number of the signal for which training stops after this step; 0 if it goes on.
 
-        All ranks have to call this, since they stop after the same step, whichever of them received the signal. On
-        several GPUs a signal takes effect after `_STEPS_BETWEEN_MEETINGS` steps at most.
+        All ranks have to call this: they stop after the same step, whichever of them received the signal. On several
+        GPUs, a signal takes effect after `_STEPS_BETWEEN_MEETINGS` steps at most.
+
+        Args:
+            steps: how many steps of the epoch are done.
         """
         received = max(self.job.received_signals, default=0)
         if not dist.is_initialized():
@@ -127,7 +132,7 @@ class Run:
         values: Mapping[str, Sequence[float]] | None = None,
         row: Mapping[str, Any] | None = None,
     ) -> None:
-        """Save within an epoch, with ``steps`` and ``values``, or after it, with the ``row`` of the log.
+        """Save within an epoch (with ``steps`` and ``values``) or at its end (with ``row``).
 
         A failure is noted, and the next save tries again; if the last save failed, the run ends with that error. All
         ranks have to call this.
@@ -135,6 +140,7 @@ class Run:
         Args:
             steps: how many steps of the epoch are done.
             values: the logged values of these steps, by name.
+            row: the epoch's row for the log.
         """
         progress = None
         if row is None:
@@ -151,7 +157,7 @@ class Run:
             except UserError as error:
                 print_once(f"note: {error}: training goes on and tries again at the next save")
                 self._failed_save = error
-            gather("saved")  # training steps have a time-out, so the others wait here until rank 0 has written
+            gather("saved")  # The other ranks wait here for rank 0: in a training step, the wait would time out.
         self.job.place = place
 
     def describe_step(self, step: int, values: Mapping[str, float], lr: float) -> str:

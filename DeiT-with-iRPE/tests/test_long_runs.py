@@ -1,5 +1,6 @@
 """Runs that are stopped at any moment and go on: nothing is lost, said twice or drawn anew."""
 
+import argparse
 import copy
 import errno
 import fcntl
@@ -13,6 +14,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import engine
 import main
@@ -601,6 +603,17 @@ def test_output_directory_that_goes_away_ends_nothing_before_the_last_save(image
     assert said.count("note: ") == 3 and said.count("Max accuracy") == 2
 
 
+def test_mistake_at_the_time_of_a_signal_is_reported_though_its_sentence_says_timeout():
+    flags = argparse.Namespace(output_dir="", save_every=0, epochs=1)
+    loader = DataLoader(range(4), 2)
+    with (
+        pytest.raises(UserError, match="loss is nan"),
+        runtime.Run(flags, runtime.Job(), runtime.RunLog(""), None, loader) as run,
+    ):
+        run.job.received_signals.append(signal.SIGTERM)
+        raise UserError("loss is nan; to replay it: python main.py --step-timeout 6")
+
+
 def test_signal_is_no_success_where_the_save_before_it_failed(image_root, tmp_path, monkeypatch, stop_at):
     stop_at(signal.SIGTERM, evaluation=1)
     full_disk(monkeypatch, lambda name: "checkpoint.pth" in name)
@@ -637,5 +650,7 @@ def test_weights_that_are_not_finite_never_replace_good_ones(image_root, straigh
 
 
 def test_evaluation_of_a_checkpoint_that_is_not_there_is_refused(image_root, tmp_path):
-    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+    with pytest.raises(
+        UserError, match=f"--resume auto finds no checkpoint in --output_dir {tmp_path}: give the folder"
+    ):
         run(image_root, tmp_path, "--eval", "--resume", "auto")

@@ -440,6 +440,25 @@ def test_file_at_which_the_ranks_met_is_gone_after_the_run_so_that_the_next_one_
     assert not list(tmp_path.iterdir())
 
 
+REQUEUED = """
+import atexit, sys, torch, runtime
+atexit.register(lambda: print(torch.distributed.is_initialized()))
+try:
+    with runtime.Job() as job:
+        job.meet()
+        job.connect(torch.device("cpu"))
+        raise runtime.Interrupted(12, "its first steps")
+except runtime.Interrupted:
+    sys.exit(3)
+"""
+
+
+def test_rank_that_exits_after_a_signal_as_submitit_does_leaves_the_process_group_in_order():
+    """The group's threads would otherwise abort the exit."""
+    results = [finish(process) for process in start_processes(2, "-c", REQUEUED)]
+    assert results == [(3, "False\n", "")] * 2
+
+
 def test_mistake_of_one_process_ends_all_and_is_said_by_itself():
     runs = {case: start_processes(2, "-c", PROGRAM, case) for case in ("none", "interrupt", "alone", "bug")}
     results = {case: [finish(process) for process in processes] for case, processes in runs.items()}

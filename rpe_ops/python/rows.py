@@ -40,7 +40,7 @@ TILES = {
     (kernel, *key): tile
     for key, tiles in {
         ("half", 64): {
-            "forward": Tile(64, 64, 4, 2),
+            "forward": Tile(64, 16, 4, 2),
             "forward, sums": Tile(64, 16, 4, 2),
             "queries": Tile(64, 16, 4, 2),
             "queries, sums": Tile(64, 16, 4, 2),
@@ -55,14 +55,14 @@ TILES = {
             "forward, sums": Tile(32, 16),
             "queries": Tile(32, 16),
             "queries, sums": Tile(32, 16),
-            "keys": Tile(32, 16),
-            "keys, sums": Tile(32, 16),
+            "keys": Tile(32, 16, 8),
+            "keys, sums": Tile(32, 16, 8),
             "product": Tile(64, 64, 8),
             "adjoint": Tile(64, 64, 8),
             "gradient": Tile(64, 64, 8),
         },
         ("float32", 64): {
-            "forward": Tile(32, 16),
+            "forward": Tile(32, 16, 8),
             "forward, sums": Tile(32, 16),
             "queries": Tile(32, 16, 8),
             "queries, sums": Tile(32, 16, 8),
@@ -72,20 +72,17 @@ TILES = {
             "adjoint": Tile(32, 32),
             "gradient": Tile(32, 32),
         },
-        ("float32", 128): dict.fromkeys(
-            (
-                "forward",
-                "forward, sums",
-                "queries",
-                "queries, sums",
-                "keys",
-                "keys, sums",
-                "product",
-                "adjoint",
-                "gradient",
-            ),
-            Tile(16, 16, 8),
-        ),
+        ("float32", 128): {
+            "forward": Tile(16, 16, 8),
+            "forward, sums": Tile(16, 16, 8),
+            "queries": Tile(16, 16, 4),
+            "queries, sums": Tile(16, 16, 4),
+            "keys": Tile(16, 16, 4),
+            "keys, sums": Tile(16, 16, 4),
+            "product": Tile(16, 16, 8),
+            "adjoint": Tile(16, 16, 8),
+            "gradient": Tile(16, 16, 8),
+        },
     }.items()
     for kernel, tile in tiles.items()
 }

@@ -8,7 +8,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-# A loading process that the system has killed leaves no error of its own.
+# When the system kills a loading process, no error says why, so the message names the likely causes.
 _LOADING_ADVICE = (
     "if the machine's memory or its shared memory (df -h /dev/shm; in Docker, --shm-size) was full, a "
     "lower --num_workers needs less of both"
@@ -44,15 +44,13 @@ class Interrupted(Exception):
         return f"stopped by {signal.Signals(number).name} in {place}: --resume auto goes on where it saved"
 
 
-def explanation(error: BaseException, place: str = "") -> str:
-    """A sentence for an error that a full GPU, the system's limits or a lost loading process caused; empty for others.
+def explanation(error: Exception, place: str = "") -> str:
+    """A sentence for an error caused by a full GPU, a limit of the system or a lost loading process; else empty.
 
     Args:
         place: what the program was doing, such as "epoch 3, step 7".
     """
     where = f" in {place}" if place else ""
-    if isinstance(error, UserError | Interrupted) or not isinstance(error, Exception):
-        return ""
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is full{where}: a smaller batch or mixed precision may fit: {UserError(error)}"
     if _tells_of_open_files(error):
@@ -64,6 +62,8 @@ def explanation(error: BaseException, place: str = "") -> str:
 
 def tells_of_lost_rank(error: BaseException | None) -> bool:
     """Whether communication failed because another rank has ended or does not answer."""
+    if isinstance(error, UserError):  # its sentence may name --step-timeout, or a folder "gloo"
+        return False
     return isinstance(error, dist.DistError) or bool(re.search("gloo|timeout|closed by peer", str(error)))
 
 

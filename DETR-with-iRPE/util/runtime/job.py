@@ -1,5 +1,6 @@
 """This process's part in a job of one or more ranks, from the start to the end."""
 
+import atexit
 import contextlib
 import datetime
 import math
@@ -22,20 +23,21 @@ _LONGEST_WAIT = datetime.timedelta(hours=1)
 
 
 class Job:
-    """What one process knows of its job, as a context around everything that the job does.
+    """One rank's part in its job: a context around everything that this process does in the job.
 
-    At the end of the context this rank leaves the job. If an error ends it, the other ranks notice the loss, and causes
-    that PyTorch reports in words of its own become a ``UserError``. `meet` and `connect` do nothing for a single rank.
+    At the end of the context this rank leaves the job. If an error ends the context, the rank leaves without notice, so
+    that the others count it as lost; and an error of PyTorch whose cause is known, such as a full GPU or a lost rank,
+    becomes a ``UserError``. `meet` and `connect` do nothing for a single rank.
 
     Args:
         dist_url: where the ranks meet; "env://" takes the address that the launcher set in the environment.
-        step_timeout: seconds after which a rank counts as lost that does not answer or makes no progress.
+        step_timeout: seconds without an answer or progress after which a rank counts as lost.
 
     Attributes:
         place: what the main thread is doing, such as "epoch 3, step 7", for messages.
         received_signals: numbers of the signals that asked to stop; the handlers of `Run` append to it.
-        training_group: process group for training steps, whose collectives wait ``step_timeout`` seconds; None, which
-            stands for the default group, until `connect`.
+        training_group: process group for training steps, whose collectives wait ``step_timeout`` seconds; before
+            `connect` it is None, which stands for the default group.
     """
 
     def __init__(self, dist_url: str = "env://", step_timeout: float = 60) -> None:
@@ -58,18 +60,20 @@ class Job:
             self._disconnect()
             return
         self._claim_ending()
+        if isinstance(error, UserError | Interrupted) or not isinstance(error, Exception):
+            return
         sentence = explanation(error, self.place)
-        if not sentence and dist.is_initialized() and isinstance(error, Exception) and tells_of_lost_rank(error):
+        if not sentence and dist.is_initialized() and tells_of_lost_rank(error):
             sentence = f"{_named(silent_ranks())} is lost or hangs in {self.place}: {UserError(error)}"
-        if sentence and not isinstance(error, UserError | Interrupted):
+        if sentence:
             raise UserError(sentence) from error
 
     def meet(self) -> None:
         """Meet the other ranks, if there are any, and watch from then on that all of them stay alive.
 
-        If a rank dies or hangs, all ranks exit within ``step_timeout`` seconds, whatever they are doing.
+        If a rank dies or hangs, the others exit about ``step_timeout`` seconds later, whatever they are doing.
 
-        Raises: UserError if the others do not come within that time, or ``STARTUP_SECONDS`` if that is longer.
+        Raises: UserError if the others do not come within ``step_timeout`` or ``STARTUP_SECONDS``, whichever is longer.
         """
         if get_world_size() == 1 or self._watchdog:
             return
@@ -105,6 +109,7 @@ class Job:
                 timeout=_LONGEST_WAIT,
             )
             self.training_group = dist.new_group(timeout=datetime.timedelta(seconds=self.step_timeout))
+            atexit.register(self._disconnect)  # for a program that goes on after an error, as submitit's does
         except (RuntimeError, ValueError) as error:
             stale = "; delete a file that an earlier job left" if "file://" in self.dist_url else ""
             raise UserError(
@@ -112,19 +117,24 @@ class Job:
             ) from error
 
     def progressed(self, patience: float = 0.0) -> None:
-        """Promise the watchdog another call, or the end, within the step timeout, or ``patience`` seconds if longer."""
+        """Tell the watchdog that the main thread makes progress.
+
+        The main thread has to call this again, or leave the job, within the step timeout, or within ``patience``
+        seconds if that is longer; otherwise it counts as hanging.
+        """
         if self._watchdog:
             self._watchdog.progressed(patience)
 
     def waiting(self) -> contextlib.AbstractContextManager:
-        """A context in which the main thread may take any time: it waits for other ranks, or for a slow disk."""
+        """A context in which the main thread may take any time, because it waits for other ranks or for a slow disk."""
         return self._watchdog.waiting() if self._watchdog else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def training_steps(self) -> Iterator[None]:
-        """A context for the steps of an epoch, in which the timeout of ``training_group`` ends a hang.
+        """A context for the training steps of an epoch.
 
-        The ranks wait for each other in every training step, so the watchdog has nothing to judge there.
+        The ranks wait for each other in every training step, so the timeout of ``training_group`` ends a hang there,
+        and the watchdog does not judge the main thread.
         """
         self.progressed(math.inf)
         yield
@@ -157,7 +167,7 @@ class Job:
             self._watchdog = None
 
     def _disconnect(self) -> None:
-        """Drop what communication has kept: threads, which would abort the exit, and the store.
+        """End the threads of the process group, which would abort the exit of the process, and drop the store.
 
         The last process to drop the store of a file:// address deletes the file.
         """

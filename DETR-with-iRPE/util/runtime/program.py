@@ -24,7 +24,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's method, after the flags got the spelling that the parser knows."""
+        """Parse as argparse does, with every flag in either spelling."""
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._own_spelling(word) for word in words], namespace)
 
@@ -33,7 +33,7 @@ class ArgumentParser(argparse.ArgumentParser):
         end_process(2, f"{message}; --help lists all flags")
 
     def _own_spelling(self, word: str) -> str:
-        """The word in the parser's spelling if it is a flag in the other one, else unchanged."""
+        """The word with its flag in the spelling that the parser knows; other words are unchanged."""
         flag, equals, value = word.partition("=")
         own = {option.replace("_", "-"): option for option in self._option_string_actions}
         if not flag.startswith("--") or flag in self._option_string_actions:

@@ -29,8 +29,8 @@ class Progress:
         first_step: above 0 if the pass continues one that was stopped.
         values: the values of the steps before ``first_step``, by name.
         group: process group in which the means are computed.
-        describe_step: called on all ranks with the step and the value, by name, if the value of a step is not finite;
-            returns the end of the error message.
+        describe_step: called on all ranks with a step and {name: value} if a value of this step is not finite; returns
+            the end of the error message.
         constants: values that are the same in all steps, such as the learning rate.
     """
 
@@ -57,7 +57,7 @@ class Progress:
     def step(self, **values: torch.Tensor) -> None:
         """Count a step, and take its values: 0-d tensors, the same names in every step.
 
-        They are read only when the next line is due, since the GPU would wait for that.
+        They are read only when the next line is due, since reading them makes the program wait for the GPU.
 
         Raises: UserError on all ranks if a value that is read is not finite.
         """

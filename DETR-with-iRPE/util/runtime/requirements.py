@@ -8,7 +8,7 @@ import torch
 
 from .errors import UserError
 
-_COMPILING_SECONDS = 600  # that one rank may compile longer than another
+_COMPILING_SECONDS = 600  # One rank may take this much longer to compile than another.
 
 
 def need_signals(task: str, *names: str) -> None:
@@ -22,7 +22,7 @@ def need_signals(task: str, *names: str) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Try ``torch.compile`` on one addition, before a run prepares for minutes and fails in its first step.
+    """Try ``torch.compile`` on one addition, so that a run without a compiler fails at once, not in its first step.
 
     Raises: UserError that says what ``torch.compile`` lacks here.
     """
