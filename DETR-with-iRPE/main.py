@@ -36,13 +36,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size", default=2, type=int, help="images per step and rank")
     add("--weight_decay", default=1e-4, type=float)
     add("--epochs", default=300, type=int)
-    add("--lr_drop", default=200, type=int, help="divide the learning rates by 10 every so many epochs")
+    add("--lr_drop", default=200, type=int, metavar="EPOCHS", help="divide the learning rates by 10 every EPOCHS epochs")
     add("--clip_max_norm", default=0.1, type=float, help="maximum norm of the gradient; 0 for no limit")
     add(
         "--amp_dtype",
         default="float32",
         choices=("float32", "bfloat16", "float16"),
-        help="data type of mixed precision; float32 switches it off",
+        help="data type of mixed precision; float32 disables it",
     )
     add("--no_augmentation", action="store_true", help="train on images prepared as for evaluation")
     add(
@@ -50,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=1,
         type=int,
         metavar="EPOCHS",
-        help="evaluate every so many epochs, and after the last one",
+        help="evaluate every EPOCHS epochs, and after the last one",
     )
 
     add = parser.add_argument_group("model").add_argument
@@ -58,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--no_pretrained_backbone",
         action="store_true",
-        help="initialize the backbone randomly and train all of it, including batch norm",
+        help="initialise the backbone randomly and train all of it, including batch norm",
     )
     add("--dilation", action="store_true", help="DC5: replace the stride of the last stage with a dilation")
     add(
@@ -88,7 +88,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--frozen_weights",
         type=str,
         metavar="FILE",
-        help="with --masks: checkpoint of the detector, which stays frozen",
+        help="with --masks: checkpoint of the detector, which is not trained further",
     )
 
     add = parser.add_argument_group("loss").add_argument
@@ -109,16 +109,20 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_file", default="coco", help="coco, or coco_panoptic for things and stuff")
-    add("--coco_path", type=str, help="folder with annotations/, train2017 and val2017")
-    add("--coco_panoptic_path", type=str, help="folder with annotations/, panoptic_train2017 and panoptic_val2017")
+    add("--coco_path", type=str, help="folder with annotations/, train2017 and val2017 (folders or zip files)")
+    add(
+        "--coco_panoptic_path",
+        type=str,
+        help="folder with annotations/, panoptic_train2017 and panoptic_val2017 (folders or zip files)",
+    )
     add("--remove_difficult", action="store_true", help="train without objects that are marked as difficult")
     add(
         "--short_side",
         default=800,
         type=int,
-        help="of the images in evaluation, in pixels; the sizes in training scale with it",
+        help="length of the images' short side in evaluation, in pixels; the training sizes scale with it",
     )
-    add("--num_workers", default=4, type=int)
+    add("--num_workers", default=4, type=int, help="DataLoader workers per rank")
     add(
         "--eval_batch_size",
         type=int,
@@ -131,8 +135,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--compile",
         action="store_true",
-        help="torch.compile what fits images of all sizes: the backbone, the decoder, and of the encoder what is not "
-        "attention with relative positions; needs a C++ compiler, and on a GPU Triton",
+        help="compile the parts that work for images of all sizes with torch.compile: the backbone, the decoder, and the "
+        "encoder without its attention with relative positions; needs a C++ compiler and, on a GPU, Triton",
     )
     add("--seed", default=42, type=int)
     add(
@@ -141,7 +145,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="checkpoint (file or URL) to resume from, or to evaluate; auto "
         "takes the newest one in --output_dir, and starts a new run if there is none",
     )
-    add("--save_every", default=0, type=int, metavar="STEPS", help="also save within an epoch, every so many steps")
+    add("--save_every", default=0, type=int, metavar="STEPS", help="also save within an epoch, every STEPS steps")
     add(
         "--step_timeout",
         default=60,
@@ -157,7 +161,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--start_epoch", default=0, type=int, help="first epoch, unless --resume gives it")
     add("--eval", action="store_true", help="evaluate only")
     add("--world_size", default=1, type=int, help="number of ranks; the launcher sets it")
-    add("--dist_url", default="env://", help="address at which the ranks meet")
+    add("--dist_url", default="env://", help="address at which the ranks find each other; the launcher sets it")
     # given by torch.distributed.launch without --use_env; the rank itself is read from the environment
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser

@@ -67,13 +67,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         default="deit_base_patch16_224",
         type=str,
         metavar="NAME",
-        help="deit_{size}_patch16_{res}_{bias|ctx}_{method}_{buckets}_{shared|unshared}_{q|k|v|qk|...}, or timm's name",
+        help="deit_{size}_patch16_{res}_{bias|ctx}_{method}_{buckets}_{shared|unshared}_{q|k|v|qk|...}, or any timm ViT",
     )
     add(
         "--rpe",
         default="",
         metavar="rpe-{ratio}-{method}-{mode}-{shared_head}-{on}",
-        help="iRPE for a ViT whose name has none, such as rpe-1.9-product-ctx-1-k; with --resume, the checkpoint's",
+        help="iRPE for a ViT without iRPE in its name, such as rpe-1.9-product-ctx-1-k; --resume reads it from the "
+        "checkpoint",
     )
     add(
         "--model-kwargs",
@@ -81,12 +82,18 @@ def get_args_parser() -> argparse.ArgumentParser:
         default={},
         action=KeyValues,
         metavar="KEY=VALUE",
-        help="arguments of timm's model, such as patch_size=4 depth=6; with --resume, the checkpoint's",
+        help="arguments of timm's model, such as patch_size=4 depth=6; --resume reads them from the checkpoint",
     )
     add("--pretrained", action="store_true", help="start from the released weights")
-    add("--input-size", default=224, type=int, help="side of the images in pixels")
-    add("--drop", type=float, default=0.0, metavar="P", help="dropout after positions, attention and both MLP layers")
-    add("--drop-path", type=float, default=0.1, metavar="P", help="stochastic depth of the last block")
+    add("--input-size", default=224, type=int, help="side length of the square input images, in pixels")
+    add(
+        "--drop",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="dropout after the position embeddings, the attention and both MLP layers",
+    )
+    add("--drop-path", type=float, default=0.1, metavar="P", help="stochastic depth rate of the last block")
     add("--model-ema", action="store_true", default=True, help="keep a moving average of the weights (the default)")
     add("--no-model-ema", action="store_false", dest="model_ema")
     add("--model-ema-decay", type=float, default=0.99996)
@@ -101,8 +108,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=float, default=0.05, help="not applied to 1-D weights, biases, positions and tokens")
 
     # Learning rate
-    add("--sched", default="cosine", type=str, help="any of timm's schedules")
-    add("--lr", type=float, default=5e-4, help="for 512 images per step; scaled with their number")
+    add("--sched", default="cosine", type=str, help="any of timm's learning rate schedules")
+    add("--lr", type=float, default=5e-4, help="learning rate for 512 images per step; scaled linearly with their number")
     add(
         "--lr-noise",
         type=float,
@@ -112,28 +119,28 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--lr-noise-pct", type=float, default=0.67, help="limit of the noise, relative to the learning rate")
     add("--lr-noise-std", type=float, default=1.0, help="standard deviation of the noise (timm 1.0.15 ignores it)")
-    add("--warmup-lr", type=float, default=1e-6, help="learning rate of the first epoch; not scaled")
-    add("--min-lr", type=float, default=1e-5, help="learning rate of the last epoch; not scaled")
+    add("--warmup-lr", type=float, default=1e-6, help="learning rate at the start of the warm-up; not scaled")
+    add("--min-lr", type=float, default=1e-5, help="lowest learning rate after the warm-up; not scaled")
     add("--decay-epochs", type=float, default=30, help="epochs between two decays of --sched step")
     add("--warmup-epochs", type=int, default=5)
     add(
         "--cooldown-epochs",
         type=int,
         default=10,
-        help="epochs after a decay of --sched plateau that do not count as patience",
+        help="epochs after a decay by --sched plateau that do not count towards --patience-epochs",
     )
     add("--patience-epochs", type=int, default=10, help="epochs without a better top-1 before --sched plateau decays")
     add("--decay-rate", "--dr", type=float, default=0.1)
 
     # Augmentation
-    add("--color-jitter", type=float, default=0.4, help="used without --aa")
+    add("--color-jitter", type=float, default=0.4, help="strength of the colour jitter; only used with --aa none")
     add("--aa", type=str, default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment or RandAugment policy, or none")
     add(
         "--hflip",
         type=float,
         default=0.5,
         metavar="P",
-        help="probability of a mirrored image; use 0 for images of text",
+        help="probability of a horizontal flip; use 0 for images of text",
     )
     add(
         "--min-crop",
@@ -144,7 +151,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--train-interpolation", type=str, default="bicubic", help="bicubic, bilinear or random")
-    add("--repeated-aug", action="store_true", default=True, help="three copies of each image (the default)")
+    add(
+        "--repeated-aug",
+        action="store_true",
+        default=True,
+        help="repeated augmentation: three differently augmented copies of each image (the default)",
+    )
     add("--no-repeated-aug", action="store_false", dest="repeated_aug")
     add("--load-tar", action="store_true", help="read train.tar and val.tar instead of folders")
     add("--reprob", type=float, default=0.25, metavar="P", help="probability of random erasing")
@@ -158,18 +170,18 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         default=None,
-        help="least and greatest side of the cut, relative to the image's",
+        help="smallest and largest side of the pasted rectangle, relative to the image's",
     )
     add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability of mixup or cutmix")
     add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="probability of cutmix if both are on")
-    add("--mixup-mode", type=str, default="batch", help="one ratio per batch, pair or elem")
+    add("--mixup-mode", type=str, default="batch", help="draw a mixing ratio per batch, pair (of images) or elem (image)")
 
     # Distillation and fine-tuning
     add("--teacher-model", default="regnety_160", type=str, metavar="NAME")
     add("--teacher-path", type=str, default="", help="checkpoint or URL")
     add("--distillation-type", default="none", choices=["none", "soft", "hard"], type=str)
-    add("--distillation-alpha", default=0.5, type=float, help="weight of the distillation in the loss")
-    add("--distillation-tau", default=1.0, type=float, help="temperature")
+    add("--distillation-alpha", default=0.5, type=float, help="weight of the distillation loss, from 0 to 1")
+    add("--distillation-tau", default=1.0, type=float, help="temperature of soft distillation")
     add("--finetune", default="", help="checkpoint or URL to start from; resolution and classes may differ")
 
     # Data
@@ -179,7 +191,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default="IMNET",
         choices=["CIFAR", "IMNET", "INAT", "INAT19", "FOLDER"],
         type=str,
-        help="FOLDER is IMNET with any number of classes",
+        help="FOLDER has the layout of IMNET and any number of classes",
     )
     add(
         "--inat-category",
@@ -192,7 +204,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--output_dir",
         default="",
-        help="folder for checkpoint.pth, log.txt and tensorboard/, with --eval for eval.json; by default none",
+        help="folder for checkpoint.pth, log.txt and tensorboard/, or for eval.json with --eval; without it, nothing is "
+        "written",
     )
     add("--device", default="cuda", help="cuda or cpu")
     add(
@@ -204,8 +217,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--compile",
         action="store_true",
-        help="torch.compile the whole model (and the teacher): slow first steps, then faster ones; needs a C++ "
-        "compiler, and on a GPU Triton",
+        help="compile the whole model (and the teacher) with torch.compile: the first steps are slow, later ones faster; "
+        "needs a C++ compiler and, on a GPU, Triton",
     )
     add("--seed", default=0, type=int)
     add(
@@ -214,7 +227,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="checkpoint or URL to resume from, or to evaluate; auto takes the newest one in "
         "--output_dir, and starts a new run if there is none",
     )
-    add("--save-every", default=0, type=int, metavar="STEPS", help="also save within an epoch, every so many steps")
+    add("--save-every", default=0, type=int, metavar="STEPS", help="also save within an epoch, every STEPS steps")
     add(
         "--step-timeout",
         default=60,
@@ -226,14 +239,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--eval", action="store_true", help="evaluate only")
     add("--dist-eval", action="store_true", default=True, help="divide the evaluation among the ranks (the default)")
     add("--no-dist-eval", action="store_false", dest="dist_eval", help="every rank evaluates all images")
-    add("--num_workers", default=10, type=int, help="loading processes per rank")
+    add("--num_workers", default=10, type=int, help="DataLoader workers per rank")
     add("--pin-mem", action="store_true", help="use pinned memory for faster copies to the GPU (the default)")
     add("--no-pin-mem", action="store_false", dest="pin_mem")
     parser.set_defaults(pin_mem=True)
 
     # Processes
     add("--world_size", default=1, type=int, help="number of ranks; the launcher sets it")
-    add("--dist_url", default="env://", help="address at which the ranks meet")
+    add("--dist_url", default="env://", help="address at which the ranks find each other; the launcher sets it")
     add("--local-rank", "--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # torch.distributed.launch's
     return parser
 

@@ -1,13 +1,13 @@
-"""Train variants of a model with the same seeds, several at a time, and report their differences with 95 % intervals.
+"""Train variants of a model with the same seeds, and report their differences with 95 % confidence intervals.
 
     python tools/ablate.py --data-path outputs/fashion/tune --test-path outputs/fashion/test --device cpu --jobs 2
     python tools/ablate.py --study mine.json --data-path DIR --data-set CIFAR -- --input-size 32 --epochs 100
 
-Each run is two commands of DeiT's main.py, which are printed and also work on their own: training on --data-path, and
-one evaluation on --test-path (default: --data-path). Flags after -- are passed to both. The study is a JSON file in the
-format of ablate_fashion.json. After every run, results.json, results.md and results.png are written to --output_dir.
-The same command resumes an interrupted study; an interrupted training resumes with --resume auto, on a CPU with
-bitwise equal results.
+Each run consists of two commands of DeiT's main.py, which are printed and also work on their own: training on
+--data-path, and one evaluation on --test-path (default: --data-path). Flags after -- are passed to both. The study is a
+JSON file in the format of ablate_fashion.json. After every run, results.json, results.md and results.png are written to
+--output_dir. The same command resumes an interrupted study. An interrupted training resumes with --resume auto; on a
+CPU, its results are bit-exact.
 
 Exit status: 0 all runs have a result; 2 the command line or the study is wrong; 3 some runs failed; 130 interrupted by
 a signal or a closed pipe.
@@ -42,14 +42,14 @@ DEIT = drawing.ROOT / "DeiT-with-iRPE"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, by default this process's."""
+    """Parse the command line, `sys.argv` by default."""
     parser = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, metavar="FILE", default=Path(__file__).with_name("ablate_fashion.json"))
     parser.add_argument("--data-path", type=Path, metavar="DIR", required=True, help="data set for training")
     parser.add_argument("--test-path", type=Path, metavar="DIR", help="data set for the evaluation")
     parser.add_argument("--data-set", default="FOLDER", help="as for main.py")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of parallel runs, which share the cores")
     parser.add_argument("--output_dir", type=Path, metavar="OUT", default=Path("outputs", "ablate"))
     parser.add_argument("more", nargs="*", metavar="FLAG", help="additional flags for main.py, after --")
     args = parser.parse_args(argv)
@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_study(path: Path) -> dict[str, Any]:
-    """The study as a dict, the sides of its comparisons as lists of names. Raises: UserError if it cannot be used."""
+    """Read a study as a dict, with the sides of its comparisons as lists of names. Raises: UserError if it is invalid."""
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
         names, seeds = list(study["variants"]), study["seeds"]
@@ -197,7 +197,7 @@ class Run:
 
 
 def work(runs: list[Run], jobs: int, locked: TextIO, report: Callable[[], None]) -> None:
-    """Execute the runs in order, `jobs` at a time, and call report() after each; an interrupt ends them too."""
+    """Execute the runs in order, `jobs` at a time, and call report() after each. An interrupt also ends their processes."""
     # macOS has no function that returns the cores available to this process.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, cores // jobs)
@@ -239,7 +239,7 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 
 def difference(top1: dict[str, dict[int, float]], left: Iterable[str], right: Iterable[str]) -> dict[str, Any]:
-    """Summary, over the seeds that all variants have, of the mean top-1 of `left` minus that of `right`.
+    """Summarise the mean top-1 of `left` minus that of `right`, over the seeds that all of these variants have.
 
     Args:
         top1: {variant: {seed: top-1 in percent}}.
@@ -294,7 +294,7 @@ def write_reports(out: Path, study: dict[str, Any], runs: list[Run], about: dict
 
 
 def cells(values: dict[str, Any]) -> tuple[str, str]:
-    """Mean ± half the interval, and whether the interval lies above or below zero or contains it."""
+    """Mean ± half the width of the interval, and whether the interval is above zero, below zero or contains it."""
     mean, half = values["mean"], values["half"]
     if half is None:
         return "-" if mean is None else f"{mean:+.2f}", "-"
@@ -383,7 +383,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, by default this process's; returns the exit status."""
+    """Run the command line, `sys.argv` by default; returns the exit status."""
     return reproduce.guarded(run, parse_args(argv), "interrupted; the same command resumes the study")
 
 

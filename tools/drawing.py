@@ -1,6 +1,6 @@
-"""Shared by the tools that draw: a figure, colours and a PNG file. It makes DeiT-with-iRPE's modules importable.
+"""What the tools that draw have in common. Importing this file makes DeiT-with-iRPE's modules importable.
 
-It uses matplotlib's objects, never pyplot, so no display is needed.
+It uses matplotlib's classes without pyplot, so no display is needed.
 """
 
 import sys

@@ -2,10 +2,10 @@
 
     python tools/fashion_mnist.py --source /usr/share/datasets/fashion-mnist --output_dir outputs/fashion
 
-OUT/tune/train holds 13,000 of the 60,000 training images and OUT/tune/val 2,000 others, for choosing a recipe; both
-have equally many of each class. OUT/test/val holds the 10,000 test images. Each image of 28×28 pixels gets a black
-border of 2 pixels, which the evaluation of main.py with --input-size 28 crops again. Nothing is downloaded: the four
-.gz files come with Debian's package dataset-fashion-mnist, or from the data set's own page.
+OUT/tune/train contains 13,000 of the 60,000 training images, and OUT/tune/val contains 2,000 others, for choosing a
+recipe; both have the same number of images of each class. OUT/test/val contains the 10,000 test images. Each image of
+28×28 pixels gets a black border of 2 pixels, which the evaluation of main.py with --input-size 28 crops off again.
+Nothing is downloaded: the four .gz files come with Debian's package dataset-fashion-mnist, or from the data set's page.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SEED = 0  # selects the images
 
 
 def read(source: Path, name: str, header: int, *shape: int) -> np.ndarray:
-    """The data of a .gz file after a header of so many bytes, uint8 (N, *shape).
+    """Read the data of a .gz file after a header of `header` bytes, uint8 (N, *shape).
 
     Raises: UserError if the file cannot be read.
     """
@@ -43,7 +43,7 @@ def read(source: Path, name: str, header: int, *shape: int) -> np.ndarray:
 
 
 def write(images: np.ndarray, numbers: np.ndarray, folder: Path) -> None:
-    """Write the images of these numbers, from `images` (N, H, W), to a folder as NUMBER.png."""
+    """Write the images with these indices in `images` (N, H, W) to a folder, as INDEX.png."""
     with runtime.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for number in numbers:

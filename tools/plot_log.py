@@ -1,9 +1,9 @@
-"""Draw the log.txt of one or more runs into one figure, and print at which epoch a run departs from the first one.
+"""Plot the log.txt of one or more runs in one figure, and print at which epoch a run departs from the first one.
 
     python tools/plot_log.py LOG [LOG ...] [--margin POINTS] [--output FILE.png]
 
-LOG is the log.txt of a run of DeiT or DETR, of this code or the public one. The PNG file shows loss, top-1 or AP, and
-learning rate. The first log is the reference: for each other log, a line is printed with the first epoch at which its
+LOG is the log.txt of a DeiT or DETR run, with this code or the authors'. The PNG file shows loss, top-1 or AP, and
+learning rate. The first log is the reference. For each other log, a line is printed with the first epoch at which its
 top-1 (AP) differs from the reference's by more than the margin. If a log contains an epoch several times, for example
 after a restart, its last line counts. Epochs are numbered as in the logs, from 0.
 """
@@ -39,14 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=1.0,
         metavar="POINTS",
-        help="largest difference in top-1 or AP that still counts as equal, in percentage points (default: 1)",
+        help="largest difference in top-1 or AP to ignore, in percentage points (default: 1)",
     )
     result.add_argument("--output", default="plot_log.png", metavar="FILE.png")
     return result
 
 
 def read_line(line: str) -> tuple[int, dict[str, float]]:
-    """Epoch of a line, and its numbers by their names in COLUMNS."""
+    """The epoch of a line, and its values by column name (see COLUMNS)."""
     row = json.loads(line)
     if "test_acc1" in row:
         row["top-1"] = row["test_acc1"]
@@ -56,7 +56,7 @@ def read_line(line: str) -> tuple[int, dict[str, float]]:
 
 
 def read_log(path: str | Path) -> Columns:
-    """Columns of a log, {name: {epoch: number}}; missing columns are empty, top-1 and AP are in percent.
+    """Read the columns of a log, {name: {epoch: value}}. Missing columns are empty; top-1 and AP are in percent.
 
     A truncated last line is skipped with a note. Raises: UserError, with the line, for a file that is not a log.
     """
@@ -88,7 +88,7 @@ def differences(values: Column, expected: Column) -> Column:
 
 
 def verdict(values: Column, expected: Column, score: str, margin: float) -> str:
-    """Say whether and where a run's top-1 or AP differs from the reference's by more than the margin, in points."""
+    """A sentence on whether and where a run's top-1 or AP differs from the reference's by more than the margin."""
     apart = differences(values, expected)
     if not apart:
         return f"has no epoch with {score} in common with the reference"

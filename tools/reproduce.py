@@ -3,11 +3,12 @@
     python tools/reproduce.py --imagenet DIR --coco DIR --checkpoints DIR --nproc 8
     python tools/reproduce.py --checkpoints DIR --verify
 
---imagenet holds val/ or val.tar, --coco holds annotations/instances_val2017.json and val2017/ or val2017.zip, and
---checkpoints holds the files under their released names. Nothing is downloaded. The main.py of each codebase evaluates
-its checkpoints. After every row, results.json, results.md and results.png are written to --output_dir. A row is
-measured again only if its file, data, flags, code or libraries changed, so the same command resumes an interrupted run.
---verify needs no data: it loads every file, compares keys and shapes with the model, and counts parameters and MACs.
+--imagenet contains val/ or val.tar, --coco contains annotations/instances_val2017.json and val2017/ or val2017.zip, and
+--checkpoints contains the files under their released names. Nothing is downloaded. The main.py of each codebase
+evaluates its checkpoints. After every row, results.json, results.md and results.png are written to --output_dir. A row
+is only measured again if its file, data, flags, code or libraries have changed, so the same command resumes an
+interrupted run. --verify needs no data: it loads every file, compares keys and shapes with the model, and counts
+parameters and MACs.
 
 Exit status: 0 all rows passed; 1 a result is out of tolerance or, with --verify, a file does not match its model; 2 the
 command line is wrong; 3 no row failed, but some could not be measured; 130 interrupted by a signal or a closed pipe.
@@ -53,8 +54,8 @@ class Codebase:
 
     folder: Path
     data: str  # the flag for its data set
-    parts: tuple[tuple[str, ...], ...]  # of the data set; one name of each tuple must exist
-    metrics: tuple[str, ...]  # the first one is judged
+    parts: tuple[tuple[str, ...], ...]  # paths in the data set; one path of each tuple must exist
+    metrics: tuple[str, ...]  # the first one decides whether a row passes
     points: int  # factor from a metric to percentage points
     tolerance: float  # in percentage points
     size: tuple[int, int]  # height and width of the image for which MACs are counted, in pixels
@@ -78,13 +79,13 @@ CODEBASES = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, by default this process's."""
+    """Parse the command line, `sys.argv` by default."""
     parser = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--imagenet", type=Path, metavar="DIR")
     parser.add_argument("--coco", type=Path, metavar="DIR")
     parser.add_argument("--checkpoints", type=Path, metavar="DIR", required=True)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these rows; *, ? and [] work as in a shell")
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="number of processes, one per GPU")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="number of ranks, one per GPU")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--output_dir", type=Path, default=Path("outputs", "reproduce"), metavar="OUT")
     parser.add_argument("--verify", action="store_true", help="only check the files")
@@ -107,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_table(path: Path) -> list[Row]:
-    """Rows of a table file as dicts, with their `codebase`. Raises: UserError for a table that cannot be used."""
+    """The rows of a table file as dicts that include their `codebase`. Raises: UserError for an unusable table."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         rows = [{"codebase": name, **row} for name in CODEBASES for row in table.get(name, [])]
@@ -158,7 +159,7 @@ def data_files(codebase: Codebase, args: argparse.Namespace) -> list[Path]:
 
 
 def device_name(device: str) -> str:
-    """Names of the processor and the GPU, found by a short-lived process, which frees the GPU when it exits.
+    """The names of the processor and the GPU, from a short-lived process, which frees the GPU when it exits.
 
     Raises: UserError if there is no GPU and `device` is cuda.
     """
@@ -174,11 +175,11 @@ def device_name(device: str) -> str:
 
 
 def lock(out: Path) -> TextIO:
-    """The open lock file of an output folder, which only one run may use; its evaluations inherit the lock.
+    """Lock an output folder, and return the open lock file. Only one run may use a folder.
 
-    An evaluation may outlive a run that is killed, and then still holds the lock. Raises: UserError if it is taken.
+    Evaluations inherit the lock: one that outlives a killed run still holds it. Raises: UserError if it is taken.
     """
-    import fcntl  # Windows does not have it, and has been refused before for its lack of SIGHUP
+    import fcntl  # Windows does not have it, but was already rejected because it lacks SIGHUP
 
     with runtime.writing(f"--output_dir {out}"):
         out.mkdir(parents=True, exist_ok=True)
@@ -205,8 +206,8 @@ def outline(row: Row) -> nn.Module:
 
 
 def count(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
-    """{"params", "macs"}; MACs are those of matrix products and convolutions, for an image of (height, width)."""
-    # PyTorch counts the math backend's attention on every device, and that of the fused ones only on some.
+    """{"params", "macs"}, where MACs are those of matrix products and convolutions for an image of (height, width)."""
+    # PyTorch counts attention by the math backend on every device, but by the fused backends only on some.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, *size, device="meta"))
     return {"params": sum(p.numel() for p in model.parameters()), "macs": counter.get_total_flops() // 2}
@@ -218,7 +219,7 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """Hash of the names, sizes and times of all files under the paths; reading all of ImageNet would take too long."""
+    """Hash of the names, sizes and times of all files under the paths. Hashing all of ImageNet would take too long."""
     digest = hashlib.sha256()
     for root in paths:
         below = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
@@ -229,7 +230,7 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 
 def dependencies(row: Row, args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """Everything that a result depends on; the number of processes is not part of it."""
+    """Everything that a result depends on. The number of ranks does not matter."""
     codebase = CODEBASES[row["codebase"]]
     code = "".join(map(sha256, sorted(codebase.folder.rglob("*.py"))))
     return {
@@ -287,7 +288,7 @@ def command_of(row: Row, args: argparse.Namespace, path: Path) -> list[str]:
 
 
 def evaluate(row: Row, command: list[str], out: Path, locked: TextIO) -> dict[str, float]:
-    """Run the command, pass its output on, and return its metrics by name. Raises: UserError if it fails."""
+    """Run the command, pass on its output, and return its metrics by name. Raises: UserError if it fails."""
     codebase, path = CODEBASES[row["codebase"]], out / row["name"] / "eval.json"
     path.unlink(missing_ok=True)
     process = None
@@ -317,7 +318,7 @@ def evaluate(row: Row, command: list[str], out: Path, locked: TextIO) -> dict[st
 
 
 def end(process: subprocess.Popen) -> None:
-    """Terminate a process that still runs; the launcher kills workers that have not ended after half a minute."""
+    """Terminate the launcher if it still runs; it kills ranks that have not exited after half a minute."""
     if process.poll() is None:
         ignore_signals()
         process.terminate()
@@ -326,7 +327,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def error_in(output: str) -> str:
-    """The original error in an output that also holds warnings, errors of other ranks and the launcher's report.
+    """The original error in output that also contains warnings, errors of other ranks and the launcher's report.
 
     The patterns are ordered: the program's own error, an exception, a signal, an error because of another rank.
     """
@@ -342,7 +343,7 @@ def error_in(output: str) -> str:
 
 
 def judge(row: Row, measured: dict[str, float]) -> Row:
-    """The part of an entry that compares the measured metrics with the paper's: status and reason, in points."""
+    """Compare measured metrics with the paper's: the part of an entry with status, reason and difference, in points."""
     codebase = CODEBASES[row["codebase"]]
     metric, points = codebase.metrics[0], codebase.points
     difference = points * (measured[metric] - row[metric])
@@ -358,7 +359,10 @@ def judge(row: Row, measured: dict[str, float]) -> Row:
 
 
 def measure(row: Row, args: argparse.Namespace, device: str, old: Row, locked: TextIO) -> Row:
-    """The row's new entry; it keeps the results of `old`, its earlier entry or {}, if nothing could be measured."""
+    """Measure a row, and return its new entry.
+
+    If nothing can be measured, the entry keeps the results of `old`, the row's earlier entry or {}.
+    """
     codebase, path = CODEBASES[row["codebase"]], args.checkpoints / row["file"]
     if not path.is_file():
         return {**old, "status": "missing", "why": f"{row['file']}, which {row['url']} provides"}
@@ -393,7 +397,7 @@ def measure(row: Row, args: argparse.Namespace, device: str, old: Row, locked: T
 
 
 def write_reports(out: Path, rows: list[Row], entries: dict[str, Row]) -> None:
-    """Write results.json, results.md and results.png of all rows of the table, measured now or earlier."""
+    """Write results.json, results.md and results.png with all rows of the table, measured now or earlier."""
     with runtime.writing(f"a report in --output_dir {out}"):
         with runtime.replacing(out / "results.json") as file:
             file.write(json.dumps({"rows": entries}, indent=1).encode())
@@ -479,7 +483,7 @@ def reproduce(args: argparse.Namespace, table_rows: list[Row], rows: list[Row], 
 
 
 def verify(row: Row, path: Path) -> tuple[str, str]:
-    """(status of the file, reason). Raises: UserError if its model cannot be built."""
+    """Check a file; returns (status, reason). Raises: UserError if its model cannot be built."""
     if not path.exists():
         return "missing", f"{row['file']}, which {row['url']} provides"
     model = outline(row)
@@ -518,7 +522,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, by default this process's; returns the exit status."""
+    """Run the command line, `sys.argv` by default; returns the exit status."""
     return guarded(run, parse_args(argv), "interrupted; the same command resumes after the last measured row")
 
 
@@ -539,7 +543,7 @@ def stop(*_: object) -> NoReturn:
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Defer signals until the end of the block: one that arrives while a process starts would leave it running."""
+    """Defer signals until the end of the block. One that arrived while a process starts would leave it running."""
     arrived = []
     handlers = {number: handler for number in STOPPING if callable(handler := signal.getsignal(number))}
     for number in handlers:
@@ -554,7 +558,7 @@ def signals_deferred() -> Iterator[None]:
 
 
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, interrupted: str) -> int:
-    """The exit status of run(args), or that of a mistake or a signal, for each of which it prints one sentence.
+    """Return the exit status of run(args). After a user's mistake or a signal, print one sentence instead of a traceback.
 
     Args:
         interrupted: the sentence for a signal.

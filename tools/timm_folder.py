@@ -3,8 +3,8 @@
     python tools/timm_folder.py write OUT/checkpoint.pth FOLDER [--results OUT/eval.json]
     python tools/timm_folder.py read FOLDER checkpoint.pth
 
-`write` saves model.safetensors, config.json and README.md, a model card with the results. The checkpoint says which
-model it is; a file without the flags of its training needs --model, --rpe and so on. After `import rpe_models`, timm
+`write` saves model.safetensors, config.json and README.md, a model card with the results. The model is determined by the
+training flags in the checkpoint. If the file lacks them, pass --model, --rpe and so on. After `import rpe_models`, timm
 loads the folder with timm.create_model("local-dir:FOLDER", pretrained=True), or with "hf-hub:OWNER/NAME" after
 `hf upload OWNER/NAME FOLDER`.
 
@@ -89,22 +89,32 @@ def build_parser() -> argparse.ArgumentParser:
     parser = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    writer = commands.add_parser("write", help="checkpoint to folder")
+    writer = commands.add_parser("write", help="convert a checkpoint to a folder")
     writer.add_argument("checkpoint", metavar="CHECKPOINT", help="file or URL")
     writer.add_argument("folder", type=Path, metavar="FOLDER")
-    writer.add_argument("--model", metavar="NAME", help="as main.py's; default: the checkpoint's, or its file name")
-    writer.add_argument("--rpe", help="as main.py's; default: the checkpoint's")
-    writer.add_argument("--model-kwargs", nargs="*", action=ParseKwargs, metavar="KEY=VALUE", help="the same")
-    writer.add_argument("--input-size", type=int, metavar="PIXELS", help="the same; else 224")
+    writer.add_argument(
+        "--model", metavar="NAME", help="as for main.py; default: from the checkpoint, or else its file name"
+    )
+    writer.add_argument("--rpe", help="as for main.py; default: from the checkpoint")
+    writer.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        action=ParseKwargs,
+        metavar="KEY=VALUE",
+        help="as for main.py; default: from the checkpoint",
+    )
+    writer.add_argument(
+        "--input-size", type=int, metavar="PIXELS", help="as for main.py; default: from the checkpoint, or else 224"
+    )
     writer.add_argument("--ema", action="store_true", help="write the moving average of the weights")
     writer.add_argument(
         "--results",
         type=Path,
         metavar="FILE",
-        help="eval.json of main.py --eval, or log.txt; default: the log.txt beside the checkpoint, without --ema",
+        help="eval.json of main.py --eval, or log.txt; default: the log.txt next to the checkpoint, but none with --ema",
     )
 
-    reader = commands.add_parser("read", help="folder to checkpoint")
+    reader = commands.add_parser("read", help="convert a folder to a checkpoint")
     reader.add_argument("folder", type=Path, metavar="FOLDER")
     reader.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     return parser
@@ -133,7 +143,7 @@ def build_model(settings: argparse.Namespace, weights: dict[str, torch.Tensor], 
 
 
 def write(args: argparse.Namespace) -> None:
-    """Write `args.folder` from `args.checkpoint`. Raises: UserError if either cannot be used."""
+    """Convert `args.checkpoint` to `args.folder`. Raises: UserError if either cannot be used."""
     checkpoint = runtime.load_checkpoint(args.checkpoint)
     settings = settings_of_training(args, checkpoint)
     weights = runtime.model_weights(checkpoint, args.checkpoint, "model_ema" if args.ema else "model")
@@ -171,7 +181,7 @@ def settings_of_training(args: argparse.Namespace, checkpoint: dict[str, Any]) -
 
 
 def describe_preprocessing(model: nn.Module, settings: argparse.Namespace) -> None:
-    """Set the model's `pretrained_cfg` to the preprocessing of main.py's evaluation, whatever timm's default is."""
+    """Describe the preprocessing of main.py's evaluation in the model's `pretrained_cfg`, instead of timm's default."""
     keeps_size = settings.data_set == "CIFAR" and settings.input_size == 32
     model.pretrained_cfg = {
         **model.pretrained_cfg,
@@ -234,7 +244,7 @@ def model_card(model: nn.Module, settings: argparse.Namespace, results: dict[str
 
 
 def read(args: argparse.Namespace) -> None:
-    """Write `args.checkpoint` from `args.folder`. Raises: UserError if either cannot be used."""
+    """Convert `args.folder` to `args.checkpoint`. Raises: UserError if either cannot be used."""
     settings, classes = read_config(args.folder / "config.json")
     path = args.folder / "model.safetensors"
     try:
@@ -262,7 +272,7 @@ def read_config(path: Path) -> tuple[argparse.Namespace, list[str]]:
     if len(sides) != 1:
         raise UserError(f"{path} is of a model for images of {size} pixels, and main.py evaluates square images only")
     if not isinstance(classes, list):
-        classes = []  # timm also allows a dict for numbers with gaps, which main.py does not have
+        classes = []  # timm also allows a dict, for class indices with gaps, which main.py does not support
     settings = argparse.Namespace(
         model=model,
         rpe=arguments.get("rpe", ""),

@@ -2,14 +2,14 @@
 
     python tools/visualize_rpe.py --resume FILE --output_dir DIR [--image FILE ...]
 
-FILE is a checkpoint of DeiT or DETR; its weights show which. The tool writes rpe_q.png, rpe_k.png and rpe_v.png, for
-those of queries, keys and values on which the model has iRPE. Each pixel of a map is an offset from a query, in the
-centre, to a key. For queries and keys its value is what the encoding adds to the logit: in bias mode the entry of the
-table, in contextual mode the mean over all queries (for rpe_q: over all keys) of the images. For values it is the norm
-of the vector that an attention weight of 1 adds to the output. The bucket of the prefix tokens is not drawn. The map
-has the offsets of the first image.
+FILE is a checkpoint of DeiT or DETR; the tool recognises which from the weights. It writes rpe_q.png, rpe_k.png and
+rpe_v.png, as far as the model has iRPE on queries, keys and values. Each pixel of a map is an offset from a query, in
+the centre, to a key. For queries and keys, its value is what the encoding adds to the logit: in bias mode the entry of
+the table, in contextual mode the mean over all queries (for rpe_q: over all keys) of the images. For values, it is the
+norm of the vector that an attention weight of 1 adds to the output. The bucket of the prefix tokens is not drawn. The
+size of the map is that of the first image.
 
-If the checkpoint lacks flags of its training, such as --model or --enc_rpe2d, give them as to main.py.
+If the checkpoint lacks flags of its training, such as --model or --enc_rpe2d, pass them as for main.py.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main_flags(
     parser: argparse.ArgumentParser, args: argparse.Namespace, checkpoint: dict[str, Any], **defaults: Any
 ) -> argparse.Namespace:
-    """Flags of a codebase's main.py: from the command line, else the checkpoint, else `defaults`, else its own."""
+    """The flags of main.py: from the command line, else the checkpoint, else `defaults`, else main.py's defaults."""
     parser = runtime.ArgumentParser(parents=[parser], allow_abbrev=False)
     parser.set_defaults(**{**defaults, **vars(checkpoint.get("args", argparse.Namespace()))})
     return parser.parse_args([*args.flags, "--resume", args.resume, "--eval"])
@@ -146,7 +146,7 @@ def tables_of(rpe: "nn.Module") -> list["nn.Module"]:
 def mean_inputs(
     model: "nn.Module", terms: list["nn.Module"], images: list[torch.Tensor]
 ) -> tuple[dict["nn.Module", torch.Tensor], tuple[int, int]]:
-    """The mean inputs of the encodings on queries and keys, over images (3, H, W) that run through the model singly.
+    """The mean inputs of the encodings on queries and keys, over images (3, H, W) that are processed one by one.
 
     Returns: {encoding: mean over the tokens of all maps of the scaled keys (for rpe_q) or queries (for rpe_k), (H, D)},
         and (height, width) of the first image's map, in tokens.
