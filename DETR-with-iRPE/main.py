@@ -36,7 +36,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size", default=2, type=int, help="images per step and rank")
     add("--weight_decay", default=1e-4, type=float)
     add("--epochs", default=300, type=int)
-    add("--lr_drop", default=200, type=int, metavar="EPOCHS", help="divide the learning rates by 10 every EPOCHS epochs")
+    add("--lr_drop", default=200, type=int, metavar="EPOCHS", help="divide learning rates by 10 every EPOCHS epochs")
     add("--clip_max_norm", default=0.1, type=float, help="maximum norm of the gradient; 0 for no limit")
     add(
         "--amp_dtype",
@@ -135,8 +135,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--compile",
         action="store_true",
-        help="compile the parts that work for images of all sizes with torch.compile: the backbone, the decoder, and the "
-        "encoder without its attention with relative positions; needs a C++ compiler and, on a GPU, Triton",
+        help="compile the parts that work for images of all sizes with torch.compile: the backbone, the decoder, and "
+        "the encoder without its attention with relative positions; needs a C++ compiler and, on a GPU, Triton",
     )
     add("--seed", default=42, type=int)
     add(
@@ -161,7 +161,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--start_epoch", default=0, type=int, help="first epoch, unless --resume gives it")
     add("--eval", action="store_true", help="evaluate only")
     add("--world_size", default=1, type=int, help="number of ranks; the launcher sets it")
-    add("--dist_url", default="env://", help="address at which the ranks find each other; the launcher sets it")
+    add("--dist_url", default="env://", help="where the ranks find each other; env:// means as the launcher says")
     # given by torch.distributed.launch without --use_env; the rank itself is read from the environment
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser

@@ -67,7 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default="deit_base_patch16_224",
         type=str,
         metavar="NAME",
-        help="deit_{size}_patch16_{res}_{bias|ctx}_{method}_{buckets}_{shared|unshared}_{q|k|v|qk|...}, or any timm ViT",
+        help="deit_{size}_patch16_{res}_{bias|ctx}_{method}_{buckets}_{shared|unshared}_{q|k|v|...}, or any timm ViT",
     )
     add(
         "--rpe",
@@ -109,7 +109,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     # Learning rate
     add("--sched", default="cosine", type=str, help="any of timm's learning rate schedules")
-    add("--lr", type=float, default=5e-4, help="learning rate for 512 images per step; scaled linearly with their number")
+    add("--lr", type=float, default=5e-4, help="learning rate for 512 images per step; scaled with their number")
     add(
         "--lr-noise",
         type=float,
@@ -133,7 +133,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--decay-rate", "--dr", type=float, default=0.1)
 
     # Augmentation
-    add("--color-jitter", type=float, default=0.4, help="strength of the colour jitter; only used with --aa none")
+    add(
+        "--color-jitter",
+        type=float,
+        default=0.4,
+        help="strength of the colour jitter, which most --aa policies replace",
+    )
     add("--aa", type=str, default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment or RandAugment policy, or none")
     add(
         "--hflip",
@@ -174,7 +179,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability of mixup or cutmix")
     add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="probability of cutmix if both are on")
-    add("--mixup-mode", type=str, default="batch", help="draw a mixing ratio per batch, pair (of images) or elem (image)")
+    add("--mixup-mode", type=str, default="batch", help="draw a ratio for each batch, pair (of images) or elem (image)")
 
     # Distillation and fine-tuning
     add("--teacher-model", default="regnety_160", type=str, metavar="NAME")
@@ -204,8 +209,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--output_dir",
         default="",
-        help="folder for checkpoint.pth, log.txt and tensorboard/, or for eval.json with --eval; without it, nothing is "
-        "written",
+        help="folder for checkpoint.pth, log.txt and tensorboard/, or for eval.json with --eval; without it, nothing "
+        "is written",
     )
     add("--device", default="cuda", help="cuda or cpu")
     add(
@@ -217,8 +222,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--compile",
         action="store_true",
-        help="compile the whole model (and the teacher) with torch.compile: the first steps are slow, later ones faster; "
-        "needs a C++ compiler and, on a GPU, Triton",
+        help="compile the whole model (and the teacher) with torch.compile: the first steps are slow, later ones "
+        "faster; needs a C++ compiler and, on a GPU, Triton",
     )
     add("--seed", default=0, type=int)
     add(
@@ -246,7 +251,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     # Processes
     add("--world_size", default=1, type=int, help="number of ranks; the launcher sets it")
-    add("--dist_url", default="env://", help="address at which the ranks find each other; the launcher sets it")
+    add("--dist_url", default="env://", help="where the ranks find each other; env:// means as the launcher says")
     add("--local-rank", "--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # torch.distributed.launch's
     return parser
 

@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test-path", type=Path, metavar="DIR", help="data set for the evaluation")
     parser.add_argument("--data-set", default="FOLDER", help="as for main.py")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of parallel runs, which share the cores")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel runs, which share the cores")
     parser.add_argument("--output_dir", type=Path, metavar="OUT", default=Path("outputs", "ablate"))
     parser.add_argument("more", nargs="*", metavar="FLAG", help="additional flags for main.py, after --")
     args = parser.parse_args(argv)
@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_study(path: Path) -> dict[str, Any]:
-    """Read a study as a dict, with the sides of its comparisons as lists of names. Raises: UserError if it is invalid."""
+    """Read a study, with the sides of its comparisons as lists of names. Raises: UserError if it is invalid."""
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
         names, seeds = list(study["variants"]), study["seeds"]
@@ -197,7 +197,7 @@ class Run:
 
 
 def work(runs: list[Run], jobs: int, locked: TextIO, report: Callable[[], None]) -> None:
-    """Execute the runs in order, `jobs` at a time, and call report() after each. An interrupt also ends their processes."""
+    """Execute the runs in order, `jobs` at a time, and call report() after each. An interrupt also ends the runs."""
     # macOS has no function that returns the cores available to this process.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, cores // jobs)

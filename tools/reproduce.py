@@ -558,7 +558,7 @@ def signals_deferred() -> Iterator[None]:
 
 
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, interrupted: str) -> int:
-    """Return the exit status of run(args). After a user's mistake or a signal, print one sentence instead of a traceback.
+    """Return the exit status of run(args). After a UserError or a signal, print one sentence instead of a traceback.
 
     Args:
         interrupted: the sentence for a signal.

@@ -3,9 +3,9 @@
     python tools/timm_folder.py write OUT/checkpoint.pth FOLDER [--results OUT/eval.json]
     python tools/timm_folder.py read FOLDER checkpoint.pth
 
-`write` saves model.safetensors, config.json and README.md, a model card with the results. The model is determined by the
-training flags in the checkpoint. If the file lacks them, pass --model, --rpe and so on. After `import rpe_models`, timm
-loads the folder with timm.create_model("local-dir:FOLDER", pretrained=True), or with "hf-hub:OWNER/NAME" after
+`write` saves model.safetensors, config.json and README.md, a model card with the results. The model is determined by
+the training flags in the checkpoint. If the file lacks them, pass --model, --rpe and so on. After `import rpe_models`,
+timm loads the folder with timm.create_model("local-dir:FOLDER", pretrained=True), or with "hf-hub:OWNER/NAME" after
 `hf upload OWNER/NAME FOLDER`.
 
 `read` writes a checkpoint of the weights for main.py --eval and --finetune, and prints the command that evaluates it.
@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--results",
         type=Path,
         metavar="FILE",
-        help="eval.json of main.py --eval, or log.txt; default: the log.txt next to the checkpoint, but none with --ema",
+        help="eval.json of main.py --eval, or log.txt; default: the log.txt next to the checkpoint (not with --ema)",
     )
 
     reader = commands.add_parser("read", help="convert a folder to a checkpoint")
