@@ -6,7 +6,7 @@ therefore makes the folder a package of its own: `models/detr.py` of `DETR-with-
 `DETR_with_iRPE.models.detr`. Within the package, `from util.misc import x` means the `util` of the same folder: the
 loader compiles it as `from DETR_with_iRPE.util.misc import x`. `sys.path` and other modules stay as they are.
 
-The DeiT and the DETR codebase hold the same file.
+Both codebases contain the same copy of this file.
 """
 
 import ast

@@ -300,7 +300,7 @@ def get_rpe_config(
     Raises: ValueError that states the allowed values.
     """
     if not (isinstance(ratio, numbers.Real) and 0 < ratio < math.inf):
-        raise ValueError(f"ratio is {ratio!r}; it must be a number above 0, as 1.9")
+        raise ValueError(f"ratio is {ratio!r}; it must be a number above 0, such as 1.9")
     if not (isinstance(skip, numbers.Integral) and skip >= 0):
         raise ValueError(f"skip is {skip!r}; it must be the number of prefix tokens: 0, 1, 2, ...")
     method = METHOD(_choice("method", method, ("euc", "quant", "cross", "product")))

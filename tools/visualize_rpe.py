@@ -206,7 +206,7 @@ def draw_offset_maps(maps: list[torch.Tensor], title: str, unit: str, signed: bo
     rows, columns = panels.shape[:2]
     cell = min(2.5, max(0.9, 11 / columns))
     figure = new_figure(max(5.5, cell * columns + 1.8), max(2.6, cell * tall / wide * rows + 1.0))
-    figure.set_layout_engine("compressed")  # leaves room for labels beside panels with a fixed aspect ratio
+    figure.set_layout_engine("compressed")  # leaves room for labels next to panels with a fixed aspect ratio
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     grid[0, 0].set(xticks=[-(wide // 2), 0, wide // 2], yticks=[-(tall // 2), 0, tall // 2])
     # A few very large values would make all others pale, so half a percent may exceed the colour scale.

@@ -121,9 +121,7 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--epochs", type=int, default=7, help="number of epochs for the detector")
     parser.add_argument("--mask_epochs", type=int, default=4, help="number of epochs for the mask head")
-    parser.add_argument(
-        "--eval_every", type=int, default=1, metavar="EPOCHS", help="evaluate after every so many epochs"
-    )
+    parser.add_argument("--eval_every", type=int, default=1, metavar="EPOCHS", help="evaluate every EPOCHS epochs")
     parser.add_argument("--train", type=int, default=4000, help="number of training images")
     parser.add_argument("--val", type=int, default=100, help="number of held-out images")
     runtime.run(run, parser.parse_args())

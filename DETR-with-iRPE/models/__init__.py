@@ -29,7 +29,9 @@ def parse_enc_rpe2d(text: str) -> RPEConfig | None:
     try:
         return parse_rpe(text)
     except ValueError as error:
-        raise UserError(f"--enc_rpe2d {text}: {error}; it must be {RPE_GRAMMAR}, as rpe-2.0-product-ctx-1-k") from error
+        raise UserError(
+            f"--enc_rpe2d {text}: {error}; it must be {RPE_GRAMMAR}, such as rpe-2.0-product-ctx-1-k"
+        ) from error
 
 
 def build_model(args: argparse.Namespace) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:

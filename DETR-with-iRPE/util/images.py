@@ -1,6 +1,6 @@
-"""Read image files as 8-bit RGB, and tell users which images need their attention.
+"""Read image files as 8-bit RGB, and tell users about images that need their attention.
 
-The DeiT and the DETR codebase hold the same file.
+Both codebases contain the same copy of this file.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-if __package__:  # DETR keeps this file in its package `util`, DeiT beside main.py
+if __package__:  # in DETR, this file is in the package `util`; in DeiT, it is next to main.py
     from .runtime import UserError
 else:
     from runtime import UserError
 
-# Pillow's modes with more than 8 bits per channel, and what they hold.
+# Pillow's modes with more than 8 bits per channel, and what their pixels are.
 DEEP_MODES = {
     "I;16": "16-bit integers",
     "I;16B": "16-bit integers",
@@ -43,8 +43,8 @@ NOTES = {
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an open image (its first frame) to 8-bit RGB, with the pixels in the order in which they are stored.
 
-    Pillow converts images with 8 bits per channel and drops transparency. Deeper greyscale images keep their highest
-    8 bits, so that 65535 becomes 255, exactly as Pillow itself reads 16-bit colour.
+    Pillow converts images with 8 bits per channel and drops transparency. Greyscale images with more bits keep their
+    highest 8 bits, so that 65535 becomes 255, exactly as Pillow itself reads 16-bit colour images.
 
     Raises: ValueError that states the mode if its range of values is unknown or Pillow cannot convert it; any error
         that Pillow raises for damaged files.
@@ -165,7 +165,7 @@ def notes_on(dataset: Dataset, gather: Callable[[Any], list[Any]]) -> list[str]:
 
 
 def resized(height: int, width: int, short_side: int, max_size: int | None = None) -> tuple[int, int]:
-    """(height, width) after the short side was scaled to ``short_side``, or less to keep the long one in ``max_size``.
+    """(height, width) after scaling the short side to ``short_side``, or to less if the long side exceeds ``max_size``.
 
     This is torchvision's rule, except that no side becomes shorter than one pixel.
     """

@@ -53,7 +53,7 @@ def attention(
         dropout_p: probability of dropout on the attention weights. The backward pass drops the same weights.
     Returns: (B, H, L, D), differentiable any number of times with respect to q, k, v and the tables. Only second
         derivatives allocate tensors of (B, H, L, L).
-    Raises: ValueError if `attention_takes` refuses the call, IndexError for an id out of range.
+    Raises: ValueError if `attention_takes` returns False, IndexError for an id out of range.
     """
     if not attention_takes(q, k, v, mask):
         raise ValueError(

@@ -1,7 +1,8 @@
 """Triton kernels of attention by rows of the map; rows.py launches them, and README.md explains the design.
 
 Terms used here:
-    slot: 16 slots make a chunk. A chunk holds up to 16 neighbouring tokens of one row of the map, or the prefix tokens.
+    chunk: 16 slots with up to 16 neighbouring tokens of one row of the map, or with the prefix tokens.
+    slot: the place of one token in a chunk; it may be empty.
     plane: one head of one image.
     own, other: a program owns a block of tokens and loops over the others. The forward and the queries' kernel own
         queries and loop over keys; the keys' kernel owns keys and loops over queries. A tile is (own, other).
@@ -61,12 +62,12 @@ def _place(chunk, shape):
 
 @triton.jit
 def _side(first, shape, BIAS: tl.constexpr, SLOTS: tl.constexpr):
-    """Positions of the slots of some chunks, as a tuple:
+    """Describe the slots of some chunks, as a tuple:
 
-    0: tokens; an empty slot repeats the last token of its row.
-    1: whether the slot holds a token.
-    2: rows.
-    3: where the sums of a token begin. 4: where its products begin.
+    0: the token of each slot; an empty slot repeats the last token of its row.
+    1: whether the slot has a token.
+    2: the row of each slot.
+    3: where the sums of its token begin. 4: where the products of its token begin.
     5: rows of the chunks. 6: columns of the chunks' slots, (chunks, 16).
 
     No tensor is passed in, because torch.compile would assume that the kernel writes to it here.
@@ -122,7 +123,7 @@ def _store(x, tile, at, inside, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _term(products, at, row, chunk_row, chunk_column, layout, shape):
-    """A term for slots that have products and the chunks on the other side: 16 adjacent numbers for each pair."""
+    """A term for each own slot and each chunk on the other side: 16 adjacent numbers for each such pair."""
     classes = tl.load(layout + (row[:, None] * (shape[0] + 1) + chunk_row[None, :]))
     places = at[:, None, None] + (classes * shape[6])[:, :, None] + chunk_column[None, :, :]
     return tl.reshape(tl.load(products + places), (row.shape[0], chunk_row.shape[0] * 16)).to(tl.float32)
@@ -176,7 +177,7 @@ def _dropout(tile, seed, plane, query, key, length, dropout_p):
 
 @triton.jit
 def _clear_unmet(sums, own, layout, shape):
-    """Write zeros to the sums of row classes that a token meets in no row of the map."""
+    """Write zeros to the sums of the row classes that occur in no row of the map for a token."""
     rows, columns, prefix, row_step, column_step, chunks, padded, size = shape
     inside, row, at = own[1], own[2], own[3]
     farthest = tl.load(layout + row * (rows + 1) + 1)
@@ -193,7 +194,7 @@ def _clear_unmet(sums, own, layout, shape):
 
 @triton.jit
 def _unmet(start, row, layout, shape):
-    """Whether a token in a row meets the class of the sums at `start` in no row of the map."""
+    """Whether no row of the map has the row class of the sums at `start` for a token in `row`."""
     rows, columns, prefix, row_step, column_step, chunks, padded, size = shape
     farthest = tl.load(layout + row * (rows + 1) + 1)
     nearest = tl.load(layout + row * (rows + 1) + rows)
@@ -203,7 +204,7 @@ def _unmet(start, row, layout, shape):
 
 @triton.jit
 def _clear_unmet(sums, own, layout, shape):
-    """Write zeros to the sums of row classes that a token meets in no row of the map."""
+    """Write zeros to the sums of the row classes that occur in no row of the map for a token."""
     inside, row, at = own[1], own[2], own[3]
     for start in range(0, shape[7], 16):
         tl.store(
@@ -238,7 +239,7 @@ def _store_run(sums, total, own, ends, at):
 
 @triton.jit
 def _normalise(sums, maxima, log_sum, own, layout, shape):
-    """Multiply each sum by exp(its maximum - log_sum), and write zeros for classes that a token does not meet."""
+    """Multiply each sum by exp(its maximum - log_sum), and write zeros for row classes that do not occur for a token."""
     inside, row, at = own[1], own[2], own[3]
     for start in range(0, shape[7], 16):
         places = sums + (at[:, None] + start + tl.arange(0, 16)[None, :])
@@ -1079,7 +1080,7 @@ def collect_kernel(
     BLOCK_D: tl.constexpr,
     OWN: tl.constexpr,
 ):
-    """The gradient of one bucket: the sum of `partial`, over all splits, at the places that use the bucket."""
+    """The gradient of one bucket: the sum of `partial` over all splits and over the positions that use the bucket."""
     bucket = tl.program_id(0) % buckets
     table = tl.program_id(0) // buckets % tables
     group = tl.program_id(0) // buckets // tables
