@@ -239,7 +239,7 @@ def _store_run(sums, total, own, ends, at):
 
 @triton.jit
 def _normalise(sums, maxima, log_sum, own, layout, shape):
-    """Multiply each sum by exp(its maximum - log_sum), and write zeros for row classes that do not occur for a token."""
+    """Multiply each sum by exp(its maximum - log_sum), and write zeros for row classes that no row has for a token."""
     inside, row, at = own[1], own[2], own[3]
     for start in range(0, shape[7], 16):
         places = sums + (at[:, None] + start + tl.arange(0, 16)[None, :])
