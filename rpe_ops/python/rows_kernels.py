@@ -176,23 +176,6 @@ def _dropout(tile, seed, plane, query, key, length, dropout_p):
 
 
 @triton.jit
-def _clear_unmet(sums, own, layout, shape):
-    """Write zeros to the sums of the row classes that occur in no row of the map for a token."""
-    rows, columns, prefix, row_step, column_step, chunks, padded, size = shape
-    inside, row, at = own[1], own[2], own[3]
-    farthest = tl.load(layout + row * (rows + 1) + 1)
-    nearest = tl.load(layout + row * (rows + 1) + rows)
-    for start in range(0, size, 16):
-        unmet = (start // padded < nearest) | (start // padded > farthest)
-        unmet = unmet & ((prefix == 0) | (start != size - padded))  # the first chunk meets the prefix
-        tl.store(
-            sums + (at[:, None] + start + tl.arange(0, 16)[None, :]),
-            tl.zeros((row.shape[0], 16), sums.dtype.element_ty),
-            mask=(unmet & inside)[:, None],
-        )
-
-
-@triton.jit
 def _unmet(start, row, layout, shape):
     """Whether no row of the map has the row class of the sums at `start` for a token in `row`."""
     rows, columns, prefix, row_step, column_step, chunks, padded, size = shape
