@@ -204,7 +204,7 @@ def test_both_spellings_of_the_launchers_flag_are_taken_and_not_shown(program, s
         parser = run_with_submitit.get_parser()
     required = ["--image", "x"] if program == "visualize" else []
     assert parser.parse_args([spelling, *required]).local_rank == 1
-    assert "rank" not in parser.format_help()
+    assert "local-rank" not in parser.format_help() and "local_rank" not in parser.format_help()
 
 
 def test_flag_dist_url(monkeypatch):
