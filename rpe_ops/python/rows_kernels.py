@@ -197,27 +197,38 @@ def _clear_unmet(sums, own, layout, shape):
         )
 
 
-@triton.jit
-def _end_of_run(own, chunk, layout, shape):
-    """For each own token, whether a run ends with a chunk, and where its sum belongs.
+# A run is a stretch of chunks in the same columns whose rows have one class for the own token. The next two functions
+# each find the end of a run themselves: if a function returned where to store, torch.compile would assume that the
+# kernel writes to the layout, from which that place is read.
 
-    A run is a sequence of chunks in the same columns whose rows have the same class for the own token.
-    """
-    row, at = own[2], own[3]
+
+@triton.jit
+def _add_to_run(sums, total, own, chunk, layout, shape):
+    """Write the sums of the runs that end with a chunk; returns the sums to continue with."""
+    inside, row, at = own[1], own[2], own[3]
     other_row, column = _place(chunk, shape)
     next_row, next_column = _place(chunk + 1, shape)
     classes = tl.load(layout + row * (shape[0] + 1) + other_row)
     ends = tl.load(layout + row * (shape[0] + 1) + next_row) != classes
     ends = ends | (next_column != column) | (chunk + 1 == shape[5])
-    return ends, at + classes * shape[6] + column
+    tl.store(
+        sums + (at[:, None] + (classes * shape[6])[:, None] + column + tl.arange(0, 16)[None, :]),
+        total.to(sums.dtype.element_ty),
+        mask=(ends & inside)[:, None],
+    )
+    return tl.where(ends[:, None], 0.0, total)
 
 
 @triton.jit
-def _store_run(sums, total, own, ends, at):
-    """Write the sums of the runs that end. Returns the sums for the next chunk, 0 for a run that begins there."""
-    places = at[:, None] + tl.arange(0, 16)[None, :]
-    tl.store(sums + places, total.to(sums.dtype.element_ty), mask=(ends & own[1])[:, None])
-    return tl.where(ends[:, None], 0.0, total)
+def _store_maximum(maxima, largest, own, chunk, layout, shape):
+    """Write the largest logit so far for the runs that end with a chunk."""
+    inside, row, at = own[1], own[2], own[3]
+    other_row, column = _place(chunk, shape)
+    next_row, next_column = _place(chunk + 1, shape)
+    classes = tl.load(layout + row * (shape[0] + 1) + other_row)
+    ends = tl.load(layout + row * (shape[0] + 1) + next_row) != classes
+    ends = ends | (next_column != column) | (chunk + 1 == shape[5])
+    tl.store(maxima + (at + classes * shape[6] + column) // 16, largest, mask=ends & inside)
 
 
 @triton.jit
@@ -328,9 +339,8 @@ def forward_kernel(
         v_tile = _load(v, other[0] * v_l, CHANNELS, BLOCK_D)
         total = tl.dot(p.to(v_tile.dtype), v_tile, total * shrink[:, None], input_precision="tf32x3")
         if ON_V:
-            ends, at = _end_of_run(own, start, layout, shape)
-            tl.store(maxima + at // 16, larger, mask=ends & own[1])
-            run = _store_run(sums, run * shrink[:, None] + p, own, ends, at)
+            _store_maximum(maxima, larger, own, start, layout, shape)
+            run = _add_to_run(sums, run * shrink[:, None] + p, own, start, layout, shape)
         largest = larger
     blind = weight == 0.0
     weight = tl.where(blind, 1.0, weight)[:, None]
@@ -541,8 +551,7 @@ def queries_kernel(
         grad = p * (grad - delta)
         total = tl.dot(grad.to(k_tile.dtype), k_tile, total, input_precision="tf32x3")
         if ON_K:
-            ends, at = _end_of_run(own, start, layout, shape)
-            run = _store_run(sums, run + grad, own, ends, at)
+            run = _add_to_run(sums, run + grad, own, start, layout, shape)
     grad_q = grads + of_plane + _planes(chunks, OWN) * length * CHANNELS
     _store(grad_q, total * scale, token * heads * CHANNELS, own[1], CHANNELS, BLOCK_D)
 
@@ -650,8 +659,7 @@ def keys_kernel(
         grad = p * (grad - tl.load(deltas + other[0])[None, :])
         total_k = tl.dot(grad.to(q_tile.dtype), q_tile, total_k, input_precision="tf32x3")
         if ON_Q:
-            ends, at = _end_of_run(own, start, layout, shape)
-            run = _store_run(sums, run + grad, own, ends, at)
+            run = _add_to_run(sums, run + grad, own, start, layout, shape)
     grad_k = grads + (b * length * heads + h) * CHANNELS  # in tensors of (B, L, H, D)
     grad_v = grad_k + 2 * _planes(chunks, OWN) * length * CHANNELS
     _store(grad_k, total_k * scale, token * heads * CHANNELS, own[1], CHANNELS, BLOCK_D)
