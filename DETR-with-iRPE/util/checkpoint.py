@@ -154,14 +154,7 @@ def load_weights(
     """
     weights = model_weights(checkpoint, path)
     expected = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
-    drawn, draws = (any(key.startswith("mask_head.") for key in keys) for keys in (weights, expected))
-    if drawn and not draws:
-        raise UserError(f"checkpoint {path} has a mask head: give it to --resume, with --masks")
-    if draws and not drawn:
-        raise UserError(
-            f"checkpoint {path} has no mask head: leave --masks out to find boxes, or learn masks on top "
-            f"of this detector with --frozen_weights {path}"
-        )
+    _check_mask_head(weights, expected, path)
     head = [
         key for key in expected if "class_embed." in key and key in weights and len(weights[key]) != len(expected[key])
     ]
@@ -177,3 +170,16 @@ def load_weights(
     if differences:
         raise UserError(f"checkpoint {path} belongs to another configuration: {differences}; {model_cure}")
     model.load_state_dict(weights, strict=False)
+
+
+def _check_mask_head(weights: Mapping[str, Any], expected: Mapping[str, Any], path: str) -> None:
+    """Raise UserError if only one of the checkpoint and the model has a mask head."""
+    in_checkpoint = any(key.startswith("mask_head.") for key in weights)
+    in_model = any(key.startswith("mask_head.") for key in expected)
+    if in_checkpoint and not in_model:
+        raise UserError(f"checkpoint {path} has a mask head: give it to --resume, with --masks")
+    if in_model and not in_checkpoint:
+        raise UserError(
+            f"checkpoint {path} has no mask head: leave --masks out to find boxes, or learn masks on top "
+            f"of this detector with --frozen_weights {path}"
+        )
