@@ -18,10 +18,16 @@ from .ranks import get_rank, get_world_size
 
 def seed_everything(*numbers: int) -> None:
     """Seed Python, NumPy and PyTorch from non-negative integers, such as (seed, epoch, step, rank)."""
+    torch.manual_seed(_seed_cpu(numbers))
+
+
+def _seed_cpu(numbers: tuple[int, ...]) -> int:
+    """Seed Python, NumPy and PyTorch's generator of the CPU, and return PyTorch's seed."""
     python, numpy, pytorch = np.random.SeedSequence(numbers).generate_state(3)
     random.seed(int(python))
     np.random.seed(numpy)
-    torch.manual_seed(int(pytorch))
+    torch.default_generator.manual_seed(int(pytorch))
+    return int(pytorch)
 
 
 class SeededDataset(Dataset):
@@ -32,7 +38,9 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, ...]) -> Any:
         index, *numbers = key
-        seed_everything(*numbers)
+        # Samples are made on the CPU. torch.manual_seed would also prepare seeds for GPUs, which takes PyTorch longer
+        # than a small image takes to load.
+        _seed_cpu(tuple(numbers))
         return self.dataset[index]
 
 

@@ -512,6 +512,14 @@ def test_random_numbers_of_loading_processes_differ_by_image_and_epoch_and_not_b
     assert torch.equal(alone, draw(2))
 
 
+def test_a_sample_is_seeded_like_a_step_but_without_seeding_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds the GPUs for every sample"))
+    sample = runtime.SeededDataset(Dice())[5, 0, 1, 2]
+    monkeypatch.undo()
+    main.seed_everything(0, 1, 2)
+    assert torch.equal(sample, Dice()[5])
+
+
 def test_progress_says_steps_rate_and_means_in_plain_lines(capsys):
     progress = runtime.Progress("epoch 3", 24, images_per_step=8, shown=("loss", "lr"), lr=0.1)
     for value in range(24):
