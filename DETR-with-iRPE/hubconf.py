@@ -45,7 +45,7 @@ def _build(
             _runtime.load_checkpoint(url),
             url,
             classes_cure="leave num_classes out for the released model, or pretrained for one of other classes",
-            model_cure=f"remove {cached} to have the file fetched anew",
+            model_cure=f"remove {cached} to download the file again",
         )
     return model.eval(), postprocessors
 

@@ -232,11 +232,11 @@ def _check_data_flags(args: argparse.Namespace, needs_data: bool) -> None:
 def _check_start_flags(args: argparse.Namespace) -> None:
     if args.frozen_weights and not args.masks:
         raise UserError(
-            "--frozen_weights is the detector under masks: add --masks to learn them, or say --resume FILE "
-            "--finetune to go on training the detector"
+            "--frozen_weights is the detector under masks: add --masks to train them, or use --resume FILE "
+            "--finetune to continue training the detector"
         )
     if args.finetune and args.resume in ("", "auto"):
-        raise UserError("--finetune needs the weights to start from: say --resume FILE")
+        raise UserError("--finetune needs weights to start from: add --resume FILE")
 
 
 def _check_ranges(args: argparse.Namespace) -> None:
@@ -368,7 +368,7 @@ def train(
                 with job.waiting():
                     save_precision(measured, args.output_dir, names)
             except UserError as error:
-                print_once(f"note: {error}: training goes on")
+                print_once(f"note: {error}: training continues")
             values.update({f"test_{name}": value for name, value in stats.items()})
         run.save(row={**values, "epoch": epoch, "n_parameters": n_parameters})
 

@@ -77,7 +77,7 @@ class TrainingState:
             averages = model_weights(content, path, "model_ema") if content.get("model_ema") else weights
             _load(self.model_ema.module, averages, path, " in its 'model_ema'")
         if "optimizer" not in content or "epoch" not in content:
-            print_once(f"note: {path} holds weights only; the optimizer starts anew")
+            print_once(f"note: {path} holds weights only; the optimizer starts from scratch")
             _note_values_kept(path, args, content, None, {})
             return None
         _check_same_flags(checkpoint.args, args, path)
@@ -232,7 +232,7 @@ def _note_values_kept(
     runtime.note_values_kept(
         path,
         {f"--{names[flag]}{words.get(flag, '')}": pair for flag, pair in values.items()},
-        f"A new run follows the command line: leave --resume out, or say --finetune {path} in its place to start from "
+        f"A new run follows the command line: leave --resume out, or use --finetune {path} instead to start from "
         "these weights",
     )
 
@@ -258,7 +258,7 @@ def _check_same_flags(saved: Any, args: argparse.Namespace, path: str) -> None:
         before, now = getattr(saved, name, None), getattr(args, name)
         if before is not None and str(before).lower() != now.lower():
             raise UserError(
-                f"{path} was trained with --{name} {before} and cannot go on with --{name} {now}: use the "
+                f"{path} was trained with --{name} {before} and cannot continue with --{name} {now}: use the "
                 "same, or --finetune for a new run from its weights"
             )
 

@@ -52,38 +52,16 @@ def train_one_epoch(
         UserError: on all ranks when the loss of one is not finite, or the gradients never are.
     """
     model.train()
-    job, epoch, lr = run.job, run.epoch, optimizer.param_groups[0]["lr"]
-    progress = Progress(
-        f"epoch {epoch}",
-        len(run.loader),
-        run.images_per_step,
-        first_step=run.first_step,
-        values=run.values,
-        group=job.training_group,
-        describe_step=functools.partial(run.describe_step, lr=lr),
-        lr=lr,
-    )
+    job, epoch = run.job, run.epoch
+    progress = start_progress(run, optimizer)
     with job.training_steps():
         for step, (images, targets) in enumerate(read_batches(run.loader), run.first_step):
             job.place = f"epoch {epoch}, step {step}"
-            # The seeds depend on the position in training only, so that a resumed run draws the same numbers. The last
-            # one starts at 1: NumPy pads the seeds of an image, (seed, epoch, position), with 0, and no step may share
-            # the random numbers of an image.
-            seed_everything(run.args.seed, epoch, step, 1 + get_rank())
-
+            seed_step(run, step)
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             if mixup_fn is not None:
                 images, targets = mixup_fn(images, targets)
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-                loss = criterion(images, _to_float(model(images)), targets)
-            optimizer.zero_grad()
-            loss_scaler.scale(loss).backward()
-            if max_norm is not None:
-                loss_scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            step_optimizer(loss_scaler, optimizer)
-            if model_ema is not None:
-                model_ema.update(model)
+            loss = train_step(model, criterion, images, targets, optimizer, loss_scaler, max_norm, model_ema, amp_dtype)
             progress.step(loss=loss)
 
             signal_number = run.agreed_signal(progress.done)
@@ -93,6 +71,61 @@ def train_one_epoch(
                 raise Interrupted(signal_number, job.place)
     print_notes(run.loader, job)
     return progress.averages()
+
+
+def start_progress(run: Run, optimizer: torch.optim.Optimizer, header: str = "") -> Progress:
+    """The progress of ``run.epoch``, continued from ``run.first_step``. Its lines begin with ``header``."""
+    lr = optimizer.param_groups[0]["lr"]
+    return Progress(
+        f"{header}epoch {run.epoch}",
+        len(run.loader),
+        run.images_per_step,
+        first_step=run.first_step,
+        values=run.values,
+        group=run.job.training_group,
+        describe_step=functools.partial(run.describe_step, lr=lr),
+        lr=lr,
+    )
+
+
+def seed_step(run: Run, step: int) -> None:
+    """Seed a training step, so that its random numbers depend on its position in training only.
+
+    A resumed run therefore draws the same numbers.
+    """
+    # The last number starts at 1: NumPy pads the seeds of an image, (seed, epoch, position), with 0, and no step may
+    # share the random numbers of an image.
+    seed_everything(run.args.seed, run.epoch, step, 1 + get_rank())
+
+
+def train_step(
+    model: nn.Module,
+    criterion: nn.Module,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    loss_scaler: torch.amp.GradScaler,
+    max_norm: float | None = None,
+    model_ema: ModelEmaV3 | None = None,
+    amp_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """One step of the optimizer on a batch; returns its loss. For the arguments, see ``train_one_epoch``.
+
+    Args:
+        images: (B, 3, H, W).
+        targets: class ids (B,), or the probabilities (B, classes) that mixing gives.
+    """
+    with torch.autocast(images.device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+        loss = criterion(images, _to_float(model(images)), targets)
+    optimizer.zero_grad()
+    loss_scaler.scale(loss).backward()
+    if max_norm is not None:
+        loss_scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    step_optimizer(loss_scaler, optimizer)
+    if model_ema is not None:
+        model_ema.update(model)
+    return loss
 
 
 @torch.no_grad()

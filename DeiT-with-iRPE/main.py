@@ -278,19 +278,39 @@ def train_or_evaluate(args: argparse.Namespace, job: Job, device: torch.device) 
     checkpoint = runtime.checkpoint_to_resume(args.resume, args.output_dir, needed=args.eval)
     settings = run_settings(args, checkpoint)
     if settings.eval:
-        return evaluate_only(settings, job, device, checkpoint)
+        loader, nb_classes = build_val_loader(settings, device)
+        return evaluate_only(settings, job, device, checkpoint, loader, nb_classes)
     train_loader, nb_classes = build_train_loader(settings, device)
     val_loader, _ = build_val_loader(settings, device)
+    run, state, criterion = start_run(settings, job, device, checkpoint, bool(args.resume), train_loader, nb_classes)
+    del checkpoint  # its memory is needed for training
+    with run:
+        return train(run, device, state, criterion, val_loader, nb_classes)
+
+
+def start_run(
+    settings: argparse.Namespace,
+    job: Job,
+    device: torch.device,
+    checkpoint: Checkpoint | None,
+    continues_log: bool,
+    train_loader: DataLoader,
+    nb_classes: int,
+) -> tuple[runtime.Run, TrainingState, DistillationLoss]:
+    """A run that starts as ``settings`` say, or resumes from the checkpoint; with its state and loss.
+
+    Args:
+        continues_log: drop the lines of log.txt that the run will write again. With ``--resume auto`` this also holds
+            before the first checkpoint.
+    """
     classes = class_names(train_loader.dataset.dataset)
     state = build_state(settings, build_model(settings, nb_classes).to(device), classes)
     epoch, progress = resume(settings, state, checkpoint)
-    del checkpoint  # its memory is needed for training
     criterion = build_criterion(settings, state.model, nb_classes, device, classes)
     compile_model(settings, state.model)
     job.connect(device)
-    log = runtime.RunLog(args.output_dir, epoch if args.resume else None)
-    with runtime.Run(settings, job, log, state.save, train_loader, epoch, progress) as run:
-        return train(run, device, state, criterion, val_loader, nb_classes)
+    log = runtime.RunLog(settings.output_dir, epoch if continues_log else None)
+    return runtime.Run(settings, job, log, state.save, train_loader, epoch, progress), state, criterion
 
 
 def run_settings(args: argparse.Namespace, checkpoint: Checkpoint | None) -> argparse.Namespace:
@@ -472,7 +492,7 @@ def _loader(args: argparse.Namespace, dataset: Dataset, device: torch.device, **
 # Model, loss, optimizer
 
 # Arguments of a model that --model-kwargs may not set, and what determines them instead.
-_SAID_BY = {
+_SET_BY = {
     "img_size": "--input-size",
     "pos_drop_rate": "--drop",
     "proj_drop_rate": "--drop",
@@ -492,9 +512,9 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises: UserError for an invalid --rpe, or for an argument in --model-kwargs that another flag determines.
     """
-    if said := args.model_kwargs.keys() & _SAID_BY.keys():
+    if said := args.model_kwargs.keys() & _SET_BY.keys():
         name = min(said)
-        raise UserError(f"--model-kwargs {name}={args.model_kwargs[name]} is for {_SAID_BY[name]} to say: leave it out")
+        raise UserError(f"--model-kwargs {name}={args.model_kwargs[name]} is set by {_SET_BY[name]}: leave it out")
     try:
         rpe_config = parse_rpe(args.rpe) if args.rpe else None
     except ValueError as error:
@@ -655,10 +675,14 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
 
 
 def evaluate_only(
-    args: argparse.Namespace, job: Job, device: torch.device, checkpoint: Checkpoint | None
+    args: argparse.Namespace,
+    job: Job,
+    device: torch.device,
+    checkpoint: Checkpoint | None,
+    loader: DataLoader,
+    nb_classes: int,
 ) -> dict[str, float]:
     """Evaluate the checkpoint, or the model as it is built; with ``args.output_dir`` also write eval.json there."""
-    loader, nb_classes = build_val_loader(args, device)
     model = build_model(args, nb_classes).to(device)
     if checkpoint:
         load_weights(model, checkpoint.content, checkpoint.path)
@@ -680,8 +704,8 @@ def resume(
     old = os.path.join(args.output_dir, "checkpoint.pth")
     if args.output_dir and not checkpoint and os.path.exists(old):
         print_once(
-            f"note: {old} of an earlier run will be replaced after the first epoch; to go on from it, stop and "
-            f"say --resume {old}"
+            f"note: {old} of an earlier run will be replaced after the first epoch; to continue from it, stop and "
+            f"add --resume {old}"
         )
     place = state.resume(checkpoint, args) if checkpoint else None
     if place is None and args.start_epoch and state.lr_scheduler:
@@ -700,9 +724,8 @@ def train(
     """Train up to ``args.epochs``; after each epoch evaluate, save and log. Returns the last evaluation."""
     args, job, loader = run.args, run.job, run.loader
     model, mixup, dtype = state.model, build_mixup(args, nb_classes), amp_dtype(args, device)
-    n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print_once(
-        f"{args.model}: {n_parameters / 1e6:.2f} M parameters, {nb_classes} classes, "
+        f"{args.model}: {count_parameters(model) / 1e6:.2f} M parameters, {nb_classes} classes, "
         f"{len(loader.dataset.dataset)} images, {len(loader)} steps of "
         f"{args.batch_size} x {args.world_size} an epoch, from epoch {run.epoch} to {args.epochs}"
     )
@@ -713,7 +736,7 @@ def train(
     started, test = time.time(), {}
     if run.epoch >= args.epochs:
         print_once(f"epoch {run.epoch} is behind the last of --epochs {args.epochs}: nothing to train")
-    for epoch in run.epochs():
+    for _ in run.epochs():
         stats = train_one_epoch(
             model,
             criterion,
@@ -727,21 +750,36 @@ def train(
             dtype,
         )
         test = evaluate(val_loader, state.model, device, dtype, job)
-        if state.lr_scheduler:
-            state.lr_scheduler.step(epoch, test["acc1"])
-        state.max_accuracy = max(state.max_accuracy, test["acc1"])
-        run.save(
-            row={
-                "train_lr": stats["lr"],
-                "train_loss": stats["loss"],
-                **{f"test_{name}": value for name, value in test.items()},
-                "epoch": epoch,
-                "n_parameters": n_parameters,
-            }
-        )
-        print_once(f"Max accuracy: {state.max_accuracy:.2f}%")
+        end_epoch(run, state, stats, test)
     print_once(f"Training time {time.strftime('%H:%M:%S', time.gmtime(time.time() - started))}")
     return test
+
+
+def end_epoch(run: runtime.Run, state: TrainingState, stats: dict[str, float], test: dict[str, float]) -> None:
+    """Step the schedule after ``run.epoch``, save, and log the epoch.
+
+    Args:
+        stats: means of training, as ``train_one_epoch`` returns them.
+        test: what ``evaluate`` returns after the epoch.
+    """
+    if state.lr_scheduler:
+        state.lr_scheduler.step(run.epoch, test["acc1"])
+    state.max_accuracy = max(state.max_accuracy, test["acc1"])
+    run.save(
+        row={
+            "train_lr": stats["lr"],
+            "train_loss": stats["loss"],
+            **{f"test_{name}": value for name, value in test.items()},
+            "epoch": run.epoch,
+            "n_parameters": count_parameters(state.model),
+        }
+    )
+    print_once(f"Max accuracy: {state.max_accuracy:.2f}%")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of parameters that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import ablate
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.stats import ttest_1samp, ttest_rel
+from scipy.stats import t, ttest_1samp, ttest_rel
 
 from conftest import ROOT, finish, wait_until
 
@@ -23,10 +23,10 @@ STUDY = {
     "variants": {"plain": "", "other": "--lr 0.1", "third": "--lr 0.2"},
     "comparisons": {"others are better": ["other third", "plain"], "third is better": ["t*", "*n"]},
 }
-# stands in for main.py: top-1 is the seed's and the learning rate's, training takes as long as the file `slow` is
-# there, or until SIGTERM, and says so by the file `waits`; the evaluation needs what training wrote
-MAIN = """
-import argparse, json, pathlib, signal, sys, time
+# Stands in for train_together.py. Top-1 is a function of the seed and the learning rate. Training takes as long as the
+# file `slow` exists, or until SIGTERM, and creates the file `waits`. The evaluation needs what training wrote.
+TRAIN_TOGETHER = """
+import argparse, json, pathlib, shlex, signal, sys, time
 parser = argparse.ArgumentParser()
 parser.add_argument("--output_dir", type=pathlib.Path)
 parser.add_argument("--seed", type=int)
@@ -34,29 +34,48 @@ parser.add_argument("--lr", type=float, default=0)
 parser.add_argument("--data-path", type=pathlib.Path)
 parser.add_argument("--eval", action="store_true")
 parser.add_argument("--resume")
-args, _ = parser.parse_known_args()
-checkpoint, data = args.output_dir / "checkpoint.pth", args.data_path.parent / "data"
-if (args.data_path.name, args.resume) != (("test", str(checkpoint)) if args.eval else ("data", "auto")):
-    sys.exit(f"error: {sys.argv}")
-checkpoint.open("r" if args.eval else "w").close()
-signal.signal(signal.SIGTERM, lambda *_: ((args.output_dir / "saved").touch(), sys.exit(75)))
-if (data / f"broken{args.seed}").exists() and args.lr == 0.2:
-    sys.exit("error: the loss is nan")
-while (data / "slow").exists() and args.seed and not args.eval:
-    (args.output_dir / "waits").touch()
-    time.sleep(0.05)
-(data / "log").open("a").write(f"{args.seed} {args.lr} {args.eval}\\n")
-if args.eval:
-    (args.output_dir / "eval.json").write_text(json.dumps({"acc1": 80 + args.seed + 10 * args.lr, "loss": 1.0}))
+lines = [shlex.split(line) for line in open(sys.argv[1])]
+assert all(words[:2] == ["python", "main.py"] for words in lines)
+runs = [parser.parse_known_args(words[2:])[0] for words in lines]
+assert [run.eval for run in runs] == sorted(run.eval for run in runs)
+
+def save_and_end(*_):
+    for run in runs:
+        (run.output_dir / "saved").touch()
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, save_and_end)
+failed = set()
+for args in runs:
+    checkpoint, data = args.output_dir / "checkpoint.pth", args.data_path.parent / "data"
+    if (args.data_path.name, args.resume) != (("test", str(checkpoint)) if args.eval else ("data", "auto")):
+        sys.exit(f"error: {sys.argv}")
+    if args.output_dir in failed:
+        continue
+    if (data / f"crash{args.seed}").exists():
+        sys.exit("error: image 5 cannot be read")
+    checkpoint.open("r" if args.eval else "w").close()
+    if (data / f"broken{args.seed}").exists() and args.lr == 0.2:
+        print(f"error: {args.output_dir}: the loss is nan", file=sys.stderr)
+        failed.add(args.output_dir)
+        continue
+    while (data / "slow").exists() and args.seed and not args.eval:
+        (args.output_dir / "waits").touch()
+        time.sleep(0.05)
+    (data / "log").open("a").write(f"{args.seed} {args.lr} {args.eval}\\n")
+    if args.eval:
+        (args.output_dir / "eval.json").write_text(json.dumps({"acc1": 80 + args.seed + 10 * args.lr, "loss": 1.0}))
+if failed:
+    sys.exit("error: some runs failed")
 """
 
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder with a stand-in for main.py, a study and data."""
+    """A folder with a stand-in for train_together.py, a study and data."""
     for folder in ("deit", "data", "test"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "deit" / "main.py").write_text(MAIN)
+    (tmp_path / "deit" / "train_together.py").write_text(TRAIN_TOGETHER)
     (tmp_path / "study.json").write_text(json.dumps(STUDY))
     yield tmp_path
     (tmp_path / "data" / "slow").unlink(missing_ok=True)  # what a failed test has left behind ends then
@@ -66,7 +85,8 @@ def start(place, *flags, change=""):
     """The study in a process and a process group of its own, as a shell starts it."""
     code = (
         "import pathlib, sys; sys.path[:0] = ['tools', 'tests']; import ablate, conftest; "
-        f"ablate.DEIT = pathlib.Path(sys.argv[1]); {change or 'pass'}; sys.exit(ablate.main(sys.argv[2:]))"
+        "ablate.DEIT = pathlib.Path(sys.argv[1]); ablate.TRAIN_TOGETHER = ablate.DEIT / 'train_together.py'; "
+        f"{change or 'pass'}; sys.exit(ablate.main(sys.argv[2:]))"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, (place / "deit", *given(place), *flags))],
@@ -82,6 +102,7 @@ def start(place, *flags, change=""):
 def run(place, capsys, monkeypatch):
     """A function of flags that gives (exit status, standard output, standard error) of the study in this process."""
     monkeypatch.setattr(ablate, "DEIT", place / "deit")
+    monkeypatch.setattr(ablate, "TRAIN_TOGETHER", place / "deit" / "train_together.py")
 
     def run(*flags):
         capsys.readouterr()
@@ -116,11 +137,16 @@ def done(place):
 
 
 def start_slow(place):
-    """A study whose two runs of seed 1 wait."""
+    """A study whose process for seed 1 waits in its first run."""
     (place / "data" / "slow").touch()
     process = start(place, "--jobs", "2")
-    wait_until(lambda: len(list((place / "out").glob("*-seed1/waits"))) == 2)
+    wait_until(lambda: (place / "out" / "plain-seed1" / "waits").exists() and has_seed0(place))
     return process
+
+
+def has_seed0(place):
+    """Whether the study has reported the runs of seed 0."""
+    return all(len(entry["top1"]["values"]) == 1 for entry in results(place)["variants"].values())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -129,7 +155,7 @@ def test_an_interrupted_study_lets_its_runs_save_and_resumes_the_unfinished_ones
     os.killpg(process.pid, number)  # as a terminal does
     status, _, err = finish(process)
     assert status == 130 and err == "interrupted; the same command resumes the study\n"
-    assert len(list((place / "out").glob("*-seed1/saved"))) == 2
+    assert len(list((place / "out").glob("*-seed1/saved"))) == 3
     seconds = {path: json.loads(path.read_text())["seconds"] for path in (place / "out").glob("*-seed1/run.json")}
     assert [len(entry["top1"]["values"]) for entry in results(place)["variants"].values()] == [1, 1, 1]
     before = done(place)
@@ -139,13 +165,13 @@ def test_an_interrupted_study_lets_its_runs_save_and_resumes_the_unfinished_ones
     assert len(done(place)) == 12 and {seed for seed, *_ in done(place)[len(before) :]} == {"1"}
     assert "seed 0" not in out and all("failed" not in record for record in results(place)["runs"])
     assert f"OMP_NUM_THREADS={max(1, len(os.sched_getaffinity(0)) // 2)} python" in out
-    assert len(seconds) == 2 and all(json.loads(path.read_text())["seconds"] > seconds[path] > 0 for path in seconds)
+    assert len(seconds) == 3 and all(json.loads(path.read_text())["seconds"] > seconds[path] > 0 for path in seconds)
     assert [entry["top1"]["values"] for entry in results(place)["variants"].values()] == [[80, 81], [81, 82], [82, 83]]
 
 
 def test_a_signal_while_a_run_starts_does_not_leave_it_behind(place):
     (place / "data" / "slow").touch()
-    signalled = f"conftest.signal_at_start('plain-seed1', {signal.SIGTERM:d})"
+    signalled = f"conftest.signal_at_start('seed1/commands', {signal.SIGTERM:d})"
     status, _, err = finish(start(place, change=signalled))
     assert status == 130 and err == "interrupted; the same command resumes the study\n"
     ablate.reproduce.lock(place / "out").close()
@@ -158,7 +184,7 @@ def test_runs_left_behind_by_a_killed_study_keep_its_folder_locked(place):
     with pytest.raises(ablate.UserError, match="an evaluation that it left behind, is using --output_dir"):
         ablate.reproduce.lock(place / "out")
     (place / "data" / "slow").unlink()
-    wait_until(lambda: len(done(place)) == 8)
+    wait_until(lambda: len(done(place)) == 12)
 
 
 def test_a_run_whose_record_cannot_be_written_is_not_started(place):
@@ -186,7 +212,7 @@ def test_a_failed_run_is_reported_and_repeated(place, run):
     assert found["variants"]["other"]["difference"]["values"] == [1, 1]
     (place / "data" / "broken1").unlink()
     status, out, _ = run()
-    assert status == 0 and out.count("$ cd") == 2 and "failed" not in (place / "out" / "results.md").read_text()
+    assert status == 0 and out.count("$ cd") == 1 and "failed" not in (place / "out" / "results.md").read_text()
     with Image.open(place / "out" / "results.png") as figure:
         assert min(figure.size) > 200
 
@@ -205,6 +231,72 @@ def test_intervals_are_those_of_scipys_t_tests(n):
         assert values["mean"] - values["half"] == pytest.approx(low, abs=1e-9)
         assert values["mean"] + values["half"] == pytest.approx(high, abs=1e-9)
         assert (ablate.cells(values)[1] == "not significant") == (truth.pvalue >= 0.05)
+
+
+def test_claims_are_corrected_by_holms_method():
+    # Holm's adjusted p-values by hand: 4 · 0.01, max(0.04, 3 · 0.02), max(0.06, 2 · 0.021), max(0.06, 0.5)
+    random = np.random.default_rng(0)
+    wanted = {"a": (0.02, 1), "b": (0.01, -1), "c": (0.5, 1), "d": (0.021, 1)}
+    claims = {name: ablate.summary(values_with(p, sign, random)) for name, (p, sign) in wanted.items()}
+    claims["empty"] = ablate.summary([1.0])
+    ablate.judge_claims(claims)
+    assert {name: claims[name]["holm_p"] for name in wanted} == pytest.approx(
+        {"a": 0.06, "b": 0.04, "c": 0.5, "d": 0.06}
+    )
+    assert {name: claims[name]["verdict"] for name in wanted} == {
+        "a": "cannot be told",
+        "b": "contradicted",
+        "c": "cannot be told",
+        "d": "cannot be told",
+    }
+    for number, name in enumerate("badc"):  # ordered by p-value
+        low, high = ttest_1samp(claims[name]["values"], 0).confidence_interval(1 - 0.05 / (4 - number))
+        assert claims[name]["holm_half"] == pytest.approx((high - low) / 2)
+    assert "verdict" not in claims["empty"] and ablate.claim_cells("x", claims["empty"])[1] == "+1.00"
+
+
+def values_with(p, sign, random):
+    """Six values whose two-sided t-test has this p-value."""
+    values = random.normal(0, 1, 6)
+    values = (values - values.mean()) / values.std(ddof=1)
+    return list(values + sign * t.isf(p / 2, 5) / 6**0.5)
+
+
+def test_a_clear_claim_holds_and_its_opposite_is_contradicted():
+    claims = {"up": ablate.summary([1.0, 1.1, 0.9, 1.0]), "down": ablate.summary([-1.0, -1.1, -0.9, -1.0])}
+    ablate.judge_claims(claims)
+    assert {name: values["verdict"] for name, values in claims.items()} == {"up": "holds", "down": "contradicted"}
+
+
+@pytest.mark.parametrize("error_rate", [0.05, 0.05 / 7])
+def test_a_difference_of_the_detectable_size_is_found_four_times_in_five(error_rate):
+    random = np.random.default_rng(0)
+    sample = random.normal(0, 1, 20)
+    sample = list((sample - sample.mean()) / sample.std(ddof=1))  # its spread is 1
+    shift = ablate.detectable(sample, error_rate)
+    studies = random.normal(shift, 1, (20_000, 20))
+    assert (ttest_1samp(studies, 0, axis=1).pvalue < error_rate).mean() == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [2.0, 2.0, 2.0]])
+def test_values_without_any_spread_have_a_verdict(values):
+    claims = {"x": ablate.summary(values)}
+    ablate.judge_claims(claims)
+    assert claims["x"]["verdict"] == ("holds" if values[0] else "cannot be told")
+
+
+def test_a_crash_fails_all_runs_of_its_process_with_the_same_error(place, run):
+    (place / "data" / "crash1").touch()
+    status, out, _ = run()
+    assert status == 3 and out.count("-seed1 failed: image 5 cannot be read") == 3
+    assert [len(entry["top1"]["values"]) for entry in results(place)["variants"].values()] == [1, 1, 1]
+
+
+def test_separate_runs_have_a_process_each(place, run):
+    status, out, _ = run("--separately")
+    assert status == 0 and out.count("$ cd") == 6
+    assert "train_together.py ../out/third-seed1/commands.txt" in out
+    assert [entry["top1"]["values"] for entry in results(place)["variants"].values()] == [[80, 81], [81, 82], [82, 83]]
 
 
 def test_differences_use_the_seeds_that_all_variants_have():
@@ -235,8 +327,9 @@ def test_a_study_that_cannot_be_used_is_refused_in_one_sentence(change, message,
 
 
 def test_runs_of_other_flags_or_versions_are_not_mixed(place, run, monkeypatch):
-    status, out, _ = run("--", "--lr", "0.3")
-    assert status == 0 and "--lr 0.3 --lr 0.1 --seed" in out  # the flags of the variant come last
+    assert run("--", "--lr", "0.3")[0] == 0
+    commands = (place / "out" / "seed0" / "commands.txt").read_text()
+    assert "--lr 0.3 --lr 0.1 --seed" in commands  # the flags of the variant come last
     status, _, err = run()
     assert status == 2 and "plain-seed0/run.json is of a run with other commands: choose another --output_dir" in err
     monkeypatch.setattr(ablate.reproduce, "versions", lambda: {"torch": "1.0"})
@@ -249,7 +342,7 @@ def test_the_shipped_study_has_the_variants_of_the_paper():
     assert len(study["variants"]) == 21 and len(study["seeds"]) >= 5
 
 
-def test_the_printed_commands_reproduce_a_run(tmp_path):
+def test_the_commands_of_a_run_reproduce_it_on_their_own(tmp_path):
     random = np.random.RandomState(0)
     for split in ("train", "val"):
         for label in range(2):
@@ -281,18 +374,19 @@ def test_the_printed_commands_reproduce_a_run(tmp_path):
         text=True,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    printed = [line for line in finished.stdout.splitlines() if line.startswith("$ ") and "iRPE-seed0" in line]
-    assert len(printed) == 2
+    printed = re.search(r"\$ cd (\S+) && OMP_NUM_THREADS=(\d+) python (.*)", finished.stdout)
+    place, threads, words = ROOT / printed[1], printed[2], shlex.split(printed[3])
+    commands = (place / words[1]).read_text().splitlines()
+    own_commands = [shlex.split(command) for command in commands if "iRPE-seed0" in command]
+    assert len(own_commands) == 2
     (tmp_path / "out").rename(tmp_path / "before")
-    for line in printed:
-        place, command = re.fullmatch(r"\$ cd (\S+) && (.*)", line).groups()
-        threads, _, *rest = shlex.split(command)
+    for _, *command in own_commands:
         subprocess.run(
-            [sys.executable, *rest],
-            cwd=ROOT / place,
+            [sys.executable, *command],
+            cwd=place,
             check=True,
             capture_output=True,
-            env={**os.environ, "OMP_NUM_THREADS": threads.partition("=")[2]},
+            env={**os.environ, "OMP_NUM_THREADS": threads},
         )
     first, again = (
         json.loads((tmp_path / folder / "iRPE-seed0" / "eval.json").read_text()) for folder in ("before", "out")

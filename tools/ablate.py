@@ -1,13 +1,19 @@
-"""Train variants of a model with the same seeds, and report their differences with 95 % confidence intervals.
+"""Train variants of a model with the same seeds, and report which claims about them the results support.
 
     python tools/ablate.py --data-path outputs/fashion/tune --test-path outputs/fashion/test --device cpu --jobs 2
     python tools/ablate.py --study mine.json --data-path DIR --data-set CIFAR -- --input-size 32 --epochs 100
 
-Each run consists of two commands of DeiT's main.py, which are printed and also work on their own: training on
---data-path, and one evaluation on --test-path (default: --data-path). Flags after -- are passed to both. The study is a
-JSON file in the format of ablate_fashion.json. After every run, results.json, results.md and results.png are written to
---output_dir. The same command resumes an interrupted study. An interrupted training resumes with --resume auto; on a
-CPU, its results are bit-exact.
+Each run consists of two commands of DeiT's main.py, which also work on their own: training on --data-path, and one
+evaluation on --test-path (default: --data-path). All variants of a seed run in one process of train_together.py, which
+loads each batch once for all of them and computes the same as separate runs, to the bit. With --separately each run has
+a process of its own, for studies whose variants differ in more than the model and the optimizer.
+
+Flags after -- are passed to all commands. The study is a JSON file in the format of ablate_fashion.json. After every
+process, results.json, results.md and results.png are written to --output_dir. The same command resumes an interrupted
+study; on a CPU, its results are bit-exact.
+
+A claim is a comparison of variants, paired by seed, that is tested by Student's t. Holm's method corrects for the
+number of claims: the probability of any wrong verdict is at most 5 %.
 
 Exit status: 0 all runs have a result; 2 the command line or the study is wrong; 3 some runs failed; 130 interrupted by
 a signal or a closed pipe.
@@ -36,6 +42,9 @@ import runtime
 from runtime import UserError
 
 DEIT = drawing.ROOT / "DeiT-with-iRPE"
+TRAIN_TOGETHER = Path(__file__).with_name("train_together.py")
+ERROR_RATE = 0.05  # probability of any wrong verdict of a study
+POWER = 0.8  # probability with which a difference of the detectable size is found
 
 
 # Command line and study
@@ -49,7 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test-path", type=Path, metavar="DIR", help="data set for the evaluation")
     parser.add_argument("--data-set", default="FOLDER", help="as for main.py")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel runs, which share the cores")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel processes, which share the cores")
+    parser.add_argument("--separately", action="store_true", help="one process per run instead of one per seed")
     parser.add_argument("--output_dir", type=Path, metavar="OUT", default=Path("outputs", "ablate"))
     parser.add_argument("more", nargs="*", metavar="FLAG", help="additional flags for main.py, after --")
     args = parser.parse_args(argv)
@@ -96,17 +106,17 @@ def match(patterns: str, names: list[str]) -> list[str]:
 # Runs
 
 
+def relative(path: Path) -> str:
+    """The path from main.py's folder, so that the printed commands work on any machine."""
+    return os.path.relpath(path, DEIT)
+
+
 class Run:
     """One variant with one seed: a training and an evaluation. `record` is the content of its run.json."""
-
-    process: subprocess.Popen | None = None  # the running command
 
     def __init__(
         self, study: dict[str, Any], variant: str, seed: int, args: argparse.Namespace, versions: dict[str, str]
     ) -> None:
-        def relative(path: Path) -> str:  # to main.py's folder, so that the printed commands work on any machine
-            return os.path.relpath(path, DEIT)
-
         self.name = f"{variant}-seed{seed}"
         self.folder = args.output_dir / self.name
         flags = [
@@ -125,7 +135,6 @@ class Run:
         train = ["--data-path", relative(args.data_path), "--resume", "auto"]
         test = ["--data-path", relative(args.test_path), "--eval", "--resume", relative(self.folder / "checkpoint.pth")]
         self.commands = [shlex.join(["python", "main.py", *flags, *last]) for last in (train, test)]
-        self.waiting = list(self.commands)
         self.record = {"variant": variant, "seed": seed, "commands": self.commands, "versions": versions, "seconds": 0}
         self.take_up(self.folder / "run.json")
 
@@ -145,20 +154,70 @@ class Run:
             )
         self.record = found
 
-    def start(self, threads: int, locked: TextIO) -> None:
-        """Start the next command, which writes its output to output.txt and inherits the lock file."""
-        command, self.process = self.waiting.pop(0), None
-        print(f"$ cd {DEIT.name} && OMP_NUM_THREADS={threads} {command}", flush=True)
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has a result."""
+        return "top1" in self.record
+
+    def prepare(self, threads: int) -> None:
+        """Create the folder with the record, and remove the result of an attempt that was not recorded."""
         self.record["threads"] = threads
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "eval.json").unlink(missing_ok=True)
+        self.write()
+
+    def write(self) -> None:
+        """Write the record."""
+        with runtime.replacing(self.folder / "run.json") as file:
+            file.write(json.dumps(self.record, indent=1).encode())
+
+    def judge(self, output: str) -> None:
+        """Record the result, or the error in the output of the process that has ended."""
+        self.record.pop("failed", None)
+        result = self.folder / "eval.json"
+        if result.exists():
+            stats = json.loads(result.read_text(encoding="utf-8"))
+            self.record.update(top1=stats["acc1"], loss=stats["loss"], date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        else:
+            own_error = re.search(f"^error: {re.escape(relative(self.folder))}: (.*)", output, re.MULTILINE)
+            last_line = output.strip().rpartition("\n")[2]
+            self.record["failed"] = (
+                own_error[1] if own_error else reproduce.error_in(output) or last_line or "no output"
+            )
+
+    def __str__(self) -> str:
+        if self.is_done:
+            return f"{self.name}: top-1 {self.record['top1']:.2f} in {self.record['seconds']:.0f} s"
+        return f"{self.name} failed: {self.record['failed']}"
+
+
+class Group:
+    """The runs of one process, and their folder for its commands and its output."""
+
+    process: subprocess.Popen | None = None
+
+    def __init__(self, name: str, runs: list[Run], out: Path) -> None:
+        self.runs = [run for run in runs if not run.is_done]
+        self.folder = out / name
+
+    def start(self, threads: int, locked: TextIO) -> None:
+        """Start the process, which writes its output to output.txt and inherits the lock file."""
         with runtime.writing(self.folder):
             self.folder.mkdir(exist_ok=True)
-            self.write()  # before the process starts, which would be left behind if this failed
+            for run in self.runs:
+                run.prepare(threads)
+            trainings = [run.commands[0] for run in self.runs]
+            evaluations = [run.commands[1] for run in self.runs]
+            path = self.folder / "commands.txt"
+            path.write_text("\n".join([*trainings, *evaluations, ""]), encoding="utf-8")
             output = open(self.folder / "output.txt", "wb")
+        command = [relative(TRAIN_TOGETHER), relative(path)]
+        print(f"$ cd {DEIT.name} && OMP_NUM_THREADS={threads} python {shlex.join(command)}", flush=True)
         self.started = time.monotonic()
         # In its own session the process does not receive Ctrl-C; `work` sends SIGTERM, on which it saves.
         with output, reproduce.signals_deferred():
             self.process = subprocess.Popen(
-                [sys.executable, *shlex.split(command)[1:]],
+                [sys.executable, *command],
                 cwd=DEIT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -167,65 +226,59 @@ class Run:
                 pass_fds=[locked.fileno()],
             )
 
-    def write(self) -> None:
-        """Write the record."""
-        with runtime.replacing(self.folder / "run.json") as file:
-            file.write(json.dumps(self.record, indent=1).encode())
+    def judge(self) -> None:
+        """Record the result of each run after the process has ended."""
+        output = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+        for run in self.runs:
+            run.judge(output)
+        self.end()
 
     def end(self) -> None:
-        """Record the time of a process that has ended."""
-        self.record["seconds"] += time.monotonic() - self.started
-        self.write()
-
-    def judge(self) -> bool:
-        """Record the result of the process that has ended; returns whether the run is complete or has failed."""
-        self.record.pop("failed", None)
-        if self.process.returncode:
-            output = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
-            last_line = output.strip().rpartition("\n")[2]
-            self.record["failed"] = reproduce.error_in(output) or last_line or f"status {self.process.returncode}"
-        elif not self.waiting:
-            stats = json.loads((self.folder / "eval.json").read_text(encoding="utf-8"))
-            self.record.update(top1=stats["acc1"], loss=stats["loss"], date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-        self.end()
-        return "failed" in self.record or not self.waiting
-
-    def __str__(self) -> str:
-        if "top1" in self.record:
-            return f"{self.name}: top-1 {self.record['top1']:.2f} in {self.record['seconds']:.0f} s"
-        return f"{self.name} failed: {self.record['failed']}"
+        """Record the time of a process that has ended, an equal share for each run."""
+        for run in self.runs:
+            run.record["seconds"] += (time.monotonic() - self.started) / len(self.runs)
+            run.write()
 
 
-def work(runs: list[Run], jobs: int, locked: TextIO, report: Callable[[], None]) -> None:
-    """Execute the runs in order, `jobs` at a time, and call report() after each. An interrupt also ends the runs."""
+def group_runs(runs: list[Run], out: Path, separately: bool) -> list[Group]:
+    """The groups that have runs without a result: one per seed, or one per run."""
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        name = run.name if separately else f"seed{run.record['seed']}"
+        members.setdefault(name, []).append(run)
+    groups = [Group(name, its_runs, out) for name, its_runs in members.items()]
+    return [group for group in groups if group.runs]
+
+
+def work(groups: list[Group], jobs: int, locked: TextIO, report: Callable[[], None]) -> None:
+    """Execute the groups in order, `jobs` at a time, and call report() after each. An interrupt also ends them."""
     # macOS has no function that returns the cores available to this process.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, cores // jobs)
-    waiting, running = [run for run in runs if "top1" not in run.record], []
-    left = len(waiting)
+    waiting, running = list(groups), []
+    left = sum(len(group.runs) for group in groups)
     try:
         while left:
             while waiting and len(running) < jobs:
                 running.append(waiting.pop(0))
                 running[-1].start(threads, locked)
-            for run in [run for run in running if run.process.poll() is not None]:
-                if run.judge():
-                    running.remove(run)
+            for group in [group for group in running if group.process.poll() is not None]:
+                group.judge()
+                running.remove(group)
+                for run in group.runs:
                     left -= 1
-                    print(f"[{len(runs) - left}/{len(runs)}] {run}", flush=True)
-                    report()
-                else:
-                    run.start(threads, locked)
+                    print(f"{run}; {left} runs left", flush=True)
+                report()
             time.sleep(0.1)
     finally:
-        running = [run for run in running if run.process]
+        running = [group for group in running if group.process]
         if running:
             reproduce.ignore_signals()
-        for run in running:
-            run.process.terminate()
-        for run in running:
-            run.process.wait()
-            run.end()
+        for group in running:
+            group.process.terminate()
+        for group in running:
+            group.process.wait()
+            group.end()
 
 
 # Results
@@ -234,8 +287,61 @@ def work(runs: list[Run], jobs: int, locked: TextIO, report: Callable[[], None])
 def summary(values: list[float]) -> dict[str, Any]:
     """Mean of the values and half the width of its 95 % interval by Student's t; None if there are too few values."""
     n = len(values)
-    half = t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    half = half_width(values, 0.05) if n > 1 else None
     return {"values": values, "mean": statistics.fmean(values) if n else None, "half": half}
+
+
+def judge_claims(differences: dict[str, dict[str, Any]]) -> None:
+    """Add verdicts to the summaries of paired differences that each claim to be above zero.
+
+    Holm's step-down method orders the m claims by their p-values, and compares the i-th with 5 % / (m - i + 1) until
+    one is above it (Holm, Scand. J. Stat. 6, 1979). Each summary with at least two values gets
+        p: of the two-sided t-test;
+        holm_p: p corrected for the number of claims;
+        holm_half: half the width of the interval at the claim's own level, 1 - 5 % / (m - i + 1);
+        detectable: the true difference that a t-test at 5 % / m finds with a probability of 80 %;
+        verdict: holds, contradicted, or cannot be told.
+    """
+    testable = [values for values in differences.values() if values["half"] is not None]
+    for values in testable:
+        values["p"] = p_value(values["values"])
+    m, corrected = len(testable), 0.0
+    for i, values in enumerate(sorted(testable, key=lambda values: values["p"])):
+        corrected = max(corrected, min(1.0, (m - i) * values["p"]))
+        values["holm_p"] = corrected
+        values["holm_half"] = half_width(values["values"], ERROR_RATE / (m - i))
+        values["detectable"] = detectable(values["values"], ERROR_RATE / m)
+        if corrected >= ERROR_RATE:
+            values["verdict"] = "cannot be told"
+        else:
+            values["verdict"] = "holds" if values["mean"] > 0 else "contradicted"
+
+
+def p_value(values: list[float]) -> float:
+    """The p-value of the two-sided t-test for a mean of zero."""
+    spread = standard_error(values)
+    if not spread:
+        return 0.0 if any(values) else 1.0
+    return float(2 * t.sf(abs(statistics.fmean(values)) / spread, len(values) - 1))
+
+
+def half_width(values: list[float], error_rate: float) -> float:
+    """Half the width of the interval of the mean, at the level 1 - `error_rate`, by Student's t."""
+    return float(t.isf(error_rate / 2, len(values) - 1)) * standard_error(values)
+
+
+def standard_error(values: list[float]) -> float:
+    """The standard error of the mean."""
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def detectable(values: list[float], error_rate: float) -> float:
+    """The true mean that a two-sided t-test of so many values with this spread finds with the probability `POWER`.
+
+    This is the usual approximation by two quantiles of Student's t, which is within 1 % of the truth for 20 values.
+    """
+    freedom = len(values) - 1
+    return float(t.isf(error_rate / 2, freedom) + t.isf(1 - POWER, freedom)) * standard_error(values)
 
 
 def difference(top1: dict[str, dict[int, float]], left: Iterable[str], right: Iterable[str]) -> dict[str, Any]:
@@ -258,9 +364,11 @@ def summarize(study: dict[str, Any], runs: list[Run]) -> dict[str, Any]:
     """{"variants", "comparisons"} of the runs with a result, in points of top-1 and in minutes."""
     top1 = {name: {} for name in study["variants"]}
     minutes = {name: {} for name in study["variants"]}
-    for record in (run.record for run in runs if "top1" in run.record):
+    for record in (run.record for run in runs if run.is_done):
         top1[record["variant"]][record["seed"]] = record["top1"]
         minutes[record["variant"]][record["seed"]] = record["seconds"] / 60
+    comparisons = {words: difference(top1, *sides) for words, sides in study["comparisons"].items()}
+    judge_claims(comparisons)
     return {
         "variants": {
             name: {
@@ -270,7 +378,7 @@ def summarize(study: dict[str, Any], runs: list[Run]) -> dict[str, Any]:
             }
             for name in top1
         },
-        "comparisons": {words: difference(top1, *sides) for words, sides in study["comparisons"].items()},
+        "comparisons": comparisons,
     }
 
 
@@ -305,6 +413,20 @@ def cells(values: dict[str, Any]) -> tuple[str, str]:
     return f"{mean:+.2f} ± {half:.2f}", side
 
 
+def claim_cells(words: str, values: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table of claims."""
+    if "verdict" not in values:
+        return (words, cells(values)[0], "-", "-", "-", "-")
+    return (
+        words,
+        cells(values)[0],
+        f"{values['holm_p']:.2g}",
+        f"± {values['holm_half']:.2f}",
+        f"{values['detectable']:.2f}",
+        values["verdict"],
+    )
+
+
 def markdown_table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     """Lines of a Markdown table, after an empty line."""
     heads = list(heads)
@@ -327,13 +449,17 @@ def markdown(study: dict[str, Any], runs: list[Run], found: dict[str, Any], abou
                 f"{minutes:.1f}" if minutes else "-",
             )
         )
-    counted = sum("top1" in run.record for run in runs)
-    comparisons = [(words, *cells(values)) for words, values in found["comparisons"].items()]
+    counted = sum(run.is_done for run in runs)
+    claims = [claim_cells(words, values) for words, values in found["comparisons"].items()]
     lines = [
         f"{counted} of {len(runs)} runs have a result. Top-1 (%) and differences in points, paired by seed: mean "
         "± half the width of the 95 % interval by Student's t.",
         *markdown_table(("variant", "seeds", "top-1", f"minus {baseline}", "", "minutes per run"), rows),
-        *markdown_table(("comparison", "difference", ""), comparisons),
+        *markdown_table(("claim", "difference", "p by Holm", "interval by Holm", "detectable", "verdict"), claims),
+        "",
+        "The p-values and intervals by Holm are corrected for the number of claims, so that the probability of any "
+        f"wrong verdict is at most {ERROR_RATE:.0%}. A true difference of the detectable size is found with a "
+        f"probability of {POWER:.0%}.",
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
         *(f"- no result: {run}" for run in runs if "failed" in run.record),
@@ -377,9 +503,9 @@ def run(args: argparse.Namespace) -> int:
             write_reports(args.output_dir, study, runs, about)
 
         report()
-        work(runs, args.jobs, locked, report)
+        work(group_runs(runs, args.output_dir, args.separately), args.jobs, locked, report)
     print(f"reports: {args.output_dir}/results.md, results.json, results.png", flush=True)
-    return reproduce.PASS if all("top1" in run.record for run in runs) else reproduce.INCOMPLETE
+    return reproduce.PASS if all(run.is_done for run in runs) else reproduce.INCOMPLETE
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -306,7 +306,7 @@ def test_hub_entries_build_their_models_and_load_what_is_cached(offline, tmp_pat
     file = tmp_path / "checkpoints" / "rpe-2.0-product-ctx-1-k.pth"
     torch.save({"model": weights}, file)
     with pytest.raises(
-        hubconf._runtime.UserError, match=f"of another shape.*; remove {file} to have the file fetched anew"
+        hubconf._runtime.UserError, match=f"of another shape.*; remove {file} to download the file again"
     ):
         hubconf.detr_resnet50_rpe_20_product_ctx_1_k(pretrained=True)
 

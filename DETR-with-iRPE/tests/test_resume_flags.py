@@ -202,7 +202,7 @@ def test_a_run_that_goes_on_at_the_old_rates_says_so(coco, tmp_path, capsys):
     assert said.count("note: ") == 1
     assert re.search(
         r"note: \S+checkpoint.pth is resumed with .*: --lr: 0.0001, not 0.001; --lr_drop: 200, not 1\. A "
-        r"new run follows the command line: leave --resume out, or say --resume \S+pth --finetune",
+        r"new run follows the command line: leave --resume out, or use --resume \S+pth --finetune",
         said,
     )
     rates = [json.loads(line)["train_lr"] for line in (tmp_path / "log.txt").read_text().splitlines()]

@@ -74,7 +74,7 @@ class TrainingState:
         load_weights(self.model, content, path, classes_cure=FINETUNE_CURE)
         self.check_categories(content, path)
         if not {"optimizer", "lr_scheduler", "epoch"} <= content.keys():
-            print_once(f"note: {path} holds weights only; the optimizer starts anew")
+            print_once(f"note: {path} holds weights only; the optimizer starts from scratch")
             _note_values_kept(path, args, content, None, {})
             return None
         asked = _kept_values(self.optimizer, self.lr_scheduler)
@@ -88,8 +88,8 @@ class TrainingState:
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"checkpoint {path} is damaged, or trained other parameters ({error!r}): give that run's "
-                "--frozen_weights, --no_pretrained_backbone and --lr_backbone to go on with it, or --finetune to start "
-                "from its weights"
+                "--frozen_weights, --no_pretrained_backbone and --lr_backbone to continue with it, or --finetune to "
+                "start from its weights"
             ) from error
         values = {flag: (asked[flag], kept[flag]) for flag in asked if flag in kept}
         _note_values_kept(path, args, content, epoch, values)
@@ -120,7 +120,7 @@ def _note_values_kept(path, args, checkpoint, epoch, values):
     runtime.note_values_kept(
         path,
         {f"--{flag}": pair for flag, pair in values.items()},
-        f"A new run follows the command line: leave --resume out, or say --resume {path} --finetune to start from "
+        f"A new run follows the command line: leave --resume out, or use --resume {path} --finetune to start from "
         "these weights",
     )
 
@@ -132,7 +132,7 @@ def count_classes(weights: Mapping[str, torch.Tensor]) -> int | None:
 
 # What a user can do about a checkpoint for another number of classes than the data has, or about one of another model.
 CLASSES_CURE = "check --coco_path and --num_classes"
-FINETUNE_CURE = f"{CLASSES_CURE}, or say --finetune with --resume to start from its weights with a new class head"
+FINETUNE_CURE = f"{CLASSES_CURE}, or use --finetune with --resume to start from its weights with a new class head"
 MODEL_CURE = "check --enc_rpe2d, --backbone and the other flags of the model"
 
 

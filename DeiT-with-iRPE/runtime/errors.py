@@ -41,7 +41,7 @@ class Interrupted(Exception):
 
     def __str__(self) -> str:
         number, place = self.args
-        return f"stopped by {signal.Signals(number).name} in {place}: --resume auto goes on where it saved"
+        return f"stopped by {signal.Signals(number).name} in {place}: --resume auto continues from the last save"
 
 
 def explanation(error: Exception, place: str = "") -> str:

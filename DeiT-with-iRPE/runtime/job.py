@@ -109,7 +109,7 @@ class Job:
                 timeout=_LONGEST_WAIT,
             )
             self.training_group = dist.new_group(timeout=datetime.timedelta(seconds=self.step_timeout))
-            atexit.register(self._disconnect)  # for a program that goes on after an error, as submitit's does
+            atexit.register(self._disconnect)  # for a program that continues after an error, as submitit's does
         except (RuntimeError, ValueError) as error:
             stale = "; delete a file that an earlier job left" if "file://" in self.dist_url else ""
             raise UserError(

@@ -135,7 +135,7 @@ def test_output_directory_that_cannot_be_written(image_root, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--opt", "sgd"], ["--opt", "lion"], ["--sched", "step"]], ids=" ".join)
 def test_run_goes_on_only_with_its_own_optimizer_and_schedule(image_root, trained, tmp_path, flags):
-    assert f"cannot go on with {' '.join(flags)}: use the same" in refused(image_root, "--resume", trained, *flags)
+    assert f"cannot continue with {' '.join(flags)}: use the same" in refused(image_root, "--resume", trained, *flags)
     if flags[0] == "--opt":  # files of other programs do not say their optimizer
         checkpoint = load_checkpoint(trained)
         del checkpoint["args"]

@@ -159,7 +159,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(image_root, str
     assert runtime.newest_checkpoint(str(tmp_path)).path == str(tmp_path / "checkpoint.previous.pth")
     for name in ("checkpoint.pth", "checkpoint.previous.pth"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match="no checkpoint in .* is intact"):
         run(image_root, tmp_path, "--resume", "auto")
 
 
@@ -237,7 +237,7 @@ def test_full_disk_costs_no_more_than_the_saves_that_fail(image_root, straight, 
     full_disk(monkeypatch, lambda name: file in name and len(failed) < 2 and not failed.append(name))
     run(image_root, tmp_path)
     said = capsys.readouterr().out
-    assert said.count(f"note: {tmp_path}/{file} cannot be written: No space left on device: training goes on") == 2
+    assert said.count(f"note: {tmp_path}/{file} cannot be written: No space left on device: training continues") == 2
     assert same(state(tmp_path), state(straight)) and rows(tmp_path) == rows(straight)
 
 
@@ -283,7 +283,7 @@ def test_signal_to_one_of_two_processes_ends_both_after_its_step(image_root, tmp
     flags = small(image_root, *FLAGS, "--batch-size", 2, "--output_dir", tmp_path)
     results = [finish(process) for process in start_processes(2, *altered(signalled), *flags)]
     assert [result[0] for result in results] == [75, 75] and results[1][2] == results[0][2] == ""
-    assert "stopped by SIGTERM in epoch 0, step 1: --resume auto goes on" in results[0][1]
+    assert "stopped by SIGTERM in epoch 0, step 1: --resume auto continues" in results[0][1]
     assert load_checkpoint(tmp_path / "checkpoint.pth")["progress"]["images"] == 8
 
 

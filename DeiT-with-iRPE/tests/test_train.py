@@ -292,7 +292,7 @@ def test_gradients_that_are_finite_at_no_scale_stop_training():
     overflowing = Recorder()
     before = overflowing.layer.bias.detach().clone()
     epoch_of(overflowing, count=60, loss_scaler=torch.amp.GradScaler("cpu", init_scale=2.0**120, enabled=True))
-    assert not torch.equal(overflowing.layer.bias, before)  # a scale that is too high comes down and training goes on
+    assert not torch.equal(overflowing.layer.bias, before)  # a scale that is too high comes down and training continues
 
 
 def test_mixup_reaches_the_model_and_the_loss():

@@ -55,7 +55,7 @@ def checkpoint_to_resume(resume: str, output_dir: str, needed: bool = False) -> 
 
 
 def newest_checkpoint(output_dir: str, needed: bool = False) -> Checkpoint | None:
-    """Read the newest checkpoint in ``output_dir`` that is whole; None if there is none.
+    """Read the newest checkpoint in ``output_dir`` that is intact; None if there is none.
 
     If the last checkpoint is damaged, a note says so, and it is renamed so that the one before takes its place.
 
@@ -82,7 +82,7 @@ def newest_checkpoint(output_dir: str, needed: bool = False) -> Checkpoint | Non
         return Checkpoint(str(path), content)
     if damaged:
         raise UserError(
-            f"no checkpoint in {output_dir} is whole: delete them to start a new run, or --resume another one"
+            f"no checkpoint in {output_dir} is intact: delete them to start a new run, or --resume another one"
         )
     if needed:
         raise UserError(

@@ -46,7 +46,7 @@ class RunLog:
             try:
                 self._write_scalars()
             except UserError as error:
-                print_once(f"note: {error}: training goes on and tries again at the next save")
+                print_once(f"note: {error}: training continues and tries again at the next save")
 
     def _write_scalars(self) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and evaluation does not need it

@@ -58,6 +58,7 @@ class Run:
         first_step: its first step, which is above 0 if the run resumed within the epoch.
         values: the logged values of its steps before ``first_step``, by name.
         images_per_step: over all ranks.
+        command: the program and its flags, which replay a step when they are given again.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Run:
         self._write_state = write_state
         self._handlers: dict[int, Any] = {}
         self._failed_save: UserError | None = None
+        self.command = list(sys.argv)
         self.epoch = epoch
         self.images_per_step = loader.batch_size * get_world_size()
         self.first_step = progress["images"] // self.images_per_step if progress else 0
@@ -112,7 +114,7 @@ class Run:
         return steps == len(self.loader) or bool(save_every) and steps % save_every == 0
 
     def agreed_signal(self, steps: int) -> int:
-        """The number of the signal for which training stops after this step; 0 if it goes on.
+        """The number of the signal for which training stops after this step; 0 if it continues.
 
         All ranks have to call this: they stop after the same step, whichever of them received the signal. On several
         GPUs, a signal takes effect after `_STEPS_BETWEEN_MEETINGS` steps at most.
@@ -155,7 +157,7 @@ class Run:
                     self._write_state(path, self.epoch, self.args, progress)
                 self._failed_save = None
             except UserError as error:
-                print_once(f"note: {error}: training goes on and tries again at the next save")
+                print_once(f"note: {error}: training continues and tries again at the next save")
                 self._failed_save = error
             gather("saved")  # The other ranks wait here for rank 0: in a training step, the wait would time out.
         self.job.place = place
@@ -182,4 +184,4 @@ class Run:
             except UserError as error:  # the value that is not finite must be reported all the same
                 return f"; {error}"
         launcher = f"torchrun --nproc_per_node={get_world_size()}" if get_world_size() > 1 else "python"
-        return f"; its images are in {path}; to replay it: {launcher} {shlex.join(sys.argv)} --resume auto"
+        return f"; its images are in {path}; to replay it: {launcher} {shlex.join(self.command)} --resume auto"
