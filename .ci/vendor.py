@@ -1,7 +1,7 @@
 """Copy the files that both codebases share from DeiT-with-iRPE to DETR-with-iRPE.
 
-    python .ci/vendor.py            copy, and print which files changed
-    python .ci/vendor.py --check    copy nothing, and fail if a copy differs
+    python .ci/vendor.py            copy or delete, and print which files changed
+    python .ci/vendor.py --check    change nothing, and fail if a copy differs
 
 Each codebase runs from its own folder without the other one, so it has its own copy. Edit the file in DeiT-with-iRPE,
 then run `make vendor`.
@@ -48,10 +48,21 @@ def differing(root: Path) -> list[tuple[Path, Path]]:
     ]
 
 
+def left_over(root: Path) -> list[Path]:
+    """Python files in the copy of a vendored folder whose original was deleted."""
+    copies = {copy for _, copy in vendored_files(root)}
+    folders = [
+        root / "DETR-with-iRPE" / copy
+        for original, copy in VENDORED.items()
+        if (root / "DeiT-with-iRPE" / original).is_dir()
+    ]
+    return [path for folder in folders for path in sorted(folder.rglob("*.py")) if path not in copies]
+
+
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """Copy or check; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="copy nothing, and fail if a copy differs")
+    parser.add_argument("--check", action="store_true", help="change nothing, and fail if a copy differs")
     check_only = parser.parse_args(argv).check
     pairs = differing(root)
     for original, copy in pairs:
@@ -62,7 +73,15 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(original, copy)
             print(f"copied {original.relative_to(root)} to {name}")
-    return int(check_only and bool(pairs))
+    deleted = left_over(root)
+    for path in deleted:
+        name = path.relative_to(root)
+        if check_only:
+            print(f"{name} has no original in DeiT-with-iRPE: run `make vendor` to delete it")
+        else:
+            path.unlink()
+            print(f"deleted {name}, whose original is gone")
+    return int(check_only and bool(pairs or deleted))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,15 @@ def test_modules_of_a_shared_folder_are_copied_too(copies):
     assert (copies / "DETR-with-iRPE" / "util" / "runtime" / "new.py").read_text() == "new"
 
 
+def test_copies_of_deleted_modules_are_found_and_deleted(copies, capsys):
+    copy = copies / "DETR-with-iRPE" / "util" / "runtime" / "errors.py"
+    (copies / "DeiT-with-iRPE" / "runtime" / "errors.py").unlink()
+    assert vendor.main(["--check"], copies) == 1 and copy.exists()
+    assert "errors.py has no original in DeiT-with-iRPE" in capsys.readouterr().out
+    assert vendor.main([], copies) == 0 and not copy.exists()
+    assert vendor.main(["--check"], copies) == 0
+
+
 def test_types_are_asked_for_in_public_functions_and_public_methods_only():
     source = """
 def public(untyped, typed: int) -> None:
