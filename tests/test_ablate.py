@@ -26,7 +26,7 @@ STUDY = {
 # Stands in for train_together.py. Top-1 is a function of the seed and the learning rate. Training takes as long as the
 # file `slow` exists, or until SIGTERM, and creates the file `waits`. The evaluation needs what training wrote.
 TRAIN_TOGETHER = """
-import argparse, json, pathlib, shlex, signal, sys, time
+import argparse, json, os, pathlib, shlex, signal, sys, time
 parser = argparse.ArgumentParser()
 parser.add_argument("--output_dir", type=pathlib.Path)
 parser.add_argument("--seed", type=int)
@@ -62,6 +62,7 @@ for args in runs:
     while (data / "slow").exists() and args.seed and not args.eval:
         (args.output_dir / "waits").touch()
         time.sleep(0.05)
+    (data / "word").write_text(os.environ.get("WORD", ""))
     (data / "log").open("a").write(f"{args.seed} {args.lr} {args.eval}\\n")
     if args.eval:
         (args.output_dir / "eval.json").write_text(json.dumps({"acc1": 80 + args.seed + 10 * args.lr, "loss": 1.0}))
@@ -292,6 +293,17 @@ def test_a_crash_fails_all_runs_of_its_process_with_the_same_error(place, run):
     assert [len(entry["top1"]["values"]) for entry in results(place)["variants"].values()] == [1, 1, 1]
 
 
+def test_a_study_can_set_environment_variables(place, run):
+    (place / "study.json").write_text(json.dumps({**STUDY, "environment": {"WORD": "two words"}}))
+    status, out, _ = run()
+    assert status == 0 and (place / "data" / "word").read_text() == "two words"
+    assert "$ cd deit && WORD='two words' OMP_NUM_THREADS=" in out
+    assert results(place)["runs"][0]["environment"] == {"WORD": "two words"}
+    (place / "study.json").write_text(json.dumps(STUDY))
+    status, _, err = run()
+    assert status == 2 and "run.json is of a run with other environment" in err
+
+
 def test_separate_runs_have_a_process_each(place, run):
     status, out, _ = run("--separately")
     assert status == 0 and out.count("$ cd") == 6
@@ -315,6 +327,7 @@ def test_differences_use_the_seeds_that_all_variants_have():
         ({"baseline": "none"}, "a baseline that is one of its variants"),
         ({"variants": {"plain": "", "a b": ""}, "comparisons": {}}, "has a variant 'a b'"),
         ({"comparisons": {"x": ["plain", "y*"]}}, "the comparison of 'y*' matches no variant"),
+        ({"environment": {"WORD": 5}}, "environment must consist of strings"),
         ({"recipe": 5}, "cannot be read in the format of ablate_fashion.json"),
         ({"variants": {"plain": None}, "comparisons": {}}, "cannot be read in the format of ablate_fashion.json"),
         ({"recipe": "'"}, "No closing quotation"),

@@ -25,12 +25,11 @@ def source(tmp_path):
     return tmp_path
 
 
-def run(source):
-    fashion_mnist.main(argparse.Namespace(source=source, output_dir=source / "out"))
+def run(source, train_images=3):
+    fashion_mnist.main(argparse.Namespace(source=source, output_dir=source / "out", train_images=train_images))
 
 
 def test_the_parts_share_no_image_and_each_is_in_the_folder_of_its_class(source, monkeypatch):
-    monkeypatch.setattr(fashion_mnist, "TRAIN", 3)
     monkeypatch.setattr(fashion_mnist, "VAL", 2)
     run(source)
     names = sorted(path.name for path in (source / "out" / "test" / "val").iterdir())
@@ -64,3 +63,10 @@ def test_a_file_that_cannot_be_read_is_named(source, content):
         UserError, match="train-images-idx3-ubyte.gz cannot be read .* --source must hold the data set's four .gz"
     ):
         run(source)
+
+
+@pytest.mark.parametrize("train_images", [0, 5801])
+def test_an_impossible_number_of_training_images_is_refused(source, train_images):
+    with pytest.raises(UserError, match=f"--train-images {train_images} must be from 1 to 5800"):
+        run(source, train_images)
+    assert not (source / "out").exists()

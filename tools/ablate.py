@@ -76,6 +76,9 @@ def read_study(path: Path) -> dict[str, Any]:
             if not isinstance(flags, str):
                 raise TypeError(f"flags must be a string, not {flags!r}")
             shlex.split(flags)
+        environment = study.setdefault("environment", {})
+        if not all(isinstance(word, str) for pair in environment.items() for word in pair):
+            raise TypeError(f"environment must consist of strings, not {environment!r}")
         study["comparisons"] = {
             words: (match(left, names), match(right, names)) for words, (left, right) in study["comparisons"].items()
         }
@@ -135,7 +138,14 @@ class Run:
         train = ["--data-path", relative(args.data_path), "--resume", "auto"]
         test = ["--data-path", relative(args.test_path), "--eval", "--resume", relative(self.folder / "checkpoint.pth")]
         self.commands = [shlex.join(["python", "main.py", *flags, *last]) for last in (train, test)]
-        self.record = {"variant": variant, "seed": seed, "commands": self.commands, "versions": versions, "seconds": 0}
+        self.record = {
+            "variant": variant,
+            "seed": seed,
+            "commands": self.commands,
+            "environment": study["environment"],
+            "versions": versions,
+            "seconds": 0,
+        }
         self.take_up(self.folder / "run.json")
 
     def take_up(self, path: Path) -> None:
@@ -144,7 +154,8 @@ class Run:
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            changed = [key for key in ("commands", "versions") if found[key] != self.record[key]]
+            settled = ("commands", "environment", "versions")
+            changed = [key for key in settled if found[key] != self.record[key]]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} of an earlier run cannot be read ({error!r}): move its folder away") from error
         if changed:
@@ -199,6 +210,7 @@ class Group:
     def __init__(self, name: str, runs: list[Run], out: Path) -> None:
         self.runs = [run for run in runs if not run.is_done]
         self.folder = out / name
+        self.environment = runs[0].record["environment"]
 
     def start(self, threads: int, locked: TextIO) -> None:
         """Start the process, which writes its output to output.txt and inherits the lock file."""
@@ -212,7 +224,9 @@ class Group:
             path.write_text("\n".join([*trainings, *evaluations, ""]), encoding="utf-8")
             output = open(self.folder / "output.txt", "wb")
         command = [relative(TRAIN_TOGETHER), relative(path)]
-        print(f"$ cd {DEIT.name} && OMP_NUM_THREADS={threads} python {shlex.join(command)}", flush=True)
+        environment = {**self.environment, "OMP_NUM_THREADS": str(threads)}
+        words = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+        print(f"$ cd {DEIT.name} && {' '.join(words)} python {shlex.join(command)}", flush=True)
         self.started = time.monotonic()
         # In its own session the process does not receive Ctrl-C; `work` sends SIGTERM, on which it saves.
         with output, reproduce.signals_deferred():
@@ -222,7 +236,7 @@ class Group:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**os.environ, **environment},
                 pass_fds=[locked.fileno()],
             )
 

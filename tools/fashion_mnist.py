@@ -2,9 +2,9 @@
 
     python tools/fashion_mnist.py --source /usr/share/datasets/fashion-mnist --output_dir outputs/fashion
 
-OUT/tune/train contains 13,000 of the 60,000 training images, and OUT/tune/val contains 2,000 others, for choosing a
-recipe; both have the same number of images of each class. OUT/test/val contains the 10,000 test images. Each image of
-28×28 pixels gets a black border of 2 pixels, which the evaluation of main.py with --input-size 28 crops off again.
+OUT/tune/train contains 1,300 (or --train-images) of the 6,000 training images of each class, and OUT/tune/val contains
+200 others of each class, for choosing a recipe. OUT/test/val contains the 10,000 test images. Each image of 28×28
+pixels gets a black border of 2 pixels, which the evaluation of main.py with --input-size 28 crops off again.
 Nothing is downloaded: the four .gz files come with Debian's package dataset-fashion-mnist, or from the data set's page.
 """
 
@@ -23,7 +23,8 @@ import runtime
 
 CLASSES = [name.replace("/", "-or-").replace(" ", "-") for name in FashionMNIST.classes]
 SIDE, BORDER = 28, 2  # pixels
-TRAIN, VAL, TEST = 1300, 200, 1000  # images of each class
+CLASS_IMAGES = 6000  # training images of each class
+TRAIN, VAL, TEST = 1300, 200, 1000  # images of each class in the three folders
 SEED = 0  # selects the images
 
 
@@ -52,8 +53,13 @@ def write(images: np.ndarray, numbers: np.ndarray, folder: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Write the three folders."""
+    if not 1 <= args.train_images <= CLASS_IMAGES - VAL:
+        raise runtime.UserError(
+            f"--train-images {args.train_images} must be from 1 to {CLASS_IMAGES - VAL}: the data set has "
+            f"{CLASS_IMAGES} training images of each class, of which {VAL} are for choosing a recipe"
+        )
     random = np.random.default_rng(SEED)
-    for prefix, parts in (("train", {"tune/val": VAL, "tune/train": TRAIN}), ("t10k", {"test/val": TEST})):
+    for prefix, parts in (("train", {"tune/val": VAL, "tune/train": args.train_images}), ("t10k", {"test/val": TEST})):
         images = read(args.source, f"{prefix}-images-idx3-ubyte.gz", 16, SIDE, SIDE)
         images = np.pad(images, ((0, 0), (BORDER, BORDER), (BORDER, BORDER)))
         labels = read(args.source, f"{prefix}-labels-idx1-ubyte.gz", 8)
@@ -73,4 +79,5 @@ if __name__ == "__main__":
     parser = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, metavar="DIR", default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--output_dir", type=Path, metavar="OUT", default=Path("outputs", "fashion"))
+    parser.add_argument("--train-images", type=int, metavar="N", default=TRAIN, help="images of each class to train on")
     runtime.run(main, parser.parse_args())
