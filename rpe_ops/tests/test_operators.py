@@ -229,10 +229,11 @@ def test_results_do_not_depend_on_the_instruction_set(tmp_path):
     """
     inputs = [make((3, 3, 5, 43, 7), dtype) for dtype in DTYPES]
     torch.save(inputs, tmp_path / "inputs")
+    folders = [os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "inputs", tmp_path / "results"],
         check=True,
-        env=os.environ | {"ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.path.dirname(__file__)},
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.pathsep.join(folders)},
         capture_output=True,
         text=True,
     )
