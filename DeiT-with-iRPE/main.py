@@ -501,7 +501,7 @@ _SET_BY = {
     "pretrained": "--pretrained",
     "rpe_config": "--rpe",
     "checkpoint_path": "--finetune",
-    "in_chans": "the images, which are RGB,",
+    "in_chans": "the images, which are RGB",
 }
 # What timm raises for arguments that a model does not have.
 _UNBUILDABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

@@ -187,7 +187,7 @@ def test_an_encoding_outside_the_grammar_is_refused(tmp_path, text, said):
         (EVA, ("patch_size=0",), "cannot be built"),
         (EVA, ("norm_layer=none",), "cannot be built"),
         (EVA, ("img_size=64",), "--model-kwargs img_size=64 is set by --input-size"),
-        (EVA, ("in_chans=1",), "--model-kwargs in_chans=1 is for the images, which are RGB, to say"),
+        (EVA, ("in_chans=1",), "--model-kwargs in_chans=1 is set by the images, which are RGB: leave it out"),
         ("vit_small_patch16_18x2_224", (), "a block's attention is None; equip_irpe knows timm's "),
         (EVA, ("patch_size=7",), "--input-size 32 is no multiple of the 7 pixels"),
     ],
