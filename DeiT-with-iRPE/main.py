@@ -300,8 +300,8 @@ def start_run(
     """A run that starts as ``settings`` say, or resumes from the checkpoint; with its state and loss.
 
     Args:
-        continues_log: drop the lines of log.txt that the run will write again. With ``--resume auto`` this also holds
-            before the first checkpoint.
+        continues_log: whether to drop the lines of log.txt that the run will write again; this is also true for
+            ``--resume auto`` without a checkpoint.
     """
     classes = class_names(train_loader.dataset.dataset)
     state = build_state(settings, build_model(settings, nb_classes).to(device), classes)
@@ -692,8 +692,8 @@ def evaluate_only(
     stats = evaluate(loader, model, device, amp_dtype(args, device), job)
     if args.output_dir and get_rank() == 0:
         path = os.path.join(args.output_dir, "eval.json")
-        with job.waiting(), runtime.writing(path), open(path, "w") as file:
-            json.dump(stats, file)
+        with job.waiting(), runtime.replacing(path) as file:
+            file.write(json.dumps(stats).encode())
     return stats
 
 

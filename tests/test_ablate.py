@@ -62,9 +62,14 @@ for args in runs:
     while (data / "slow").exists() and args.seed and not args.eval:
         (args.output_dir / "waits").touch()
         time.sleep(0.05)
+    if (data / f"killed{args.seed}").exists() and args.eval:
+        sys.stderr.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
     (data / "word").write_text(os.environ.get("WORD", ""))
     (data / "log").open("a").write(f"{args.seed} {args.lr} {args.eval}\\n")
-    if args.eval:
+    if (data / f"damaged{args.seed}").exists() and args.eval:
+        (args.output_dir / "eval.json").touch()
+    elif args.eval:
         (args.output_dir / "eval.json").write_text(json.dumps({"acc1": 80 + args.seed + 10 * args.lr, "loss": 1.0}))
 if failed:
     sys.exit("error: some runs failed")
@@ -239,7 +244,6 @@ def test_claims_are_corrected_by_holms_method():
     random = np.random.default_rng(0)
     wanted = {"a": (0.02, 1), "b": (0.01, -1), "c": (0.5, 1), "d": (0.021, 1)}
     claims = {name: ablate.summary(values_with(p, sign, random)) for name, (p, sign) in wanted.items()}
-    claims["empty"] = ablate.summary([1.0])
     ablate.judge_claims(claims)
     assert {name: claims[name]["holm_p"] for name in wanted} == pytest.approx(
         {"a": 0.06, "b": 0.04, "c": 0.5, "d": 0.06}
@@ -250,10 +254,17 @@ def test_claims_are_corrected_by_holms_method():
         "c": "cannot be told",
         "d": "cannot be told",
     }
-    for number, name in enumerate("badc"):  # ordered by p-value
-        low, high = ttest_1samp(claims[name]["values"], 0).confidence_interval(1 - 0.05 / (4 - number))
-        assert claims[name]["holm_half"] == pytest.approx((high - low) / 2)
-    assert "verdict" not in claims["empty"] and ablate.claim_cells("x", claims["empty"])[1] == "+1.00"
+    for values in claims.values():
+        low, high = ttest_1samp(values["values"], 0).confidence_interval(1 - 0.05 / 4)
+        assert values["simultaneous"] == pytest.approx((high - low) / 2)
+
+
+def test_claims_without_results_count_in_the_correction():
+    values = values_with(0.03, 1, np.random.default_rng(0))
+    claims = {"a": ablate.summary(values), "one": ablate.summary([1.0]), "none": ablate.summary([])}
+    ablate.judge_claims(claims)
+    assert claims["a"]["holm_p"] == pytest.approx(0.09) and "verdict" not in claims["one"]
+    assert ablate.claim_cells("x", claims["one"]) == ("x", "+1.00", "-", "-", "-", "-")
 
 
 def values_with(p, sign, random):
@@ -279,11 +290,26 @@ def test_a_difference_of_the_detectable_size_is_found_four_times_in_five(error_r
     assert (ttest_1samp(studies, 0, axis=1).pvalue < error_rate).mean() == pytest.approx(0.8, abs=0.02)
 
 
-@pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [2.0, 2.0, 2.0]])
-def test_values_without_any_spread_have_a_verdict(values):
+@pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [2.0, 2.0]])
+def test_values_without_any_spread_tell_nothing(values):
     claims = {"x": ablate.summary(values)}
     ablate.judge_claims(claims)
-    assert claims["x"]["verdict"] == ("holds" if values[0] else "cannot be told")
+    assert claims["x"]["verdict"] == "cannot be told" and claims["x"]["p"] == 1
+
+
+def test_a_killed_process_and_a_damaged_result_fail_their_runs_only(place, run):
+    (place / "data" / "broken1").touch()
+    (place / "data" / "killed1").touch()
+    status, out, _ = run()
+    assert status == 3 and "third-seed1 failed: the loss is nan" in out
+    assert out.count("-seed1 failed: the process was ended by signal 9") == 2
+    for name in ("broken1", "killed1"):
+        (place / "data" / name).unlink()
+    (place / "data" / "damaged1").touch()
+    status, out, _ = run()
+    assert status == 3 and out.count("-seed1/eval.json cannot be read: JSONDecodeError") == 3
+    assert [len(entry["top1"]["values"]) for entry in results(place)["variants"].values()] == [1, 1, 1]
+    assert "its verdicts are preliminary" in (place / "out" / "results.md").read_text()
 
 
 def test_a_crash_fails_all_runs_of_its_process_with_the_same_error(place, run):

@@ -154,7 +154,7 @@ def killed_at_the_second_run_of_epoch_one(training):
 
 def test_a_run_whose_loss_is_not_finite_fails_alone(data, tmp_path, separate, capsys):
     lines = [line.replace("--lr 0.1", "--lr 1e38") for line in commands(data, tmp_path)]
-    with pytest.raises(UserError, match="1 of the runs failed: .*/fast$"):
+    with pytest.raises(UserError, match="1 of the runs failed; see the errors above: .*/fast$"):
         run_together(tmp_path, lines)
     errors = capsys.readouterr().err
     assert errors.startswith(f"error: {tmp_path}/fast: loss is ") and errors.count("\n") == 1
@@ -163,13 +163,60 @@ def test_a_run_whose_loss_is_not_finite_fails_alone(data, tmp_path, separate, ca
     assert_equal(results(tmp_path, ["none", "k"]), {name: separate[name] for name in ("none", "k")})
 
 
+def test_an_error_of_one_model_that_is_no_users_mistake_leaves_the_others_running(data, tmp_path, separate, capsys):
+    lines = [line.replace("--lr 0.1", "--lr 1e42") for line in commands(data, tmp_path)]  # the optimizer overflows
+    with pytest.raises(UserError, match="1 of the runs failed"):
+        run_together(tmp_path, lines)
+    error, *details = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {tmp_path}/fast: RuntimeError: ") and details[0].startswith("Traceback")
+    assert_equal(results(tmp_path, ["none", "k"]), {name: separate[name] for name in ("none", "k")})
+
+
+def test_a_failed_save_fails_its_run_alone(data, tmp_path, separate, monkeypatch, capsys):
+    write = main.TrainingState.save
+
+    def full(state, path, *rest):
+        if path.parent.name == "k":
+            raise UserError(f"{path} cannot be written: No space left on device")
+        write(state, path, *rest)
+
+    monkeypatch.setattr(main.TrainingState, "save", full)
+    with pytest.raises(UserError, match="1 of the runs failed; see the errors above: .*/k$"):
+        run_together(tmp_path, commands(data, tmp_path))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: {tmp_path}/k: {tmp_path}/k/checkpoint.pth cannot be written: No space left on device"]
+    assert_equal(results(tmp_path, ["none", "fast"]), {name: separate[name] for name in ("none", "fast")})
+
+
+def test_no_images_are_loaded_after_all_runs_have_failed(data, tmp_path, monkeypatch):
+    loaded, get = [], runtime.SeededDataset.__getitem__
+    monkeypatch.setattr(runtime.SeededDataset, "__getitem__", lambda self, key: loaded.append(key) or get(self, key))
+    lines = [f"{line} --lr 1e42" for line in commands(data, tmp_path)]
+    with pytest.raises(UserError, match="3 of the runs failed"):
+        run_together(tmp_path, lines)
+    assert len(loaded) == 8
+
+
+def test_models_with_random_weights_are_evaluated_as_by_main(data, tmp_path):
+    flags = f"{RECIPE} --data-path {data} --eval"
+    for folder in ("first", "second", "alone"):
+        (tmp_path / folder).mkdir()
+    lines = [f"python main.py {flags} --output_dir {tmp_path / folder}" for folder in ("first", "second")]
+    run_together(tmp_path, lines)
+    run_separately([f"python main.py {flags} --output_dir {tmp_path / 'alone'}"])
+    found = [(tmp_path / folder / "eval.json").read_text() for folder in ("first", "second", "alone")]
+    assert found[0] == found[1] == found[2]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("--batch-size 8", "--batch-size 4"), "--batch_size is 8 in .*/none and 4 in .*/k: runs that share"),
+        (("--batch-size 8", "--batch-size 4"), "--batch-size is 8 in .*/none and 4 in .*/k: runs that share"),
         (("--epochs 2", "--epochs 2 --seed 3"), "--seed is 0 in .*/none and 3 in .*/k: runs that share"),
         (("python main.py", "python other.py"), "each line must be a command that begins with python main.py"),
         (("--epochs 2", "--epochs 0"), "--epochs 0 is out of range"),
+        (("--epochs 2", "--epochs '2"), "has a line that cannot be read .No closing quotation"),
+        (("/k ", "/none/ "), "two commands write to --output_dir .*/none: give each run a folder of its own"),
     ],
 )
 def test_commands_that_cannot_share_a_process_are_refused_in_one_sentence(change, message, data, tmp_path):

@@ -13,7 +13,7 @@ process, results.json, results.md and results.png are written to --output_dir. T
 study; on a CPU, its results are bit-exact.
 
 A claim is a comparison of variants, paired by seed, that is tested by Student's t. Holm's method corrects for the
-number of claims: the probability of any wrong verdict is at most 5 %.
+number of claims: where there is no difference, the probability of finding any is at most 5 %.
 
 Exit status: 0 all runs have a result; 2 the command line or the study is wrong; 3 some runs failed; 130 interrupted by
 a signal or a closed pipe.
@@ -43,8 +43,8 @@ from runtime import UserError
 
 DEIT = drawing.ROOT / "DeiT-with-iRPE"
 TRAIN_TOGETHER = Path(__file__).with_name("train_together.py")
-ERROR_RATE = 0.05  # probability of any wrong verdict of a study
-POWER = 0.8  # probability with which a difference of the detectable size is found
+ERROR_RATE = 0.05  # probability of finding any difference where there is none
+POWER = 0.8  # probability of finding a difference of the detectable size
 
 
 # Command line and study
@@ -155,6 +155,7 @@ class Run:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             settled = ("commands", "environment", "versions")
+            found.setdefault("environment", {})  # records of older versions lack it
             changed = [key for key in settled if found[key] != self.record[key]]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} of an earlier run cannot be read ({error!r}): move its folder away") from error
@@ -182,19 +183,23 @@ class Run:
         with runtime.replacing(self.folder / "run.json") as file:
             file.write(json.dumps(self.record, indent=1).encode())
 
-    def judge(self, output: str) -> None:
-        """Record the result, or the error in the output of the process that has ended."""
+    def judge(self, output: str, error: str) -> None:
+        """Record the result, or why there is none.
+
+        Args:
+            output: of the process that has ended.
+            error: of the whole process, for a run without an error of its own.
+        """
         self.record.pop("failed", None)
         result = self.folder / "eval.json"
-        if result.exists():
+        try:
             stats = json.loads(result.read_text(encoding="utf-8"))
             self.record.update(top1=stats["acc1"], loss=stats["loss"], date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-        else:
+        except FileNotFoundError:
             own_error = re.search(f"^error: {re.escape(relative(self.folder))}: (.*)", output, re.MULTILINE)
-            last_line = output.strip().rpartition("\n")[2]
-            self.record["failed"] = (
-                own_error[1] if own_error else reproduce.error_in(output) or last_line or "no output"
-            )
+            self.record["failed"] = own_error[1] if own_error else error
+        except (OSError, ValueError, TypeError, KeyError) as problem:
+            self.record["failed"] = f"{result} cannot be read: {problem!r}"
 
     def __str__(self) -> str:
         if self.is_done:
@@ -243,9 +248,19 @@ class Group:
     def judge(self) -> None:
         """Record the result of each run after the process has ended."""
         output = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+        error = self.error_in(output)
         for run in self.runs:
-            run.judge(output)
+            run.judge(output, error)
         self.end()
+
+    def error_in(self, output: str) -> str:
+        """Why the process ended, apart from the errors of single runs."""
+        if self.process.returncode < 0:
+            return f"the process was ended by signal {-self.process.returncode}"
+        own = tuple(f"error: {relative(run.folder)}: " for run in self.runs)
+        rest = "\n".join(line for line in output.strip().splitlines() if not line.startswith(own))
+        last_line = rest.rpartition("\n")[2]
+        return reproduce.error_in(rest) or last_line or f"the process ended with status {self.process.returncode}"
 
     def end(self) -> None:
         """Record the time of a process that has ended, an equal share for each run."""
@@ -281,7 +296,7 @@ def work(groups: list[Group], jobs: int, locked: TextIO, report: Callable[[], No
                 running.remove(group)
                 for run in group.runs:
                     left -= 1
-                    print(f"{run}; {left} runs left", flush=True)
+                    print(f"{run}; runs left: {left}", flush=True)
                 report()
             time.sleep(0.1)
     finally:
@@ -306,24 +321,25 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 
 def judge_claims(differences: dict[str, dict[str, Any]]) -> None:
-    """Add verdicts to the summaries of paired differences that each claim to be above zero.
+    """Add verdicts to the summaries of paired differences that are each claimed to be above zero.
 
-    Holm's step-down method orders the m claims by their p-values, and compares the i-th with 5 % / (m - i + 1) until
-    one is above it (Holm, Scand. J. Stat. 6, 1979). Each summary with at least two values gets
+    Holm's step-down method orders the m claims by their p-values, and rejects "no difference" in this order as long as
+    the i-th p-value is below 5 % / (m - i + 1) (Holm, Scand. J. Stat. 6, 1979). Claims without two values count in m,
+    so that the verdicts of an incomplete study are corrected too. Each other summary gets
         p: of the two-sided t-test;
         holm_p: p corrected for the number of claims;
-        holm_half: half the width of the interval at the claim's own level, 1 - 5 % / (m - i + 1);
+        simultaneous: half the width of the interval at 1 - 5 % / m, so that all intervals hold together (Bonferroni);
         detectable: the true difference that a t-test at 5 % / m finds with a probability of 80 %;
         verdict: holds, contradicted, or cannot be told.
     """
     testable = [values for values in differences.values() if values["half"] is not None]
     for values in testable:
         values["p"] = p_value(values["values"])
-    m, corrected = len(testable), 0.0
+    m, corrected = len(differences), 0.0
     for i, values in enumerate(sorted(testable, key=lambda values: values["p"])):
         corrected = max(corrected, min(1.0, (m - i) * values["p"]))
         values["holm_p"] = corrected
-        values["holm_half"] = half_width(values["values"], ERROR_RATE / (m - i))
+        values["simultaneous"] = half_width(values["values"], ERROR_RATE / m)
         values["detectable"] = detectable(values["values"], ERROR_RATE / m)
         if corrected >= ERROR_RATE:
             values["verdict"] = "cannot be told"
@@ -332,10 +348,10 @@ def judge_claims(differences: dict[str, dict[str, Any]]) -> None:
 
 
 def p_value(values: list[float]) -> float:
-    """The p-value of the two-sided t-test for a mean of zero."""
+    """The p-value of the two-sided t-test for a mean of zero; 1 for equal values, whose spread is unknown."""
     spread = standard_error(values)
     if not spread:
-        return 0.0 if any(values) else 1.0
+        return 1.0
     return float(2 * t.sf(abs(statistics.fmean(values)) / spread, len(values) - 1))
 
 
@@ -352,7 +368,8 @@ def standard_error(values: list[float]) -> float:
 def detectable(values: list[float], error_rate: float) -> float:
     """The true mean that a two-sided t-test of so many values with this spread finds with the probability `POWER`.
 
-    This is the usual approximation by two quantiles of Student's t, which is within 1 % of the truth for 20 values.
+    This is the usual approximation by two quantiles of Student's t. For 20 values the probability is within a point of
+    `POWER`; for 5 values and 13 claims it is 72 %.
     """
     freedom = len(values) - 1
     return float(t.isf(error_rate / 2, freedom) + t.isf(1 - POWER, freedom)) * standard_error(values)
@@ -435,7 +452,7 @@ def claim_cells(words: str, values: dict[str, Any]) -> tuple[str, ...]:
         words,
         cells(values)[0],
         f"{values['holm_p']:.2g}",
-        f"± {values['holm_half']:.2f}",
+        f"± {values['simultaneous']:.2f}",
         f"{values['detectable']:.2f}",
         values["verdict"],
     )
@@ -469,11 +486,14 @@ def markdown(study: dict[str, Any], runs: list[Run], found: dict[str, Any], abou
         f"{counted} of {len(runs)} runs have a result. Top-1 (%) and differences in points, paired by seed: mean "
         "± half the width of the 95 % interval by Student's t.",
         *markdown_table(("variant", "seeds", "top-1", f"minus {baseline}", "", "minutes per run"), rows),
-        *markdown_table(("claim", "difference", "p by Holm", "interval by Holm", "detectable", "verdict"), claims),
+        *markdown_table(("claim", "difference", "p (Holm)", "simultaneous", "detectable", "verdict"), claims),
         "",
-        "The p-values and intervals by Holm are corrected for the number of claims, so that the probability of any "
-        f"wrong verdict is at most {ERROR_RATE:.0%}. A true difference of the detectable size is found with a "
-        f"probability of {POWER:.0%}.",
+        *(["The study is not complete, so its verdicts are preliminary.", ""] if counted < len(runs) else []),
+        "The differences are means with their own 95 % intervals. The p-values are corrected for the number of claims "
+        "by Holm's method: where there is no difference, the probability of finding any is at most "
+        f"{100 * ERROR_RATE:.0f} %. The simultaneous intervals contain all true differences with a probability of 95 % "
+        "(Bonferroni), which is a little stricter. A true difference of the detectable size is found with a "
+        f"probability of about {100 * POWER:.0f} %. The differences in the table of variants are not corrected.",
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
         *(f"- no result: {run}" for run in runs if "failed" in run.record),

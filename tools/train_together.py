@@ -3,22 +3,25 @@
     cd DeiT-with-iRPE && python ../tools/train_together.py COMMANDS
 
 COMMANDS is a text file with one command per line, such as `python main.py --model ... --output_dir OUT`. The trainings
-run side by side, step by step, so they must have the same flags for data, augmentation and seed. Then the commands with
---eval follow. Each model computes what it would compute alone, with the same random numbers, and the results and files
-are the same to the bit. Small models gain most, since loading images and starting up is much of their time.
+run side by side, step by step; then the commands with --eval follow. Trainings may differ only in the flags of
+MAY_DIFFER, so that they share all batches, and the same holds for evaluations. Each model computes what it would
+compute alone, with the same random numbers; on a CPU, its results are the same to the bit. Small models gain most,
+since loading images and starting up is much of their time.
 
-If a run fails, the others continue, and its error is printed with its --output_dir. After a signal, all trainings save;
-with --resume auto in the commands, the same command continues them.
+If a run fails, the others continue, and its error is printed with its --output_dir. After SIGTERM, SIGUSR1 or SIGUSR2
+all trainings save. With --resume auto in the commands, running this program again with the same file continues them.
 
-Exit status: 0 all runs succeeded; 1 some failed, or the commands cannot be run together; 75 interrupted by a signal
-that asks training to stop; 130 interrupted by Ctrl-C.
+Exit status: 0 all runs succeeded; 1 some failed, or the commands cannot be run together; 2 a line has wrong flags; 75
+interrupted by a signal that asks training to stop; 130 interrupted by Ctrl-C.
 """
 
 import argparse
 import contextlib
+import os
 import shlex
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,8 @@ import main
 import runtime
 from checkpoint import TrainingState
 from losses import DistillationLoss
-from runtime import Interrupted, Job, Progress, UserError
+from runtime import Interrupted, Job, Progress, UserError, print_once
+from runtime.errors import explanation
 
 # The flags in which trainings on the same batches may differ.
 MODEL_FLAGS = ("model", "rpe", "model_kwargs", "drop", "drop_path", "pretrained", "finetune")
@@ -55,7 +59,10 @@ def read_commands(path: Path) -> list[argparse.Namespace]:
     parser = runtime.ArgumentParser(parents=[main.get_args_parser()])
     commands = []
     for line in lines:
-        words = shlex.split(line)
+        try:
+            words = shlex.split(line)
+        except ValueError as error:
+            raise UserError(f"{path} has a line that cannot be read ({error}): {line!r}") from error
         if words[:2] != ["python", "main.py"]:
             raise UserError(
                 f"{path} has the line {line!r}: each line must be a command that begins with python main.py"
@@ -71,16 +78,39 @@ def read_commands(path: Path) -> list[argparse.Namespace]:
     return commands
 
 
-def check_same_batches(commands: list[argparse.Namespace]) -> None:
-    """Raise ``UserError`` if the commands differ in a flag that all runs of a process must share."""
+def check_commands(commands: list[argparse.Namespace]) -> None:
+    """Raise ``UserError`` if the commands cannot share a process or their batches."""
+    trainings = [command for command in commands if not command.eval]
+    evaluations = [command for command in commands if command.eval]
+    check_same_flags(commands, MAY_DIFFER | {"eval", "data_path"})
+    for part in (trainings, evaluations):
+        check_same_flags(part, MAY_DIFFER)
+        folders = [folder_of(command) for command in part]
+        if repeated := [folder for folder in folders if folders.count(folder) > 1]:
+            raise UserError(f"two commands write to --output_dir {repeated[0]}: give each run a folder of its own")
+
+
+def check_same_flags(commands: list[argparse.Namespace], may_differ: set[str]) -> None:
+    """Raise ``UserError`` if the commands differ in a flag that is not in ``may_differ``."""
     for other in commands[1:]:
-        pairs = {name: (getattr(commands[0], name), getattr(other, name)) for name in vars(other)}
-        for name, (first, second) in pairs.items():
-            if name not in MAY_DIFFER | {"command"} and first != second:
+        for name, second in vars(other).items():
+            first = getattr(commands[0], name)
+            if name not in may_differ | {"command"} and first != second:
+                allowed = ", ".join(sorted(map(flag, MAY_DIFFER)))
                 raise UserError(
-                    f"--{name} is {first} in {commands[0].output_dir} and {second} in {other.output_dir}: runs that "
-                    f"share their batches may differ only in {', '.join(sorted(MAY_DIFFER))}; run this one separately"
+                    f"{flag(name)} is {first} in {commands[0].output_dir} and {second} in {other.output_dir}: runs "
+                    f"that share their batches may differ only in {allowed}; run this one separately"
                 )
+
+
+def flag(name: str) -> str:
+    """The flag of an argument's name."""
+    return "--" + (name if name == "output_dir" else name.replace("_", "-"))
+
+
+def folder_of(command: argparse.Namespace) -> str:
+    """The output directory of a command, in one spelling."""
+    return os.path.realpath(command.output_dir)
 
 
 class KeptBatches:
@@ -103,6 +133,8 @@ class KeptBatches:
             size += sum(tensor.nbytes for tensor in batch)
             if size <= MOST_KEPT_BYTES:
                 batches.append(batch)
+            else:
+                batches.clear()
             yield batch
         if size <= MOST_KEPT_BYTES:
             self._kept = batches
@@ -129,7 +161,7 @@ class Training:
         self.progress = engine.start_progress(self.run, self.state.optimizer, f"{self.output_dir} ")
 
     def step(self, step: int, images: torch.Tensor, targets: torch.Tensor) -> None:
-        """Train on a batch, unless the run did this step before it was interrupted."""
+        """Train on a batch; skip it if the run has already done this step."""
         if step < self.run.first_step:
             return
         engine.seed_step(self.run, step)
@@ -149,6 +181,10 @@ class Training:
         )
         self.progress.step(loss=loss)
 
+    def saves_after(self, step: int, signalled: bool) -> bool:
+        """Whether to save after this step, if a signal came or the save is due."""
+        return step >= self.run.first_step and (signalled or self.run.save_is_due(step + 1))
+
     def save(self) -> None:
         """Save within the epoch."""
         self.run.save(self.progress.done, self.progress.read())
@@ -158,7 +194,7 @@ class Group:
     """The runs of a process: trainings side by side, then evaluations.
 
     Attributes:
-        failures: the error of each failed run, by its output directory.
+        failures: the first error of each failed run, by `folder_of` its command.
     """
 
     def __init__(self, job: Job, device: torch.device) -> None:
@@ -166,13 +202,19 @@ class Group:
         self.failures: dict[str, str] = {}
 
     @contextlib.contextmanager
-    def _attempt(self, output_dir: str) -> Iterator[None]:
+    def _attempt(self, command: argparse.Namespace) -> Iterator[None]:
         """A context for the work of one run, whose errors do not end the others."""
         try:
             yield
-        except UserError as error:
-            self.failures[output_dir] = str(error)
-            print(f"error: {output_dir}: {error}", file=sys.stderr, flush=True)
+        except Interrupted:
+            raise
+        except Exception as error:  # a full GPU, for example, or an optimizer that overflows
+            sentence = str(error) if isinstance(error, UserError) else explanation(error, self.job.place)
+            details = "" if sentence else f"\n{traceback.format_exc()}"
+            sentence = sentence or f"{type(error).__name__}: {error}"
+            self.failures.setdefault(folder_of(command), sentence)
+            with contextlib.suppress(OSError):  # a full disk behind the output does not end the other runs
+                print(f"error: {command.output_dir}: {sentence}{details}", file=sys.stderr, flush=True)
 
     def train(self, commands: list[argparse.Namespace]) -> None:
         """Train all models up to their last epoch."""
@@ -180,13 +222,23 @@ class Group:
         val_loader = KeptBatches(main.build_val_loader(commands[0], self.device)[0])
         trainings = []
         for command in commands:
-            with self._attempt(command.output_dir):
+            with self._attempt(command):
                 trainings.append(self._start(command, loader, nb_classes))
         with contextlib.ExitStack() as stack:
             for training in trainings:
-                stack.enter_context(training.run)
+                training.run.__enter__()
+                stack.push(self._leave(training))
             if trainings:
                 self._train_epochs(trainings, loader, val_loader)
+
+    def _leave(self, training: Training) -> Callable[..., None]:
+        """The end of the run's context. It raises an error if the last save failed, which concerns this run only."""
+
+        def leave(*error: Any) -> None:
+            with self._attempt(training.run.args):
+                training.run.__exit__(*error)
+
+        return leave
 
     def _train_epochs(self, trainings: list[Training], loader: DataLoader, val_loader: KeptBatches) -> None:
         """Train all epochs. A run that was interrupted later than the others waits until they have caught up."""
@@ -194,12 +246,13 @@ class Group:
         for epoch in range(min(first for _, first, _ in epochs), trainings[0].run.args.epochs):
             active = []
             for training, first_epoch, own_epochs in epochs:
-                if first_epoch <= epoch and training.output_dir not in self.failures:
+                if first_epoch <= epoch and not self._has_failed(training.run.args):
                     next(own_epochs)
                     active.append(training)
-            self._train_epoch(active, loader)
+            if active:
+                self._train_epoch(active, loader)
             for training in self._remaining(active):
-                with self._attempt(training.output_dir):
+                with self._attempt(training.run.args):
                     self._end_epoch(training, val_loader)
 
     def _start(self, command: argparse.Namespace, loader: DataLoader, nb_classes: int) -> Training:
@@ -213,13 +266,14 @@ class Group:
         training.run.command = command.command
         return training
 
+    def _has_failed(self, command: argparse.Namespace) -> bool:
+        return folder_of(command) in self.failures
+
     def _remaining(self, trainings: list[Training]) -> list[Training]:
-        return [training for training in trainings if training.output_dir not in self.failures]
+        return [training for training in trainings if not self._has_failed(training.run.args)]
 
     def _train_epoch(self, trainings: list[Training], loader: DataLoader) -> None:
         """Train one epoch, in which the runs may begin at different steps."""
-        if not trainings:
-            return
         first_step = min(training.run.first_step for training in trainings)
         loader.sampler.set_epoch(trainings[0].run.epoch, first_step * trainings[0].run.images_per_step)
         for training in trainings:
@@ -229,24 +283,22 @@ class Group:
                 self.job.place = f"epoch {trainings[0].run.epoch}, step {step}"
                 images, targets = images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
                 for training in self._remaining(trainings):
-                    with self._attempt(training.output_dir):
+                    with self._attempt(training.run.args):
                         training.step(step, images, targets)
-                        if training.run.save_is_due(step + 1) and step >= training.run.first_step:
+                signals = list(self.job.received_signals)
+                for training in self._remaining(trainings):
+                    if training.saves_after(step, bool(signals)):
+                        with self._attempt(training.run.args):
                             training.save()
-                if self.job.received_signals:
-                    self._save_all(self._remaining(trainings), step)
-                    raise Interrupted(self.job.received_signals[0], self.job.place)
+                if signals:
+                    raise Interrupted(signals[0], self.job.place)
+                if not self._remaining(trainings):
+                    break
         engine.print_notes(loader, self.job)
-
-    def _save_all(self, trainings: list[Training], step: int) -> None:
-        for training in trainings:
-            if step >= training.run.first_step:
-                with self._attempt(training.output_dir):
-                    training.save()
 
     def _end_epoch(self, training: Training, val_loader: KeptBatches) -> None:
         """Evaluate, save and log."""
-        print(f"{training.output_dir} epoch {training.run.epoch}", flush=True)
+        print_once(f"{training.output_dir} epoch {training.run.epoch}")
         dtype = main.amp_dtype(training.run.args, self.device)
         test = engine.evaluate(val_loader, training.state.model, self.device, dtype, self.job)
         main.end_epoch(training.run, training.state, training.progress.averages(), test)
@@ -256,10 +308,11 @@ class Group:
         loader, nb_classes = main.build_val_loader(commands[0], self.device)
         kept = KeptBatches(loader)
         for command in commands:
-            if command.output_dir in self.failures:
+            if self._has_failed(command):
                 continue
-            with self._attempt(command.output_dir):
-                print(f"{command.output_dir} evaluation", flush=True)
+            with self._attempt(command):
+                print_once(f"{command.output_dir} evaluation")
+                runtime.seed_everything(command.seed)
                 checkpoint = runtime.checkpoint_to_resume(command.resume, command.output_dir, needed=True)
                 settings = main.run_settings(command, checkpoint)
                 main.evaluate_only(settings, self.job, self.device, checkpoint, kept, nb_classes)
@@ -273,17 +326,18 @@ def run(args: argparse.Namespace) -> None:
     commands = [runtime.with_place(command) for command in read_commands(args.commands)]
     trainings = [command for command in commands if not command.eval]
     evaluations = [command for command in commands if command.eval]
-    check_same_batches(trainings)
-    check_same_batches(evaluations)
+    check_commands(commands)
     runtime.need_signals("training", *runtime.STOPPING)
     first = commands[0]
-    if first.world_size > 1:
-        raise UserError(f"train_together.py runs on one rank, not on {first.world_size}: start it without a launcher")
+    if runtime.get_world_size() > 1:
+        raise UserError(
+            f"train_together.py runs on one rank, not on {runtime.get_world_size()}: start it without a launcher"
+        )
     device = runtime.find_device(first.device, first.world_size)
     if first.compile:
         runtime.check_compiler(device)
-        # All models share one function, VisionTransformer.forward, of which every variant is compiled to train and to
-        # evaluate.
+        # All models share one function, VisionTransformer.forward, which is compiled for every variant, once to train
+        # and once to evaluate.
         torch._dynamo.config.recompile_limit = 8 * len(commands)
     torch.backends.cudnn.benchmark = True
     with Job(first.dist_url, runtime.step_timeout(first)) as job, contextlib.ExitStack() as locks:
@@ -296,7 +350,7 @@ def run(args: argparse.Namespace) -> None:
         if evaluations:
             group.evaluate(evaluations)
     if group.failures:
-        raise UserError(f"{len(group.failures)} of the runs failed: {', '.join(group.failures)}")
+        raise UserError(f"{len(group.failures)} of the runs failed; see the errors above: {', '.join(group.failures)}")
 
 
 if __name__ == "__main__":

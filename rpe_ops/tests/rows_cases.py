@@ -238,8 +238,15 @@ def excess(case):
         size = max(x.abs().max().item(), exact[0].abs().max().item() * case.channels**0.5 * max(case.size, 1.0))
         allowed = TOLERANCE[case.dtype] * size + 2 * (y - x).abs().max().item()
         error = (z - x).abs().max().item()
-        worst = max(worst, error / allowed if error == error else float("inf"))
+        worst = max(worst, _ratio(error, allowed))
     return worst
+
+
+def _ratio(error, allowed):
+    """How large the error is compared to what is allowed. NaN counts as infinite, and so does any error if none is."""
+    if error == 0:  # If dropout drops all weights, everything is zero.
+        return 0.0
+    return error / allowed if error == error and allowed > 0 else float("inf")
 
 
 def examine(seed, fixed):
