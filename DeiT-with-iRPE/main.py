@@ -512,8 +512,8 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises: UserError for an invalid --rpe, or for an argument in --model-kwargs that another flag determines.
     """
-    if said := args.model_kwargs.keys() & _SET_BY.keys():
-        name = min(said)
+    if set_elsewhere := args.model_kwargs.keys() & _SET_BY.keys():
+        name = min(set_elsewhere)
         raise UserError(f"--model-kwargs {name}={args.model_kwargs[name]} is set by {_SET_BY[name]}: leave it out")
     try:
         rpe_config = parse_rpe(args.rpe) if args.rpe else None

@@ -78,11 +78,9 @@ def read_commands(path: Path) -> list[argparse.Namespace]:
     return commands
 
 
-def check_commands(commands: list[argparse.Namespace]) -> None:
+def check_commands(trainings: list[argparse.Namespace], evaluations: list[argparse.Namespace]) -> None:
     """Raise ``UserError`` if the commands cannot share a process or their batches."""
-    trainings = [command for command in commands if not command.eval]
-    evaluations = [command for command in commands if command.eval]
-    check_same_flags(commands, MAY_DIFFER | {"eval", "data_path"})
+    check_same_flags([*trainings, *evaluations], MAY_DIFFER | {"eval", "data_path"})
     for part in (trainings, evaluations):
         check_same_flags(part, MAY_DIFFER)
         folders = [folder_of(command) for command in part]
@@ -326,7 +324,7 @@ def run(args: argparse.Namespace) -> None:
     commands = [runtime.with_place(command) for command in read_commands(args.commands)]
     trainings = [command for command in commands if not command.eval]
     evaluations = [command for command in commands if command.eval]
-    check_commands(commands)
+    check_commands(trainings, evaluations)
     runtime.need_signals("training", *runtime.STOPPING)
     first = commands[0]
     if runtime.get_world_size() > 1:
@@ -341,7 +339,8 @@ def run(args: argparse.Namespace) -> None:
         torch._dynamo.config.recompile_limit = 8 * len(commands)
     torch.backends.cudnn.benchmark = True
     with Job(first.dist_url, runtime.step_timeout(first)) as job, contextlib.ExitStack() as locks:
-        for folder in dict.fromkeys(command.output_dir for command in commands):
+        # A lock belongs to the process, so a second one on the same folder would end the first.
+        for folder in dict.fromkeys(map(folder_of, commands)):
             runtime.prepare_output_dir(folder)
             locks.enter_context(runtime.output_lock(folder))
         group = Group(job, device)

@@ -118,6 +118,11 @@ def test_random_cases_equal_the_definition(seed):
     assert excess(Case(1000 + seed, batch=1, map=(3, 5), tiles="large")) <= 1
 
 
+def test_a_case_in_which_everything_is_zero_passes():
+    case = Case(0, **SMALL | {"map": (1, 1), "prefix": 0, "places": "k", "dropout_p": 1.0})
+    assert excess(case) == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gradients_of_values_with_a_large_mean(dtype):
     case = Case(0, **SMALL | {"dtype": dtype, "map": (5, 7)})
