@@ -5,8 +5,8 @@
 
 Each run consists of two commands of DeiT's main.py, which also work on their own: training on --data-path, and one
 evaluation on --test-path (default: --data-path). All variants of a seed run in one process of train_together.py, which
-loads each batch once for all of them; on a CPU it computes the same as separate runs, to the bit. With --separately each
-run has a process of its own, for studies whose variants differ in more than the model and the optimizer.
+loads each batch once for all of them; on a CPU it computes the same as separate runs, to the bit. With --separately
+each run has a process of its own, for studies whose variants differ in more than the model and the optimizer.
 
 Flags after -- are passed to all commands. The study is a JSON file in the format of ablate_fashion.json. After every
 process, results.json, results.md and results.png are written to --output_dir. The same command resumes an interrupted
