@@ -98,3 +98,29 @@ def test_ci_runs_the_developers_command():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     assert re.findall(r"^\s*- run: (.+)$", workflow, re.MULTILINE) == [".ci/run"]
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_list_of_failures_names_failed_tests_errors_of_fixtures_and_crashes(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("run_all_tests", ROOT / ".ci" / "test.py")
+    run_all_tests = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = run_all_tests  # dataclasses look their module up there
+    spec.loader.exec_module(run_all_tests)
+    monkeypatch.setattr(run_all_tests, "ROOT", tmp_path)
+    tmp_path.joinpath("test_some.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture\n"
+        "def unclean():\n    yield\n    assert False\n"
+        "def test_good():\n    pass\n"
+        "def test_bad():\n    assert False\n"
+        "def test_bad_twice(unclean):\n    assert False\n"
+        "def test_bad_end(unclean):\n    pass\n"
+        "@pytest.mark.skip\ndef test_skipped():\n    pass\n"
+    )
+    result = run_all_tests.run_part(tmp_path, "test_some.py")
+    part = f"{tmp_path.name}/test_some.py: test_some::test_"
+    assert (result.passed, result.skipped) == (1, 1)
+    assert result.failures == [f"{part}bad", f"{part}bad_twice", f"{part}bad_end"]
+
+    tmp_path.joinpath("test_crash.py").write_text("import os\ndef test_crash():\n    os._exit(3)\n")
+    result = run_all_tests.run_part(tmp_path, "test_crash.py")
+    assert result.failures == [f"{tmp_path.name}/test_crash.py: pytest exited with status 3"]
