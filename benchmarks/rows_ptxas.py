@@ -49,12 +49,12 @@ def launches(
     """{kernel: (function, tile, arguments)} of the launches of a forward and a backward pass, none of which runs."""
     found = {}
 
-    def record(kernel: triton.JITFunction, grid: Any, options: rows.Tile, values: dict[str, Any]) -> None:
-        values = values | {"OWN": options.own, "OTHER": options.other}
+    def record(kernel: triton.JITFunction, grid: Any, options: rows.Tile, arguments: list) -> None:
         name = kernel.fn.__name__.removesuffix("_kernel")
         # The first launch of a kernel counts: the forward and the backward pass compile the product in the same way.
-        found.setdefault(name, (kernel, options, {name: values[name] for name in kernel.arg_names}))
+        found.setdefault(name, (kernel, options, dict(zip(kernel.arg_names, arguments, strict=True))))
 
+    rows.forget_launches()
     launch, rows._launch = rows._launch, record
     try:
         # As in DeiT-S, q, k and v are views of one tensor with a class token. Both axes have seven classes of offsets.
@@ -72,6 +72,7 @@ def launches(
         rows.attention(q, k, v, *tables, *layout, bias, mask, dropout_p).sum().backward()
     finally:
         rows._launch = launch
+        rows.forget_launches()
     return found
 
 

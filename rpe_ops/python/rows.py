@@ -7,6 +7,7 @@ therefore contiguous, and the kernels read and write 16 adjacent numbers, withou
 operations. README.md explains the design; rows_kernels.py contains the kernels.
 """
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -166,60 +167,150 @@ def attention(
 # --- Launches --------------------------------------------------------------------------------------------------------
 
 
-class _Call:
-    """Launches the kernels of one call. `values` are the arguments that kernels share, by parameter name."""
+class _Launch:
+    """A launch of a kernel of which everything is known but the tensors.
 
-    def __init__(self, q, tables, places, layout, sizes, bias, mask, seed, dropout_p):
+    Launching a kernel through Triton takes longer than most of these kernels run, because Triton derives from every
+    argument which compiled kernel it needs. Only the first call does that.
+    """
+
+    def __init__(self, kernel, grid, options, numbers):
+        numbers = numbers | {"OWN": options.own, "OTHER": options.other}
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.options = options
+        self.arguments = [numbers.get(name) for name in kernel.arg_names]
+        self.places_of_tensors = [(i, name) for i, name in enumerate(kernel.arg_names) if name not in numbers]
+        self.launch_again = None
+
+    def __call__(self, tensors):
+        arguments = self.arguments.copy()
+        for place, name in self.places_of_tensors:
+            arguments[place] = tensors[name]
+        with torch.cuda.device_of(arguments[0]):
+            if self.launch_again is None:
+                self.launch_again = _launch(self.kernel, self.grid, self.options, arguments)
+            else:
+                self.launch_again(*arguments)
+
+
+def _launch(kernel, grid, options, arguments):
+    """Launch a kernel through Triton. Returns a function that launches the same compiled kernel."""
+    tensor = arguments[0]
+    if INTERPRETED:
+        if not isinstance(tensor, FakeTensor):
+            kernel[grid](*arguments)
+        return kernel[grid]
+    # wrap_triton takes a quarter of a millisecond, and is only needed while torch.compile traces the call.
+    traced = isinstance(tensor, (FakeTensor, FunctionalTensor))
+    launcher = torch.library.wrap_triton(kernel) if traced else kernel
+    compiled = launcher[grid](
+        **dict(zip(kernel.arg_names, arguments, strict=True)),
+        num_warps=options.num_warps,
+        num_stages=options.num_stages,
+    )
+    return None if traced else compiled[grid]
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_launches(*signature):
+    """The launches of all calls with a signature, by kernel. There is one signature for each size of a batch's maps."""
+    return {}
+
+
+def forget_launches() -> None:
+    """Prepare all launches again. Call this after a change of `TILES`."""
+    _known_launches.cache_clear()
+
+
+def _signature(x):
+    """What the choice of a compiled kernel and its arguments may depend on, for an argument of a call."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
+    if isinstance(x, (list, tuple)):
+        return tuple(_signature(element) for element in x)
+    return x
+
+
+class _Call:
+    """A forward or backward pass. Its methods launch kernels, each of which it launches at most once."""
+
+    def __init__(self, name, saved, q, k, v, tables, places, layout, sizes, bias, mask, seed, dropout_p):
         batch, heads, length, channels = q.shape
-        rows, columns, prefix, classes, row_step, column_step = sizes
-        padded = _ceil_div(columns, 16) * 16
+        columns, classes = sizes[1], sizes[3]
         self.q = q
         self.places = places
         self.on_logits = places.replace("v", "")
-        self.size = classes * padded
+        self.sizes = sizes
+        self.padded = _ceil_div(columns, 16) * 16
+        self.size = classes * self.padded
         self.bias = bias
+        self.dropout_p = dropout_p
         self.tables = [table.contiguous() for table in tables]
         self.per_place = len(tables) // len(places)
         self.groups = tables[0].shape[0]
         self.mask = None if mask is None else mask.expand(batch, heads, length, length)
-        self.values = {
+        self.tensors = {
             "layout": layout,
+            "mask": q if mask is None else self.mask,
+            "seed": layout if seed is None else seed,
+        }
+        if isinstance(q, (FakeTensor, FunctionalTensor)):  # torch.compile traces the call
+            self.launches = {}
+        else:
+            tensors = (*saved, q, k, v, self.tables, layout, self.mask, seed)
+            self.launches = _known_launches(name, places, *sizes, bias, dropout_p, _signature(tensors))
+
+    def launch(self, kernel, tensors, describe, *args):
+        """Launch a kernel. If it is new, `describe(*args)` returns its grid, its tile and its arguments by name."""
+        name = kernel.fn.__name__
+        if name not in self.launches:
+            self.launches[name] = _Launch(kernel, *describe(*args))
+        self.launches[name](self.tensors | tensors)
+
+    @functools.cached_property
+    def numbers(self):
+        """The arguments that kernels share, except for tensors, by parameter name."""
+        rows, columns, prefix, _, row_step, column_step = self.sizes
+        _, heads, length, channels = self.q.shape
+        return {
             "rows": rows,
             "columns": columns,
             "prefix": prefix,
             "row_step": row_step,
             "column_step": column_step,
-            "padded": padded,
+            "padded": self.padded,
             "size": self.size,
             "count": columns + (prefix > 0),
-            "chunks": (prefix > 0) + rows * (padded // 16),
+            "chunks": (prefix > 0) + rows * (self.padded // 16),
             "heads": heads,
             "length": length,
-            "mask": q if mask is None else self.mask,
-            "mask_b": 0 if mask is None else self.mask.stride(0),
-            "mask_h": 0 if mask is None else self.mask.stride(1),
-            "seed": layout if seed is None else seed,
-            "dropout_p": dropout_p,
-            "DROPOUT": dropout_p > 0,
-            "ON_Q": "q" in places,
-            "ON_K": "k" in places,
-            "ON_V": "v" in places,
-            "BIAS": bias,
+            "mask_b": 0 if self.mask is None else self.mask.stride(0),
+            "mask_h": 0 if self.mask is None else self.mask.stride(1),
+            "dropout_p": self.dropout_p,
+            "DROPOUT": self.dropout_p > 0,
+            "ON_Q": "q" in self.places,
+            "ON_K": "k" in self.places,
+            "ON_V": "v" in self.places,
+            "BIAS": self.bias,
             "CROSS": self.per_place > 1,
             "scale": channels**-0.5,
             "CHANNELS": channels,
             "BLOCK_D": max(16, 1 << (channels - 1).bit_length()),
             "ids": (rows + 1) ** 2,
-            "planes": batch * heads // self.groups,
+            "planes": self.q.shape[0] * heads // self.groups,
             "groups": self.groups,
             "tables": self.per_place,
-            "buckets": tables[0].shape[1 if places[0] == "v" else -1],
-            "on_values": places.find("v"),
+            "buckets": self.tables[0].shape[1 if self.places[0] == "v" else -1],
+            "on_values": self.places.find("v"),
         }
-        if bias:  # a bias table has a single channel, in which every token is 1
-            self.of_tables = self.values | {"scale": 1.0, "CHANNELS": 1, "BLOCK_D": 16}
-        else:
-            self.of_tables = self.values
+
+    @property
+    def numbers_of_tables(self):
+        """`numbers` for a kernel that multiplies tokens by tables or computes the gradients of tables."""
+        if self.bias:  # a bias table has a single channel, in which every token is 1
+            return self.numbers | {"scale": 1.0, "CHANNELS": 1, "BLOCK_D": 16}
+        return self.numbers
 
     def tile(self, name):
         return tile(name, self.q.dtype, self.q.shape[3])
@@ -229,81 +320,78 @@ class _Call:
 
         The products of a bias are (places, 1, H', columns + 1, classes·P), because they do not depend on the tokens.
         """
-        values = self.of_tables
+        shape = (1, self.groups, self.sizes[1] + 1) if self.bias else self.q.shape[:3]
+        products = self.q.new_empty(len(x), *shape, self.size)
+        if x:
+            tensors = _three("x", x) | self._tables(0) | {"products": products}
+            self.launch(kernels.product_kernel, tensors, self._describe_products, x)
+        return products
+
+    def _describe_products(self, x):
+        numbers = self.numbers_of_tables
         if self.bias:
-            shape = 1, self.groups, values["columns"] + 1
-            values = values | {
+            numbers = numbers | {
                 "planes": 1,
                 "heads": self.groups,
                 "rows": 1,
-                "prefix": min(values["prefix"], 1),
-                "length": values["columns"] + 1,
+                "prefix": min(numbers["prefix"], 1),
+                "length": numbers["columns"] + 1,
             }
-        else:
-            shape = self.q.shape[:3]
-        products = self.q.new_empty(len(x), *shape, self.size)
-        if not x:
-            return products
         options = self.tile("product")
-        grid = self._blocks_of_columns(values, options), len(x)
-        _launch(
-            kernels.product_kernel,
-            grid,
-            options,
-            values | _three_strided("x", x) | self._tables(0) | {"products": products},
-        )
-        return products
+        grid = self._blocks_of_columns(numbers, options), len(x)
+        return grid, options, numbers | _three_strides("x", x)
 
     def add_adjoint(self, x, products, first_table=0, first=0):
         """x[first + place] += products[place]·tableᵀ, for the places from `first_table` on."""
+        tensors = self._tables(first_table) | {"x": x, "products": products}
+        self.launch(kernels.adjoint_kernel, tensors, self._describe_adjoint, x, products, first_table, first)
+
+    def _describe_adjoint(self, x, products, first_table, first):
         options = self.tile("adjoint")
-        grid = self._blocks_of_columns(self.values, options), len(products)
-        _launch(
-            kernels.adjoint_kernel,
+        grid = self._blocks_of_columns(self.numbers, options), len(products)
+        on_values = self.numbers["on_values"]
+        return (
             grid,
             options,
-            self.values | _strided("x", x) | self._tables(first_table) | {"products": products, "first": first},
+            self.numbers
+            | _strides("x", x)
+            | {"first": first, "on_values": on_values - first_table if on_values >= 0 else -1},
         )
 
-    def _blocks_of_columns(self, values, options):
-        tokens = values["planes"] * max(values["rows"], values["prefix"])
-        return _ceil_div(tokens, options.own) * values["count"] * self.groups
+    def _blocks_of_columns(self, numbers, options):
+        tokens = numbers["planes"] * max(numbers["rows"], numbers["prefix"])
+        return _ceil_div(tokens, options.own) * numbers["count"] * self.groups
 
     def _tables(self, first_place):
         tables = self.tables[first_place * self.per_place :]
-        on_values = self.values["on_values"]
-        return (
-            _three("table", tables[:: self.per_place])
-            | _three("table", tables[self.per_place - 1 :: self.per_place], first=3)
-            | {"on_values": on_values - first_place if on_values >= 0 else -1}
+        return _three("table", tables[:: self.per_place]) | _three(
+            "table", tables[self.per_place - 1 :: self.per_place], first=3
         )
 
-    def attend(self, kernel, name, products, tokens, by_key=False, **values):
+    def attend(self, kernel, name, products, tokens, by_key=False, **tensors):
         """Launch an attention kernel; `tokens` are the tensors that it reads token by token, by parameter name."""
+        tensors |= tokens
+        tensors["on_q"] = self._on_logits("q", products)
+        tensors["on_k"] = self._on_logits("k", products)
+        self.launch(kernel, tensors, self._describe_attention, name, products, tokens, by_key)
+
+    def _describe_attention(self, name, products, tokens, by_key):
         options = self.tile(name)
         of_query, of_key = (0, 0) if self.mask is None else self.mask.stride()[2:]
         of_own, of_other = (of_key, of_query) if by_key else (of_query, of_key)
-        for name, x in tokens.items():
-            values |= _strided(name, x)
+        numbers = self.numbers | {
+            "products_b": 0 if self.bias else products.stride(1),
+            # If the heads share a bias, they all have the same products.
+            "products_h": 0 if self.bias and self.groups == 1 else products.stride(2),
+            "mask_own": of_own,
+            "mask_other": of_other,
+            "MASK": self._mask_kind(of_own, of_other),
+        }
+        for parameter, x in tokens.items():
+            numbers |= _strides(parameter, x)
         planes = self.q.shape[0] * self.q.shape[1]
-        blocks = _ceil_div(self.values["chunks"] * 16, options.own)
-        _launch(
-            kernel,
-            (planes * blocks,),
-            options,
-            self.values
-            | values
-            | {
-                "on_q": self._on_logits("q", products),
-                "on_k": self._on_logits("k", products),
-                "products_b": 0 if self.bias else products.stride(1),
-                # If the heads share a bias, they all have the same products.
-                "products_h": 0 if self.bias and self.groups == 1 else products.stride(2),
-                "mask_own": of_own,
-                "mask_other": of_other,
-                "MASK": self._mask_kind(of_own, of_other),
-            },
-        )
+        blocks = _ceil_div(numbers["chunks"] * 16, options.own)
+        return (planes * blocks,), options, numbers
 
     def _on_logits(self, place, products):
         return products[self.on_logits.index(place)] if place in self.on_logits else products
@@ -319,57 +407,47 @@ class _Call:
 
     def gradients(self, x, products):
         """The gradients of the tables, flattened and concatenated, from the gradients of each place's products."""
-        values = self.of_tables
-        options = self.tile("gradient")
-        programs = _ceil_div(self.size, options.other) * values["count"] * self.groups
-        blocks = _ceil_div(values["planes"] * max(values["rows"], values["prefix"]), options.own)
-        splits = max(1, min(blocks, _SPLIT_PROGRAMS // (programs * len(self.places))))
+        columns = self.sizes[1]
+        channels = 1 if self.bias else self.q.shape[3]
+        splits = self._splits()[1]
         partial = self.q.new_empty(
-            splits,
-            len(self.places),
-            self.groups,
-            values["columns"] + 1,
-            self.size,
-            values["CHANNELS"],
-            dtype=torch.float32,
+            splits, len(self.places), self.groups, columns + 1, self.size, channels, dtype=torch.float32
         )
-        values = values | {"partial": partial, "splits": splits, "steps": _ceil_div(blocks, splits)}
-        _launch(
-            kernels.gradient_kernel,
-            (programs, len(self.places), splits),
-            options,
-            values | _three_strided("x", x) | _three("products", products),
-        )
+        tensors = _three("x", x) | _three("products", products) | {"partial": partial}
+        self.launch(kernels.gradient_kernel, tensors, self._describe_gradient, x)
         grads = self.tables[0].new_empty(sum(table.numel() for table in self.tables))
-        grid = values["buckets"] * self.per_place * self.groups, len(self.places)
-        _launch(kernels.collect_kernel, grid, Tile(64, 16), values | {"grads": grads})
+        self.launch(kernels.collect_kernel, {"partial": partial, "grads": grads}, self._describe_collect)
         return grads
 
+    def _splits(self):
+        """How the tables' gradients are computed: programs per split, splits, and blocks of tokens per split."""
+        rows, columns, prefix = self.sizes[:3]
+        options = self.tile("gradient")
+        programs = _ceil_div(self.size, options.other) * (columns + (prefix > 0)) * self.groups
+        planes = self.q.shape[0] * self.q.shape[1] // self.groups
+        blocks = _ceil_div(planes * max(rows, prefix), options.own)
+        splits = max(1, min(blocks, _SPLIT_PROGRAMS // (programs * len(self.places))))
+        return programs, splits, _ceil_div(blocks, splits)
 
-def _launch(kernel, grid, options, values):
-    """Launch a kernel with the values that are among its parameters."""
-    values = values | {"OWN": options.own, "OTHER": options.other}
-    arguments = {name: values[name] for name in kernel.arg_names}
-    tensor = next(iter(arguments.values()))
-    if INTERPRETED:
-        if not isinstance(tensor, FakeTensor):
-            kernel[grid](**arguments)
-        return
-    # wrap_triton takes a quarter of a millisecond, and is only needed while torch.compile traces the call.
-    traced = isinstance(tensor, (FakeTensor, FunctionalTensor))
-    launcher = torch.library.wrap_triton(kernel) if traced else kernel
-    with torch.cuda.device_of(tensor):
-        launcher[grid](**arguments, num_warps=options.num_warps, num_stages=options.num_stages)
+    def _describe_gradient(self, x):
+        programs, splits, steps = self._splits()
+        grid = programs, len(self.places), splits
+        return grid, self.tile("gradient"), self.numbers_of_tables | _three_strides("x", x) | {"steps": steps}
+
+    def _describe_collect(self):
+        numbers = self.numbers_of_tables
+        grid = numbers["buckets"] * self.per_place * self.groups, len(self.places)
+        return grid, Tile(64, 16), numbers | {"splits": self._splits()[1]}
 
 
 def _ceil_div(a, b):
     return -(-a // b)  # Triton's cdiv takes longer, since kernels may call it too
 
 
-def _strided(name, x):
-    """A tensor (…, B, H, L, D) and its strides, by the names of a kernel's parameters."""
+def _strides(name, x):
+    """The strides of a tensor (…, B, H, L, D), by the names of a kernel's parameters."""
     b, h, token, _ = x.stride()[-4:]
-    return {name: x, f"{name}_b": b, f"{name}_h": h, f"{name}_l": token}
+    return {f"{name}_b": b, f"{name}_h": h, f"{name}_l": token}
 
 
 def _three(name, tensors, first=0):
@@ -377,10 +455,10 @@ def _three(name, tensors, first=0):
     return {f"{name}_{first + place}": tensors[min(place, len(tensors) - 1)] for place in range(3)}
 
 
-def _three_strided(name, tensors):
+def _three_strides(name, tensors):
     found = {}
     for key, x in _three(name, tensors).items():
-        found |= _strided(key, x)
+        found |= _strides(key, x)
     return found
 
 
@@ -402,7 +480,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the logarithms of the softmax's sums, and the sums of weights for the term on values."""
     q, k, v = (_contiguous_channels(x) for x in (q, k, v))
-    call = _Call(q, tables, places, layout, sizes, bias, mask, seed, dropout_p)
+    call = _Call("forward", (), q, k, v, tables, places, layout, sizes, bias, mask, seed, dropout_p)
     batch, heads, length, channels = q.shape
     tokens = {"q": k, "k": q}
     products = call.products([tokens[place] for place in call.on_logits])
@@ -445,7 +523,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of k, q and v, (3, B, H, L, D), and of the tables, flattened and concatenated."""
     grad, q, k, v = (_contiguous_channels(x) for x in (grad, q, k, v))
-    call = _Call(q, tables, places, layout, sizes, bias, mask, seed, dropout_p)
+    saved = grad, out, log_sums, sums
+    call = _Call("backward", saved, q, k, v, tables, places, layout, sizes, bias, mask, seed, dropout_p)
     batch, heads, length, channels = q.shape
     tokens = {"q": k, "k": q, "v": grad}
     tokens_of_places = [tokens[place] for place in places]

@@ -46,10 +46,12 @@ def launches(monkeypatch):
     def record(kernel, *args):
         names.append(kernel.fn.__name__)
         with _disable_current_modes():  # The interpreter itself calls operators, which do not count.
-            launch(kernel, *args)
+            launch(kernel, *args)  # returns nothing, so that the next launch comes here too
 
+    rows.forget_launches()
     monkeypatch.setattr(rows, "_launch", record)
-    return names
+    yield names
+    rows.forget_launches()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_results_are_the_same_in_every_run_and_for_any_batch(monkeypatch):
 def test_results_do_not_depend_on_strides():
     case = Case(0, **SMALL | {"mask": "padding"})
     expected = case.results(case.by_rows, torch.float32)
-    case.inputs = [x.detach().transpose(-2, -1).contiguous().transpose(-2, -1).requires_grad_() for x in case.inputs]
+    transposed(case)
     assert case.inputs[0].stride(3) != 1
     torch.testing.assert_close(case.results(case.by_rows, torch.float32), expected)
     out = case.by_rows(*case.inputs)
@@ -247,6 +249,86 @@ def test_a_call_launches_the_expected_kernels_and_nothing_else(fixed, forward, b
         seen = list(launches)
         torch.autograd.grad(out, case.inputs, out.detach())
     assert (seen, launches[len(seen) :], operators.seen) == (forward, backward, [])
+
+
+@pytest.fixture
+def arguments(monkeypatch):
+    """(kernel, arguments) of the launches, in which no kernel runs."""
+    launched = []
+
+    def record(kernel, grid, options, arguments):
+        def again(*arguments):
+            launched.append((kernel.fn.__name__, grid, options, arguments))
+
+        again(*arguments)
+        return again
+
+    rows.forget_launches()
+    monkeypatch.setattr(rows, "_launch", record)
+    yield launched
+    rows.forget_launches()
+
+
+def transposed(case):
+    """The case with inputs of the same values whose last two axes are swapped in memory."""
+    case.inputs = [x.detach().transpose(-2, -1).contiguous().transpose(-2, -1).requires_grad_() for x in case.inputs]
+    return case
+
+
+def test_calls_that_differ_in_anything_share_no_launches(arguments):
+    variants = [
+        {},
+        *({"mask": mask} for mask in ("padding", "bool", "full", "full bool")),
+        *({"places": places} for places in ("q", "k", "v", "qk")),
+        *({"dropout_p": dropout_p} for dropout_p in (0.1, 0.5)),
+        *({"map": size} for size in ((2, 5), (5, 2), (1, 9))),
+        *({"kind": kind, "places": "qk"} for kind in ("heads", "bias")),
+        {"method": "cross"},
+        {"prefix": 0},
+        {"classes": 2},
+        {"dtype": torch.bfloat16},
+        {"batch": 2},
+        {"heads": 3},
+        {"channels": 24},
+        {"together": False},
+    ]
+    cases = [Case(0, **SMALL | {"heads": 2} | variant) for variant in variants]
+    cases.append(transposed(Case(0, **SMALL | {"heads": 2})))
+
+    def launched(case):
+        arguments.clear()
+        out = case.by_rows(*case.inputs)
+        out.backward(torch.ones_like(out), retain_graph=True)
+        out.backward(torch.ones(out.shape, dtype=out.dtype))  # other strides
+        return [
+            (*launch, [(x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x for x in values])
+            for *launch, values in arguments
+        ]
+
+    expected = []
+    for case in cases:
+        rows.forget_launches()
+        expected.append(launched(case))
+    for _ in range(2):
+        assert [launched(case) for case in cases] == expected
+
+
+def test_repeated_launches_get_the_tensors_of_their_call(arguments):
+    case = Case(0, **SMALL | {"mask": "full", "dropout_p": 0.1})
+    used = []
+    for _ in range(2):
+        case.inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in case.inputs]
+        case.mask = case.mask.clone()
+        arguments.clear()
+        out = case.by_rows(*case.inputs)
+        grads = torch.autograd.grad(out, case.inputs, torch.ones_like(out))
+        used.append({x.untyped_storage().data_ptr() for *_, values in arguments for x in values if torch.is_tensor(x)})
+        for x in (*case.inputs, case.mask, out, *grads):
+            assert x.untyped_storage().data_ptr() in used[-1]
+        kept = out, grads, case.inputs, case.mask  # so that the next call's tensors have other addresses
+    layout = case.map_and_kind[0].untyped_storage().data_ptr()
+    assert layout in used[0] & used[1] and len(kept) == 4
+    assert rows._known_launches.cache_info().currsize == 2  # the forward and the backward pass
 
 
 def test_dropout_has_its_probability_and_differs_from_call_to_call():
@@ -381,6 +463,78 @@ def test_kernels_compile_without_spilled_registers(arch, dtype, places):
     case = (arch, dtype, 64, places, False)
     lines = in_benchmarks(f"import rows_ptxas; print(*rows_ptxas.measure({case}), sep='\\n')").splitlines()
     assert len(lines) == 7 and all(int(line.split()[-2]) == 0 for line in lines), lines
+
+
+REPEAT = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from rpe_ops import rows
+from rows_ptxas import row_layout
+
+launched = []
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = metadata.name
+
+    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        launched.append((self.name, function, (x, y, z), [describe(argument) for argument in arguments]))
+
+def describe(argument):
+    return (argument.shape, argument.stride(), argument.dtype) if isinstance(argument, torch.Tensor) else argument
+
+class Utils:
+    loaded = 0
+
+    def load_binary(self, *args):
+        self.loaded += 1
+        return 1, self.loaded, 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448}
+
+    def unload_module(self, module):
+        pass
+
+class Driver:  # It stands in for a GPU's driver, compiles kernels, and records launches instead of running them.
+    utils, launcher_cls = Utils(), Launcher
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+triton.runtime.driver.set_active(Driver())
+index = torch.arange(-2, 3).clamp(-1, 1) + 1
+layout, sizes = row_layout((index[:, None] * 3 + index)[None], 1, 10)
+tables = [[torch.randn(1, *shape, requires_grad=True)] for shape in ((16, 10), (16, 10), (10, 16))]
+
+def step(offset):
+    memory = torch.randn(2 * 10 * 3 * 2 * 16 + offset, requires_grad=True)
+    q, k, v = memory[offset:].view(2, 10, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    launched.clear()
+    rows.attention(q, k, v, *tables, layout, sizes, False).sum().backward()
+    return list(launched)
+
+launch = rows._launch
+through_triton = []
+rows._launch = lambda *args: through_triton.append(1) or launch(*args)
+first, second, unaligned, third = step(0), step(0), step(1), step(0)
+print(len(first), first == second == third, len(through_triton))
+# Numbers and grids are the same if the tensors are not aligned to 16 bytes, but other compiled kernels read them.
+print([x[0::2] for x in first] == [x[0::2] for x in unaligned])
+print([x[2:] for x in first] == [x[2:] for x in unaligned], *(x[1] == y[1] for x, y in zip(first, unaligned)))
+"""
+
+
+def test_repeated_launches_pass_the_same_arguments_to_the_same_compiled_kernels():
+    counts, same, differences = in_benchmarks(REPEAT).splitlines()
+    assert counts == "9 True 18" and same == "True"
+    assert differences.split()[0] == "True" and differences.split().count("False") >= 4
 
 
 def test_kernels_of_a_bias_compile_in_half_precision():
