@@ -295,20 +295,19 @@ def test_calls_that_differ_in_anything_share_no_launches(arguments):
     cases = [Case(0, **SMALL | {"heads": 2} | variant) for variant in variants]
     cases.append(transposed(Case(0, **SMALL | {"heads": 2})))
 
-    def launched(case):
+    def launched(case, before=lambda: None):
         arguments.clear()
+        before()
         out = case.by_rows(*case.inputs)
-        out.backward(torch.ones_like(out), retain_graph=True)
-        out.backward(torch.ones(out.shape, dtype=out.dtype))  # other strides
+        for grad in (torch.ones_like(out), torch.ones(out.shape, dtype=out.dtype)):  # of different strides
+            before()
+            out.backward(grad, retain_graph=True)
         return [
             (*launch, [(x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x for x in values])
             for *launch, values in arguments
         ]
 
-    expected = []
-    for case in cases:
-        rows.forget_launches()
-        expected.append(launched(case))
+    expected = [launched(case, rows.forget_launches) for case in cases]
     for _ in range(2):
         assert [launched(case) for case in cases] == expected
 
