@@ -33,11 +33,11 @@ class Tile(NamedTuple):
     num_stages: int = 1
 
 
-# The tile of each kernel, for a dtype and for up to 64 or 128 channels; a benchmark may assign others. Both sizes are
-# powers of two and multiples of 16, and `other` is 16 for kernels with sums. In the kernels product, adjoint and
-# gradient, `own` counts tokens and `other` counts entries of the products. The tiles for half precision and 64 channels
-# are the fastest ones in benchmarks/gpu_*.txt that spill no registers even with a mask and dropout;
-# benchmarks/rows_ptxas.txt lists the registers of each kernel.
+# The tile of each kernel, for a dtype and for up to 64 or 128 channels. A benchmark may assign others, and then calls
+# `forget_launches`. Both sizes are powers of two and multiples of 16, and `other` is 16 for kernels with sums. In the
+# kernels product, adjoint and gradient, `own` counts tokens and `other` counts entries of the products. The tiles for
+# half precision and 64 channels are the fastest ones in benchmarks/gpu_*.txt that spill no registers even with a mask
+# and dropout; benchmarks/rows_ptxas.txt lists the registers of each kernel.
 TILES = {
     (kernel, *key): tile
     for key, tiles in {

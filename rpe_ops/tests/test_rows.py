@@ -466,48 +466,19 @@ def test_kernels_compile_without_spilled_registers(arch, dtype, places):
 
 REPEAT = """
 import torch, triton
-from triton.backends.compiler import GPUTarget
 from rpe_ops import rows
+from rows_launches import Driver
 from rows_ptxas import row_layout
 
 launched = []
 
-class Launcher:
-    def __init__(self, source, metadata):
-        self.name = metadata.name
-
-    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
-        launched.append((self.name, function, (x, y, z), [describe(argument) for argument in arguments]))
-
 def describe(argument):
     return (argument.shape, argument.stride(), argument.dtype) if isinstance(argument, torch.Tensor) else argument
 
-class Utils:
-    loaded = 0
+def record(name, function, grid, arguments):
+    launched.append((name, function, grid, [describe(argument) for argument in arguments]))
 
-    def load_binary(self, *args):
-        self.loaded += 1
-        return 1, self.loaded, 32, 0, 1024
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448}
-
-    def unload_module(self, module):
-        pass
-
-class Driver:  # It stands in for a GPU's driver, compiles kernels, and records launches instead of running them.
-    utils, launcher_cls = Utils(), Launcher
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-triton.runtime.driver.set_active(Driver())
+triton.runtime.driver.set_active(Driver(record))
 index = torch.arange(-2, 3).clamp(-1, 1) + 1
 layout, sizes = row_layout((index[:, None] * 3 + index)[None], 1, 10)
 tables = [[torch.randn(1, *shape, requires_grad=True)] for shape in ((16, 10), (16, 10), (10, 16))]
