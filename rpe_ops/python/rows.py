@@ -66,6 +66,7 @@ TILES = {
         ("float32", 64): {
             "forward": Tile(32, 16, 8),
             "forward, sums": Tile(32, 16),
+            "deltas": Tile(32, 16, 8),
             "queries": Tile(32, 16, 8),
             "queries, sums": Tile(32, 16, 8),
             "keys": Tile(16, 16),
@@ -77,8 +78,9 @@ TILES = {
         ("float32", 128): {
             "forward": Tile(16, 16, 8),
             "forward, sums": Tile(16, 16, 8),
-            "queries": Tile(16, 16, 4),
-            "queries, sums": Tile(16, 16, 4),
+            "deltas": Tile(16, 16, 4),
+            "queries": Tile(16, 16, 2),
+            "queries, sums": Tile(16, 16, 2),
             "keys": Tile(16, 16, 4),
             "keys, sums": Tile(16, 16, 4),
             "product": Tile(16, 16, 8),
@@ -541,7 +543,9 @@ def _backward(
         "grads": grads,
     }
     inputs = {"q": q, "k": k, "v": v, "grad_out": grad}
-    # The queries' kernel comes first, because it leaves the deltas that the keys' kernel reads.
+    # The keys' kernel reads the deltas, which in half precision come from the queries' kernel.
+    if q.dtype == torch.float32:
+        call.attend(kernels.deltas_kernel, "deltas", products, inputs, **shared)
     call.attend(
         kernels.queries_kernel,
         "queries, sums" if "k" in places else "queries",

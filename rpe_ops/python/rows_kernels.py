@@ -354,29 +354,50 @@ def forward_kernel(
     _store(out, total / weight, token * heads * CHANNELS, own[1], CHANNELS, BLOCK_D)
 
 
-@triton.jit
-def _exact_delta(
-    q_tile,
-    grad_tile,
+@triton.jit(do_not_specialize=VARYING)
+def deltas_kernel(
+    q,
     k,
     v,
-    k_l,
-    v_l,
-    own,
+    grad_out,
     on_k,
     on_q,
     on_v,
-    log_sum,
-    seed,
-    plane,
-    layout,
-    shape,
-    length,
-    scale,
-    dropout_p,
     mask,
+    seed,
+    layout,
+    log_sums,
+    deltas,
+    q_b,
+    q_h,
+    q_l,
+    k_b,
+    k_h,
+    k_l,
+    v_b,
+    v_h,
+    v_l,
+    grad_out_b,
+    grad_out_h,
+    grad_out_l,
+    products_b,
+    products_h,
+    mask_b,
+    mask_h,
     mask_own,
     mask_other,
+    heads,
+    length,
+    rows,
+    columns,
+    prefix,
+    row_step,
+    column_step,
+    chunks,
+    padded,
+    size,
+    scale,
+    dropout_p,
     ON_K: tl.constexpr,
     ON_Q: tl.constexpr,
     ON_V: tl.constexpr,
@@ -385,16 +406,34 @@ def _exact_delta(
     DROPOUT: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OWN: tl.constexpr,
     OTHER: tl.constexpr,
 ):
-    """Σ over keys of p·(gradient of p), from weights and gradients as the queries' kernel computes them.
+    """`deltas`, Σ over keys of p·(gradient of p), for a block of queries, as the kernels of the gradients compute p.
 
-    If it were computed from the output, it would be rounded differently from the gradients, so a large mean of all
-    values would not cancel exactly. In float32, that would lose precision.
+    Only float32 needs this kernel. In half precision, the queries' kernel computes deltas from the output, to which the
+    sum is equal. The output is rounded differently from the gradients, so a large mean of all values would not cancel
+    exactly, and float32 would lose precision.
     """
-    delta = tl.zeros((q_tile.shape[0], 1), tl.float32)
-    weight = tl.zeros((q_tile.shape[0], 1), tl.float32)
-    for start in range(0, shape[5], OTHER // 16):
+    scale = tl.cast(scale, tl.float32)  # torch.compile passes numbers as float64
+    dropout_p = tl.cast(dropout_p, tl.float32)
+    shape = (rows, columns, prefix, row_step, column_step, chunks, padded, size)
+    plane, b, h, first = _own_plane(chunks, heads, OWN)
+    plane_64 = plane.to(tl.int64)
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    mask += b * mask_b + h * mask_h
+    on_k += b * products_b + h * products_h
+    on_q += b * products_b + h * products_h
+    on_v += plane_64 * length * size
+    own = _side(first, shape, BIAS, OWN)
+    token = own[0]
+    q_tile = _load(q + b * q_b + h * q_h, token * q_l, CHANNELS, BLOCK_D)
+    grad_tile = _load(grad_out + b * grad_out_b + h * grad_out_h, token * grad_out_l, CHANNELS, BLOCK_D)
+    log_sum = tl.load(log_sums + plane_64 * length + token[:, None])
+    delta = tl.zeros((OWN, 1), tl.float32)
+    weight = tl.zeros((OWN, 1), tl.float32)
+    for start in range(0, chunks, OTHER // 16):
         other = _side(start, shape, BIAS, OTHER)
         k_tile = _load(k, other[0] * k_l, CHANNELS, BLOCK_D)
         v_tile = _load(v, other[0] * v_l, CHANNELS, BLOCK_D)
@@ -406,10 +445,11 @@ def _exact_delta(
         if ON_V:
             grad += _term(on_v, own[3], own[2], other[5], other[6], layout, shape)
         if DROPOUT:
-            grad = _dropout(grad, seed, plane, own[0][:, None], other[0][None, :], length, dropout_p)
+            grad = _dropout(grad, seed, plane, token[:, None], other[0][None, :], length, dropout_p)
         delta += tl.sum(p * grad, 1)[:, None]
         weight += tl.sum(p, 1)[:, None]
-    return delta / tl.where(weight == 0.0, 1.0, weight)  # the sum of the weights is 1 except for rounding
+    delta /= tl.where(weight == 0.0, 1.0, weight)  # the sum of the weights is 1 except for rounding
+    tl.store(deltas + plane_64 * length + token[:, None], delta, mask=own[1][:, None])
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -473,8 +513,8 @@ def queries_kernel(
     """Gradients of a block of queries and, with a term on keys, of their products.
 
     The gradients of queries are the second part of `grads`. Those of products are the second part of `sums`, or the
-    only one without a term on queries. Both tensors are passed whole, because torch.compile would copy slices. The
-    kernel also writes `deltas`, Σ over keys of p·(gradient of p), for the keys' kernel.
+    only one without a term on queries. Both tensors are passed whole, because torch.compile would copy slices. In
+    half precision, the kernel also writes `deltas` for the keys' kernel; see `deltas_kernel`.
     """
     scale = tl.cast(scale, tl.float32)  # torch.compile passes numbers as float64
     dropout_p = tl.cast(dropout_p, tl.float32)
@@ -494,42 +534,11 @@ def queries_kernel(
     grad_tile = _load(grad_out + b * grad_out_b + h * grad_out_h, token * grad_out_l, CHANNELS, BLOCK_D)
     log_sum = tl.load(log_sums + plane_64 * length + token[:, None])
     if q.dtype.element_ty == tl.float32:
-        delta = _exact_delta(
-            q_tile,
-            grad_tile,
-            k,
-            v,
-            k_l,
-            v_l,
-            own,
-            on_k,
-            on_q,
-            on_v,
-            log_sum,
-            seed,
-            plane,
-            layout,
-            shape,
-            length,
-            scale,
-            dropout_p,
-            mask,
-            mask_own,
-            mask_other,
-            ON_K,
-            ON_Q,
-            ON_V,
-            BIAS,
-            MASK,
-            DROPOUT,
-            CHANNELS,
-            BLOCK_D,
-            OTHER,
-        )
+        delta = tl.load(deltas + plane_64 * length + token[:, None])
     else:
         out_tile = _load(out + of_plane, token * heads * CHANNELS, CHANNELS, BLOCK_D)
         delta = tl.sum(out_tile.to(tl.float32) * grad_tile, 1)[:, None]
-    tl.store(deltas + plane_64 * length + token[:, None], delta, mask=own[1][:, None])
+        tl.store(deltas + plane_64 * length + token[:, None], delta, mask=own[1][:, None])
     total = tl.zeros((OWN, BLOCK_D), tl.float32)
     if ON_K:
         sums += (plane_64 + _planes(chunks, OWN) * ON_Q) * length * size
