@@ -346,12 +346,13 @@ def load_teacher(teacher: nn.Module, name: str, path: str, classes: Sequence[str
     _load(teacher, weights, path, f" than --teacher-model {name}")
 
 
-def finetune_from(model: nn.Module, path: str) -> None:
+def finetune_from(model: nn.Module, path: str) -> bool:
     """Start ``model`` from a checkpoint, which may be of another resolution, for other classes, or without iRPE.
 
     Absolute positions are interpolated (bicubic). The model keeps its own head if the numbers of classes differ, and
     its own RPE tables if the checkpoint has none. A line is printed for each of these.
 
+    Returns: whether the model kept its own head.
     Raises: UserError for any other difference.
     """
     weights, expected = model_weights(load_checkpoint(path), path), model.state_dict()
@@ -366,6 +367,7 @@ def finetune_from(model: nn.Module, path: str) -> None:
         print_once(f"finetune: {path} lacks {len(tables)} tables of the relative positions; they start at zero")
     _fit_positions(weights, model)
     _load(model, {**weights, **{key: expected[key] for key in heads + tables}}, path)
+    return bool(heads)
 
 
 def _load(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str, where: str = "") -> None:

@@ -549,9 +549,30 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
             f"--input-size {args.input_size} is no multiple of the {patch} pixels of a patch: "
             f"use {max(1, args.input_size // patch) * patch}"
         )
-    if args.finetune and not args.resume:
-        finetune_from(model, args.finetune)
+    if not args.resume:
+        _take_first_weights(args, model, nb_classes)
     return model
+
+
+def _take_first_weights(args: argparse.Namespace, model: nn.Module, nb_classes: int) -> None:
+    """Load ``--finetune``'s weights, and report random weights where somebody may expect trained ones."""
+    new_classifier = finetune_from(model, args.finetune) if args.finetune else False
+    if args.pretrained and (trained_on := model.pretrained_cfg.get("num_classes")) != nb_classes:
+        new_classifier = True
+        if not args.eval:
+            print_once(
+                f"note: the classifier starts with random weights, because the pretrained weights are for {trained_on} "
+                f"classes and the data set has {nb_classes}"
+            )
+    if args.eval and new_classifier:
+        source = "--pretrained" if args.pretrained else f"--finetune {args.finetune}"
+        raise UserError(
+            f"--eval would measure a classifier with random weights, because the weights of {source} are for another "
+            f"number of classes than the {nb_classes} of --data-set {args.data_set}: train first, or choose the data "
+            "set that the weights are for"
+        )
+    if args.eval and not (args.pretrained or args.finetune):
+        print_once("note: --eval measures a model with random weights: add --resume and a checkpoint, or --pretrained")
 
 
 def build_criterion(
@@ -735,7 +756,7 @@ def train(
         )
     started, test = time.time(), {}
     if run.epoch >= args.epochs:
-        print_once(f"epoch {run.epoch} is behind the last of --epochs {args.epochs}: nothing to train")
+        print_once(f"nothing to train: the run has finished {run.epoch} epochs, and --epochs is {args.epochs}")
     for _ in run.epochs():
         stats = train_one_epoch(
             model,

@@ -438,14 +438,12 @@ def with_tile(run: Callable[[], Any], kernel: str, tile: "Tile", args: "Argument
     key = kernel, args.width(), 64
     before = rows.TILES[key]
     rows.TILES[key] = tile
-    rows.forget_launches()
     try:
         return run() and None
     except Exception as error:  # A tile may need too much shared memory or break the compiler. The table shows that.
         return f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
     finally:
         rows.TILES[key] = before
-        rows.forget_launches()
 
 
 def compile_tiling(candidate: tuple[str, str, "Tile"], args: "Arguments") -> str | None:

@@ -363,3 +363,36 @@ def test_killed_process_ends_the_other(image_root):
     assert status == 1
     assert re.fullmatch("error: rank 0 of 2: rank 1 is lost or hangs in epoch 1, step 1: .*\n", err)
     assert finish(second)[0] == -signal.SIGKILL
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """An empty hub cache that has the released file of TINY, for 1000 classes."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    checkpoint_of(TINY, tmp_path / "hub" / "checkpoints" / f"{TINY}.pth", num_classes=1000, img_size=224)
+
+
+def test_a_classifier_with_random_weights_is_not_evaluated(image_root, tmp_path, capsys, released):
+    sentence = refused(image_root, "--eval", "--pretrained")
+    assert "weights of --pretrained are for another number of classes than the 3 of --data-set FOLDER" in sentence
+    path = checkpoint_of(TINY, tmp_path / "four.pth", num_classes=4)
+    assert f"weights of --finetune {path} are for another number" in refused(image_root, "--eval", "--finetune", path)
+    same = checkpoint_of(TINY, tmp_path / "three.pth")
+    capsys.readouterr()
+    for flags in (["--finetune", same], ["--pretrained", "--data-set", "IMNET"]):
+        main.main(parse(*small(image_root, "--eval", *flags)))
+        assert "random weights" not in capsys.readouterr().out
+
+
+def test_random_weights_are_noted(image_root, capsys, released):
+    note = "note: --eval measures a model with random weights"
+    main.main(parse(*small(image_root, "--eval")))
+    assert capsys.readouterr().out.count(note) == 1
+    main.main(parse(*small(image_root)))
+    assert "random weights" not in capsys.readouterr().out
+    main.main(parse(*small(image_root, "--pretrained")))
+    assert (
+        "note: the classifier starts with random weights, because the pretrained weights are for 1000 classes and the "
+        "data set has 3" in capsys.readouterr().out
+    )

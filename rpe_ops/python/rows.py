@@ -33,11 +33,11 @@ class Tile(NamedTuple):
     num_stages: int = 1
 
 
-# The tile of each kernel, for a dtype and for up to 64 or 128 channels. A benchmark may assign others, and then calls
-# `forget_launches`. Both sizes are powers of two and multiples of 16, and `other` is 16 for kernels with sums. In the
-# kernels product, adjoint and gradient, `own` counts tokens and `other` counts entries of the products. The tiles for
-# half precision and 64 channels are the fastest ones in benchmarks/gpu_*.txt that spill no registers even with a mask
-# and dropout; benchmarks/rows_ptxas.txt lists the registers of each kernel.
+# The tile of each kernel, for a dtype and for up to 64 or 128 channels; a benchmark may assign others. Both sizes are
+# powers of two and multiples of 16, and `other` is 16 for kernels with sums. In the kernels product, adjoint and
+# gradient, `own` counts tokens and `other` counts entries of the products. The tiles for half precision and 64 channels
+# are the fastest ones in benchmarks/gpu_*.txt that spill no registers even with a mask and dropout;
+# benchmarks/rows_ptxas.txt lists the registers of each kernel.
 TILES = {
     (kernel, *key): tile
     for key, tiles in {
@@ -182,13 +182,13 @@ class _Launch:
         self.grid = (*grid, 1, 1)[:3]
         self.options = options
         self.arguments = [numbers.get(name) for name in kernel.arg_names]
-        self.places_of_tensors = [(i, name) for i, name in enumerate(kernel.arg_names) if name not in numbers]
+        self.tensor_parameters = [(i, name) for i, name in enumerate(kernel.arg_names) if name not in numbers]
         self.launch_again = None
 
     def __call__(self, tensors):
         arguments = self.arguments.copy()
-        for place, name in self.places_of_tensors:
-            arguments[place] = tensors[name]
+        for i, name in self.tensor_parameters:
+            arguments[i] = tensors[name]
         with torch.cuda.device_of(arguments[0]):
             if self.launch_again is None:
                 self.launch_again = _launch(self.kernel, self.grid, self.options, arguments)
@@ -197,7 +197,10 @@ class _Launch:
 
 
 def _launch(kernel, grid, options, arguments):
-    """Launch a kernel through Triton. Returns a function that launches the same compiled kernel."""
+    """Launch a kernel through Triton.
+
+    Returns: a function that launches the same compiled kernel, or None while torch.compile traces the call.
+    """
     tensor = arguments[0]
     if INTERPRETED:
         if not isinstance(tensor, FakeTensor):
@@ -216,17 +219,20 @@ def _launch(kernel, grid, options, arguments):
 
 @functools.lru_cache(maxsize=1024)
 def _known_launches(*signature):
-    """The launches of all calls with a signature, by kernel. There is one signature for each size of a batch's maps."""
+    """The launches of all calls with this signature, by kernel. It is empty at first, and `_Call.launch` fills it.
+
+    Every size of a batch's maps has a signature of its own.
+    """
     return {}
 
 
 def forget_launches() -> None:
-    """Prepare all launches again. Call this after a change of `TILES`."""
+    """Let the next calls go through Triton again, for example after a change of its debugging options."""
     _known_launches.cache_clear()
 
 
 def _signature(x):
-    """What the choice of a compiled kernel and its arguments may depend on, for an argument of a call."""
+    """Everything about an argument of a call on which a launch's compiled kernel, grid or numbers can depend."""
     if isinstance(x, Tensor):
         return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
     if isinstance(x, (list, tuple)):
@@ -260,11 +266,15 @@ class _Call:
         if isinstance(q, (FakeTensor, FunctionalTensor)):  # torch.compile traces the call
             self.launches = {}
         else:
+            # The tensors that a pass allocates need no signature: allocations are aligned, and so are their slices,
+            # because `size` is a multiple of 16.
             tensors = (*saved, q, k, v, self.tables, layout, self.mask, seed)
-            self.launches = _known_launches(name, places, *sizes, bias, dropout_p, _signature(tensors))
+            self.launches = _known_launches(
+                name, places, *sizes, bias, dropout_p, *TILES.values(), *_signature(tensors)
+            )
 
     def launch(self, kernel, tensors, describe, *args):
-        """Launch a kernel. If it is new, `describe(*args)` returns its grid, its tile and its arguments by name."""
+        """Launch a kernel. If it is new, `describe(*args)` returns its grid, its tile, and its numbers by name."""
         name = kernel.fn.__name__
         if name not in self.launches:
             self.launches[name] = _Launch(kernel, *describe(*args))

@@ -218,12 +218,10 @@ def tiles(size):
         rows.TILES.update(
             {key: tile._replace(own=256, other=16 if "sums" in key[0] else 256) for key, tile in usual.items()}
         )
-        rows.forget_launches()
     try:
         yield
     finally:
         rows.TILES.update(usual)
-        rows.forget_launches()
 
 
 def excess(case):

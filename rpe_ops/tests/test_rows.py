@@ -255,12 +255,14 @@ def test_a_call_launches_the_expected_kernels_and_nothing_else(fixed, forward, b
 
 @pytest.fixture
 def arguments(monkeypatch):
-    """(kernel, arguments) of the launches, in which no kernel runs."""
+    """What is launched, without running: kernel, grid, tile, what it was prepared for, and the arguments."""
     launched = []
 
     def record(kernel, grid, options, arguments):
+        prepared_for = [(x.dtype, x.data_ptr() % 16) for x in arguments if isinstance(x, torch.Tensor)]
+
         def again(*arguments):
-            launched.append((kernel.fn.__name__, grid, options, arguments))
+            launched.append((kernel.fn.__name__, grid, options, prepared_for, arguments))
 
         again(*arguments)
         return again
@@ -269,6 +271,12 @@ def arguments(monkeypatch):
     monkeypatch.setattr(rows, "_launch", record)
     yield launched
     rows.forget_launches()
+
+
+def misaligned(x):
+    """A tensor of the same values and strides that does not begin at a multiple of 16 bytes."""
+    memory = torch.empty(x.untyped_storage().nbytes() // x.element_size() + 1, dtype=x.dtype)
+    return memory.as_strided(x.shape, x.stride(), 1).copy_(x)
 
 
 def transposed(case):
@@ -296,16 +304,29 @@ def test_calls_that_differ_in_anything_share_no_launches(arguments):
     ]
     cases = [Case(0, **SMALL | {"heads": 2} | variant) for variant in variants]
     cases.append(transposed(Case(0, **SMALL | {"heads": 2})))
+    for i in range(6):  # q, k, v and the tables, each alone
+        for change in (misaligned, lambda x: x.transpose(-2, -1).contiguous().transpose(-2, -1)):
+            cases.append(Case(0, **SMALL | {"heads": 2}))
+            cases[-1].inputs[i] = change(cases[-1].inputs[i].detach()).requires_grad_()
+    cases.append(Case(0, **SMALL | {"heads": 2, "dtype": torch.float16}))
+    cases[-1].inputs[3:] = [table.detach().float().requires_grad_() for table in cases[-1].inputs[3:]]
+    cases.append(Case(0, **SMALL | {"heads": 2, "mask": "full"}))
+    cases[-1].mask = misaligned(cases[-1].mask)
+    cases.append(Case(0, **SMALL | {"heads": 2, "mask": "full"}))
+    cases[-1].mask = cases[-1].mask.half()
+    cases.append(Case(0, **SMALL | {"heads": 2}))
+    cases[-1].map_and_kind = misaligned(cases[-1].map_and_kind[0]), *cases[-1].map_and_kind[1:]
 
     def launched(case, before=lambda: None):
         arguments.clear()
         before()
         out = case.by_rows(*case.inputs)
-        for grad in (torch.ones_like(out), torch.ones(out.shape, dtype=out.dtype)):  # of different strides
+        ones = torch.ones_like(out)
+        for grad in (ones, ones.contiguous(), misaligned(ones)):
             before()
             out.backward(grad, retain_graph=True)
         return [
-            (*launch, [(x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x for x in values])
+            (*launch, [(x.shape, x.stride()) if isinstance(x, torch.Tensor) else x for x in values])
             for *launch, values in arguments
         ]
 
@@ -316,7 +337,7 @@ def test_calls_that_differ_in_anything_share_no_launches(arguments):
 
 def test_repeated_launches_get_the_tensors_of_their_call(arguments):
     case = Case(0, **SMALL | {"mask": "full", "dropout_p": 0.1})
-    used = []
+    used, kept = [], []
     for _ in range(2):
         case.inputs = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in case.inputs]
         case.mask = case.mask.clone()
@@ -326,9 +347,9 @@ def test_repeated_launches_get_the_tensors_of_their_call(arguments):
         used.append({x.untyped_storage().data_ptr() for *_, values in arguments for x in values if torch.is_tensor(x)})
         for x in (*case.inputs, case.mask, out, *grads):
             assert x.untyped_storage().data_ptr() in used[-1]
-        kept = out, grads, case.inputs, case.mask  # so that the next call's tensors have other addresses
+        kept += [values for *_, values in arguments]  # so that the next call's tensors have other addresses
     layout = case.map_and_kind[0].untyped_storage().data_ptr()
-    assert layout in used[0] & used[1] and len(kept) == 4
+    assert used[0] & used[1] - {0} == {layout}  # 0 is the address of an empty tensor
     assert rows._known_launches.cache_info().currsize == 2  # the forward and the backward pass
 
 

@@ -99,7 +99,7 @@ def load_checkpoint(path_or_url: str | os.PathLike) -> dict[str, Any]:
 
     Raises: UserError for a file that is missing, truncated or no checkpoint, or needs any other class (which it names).
     """
-    path, load, advice = str(path_or_url), torch.load, "fetch or copy it again"
+    path, load, advice = str(path_or_url), torch.load, "check the path, or copy the file again"
     if "://" in path:
         load = torch.hub.load_state_dict_from_url
         advice = f"fetch it elsewhere and put it at {torch.hub.get_dir()}/checkpoints/{path.rpartition('/')[2]}"

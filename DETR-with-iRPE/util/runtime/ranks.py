@@ -61,10 +61,11 @@ def find_device(name: str, world_size: int = 1) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         cause = str(error).partition("\n")[0]
-        raise UserError(
-            f"--device {name} cannot be used ({cause}): start as many ranks as there are GPUs, "
-            "or choose another device, such as --device cpu"
-        ) from error
+        if torch.cuda.is_available():
+            cure = f"start at most {torch.cuda.device_count()} ranks, one for each GPU, or add --device cpu"
+        else:
+            cure = "PyTorch finds no GPU here; add --device cpu to run without one"
+        raise UserError(f"--device {name} cannot be used ({cause}): {cure}") from error
     return device
 
 
