@@ -55,7 +55,7 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
     if is_train or args.eval:
         _note_numbered_classes(dataset.classes, args.data_path)
     if args.data_set == "FOLDER":
-        if len(dataset.classes) == 1:
+        if len(dataset.classes) == 1 and (is_train or args.eval):
             print_once(
                 f"note: {args.data_path} has a single class, {dataset.classes[0]}, so there is nothing to learn: "
                 "--data-path must be the folder whose train/ and val/ hold a folder for each class"
@@ -66,7 +66,7 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
             f"{args.data_path} has {len(dataset.classes)} classes, but --data-set IMNET has "
             f"{IMAGENET_CLASSES}: use --data-set FOLDER, which counts them"
         )
-    if len(dataset.classes) < IMAGENET_CLASSES:
+    if len(dataset.classes) < IMAGENET_CLASSES and (is_train or args.eval):
         print_once(
             f"note: {len(dataset.classes)} class folders, numbered in the order of their names, for a model with "
             f"{IMAGENET_CLASSES} classes; --data-set FOLDER counts the classes"

@@ -131,7 +131,8 @@ def count_classes(weights: Mapping[str, torch.Tensor]) -> int | None:
 
 
 # What a user can do about a checkpoint for another number of classes than the data has, or about one of another model.
-CLASSES_CURE = "check --coco_path and --num_classes"
+# `{classes}` stands for the checkpoint's number.
+CLASSES_CURE = "check --coco_path, or add --num_classes {classes} if the category ids mean the same"
 FINETUNE_CURE = f"{CLASSES_CURE}, or use --finetune with --resume to start from its weights with a new class head"
 MODEL_CURE = "check --enc_rpe2d, --backbone and the other flags of the model"
 
@@ -148,7 +149,8 @@ def load_weights(
 
     Args:
         new_class_head: keep the model's own class head, with a note, if the numbers of classes differ.
-        classes_cure: end of the message for another number of classes: what to do.
+        classes_cure: end of the message for another number of classes: what to do. `{classes}` stands for the
+            checkpoint's number.
         model_cure: end of the message for other differences.
     Raises: UserError that says which keys differ.
     """
@@ -161,7 +163,8 @@ def load_weights(
     if head:
         counts = [len(values[head[0]]) - 1 for values in (weights, expected)]
         if not new_class_head:
-            raise UserError(f"checkpoint {path} has {counts[0]} classes and this run {counts[1]}: {classes_cure}")
+            cure = classes_cure.format(classes=counts[0])
+            raise UserError(f"checkpoint {path} has {counts[0]} classes and this run {counts[1]}: {cure}")
         print_once(f"finetune: new class head for {counts[1]} classes instead of {counts[0]}")
         weights.update({key: expected[key] for key in head})
     differences = key_differences(
