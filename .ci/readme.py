@@ -113,7 +113,7 @@ def markdown(columns: dict[str, str], rows: list[dict[str, Any]]) -> str:
 
 
 def rewrite(text: str, name: str, released: dict[str, list[dict[str, Any]]]) -> str:
-    """The ``text`` of a README with its table ``name`` written anew."""
+    """The ``text`` of a README with a new version of its table ``name``."""
     table = TABLES[name]
     start = f"<!-- released {name} -->"
     written = f"{start}\n{markdown(table.columns, released[table.codebase])}<!-- end -->"

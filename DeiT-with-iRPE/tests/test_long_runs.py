@@ -1,4 +1,4 @@
-"""Runs that are stopped at any moment and go on: nothing is lost, said twice or drawn anew."""
+"""Runs that are stopped at any moment and resumed: nothing is lost, printed twice or drawn again."""
 
 import argparse
 import copy

@@ -398,7 +398,7 @@ case = sys.argv[1]
 def main(args):
     rank = runtime.get_rank()
     if case == "before":
-        # one that met it long before the other would not wait for that one to say it
+        # A rank that found the error long before the other would not wait for it before printing.
         there = [pathlib.Path(f"{sys.argv[0]}.{rank}") for rank in range(2)]
         there[rank].touch()
         while not all(path.exists() for path in there):
