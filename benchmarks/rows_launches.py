@@ -1,8 +1,8 @@
 """Time what attention by rows does on the CPU to launch its kernels: `python benchmarks/rows_launches.py`.
 
-A driver that compiles kernels for an H100 but launches nothing stands in for a GPU's, so no GPU is needed. What the
-real driver adds to a launch is the same in both columns. The times are CPU times, which depend little on other
-processes.
+A driver that compiles kernels for an H100 but launches nothing stands in for a GPU's, so no GPU is needed. The
+overhead of the real driver is not included; it would add the same time to both columns. The times are CPU times, which
+depend little on other processes.
 """
 
 import argparse
@@ -143,6 +143,6 @@ launch = rows._launch
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--places", nargs="+", default=["k", "qk", "qkv"], help="places with terms, as k or qkv")
+    parser.add_argument("--places", nargs="+", default=["k", "qk", "qkv"], help="where iRPE is applied: q, k, v")
     parser.add_argument("--repeats", type=int, default=30, help="number of measurements, of which the shortest counts")
     main(parser.parse_args())

@@ -157,10 +157,10 @@ if __name__ == "__main__":
         nargs="+",
         choices=list(TARGETS),
         default=list(TARGETS),
-        help="compute capabilities, as 90 for sm_90",
+        help="compute capabilities, such as 90 for sm_90",
     )
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="types of q, k and v")
     parser.add_argument("--channels", type=int, nargs="+", default=list(CHANNELS), help="channels per head")
-    parser.add_argument("--places", nargs="+", default=list(PLACES), help="places with terms, as k or qkv")
+    parser.add_argument("--places", nargs="+", default=list(PLACES), help="where iRPE is applied, such as k or qkv")
     parser.add_argument("--processes", type=int, default=2, help="number of processes")
     main(parser.parse_args())
