@@ -3,7 +3,8 @@
 python .ci/lint.py
 
 Ruff's rule ANN001 also asks private helpers for type hints. This program runs it and keeps what it finds in public
-functions: functions and methods without a leading underscore, in no class with one and in no other function.
+functions: functions and methods without a leading underscore that are not in a private class or inside another
+function.
 """
 
 import ast

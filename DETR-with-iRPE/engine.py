@@ -34,10 +34,10 @@ SHOWN = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm"
 
 
 def named_losses(criterion: nn.Module, losses: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The total, weighted losses under their names, and the bare ones with `_unscaled` (class_error as it is)."""
+    """The total, the weighted losses, and the unweighted ones as `..._unscaled` (class_error keeps its name)."""
     weighted = {name: losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses}
-    bare = {name if name == "class_error" else f"{name}_unscaled": value for name, value in losses.items()}
-    return {"loss": sum(weighted.values()), **weighted, **bare}
+    unweighted = {name if name == "class_error" else f"{name}_unscaled": value for name, value in losses.items()}
+    return {"loss": sum(weighted.values()), **weighted, **unweighted}
 
 
 def train_one_epoch(
@@ -50,16 +50,17 @@ def train_one_epoch(
     max_norm: float = 0.0,
     amp_dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """Train `run.epoch`, from the step where the run is to its last one.
+    """Train `run.epoch`, from its current step to the end of the epoch.
 
     Args:
-        run: has the loader, saves, and knows the signals that ask to stop.
+        run: provides the loader, saves checkpoints and receives stop signals.
         loss_scaler: scales the loss of float16; a disabled one leaves it alone.
         max_norm: bound on the norm of the gradient; 0 for no bound.
     Returns: means of all losses, the gradient's norm and the learning rates over steps and ranks.
     Raises:
         Interrupted: after a signal, once the step it came in is saved.
-        UserError: on all ranks when a value of one is not finite, or the gradients never are.
+        UserError: on all ranks, if a loss or the norm of the gradient is not finite on any rank, or the gradients
+            overflow at every loss scale.
     """
     model.train()
     criterion.train()
@@ -118,17 +119,17 @@ def evaluate(
     output_dir: str = "",
     job: Job | None = None,
 ) -> tuple[dict[str, Any], COCOeval | None]:
-    """Losses, COCO's numbers and panoptic quality over every image of the set, counted once.
+    """Losses, COCO's metrics and panoptic quality over every image of the set, counted once.
 
     Args:
         model: the bare one, without DistributedDataParallel: ranks may have different numbers of batches.
-        postprocessors: `bbox`; with `segm` masks are measured too, with `panoptic` panoptic quality.
-        ground_truth: pycocotools.COCO of the set; None measures neither boxes nor masks.
+        postprocessors: `bbox`; `segm` to evaluate masks too, and `panoptic` for panoptic quality.
+        ground_truth: pycocotools.COCO of the set; None to evaluate neither boxes nor masks.
         output_dir: where `panoptic_eval/` goes; nothing is written without it.
         job: this process's part in a job of several ranks; by default there are no others.
-    Returns: on rank 0 the means of all losses over the images with AP, AP50 and `coco_eval_bbox`, the twelve numbers,
-        `coco_eval_masks` and PanopticEvaluator's, and the COCOeval of the boxes; on the others ({}, None). Equal for
-        any number of ranks.
+    Returns: (stats, COCOeval of the boxes) on rank 0, ({}, None) on other ranks. `stats` has the mean of every loss
+        over all images, `AP`, `AP50`, `coco_eval_bbox` and `coco_eval_masks` (COCO's twelve metrics each), and the
+        result of PanopticEvaluator. Independent of the number of ranks.
     Raises:
         Interrupted: after a signal that asks training to stop.
         UserError: when a loss is not finite.
@@ -153,7 +154,7 @@ def evaluate(
         progress.step()
         job.stop_if_signalled()
     print_notes(data_loader, job)
-    with job.waiting():  # rank 0 measures, which may take minutes
+    with job.waiting():  # rank 0 computes the metrics, which may take minutes
         gathered = gather_on_main(batches)
         stats = _average(gathered, amp_dtype) if gathered else {}
         measured = {name: evaluator.summarize() for name, evaluator in evaluators.items()}
@@ -199,7 +200,10 @@ def postprocess(
 
 
 def _average(gathered: list[list[tuple]], amp_dtype: torch.dtype) -> dict[str, float]:
-    """Print and return the mean over the images, summed in the set's order so that the last digit is the same."""
+    """Return the means over all images, and print for each loss the median over batches and, in brackets, the mean.
+
+    Batches are summed in data-set order, so the result is bit-identical for any number of ranks.
+    """
     batches = sorted((batch for batches in gathered for batch in batches), key=lambda batch: batch[0])
     columns = {name: [values[name] for _, _, values in batches] for name in batches[0][2]}
     counts = [count for _, count, _ in batches]

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from datasets import build_dataset, eval_loader, train_loader
-from datasets.coco import check_categories, check_same_sets, note_category_ids, note_measures, note_objects
+from datasets.coco import check_categories, check_same_sets, note_category_ids, note_misleading_metrics, note_objects
 from engine import evaluate, train_one_epoch
 from models import NUM_CLASSES, build_model, parse_enc_rpe2d
 from models.compiled import compile_detector
@@ -135,8 +135,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add(
         "--compile",
         action="store_true",
-        help="compile the parts that work for images of all sizes with torch.compile: the backbone, the decoder, and "
-        "the encoder without its attention with relative positions; needs a C++ compiler and, on a GPU, Triton",
+        help="use torch.compile for the backbone, the decoder, and the encoder except its iRPE attention; needs a C++ "
+        "compiler and, on a GPU, Triton",
     )
     add("--seed", default=42, type=int)
     add(
@@ -161,7 +161,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--start_epoch", default=0, type=int, help="first epoch, unless --resume gives it")
     add("--eval", action="store_true", help="evaluate only")
     add("--world_size", default=1, type=int, help="number of ranks; the launcher sets it")
-    add("--dist_url", default="env://", help="where the ranks find each other; env:// means as the launcher says")
+    add(
+        "--dist_url",
+        default="env://",
+        help="URL at which the ranks connect; env:// reads it from the environment variables that the launcher sets",
+    )
     # given by torch.distributed.launch without --use_env; the rank itself is read from the environment
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -232,8 +236,8 @@ def _check_data_flags(args: argparse.Namespace, needs_data: bool) -> None:
 def _check_start_flags(args: argparse.Namespace) -> None:
     if args.frozen_weights and not args.masks:
         raise UserError(
-            "--frozen_weights is the detector under masks: add --masks to train them, or use --resume FILE "
-            "--finetune to continue training the detector"
+            "--frozen_weights gives the frozen detector for training a mask head: add --masks, or use --resume FILE "
+            "--finetune to train the detector itself"
         )
     if args.finetune and args.resume in ("", "auto"):
         raise UserError("--finetune needs weights to start from: add --resume FILE")
@@ -262,7 +266,7 @@ def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset]:
     num_classes = number_of_classes(args, datasets)
     for dataset in datasets:
         check_categories(dataset, num_classes)
-        note_objects(dataset, args.num_queries, learns=dataset is train_set)
+        note_objects(dataset, args.num_queries, is_train=dataset is train_set)
     note_category_ids(max(datasets, key=lambda dataset: dataset.num_classes))
     if train_set:
         check_same_sets(train_set, val_set)
@@ -292,7 +296,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
 
 
 def save_precision(measured: COCOeval | None, output_dir: str, names: Sequence[str]) -> None:
-    """Write the arrays behind the twelve numbers: precision (T, R, K, A, M), recall (T, K, A, M) and their axes."""
+    """Write the arrays behind the twelve metrics: precision (T, R, K, A, M), recall (T, K, A, M) and their axes."""
     if not (measured and output_dir):
         return
     arrays = {name: torch.from_numpy(measured.eval[name]) for name in ("precision", "recall", "scores")}
@@ -310,8 +314,8 @@ def save_precision(measured: COCOeval | None, output_dir: str, names: Sequence[s
             torch.save(arrays, file)
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Give all ranks the statistics of batch norm of rank 0, which are saved: each rank saw another last batch."""
+def broadcast_buffers(model: nn.Module) -> None:
+    """Broadcast rank 0's batch-norm statistics, which the checkpoint contains: each rank saw different batches."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
@@ -326,7 +330,7 @@ def train(
     ground_truth: COCO | None,
     device: torch.device,
 ) -> None:
-    """All epochs, each followed by an evaluation, a line of the log and a checkpoint."""
+    """Train all epochs. After each, log and save; every `eval_every` epochs and after the last, also evaluate."""
     args, job, model = run.args, run.job, state.model
     if args.distributed:
         model = DistributedDataParallel(
@@ -346,7 +350,7 @@ def train(
             amp_dtype,
         )
         with job.waiting():
-            share_buffers(state.model)
+            broadcast_buffers(state.model)
         state.lr_scheduler.step()
         values = {f"train_{name}": value for name, value in trained.items()}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
@@ -373,7 +377,7 @@ def train(
         run.save(row={**values, "epoch": epoch, "n_parameters": n_parameters})
 
 
-def take_weights(
+def start_or_resume(
     state: TrainingState, args: argparse.Namespace, checkpoint: Checkpoint | None
 ) -> tuple[int, dict[str, Any] | None]:
     """Bring the state to where the flags say that the run starts; returns the epoch and the progress in it.
@@ -397,7 +401,7 @@ def take_weights(
             state.check_categories(checkpoint.content, checkpoint.path)
     elif args.eval:
         part = "mask head" if args.frozen_weights else "model"
-        print_once(f"note: --eval without --resume measures a {part} with random weights")
+        print_once(f"note: --eval without --resume evaluates a {part} with random weights")
     if place is None:
         state.start_at(args.start_epoch)
     return place or (args.start_epoch, None)
@@ -435,12 +439,12 @@ def train_or_evaluate(args: argparse.Namespace, job: Job, device: torch.device) 
         torch.amp.GradScaler(device.type, enabled=settings.amp_dtype == "float16"),
         (train_set or val_set).categories,
     )
-    epoch, progress = take_weights(state, settings, checkpoint)
+    epoch, progress = start_or_resume(state, settings, checkpoint)
     del checkpoint  # its memory is needed for training
     loader = None if settings.eval else train_loader(train_set, settings)
     val_loader, ground_truth = eval_loader(val_set, settings), val_set.ground_truth()
     if ground_truth:
-        note_measures(ground_truth, val_set.instances)
+        note_misleading_metrics(ground_truth, val_set.instances)
     if settings.compile:
         compile_detector(model)
     job.connect(device)

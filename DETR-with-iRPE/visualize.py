@@ -202,7 +202,7 @@ def draw_attention(
     token = int(y / image.height * height) * width + int(x / image.width * width)
     figure, axes = _canvas(image, 2)
     top = max(weights[token].max().item() for weights in maps)
-    for ax, weights, title in zip(axes, maps, ("with iRPE", "without its term"), strict=True):
+    for ax, weights, title in zip(axes, maps, ("with iRPE", "without the iRPE terms"), strict=True):
         ax.imshow(
             weights[token].view(height, width).numpy(force=True),
             alpha=0.6,
@@ -283,8 +283,8 @@ def main(args: argparse.Namespace, argv: Sequence[str] | None = None) -> None:
     stems = [Path(file).stem for file in args.image]
     if repeated := [stem for stem in stems if stems.count(stem) > 1]:
         raise UserError(
-            f"two images of --image are named {repeated[0]}, and so would be their drawings: draw them "
-            "into different folders"
+            f"two files of --image are named {repeated[0]}, so their drawings would overwrite each other: draw "
+            "them with different --output_dir"
         )
     device = runtime.find_device(args.device, args.world_size)
     runtime.prepare_output_dir(args.output_dir)

@@ -64,7 +64,7 @@ class TrainingState:
     def resume(self, checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[int, dict | None] | None:
         """Take over what the checkpoint holds.
 
-        An average of the weights that the checkpoint lacks starts from its weights.
+        If the checkpoint has no moving average, the average starts from its weights.
 
         Returns: the epoch to train and the progress in it; None if the checkpoint holds weights only.
         Raises: UserError if it is damaged, or belongs to another model, or to an optimizer or schedule other than those
@@ -75,7 +75,7 @@ class TrainingState:
         check_classes(content, path, self.classes)
         if self.model_ema:
             averages = model_weights(content, path, "model_ema") if content.get("model_ema") else weights
-            _load(self.model_ema.module, averages, path, " in its 'model_ema'")
+            _load(self.model_ema.module, averages, f"checkpoint {path}: its 'model_ema'")
         if "optimizer" not in content or "epoch" not in content:
             print_once(f"note: {path} holds weights only; the optimizer starts from scratch")
             _note_values_kept(path, args, content, None, {})
@@ -128,16 +128,18 @@ def check_classes(checkpoint: Mapping[str, Any], path: str, classes: Sequence[st
     if differing := [(number, *names) for number, names in enumerate(pairs) if names[0] != names[1]]:
         number, before, now = differing[0]
         raise UserError(
-            f"checkpoint {path} was trained on other classes than those of the data set: {len(differing)} "
-            f"numbers mean another class, such as {number} ({before} and {now}); check --data-set and "
-            "--data-path, whose train/, if it is there, says how classes are numbered"
+            f"checkpoint {path} was trained on other classes than those of the data set: {len(differing)} class "
+            f"{'id has' if len(differing) == 1 else 'ids have'} another name, such as {number} ({before} in the "
+            f"checkpoint, {now} in the data set); check --data-set and --data-path (if it has a train/, that folder "
+            "determines the class ids)"
         )
 
 
 def with_model_flags(args: argparse.Namespace, checkpoint: Checkpoint) -> argparse.Namespace:
     """A copy of the flags with the ``rpe`` and ``model_kwargs`` of the checkpoint's run, if the checkpoint has them.
 
-    A note reports another image size if the model has no absolute positions, which would not fit.
+    A note reports another image size if the model has no absolute positions; with absolute positions, loading would
+    fail anyway.
 
     Raises: UserError if ``args`` has other values for them.
     """
@@ -182,16 +184,16 @@ SCHEDULE_FLAGS = {
     "lr_noise_std": ("noise_std",),
     "seed": ("noise_seed",),
 }
-# Flags that matter only at the start of a run, with the values that ask for nothing.
+# Flags that matter only at the start of a run, each with the value that means "not given".
 START_FLAGS = {"pretrained": False, "finetune": "", "start_epoch": 0}
 
 
 def _kept_values(optimizer: torch.optim.Optimizer, scheduler: Scheduler | None) -> dict[str, Any]:
     """The values of the flags that a checkpoint keeps, as far as this optimizer and this schedule have them.
 
-    They are read from the states, not from the checkpoint's ``args``: some files have none, they do not show that a
-    rate was scaled for another number of images per step, and after a run was resumed they are its flags, not those of
-    the first run.
+    They are read from the states, not from the checkpoint's ``args``: some files lack them; they do not show that the
+    learning rate was scaled for another number of images per step; and after a resume they are the flags of the resumed
+    run.
     """
     group = optimizer.param_groups[-1]  # timm puts the weights without decay first
     values = {"lr": group.get("initial_lr", group["lr"])}
@@ -225,8 +227,8 @@ def _note_values_kept(
         "epochs": " for the learning-rate schedule",
         "lr_noise": " in epochs",
         "seed": " for --lr-noise",
-        "pretrained": " for the first weights",
-        "finetune": " for the first weights",
+        "pretrained": " for the initial weights",
+        "finetune": " for the initial weights",
     }
     names = {flag: flag if flag == "start_epoch" else flag.replace("_", "-") for flag in values}
     runtime.note_values_kept(
@@ -267,14 +269,17 @@ def _check_hyperparameters(optimizer: torch.optim.Optimizer, state: dict[str, An
     """Raise ``ValueError`` if the state is another optimizer's, for files that do not name their optimizer."""
     for number, (own, saved) in enumerate(zip(optimizer.param_groups, state["param_groups"], strict=False)):
         if different := (own.keys() ^ saved.keys()) - _NO_HYPERPARAMETERS:
-            raise ValueError(f"only one of them has {', '.join(sorted(different))} in group {number}")
+            raise ValueError(
+                "only one of the two optimizers, the checkpoint's and this run's, has "
+                f"{', '.join(sorted(different))} in group {number}"
+            )
 
 
 def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     if len(state["param_groups"]) != len(optimizer.param_groups):
         raise ValueError(
-            f"it has {len(state['param_groups'])} groups of weights instead of "
-            f"{len(optimizer.param_groups)}, as where only one of both has --weight-decay 0"
+            f"it has {len(state['param_groups'])} parameter groups instead of {len(optimizer.param_groups)}, for "
+            "example because only one of the two runs has --weight-decay 0"
         )
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
@@ -318,7 +323,7 @@ def load_weights(
             f"checkpoint {path} has {counts[0]} classes and the data set {counts[1]}: "
             f"check --data-set and --data-path{or_else}"
         )
-    _load(model, weights, path)
+    _load(model, weights, f"checkpoint {path}")
     return weights
 
 
@@ -343,7 +348,7 @@ def load_teacher(teacher: nn.Module, name: str, path: str, classes: Sequence[str
         )
     check_classes(checkpoint, path, classes)
     _fit_positions(weights, teacher)
-    _load(teacher, weights, path, f" than --teacher-model {name}")
+    _load(teacher, weights, f"checkpoint {path}", f" than --teacher-model {name}")
 
 
 def finetune_from(model: nn.Module, path: str) -> bool:
@@ -366,19 +371,19 @@ def finetune_from(model: nn.Module, path: str) -> bool:
     if tables:
         print_once(f"finetune: {path} lacks {len(tables)} tables of the relative positions; they start at zero")
     _fit_positions(weights, model)
-    _load(model, {**weights, **{key: expected[key] for key in heads + tables}}, path)
+    _load(model, {**weights, **{key: expected[key] for key in heads + tables}}, f"checkpoint {path}")
     return bool(heads)
 
 
-def _load(model: nn.Module, weights: Mapping[str, torch.Tensor], path: str, where: str = "") -> None:
+def _load(model: nn.Module, weights: Mapping[str, torch.Tensor], source: str, than: str = "") -> None:
     if differences := key_differences(model.state_dict(), weights):
         side = _map_side(weights, model)
         hint = (
-            f"; its map is that of --input-size {side * model.patch_embed.patch_size[0]}"
+            f"; its position embeddings are for --input-size {side * model.patch_embed.patch_size[0]}"
             if side and weights["pos_embed"].shape[1] != model.pos_embed.shape[1]
             else ""
         )
-        raise UserError(f"checkpoint {path} belongs to another model{where}: {differences}{hint}")
+        raise UserError(f"{source} belongs to another model{than}: {differences}{hint}")
     model.load_state_dict(weights)
 
 

@@ -68,8 +68,8 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
         )
     if len(dataset.classes) < IMAGENET_CLASSES and (is_train or args.eval):
         print_once(
-            f"note: {len(dataset.classes)} class folders, numbered in the order of their names, for a model with "
-            f"{IMAGENET_CLASSES} classes; --data-set FOLDER counts the classes"
+            f"note: {args.data_path} has only {len(dataset.classes)} class folders, but --data-set IMNET builds a "
+            f"model with {IMAGENET_CLASSES} classes; --data-set FOLDER builds one with as many as there are folders"
         )
     return dataset, IMAGENET_CLASSES
 
@@ -502,7 +502,7 @@ def _headers(file: BinaryIO, start: int, size: int, label: str) -> Iterator[tarf
                 tar.members.clear()  # otherwise tarfile would keep a million TarInfo objects, a gigabyte
             file.seek(tar.offset)
     except tarfile.ReadError as error:
-        raise UserError(f"tar {label} is truncated, compressed or no tar: {error}") from error
+        raise UserError(f"tar {label} is truncated, compressed or not a tar file: {error}") from error
     # tarfile treats a damaged header as the end of the file, and reads past the end of a tar file inside another one.
     if tar.offset >= start + size or file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise UserError(f"tar {label} is truncated or damaged at byte {tar.offset - start}")

@@ -38,18 +38,18 @@ def train_one_epoch(
     mixup_fn: Callable | None = None,
     amp_dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """Train ``run.epoch``, from the step where the run is to its last one.
+    """Train ``run.epoch`` from its current step to the end of the epoch.
 
     Args:
         criterion: loss of (images, outputs, targets), as ``losses.DistillationLoss``.
-        run: has the loader, saves, and knows the signals that ask to stop.
+        run: provides the loader, saves checkpoints and receives stop signals.
         loss_scaler: scales the loss of float16; a disabled one leaves it alone.
         max_norm: bound on the norm of the gradient; None for no bound.
         mixup_fn: maps (images, class ids) to mixed images and soft targets.
     Returns: means of loss and lr over all steps and ranks.
     Raises:
         Interrupted: after a signal, once the step it came in is saved.
-        UserError: on all ranks when the loss of one is not finite, or the gradients never are.
+        UserError: on all ranks if the loss on any rank is not finite, or the gradients overflow at every loss scale.
     """
     model.train()
     job, epoch = run.job, run.epoch

@@ -4,7 +4,7 @@ import importlib.util
 import pathlib
 
 _FOLDER = pathlib.Path(__file__).resolve().parent
-# This folder need not be on sys.path, so that the helper is loaded from its file.
+# This folder need not be on sys.path, so the helper is loaded from its file.
 _spec = importlib.util.spec_from_file_location("codebase_import", _FOLDER / "codebase_import.py")
 _codebase_import = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_codebase_import)

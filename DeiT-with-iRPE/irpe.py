@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:  # Faster kernels for the same operators. One that was built for another PyTorch raises an error that says so.
+# Faster kernels for the same operators. An extension that was built for another PyTorch raises an error that says so.
+try:
     import rpe_ops
     from rpe_ops.rpe_index import rpe_bucket_sum, rpe_index
 
@@ -185,8 +186,8 @@ def _cached_ids(
 def row_layout(offset_ids: Tensor, skip: int, num_buckets: int) -> tuple[Tensor, tuple[int, ...]]:
     """Describe a map for the kernels of `rpe_ops.rows`.
 
-    They support the methods product and cross, whose bucket for a pair of tokens depends on a class of the two rows and
-    on the two columns.
+    Two offsets between rows are in the same *row class* if, for every offset between columns, they give the same
+    bucket. The kernels support the methods product and cross, which have few row classes.
 
     Args:
         offset_ids: buckets of every offset, (tables, 2·height - 1, 2·width - 1), on the CPU; cross has two tables.
@@ -197,23 +198,24 @@ def row_layout(offset_ids: Tensor, skip: int, num_buckets: int) -> tuple[Tensor,
         better. The tensor is the concatenation of
         1. the class of each pair of rows, (rows + 1, rows + 1), where row 0 stands for the prefix;
         2. for each table, the bucket for each column (the last one stands for the prefix), row class, and column of the
-           other token, with -1 where there is none: (tables, columns + 1, classes, columns rounded up to 16);
+           other token, with -1 where there is none: (tables, columns + 1, classes, columns rounded up to a multiple of
+           16);
         3. for each bucket of each table, where its list in part 4 begins; then the end of the last list;
         4. for each bucket of each table, the list of its positions in part 2.
-    Raises: ValueError if the rows of a class are not contiguous.
+    Raises: ValueError if the offsets of a row class are not contiguous.
     """
     rows, columns = ((size + 1) // 2 for size in offset_ids.shape[1:])
     steps = columns, 1
-    if columns * _whole_chunks(rows) < rows * _whole_chunks(columns):
+    if columns * _round_up_to_16(rows) < rows * _round_up_to_16(columns):
         rows, columns, steps, offset_ids = columns, rows, (1, columns), offset_ids.mT
     pattern = offset_ids.transpose(0, 1).flatten(1)
     class_of = F.pad((pattern[1:] != pattern[:-1]).any(1).cumsum(0), (1, 0))
     classes = int(class_of[-1]) + 1
     if len(pattern.unique(dim=0)) != classes:
-        raise ValueError("rows of one class do not follow each other, as they do for product and cross")
+        raise ValueError("the offsets of a row class do not follow each other, as they do for product and cross")
     row, column = torch.arange(rows), torch.arange(columns)
     of_rows = F.pad(class_of[row[:, None] - row + rows - 1], (1, 0, 1, 0), value=classes)
-    ids = torch.full((len(offset_ids), columns + 1, classes + (skip > 0), _whole_chunks(columns)), -1)
+    ids = torch.full((len(offset_ids), columns + 1, classes + (skip > 0), _round_up_to_16(columns)), -1)
     of_classes = offset_ids[:, torch.searchsorted(class_of, torch.arange(classes))]
     ids[:, :-1, :classes, :columns] = of_classes[:, :, column[:, None] - column + columns - 1].transpose(1, 2)
     if skip:
@@ -225,7 +227,7 @@ def row_layout(offset_ids: Tensor, skip: int, num_buckets: int) -> tuple[Tensor,
     return layout, (rows, columns, skip, classes + (skip > 0), *steps)
 
 
-def _whole_chunks(size: int) -> int:
+def _round_up_to_16(size: int) -> int:
     return -(-size // 16) * 16
 
 
@@ -320,7 +322,10 @@ def parse_rpe(text: str) -> RPEConfig:
     """
     name, *parts = text.split("-")
     if name != "rpe" or len(parts) != 5:
-        raise ValueError(f"it has {len(parts) + 1} parts, the first being {name}, and not 6, the first being rpe")
+        raise ValueError(
+            f"it must have 6 parts separated by '-', of which the first is 'rpe', but has {len(parts) + 1}, beginning "
+            f"with {name!r}"
+        )
     ratio, method, mode, shared_head, rpe_on = parts
     ratio = float(ratio) if ratio.replace(".", "", 1).isdecimal() else ratio  # get_rpe_config rejects other text
     return get_rpe_config(ratio, method, mode, _choice("shared_head", shared_head, ("0", "1")) == "1", rpe_on=rpe_on)
@@ -359,7 +364,10 @@ def _gather_buckets(lookup: Tensor, ids: Tensor) -> Tensor:
 
 
 def _sum_buckets(attn: Tensor, ids: Tensor, num_buckets: int) -> Tensor:
-    """S[b, h, i, c] = Σ attn[b, h, i, j] over all j with ids[i, j] = c, in float32 or higher; (B, H, Lq, nb)."""
+    """S[b, h, i, c] = Σ attn[b, h, i, j] over all j with ids[i, j] = c, (B, H, Lq, nb).
+
+    It is accumulated in float32 or higher, and returned in the dtype of `attn`.
+    """
     if _use_rpe_ops(attn.device):
         return rpe_bucket_sum(attn, ids, num_buckets)
     total = attn.new_zeros(*attn.shape[:-1], num_buckets, dtype=torch.promote_types(attn.dtype, torch.float32))
@@ -622,7 +630,7 @@ def _has_aligned_rows(x: Tensor) -> bool:
     return x.stride(-1) == 1 and all(stride % _ROW_ALIGNMENT == 0 for stride in x.stride()[:-1])
 
 
-_MOST_CLASSES = 15  # With more row classes, the products of `rpe_ops.rows` would be as large as the logits.
+_MAX_CLASSES = 15  # With more row classes, the products of `rpe_ops.rows` would be as large as the logits.
 
 
 def _goes_by_rows(q: Tensor, k: Tensor, v: Tensor, modules: list[iRPE | iRPE_Cross], mask: Tensor | None) -> bool:
@@ -632,7 +640,7 @@ def _goes_by_rows(q: Tensor, k: Tensor, v: Tensor, modules: list[iRPE | iRPE_Cro
     fits = (
         len(kinds) == 1
         and configs[0].method in (METHOD.PRODUCT, METHOD.CROSS)
-        and 2 * int(configs[0].piecewise[1]) + 1 <= _MOST_CLASSES
+        and 2 * int(configs[0].piecewise[1]) + 1 <= _MAX_CLASSES
     )
     tables = [table for module in modules for table in module.tables]
     # This is called even if `fits` is False, because it rejects an unknown value of IRPE_ATTENTION.
@@ -701,18 +709,18 @@ def rpe_attention(
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
     _check_self_attention(q, k, v)
     # rpe_ops replaces the forward methods of this file's classes, so subclasses with their own forward cannot use it.
-    ours = all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
-    ours = ours and HAS_RPE_OPS and not _is_recorded()
-    if ours and _goes_by_rows(q, k, v, modules, attn_mask):
+    may_use_rpe_ops = all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
+    may_use_rpe_ops = may_use_rpe_ops and HAS_RPE_OPS and not _is_recorded()
+    if may_use_rpe_ops and _goes_by_rows(q, k, v, modules, attn_mask):
         return _attention_by_rows(q, k, v, (rpe_q, rpe_k, rpe_v), height, width, attn_mask, dropout_p)
     q = q * q.shape[-1] ** -0.5
-    mask, blind = (None, None) if attn_mask is None else _additive_mask(attn_mask, q.dtype)
-    if ours and rpe_ops.attention_takes(q, k, v, mask, modules):
+    mask, fully_masked = (None, None) if attn_mask is None else _additive_mask(attn_mask, q.dtype)
+    if may_use_rpe_ops and rpe_ops.attention_takes(q, k, v, mask, modules):
         terms = [rpe.terms(q.shape[2], q.device, height, width) if rpe else [] for rpe in (rpe_q, rpe_k, rpe_v)]
         out = rpe_ops.attention(q, k, v, *terms, mask, dropout_p)
     else:
         out = _composed_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p)
-    return out if mask is None else out.masked_fill(blind, 0)
+    return out if mask is None else out.masked_fill(fully_masked, 0)
 
 
 def _additive_mask(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -722,8 +730,8 @@ def _additive_mask(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
-    blind = mask.amax(-1, keepdim=True) == -math.inf
-    return mask.masked_fill(blind, 0), blind
+    fully_masked = mask.amax(-1, keepdim=True) == -math.inf
+    return mask.masked_fill(fully_masked, 0), fully_masked
 
 
 def _attention_by_rows(

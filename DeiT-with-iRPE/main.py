@@ -84,7 +84,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="arguments of timm's model, such as patch_size=4 depth=6; --resume reads them from the checkpoint",
     )
-    add("--pretrained", action="store_true", help="start from the released weights")
+    add(
+        "--pretrained",
+        action="store_true",
+        help="load the authors' released weights or, for other timm models, timm's",
+    )
     add("--input-size", default=224, type=int, help="side length of the square input images, in pixels")
     add(
         "--drop",
@@ -105,11 +109,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--opt-betas", default=None, type=float, nargs="+")
     add("--clip-grad", type=float, default=None, metavar="NORM")
     add("--momentum", type=float, default=0.9)
-    add("--weight-decay", type=float, default=0.05, help="not applied to 1-D weights, biases, positions and tokens")
+    add(
+        "--weight-decay",
+        type=float,
+        default=0.05,
+        help="not applied to 1-D weights, biases, position embeddings, and class and distillation tokens",
+    )
 
     # Learning rate
     add("--sched", default="cosine", type=str, help="any of timm's learning rate schedules")
-    add("--lr", type=float, default=5e-4, help="learning rate for 512 images per step; scaled with their number")
+    add(
+        "--lr",
+        type=float,
+        default=5e-4,
+        help="learning rate for a total batch size of 512; scaled linearly with the total batch size",
+    )
     add(
         "--lr-noise",
         type=float,
@@ -152,7 +166,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.08,
         metavar="SHARE",
-        help="smallest crop as a fraction of the image's area; use more for small objects",
+        help="smallest crop as a fraction of the image's area; use a larger fraction if objects are small",
     )
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--train-interpolation", type=str, default="bicubic", help="bicubic, bilinear or random")
@@ -179,7 +193,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability of mixup or cutmix")
     add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="probability of cutmix if both are on")
-    add("--mixup-mode", type=str, default="batch", help="draw a ratio for each batch, pair (of images) or elem (image)")
+    add(
+        "--mixup-mode",
+        type=str,
+        default="batch",
+        help="draw the mixing ratio once per batch (batch), per pair of images (pair) or per image (elem)",
+    )
 
     # Distillation and fine-tuning
     add("--teacher-model", default="regnety_160", type=str, metavar="NAME")
@@ -251,7 +270,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     # Processes
     add("--world_size", default=1, type=int, help="number of ranks; the launcher sets it")
-    add("--dist_url", default="env://", help="where the ranks find each other; env:// means as the launcher says")
+    add(
+        "--dist_url",
+        default="env://",
+        help="URL at which the ranks connect; env:// reads it from the environment variables that the launcher sets",
+    )
     add("--local-rank", "--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # torch.distributed.launch's
     return parser
 
@@ -293,14 +316,14 @@ def start_run(
     job: Job,
     device: torch.device,
     checkpoint: Checkpoint | None,
-    continues_log: bool,
+    rewrites_log: bool,
     train_loader: DataLoader,
     nb_classes: int,
 ) -> tuple[runtime.Run, TrainingState, DistillationLoss]:
     """A run that starts as ``settings`` say, or resumes from the checkpoint; with its state and loss.
 
     Args:
-        continues_log: whether to drop the lines of log.txt that the run will write again; this is also true for
+        rewrites_log: whether to drop the lines of log.txt that the run will write again; this is also true for
             ``--resume auto`` without a checkpoint.
     """
     classes = class_names(train_loader.dataset.dataset)
@@ -309,7 +332,7 @@ def start_run(
     criterion = build_criterion(settings, state.model, nb_classes, device, classes)
     compile_model(settings, state.model)
     job.connect(device)
-    log = runtime.RunLog(settings.output_dir, epoch if continues_log else None)
+    log = runtime.RunLog(settings.output_dir, epoch if rewrites_log else None)
     return runtime.Run(settings, job, log, state.save, train_loader, epoch, progress), state, criterion
 
 
@@ -401,7 +424,7 @@ def _check_names(args: argparse.Namespace) -> None:
 
 def _check_combinations(args: argparse.Namespace) -> None:
     if args.pretrained and args.finetune:
-        raise UserError("--pretrained and --finetune both give the first weights: leave one out")
+        raise UserError("--pretrained and --finetune both give the initial weights: leave one out")
     if not args.eval and _mixes(args) and args.batch_size % 2:
         raise UserError(
             f"--batch-size {args.batch_size} is odd, and mixup mixes pairs: use an even one, or --mixup 0 --cutmix 0"
@@ -423,11 +446,10 @@ def _check_lists(args: argparse.Namespace) -> None:
             f"--cutmix-minmax {minmax} must be two shares of the side, at least a pixel apart, such as 0.2 0.8"
         )
     if noise is not None and not (len(noise) <= 2 and all(map(math.isfinite, noise)) and noise == sorted(noise)):
-        raise UserError(f"--lr-noise {noise} must be one or two rising parts of the epochs, such as 0.4 0.9")
+        raise UserError(f"--lr-noise {noise} must be one or two increasing fractions of --epochs, such as 0.4 0.9")
     if noise is not None and args.lr_noise_pct < 0.001 * args.lr_noise_std:  # timm draws until one is small enough
         raise UserError(
-            f"--lr-noise-pct {args.lr_noise_pct} is too small a bound for --lr-noise-std "
-            f"{args.lr_noise_std}: it must be at least a thousandth of it"
+            f"--lr-noise-pct {args.lr_noise_pct} must be at least a thousandth of --lr-noise-std {args.lr_noise_std}"
         )
 
 
@@ -518,7 +540,9 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     try:
         rpe_config = parse_rpe(args.rpe) if args.rpe else None
     except ValueError as error:
-        raise UserError(f"--rpe {args.rpe}: {error}; it must be {RPE_GRAMMAR}, as rpe-1.9-product-ctx-1-k") from error
+        raise UserError(
+            f"--rpe {args.rpe}: {error}; it must be {RPE_GRAMMAR}, such as rpe-1.9-product-ctx-1-k"
+        ) from error
     return {
         "rpe_config": rpe_config,
         "img_size": args.input_size,
@@ -530,7 +554,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
-    """The model of ``--model`` for ``args.input_size`` pixels, with the first weights that the flags ask for."""
+    """The model of ``--model`` for ``args.input_size`` pixels, with the initial weights that the flags ask for."""
     try:
         model = create_model(
             args.model, args.pretrained and not args.resume, num_classes=nb_classes, **model_arguments(args)
@@ -542,11 +566,11 @@ def build_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
         ) from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if patch is None:
-        raise UserError(f"--model {args.model} has no patches of one size, as a ViT has, and cannot be trained here")
+        raise UserError(f"--model {args.model} is not a ViT with a single patch size, so it cannot be trained here")
     patch = math.lcm(*to_2tuple(patch))
     if args.input_size % patch:
         raise UserError(
-            f"--input-size {args.input_size} is no multiple of the {patch} pixels of a patch: "
+            f"--input-size {args.input_size} is not a multiple of the {patch} pixels of a patch: "
             f"use {max(1, args.input_size // patch) * patch}"
         )
     if not args.resume:
@@ -567,12 +591,12 @@ def _take_first_weights(args: argparse.Namespace, model: nn.Module, nb_classes: 
     if args.eval and new_classifier:
         source = "--pretrained" if args.pretrained else f"--finetune {args.finetune}"
         raise UserError(
-            f"--eval would measure a classifier with random weights, because the weights of {source} are for another "
+            f"--eval would evaluate a classifier with random weights, because the weights of {source} are for another "
             f"number of classes than the {nb_classes} of --data-set {args.data_set}: train first, or choose the data "
             "set that the weights are for"
         )
     if args.eval and not (args.pretrained or args.finetune):
-        print_once("note: --eval measures a model with random weights: add --resume and a checkpoint, or --pretrained")
+        print_once("note: --eval evaluates a model with random weights: add --resume and a checkpoint, or --pretrained")
 
 
 def build_criterion(
@@ -594,7 +618,7 @@ def build_criterion(
         if not hasattr(model, "set_distilled_training"):
             raise UserError(
                 f"--distillation-type {args.distillation_type} needs a model with a distillation token, "
-                f"which {args.model} has not: use one such as deit_small_distilled_patch16_224"
+                f"which {args.model} lacks: use one such as deit_small_distilled_patch16_224"
             )
         model.set_distilled_training(True)
         teacher = build_teacher(args, nb_classes, classes).to(device)
@@ -665,7 +689,8 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) 
     """timm's schedule over ``args.epochs``, to be stepped with the number of an epoch after that epoch."""
     try:
         scheduler, _ = create_scheduler(args, optimizer)
-    except (ValueError, AssertionError, TypeError) as error:  # some timm's plateau does not fit some PyTorch
+    # Some versions of timm's plateau schedule do not work with some versions of PyTorch.
+    except (ValueError, AssertionError, TypeError) as error:
         raise UserError(f"--sched {args.sched} cannot be used: {str(error) or repr(error)}") from error
     if scheduler is None and args.sched != "none":
         raise UserError(f"--sched {args.sched} is unknown to timm")
@@ -746,7 +771,7 @@ def train(
     args, job, loader = run.args, run.job, run.loader
     model, mixup, dtype = state.model, build_mixup(args, nb_classes), amp_dtype(args, device)
     print_once(
-        f"{args.model}: {count_parameters(model) / 1e6:.2f} M parameters, {nb_classes} classes, "
+        f"{args.model}: {count_trainable_parameters(model) / 1e6:.2f} M parameters, {nb_classes} classes, "
         f"{len(loader.dataset.dataset)} images, {len(loader)} steps of "
         f"{args.batch_size} x {args.world_size} an epoch, from epoch {run.epoch} to {args.epochs}"
     )
@@ -792,13 +817,13 @@ def end_epoch(run: runtime.Run, state: TrainingState, stats: dict[str, float], t
             "train_loss": stats["loss"],
             **{f"test_{name}": value for name, value in test.items()},
             "epoch": run.epoch,
-            "n_parameters": count_parameters(state.model),
+            "n_parameters": count_trainable_parameters(state.model),
         }
     )
     print_once(f"Max accuracy: {state.max_accuracy:.2f}%")
 
 
-def count_parameters(model: nn.Module) -> int:
+def count_trainable_parameters(model: nn.Module) -> int:
     """The number of parameters that are trained."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 

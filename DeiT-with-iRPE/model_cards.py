@@ -25,7 +25,7 @@ NUMBERS = Path(__file__).resolve().parent.parent / "tools" / "released.json"
 METHODS = {"euc": "Euclidean", "quant": "quantization", "cross": "cross", "product": "product"}
 
 
-def outline(name: str) -> nn.Module:
+def model_on_meta(name: str) -> nn.Module:
     """The model on the meta device: it has shapes, so that parameters and MACs can be counted, but no weights."""
     try:
         with torch.device("meta"):
@@ -74,7 +74,7 @@ def list_models(pattern: str) -> None:
     width = max(map(len, names))
     print(f"{'name':{width}}  params (M)  MACs (M)  buckets  top-1  top-5")
     for name in names:
-        model = outline(name)
+        model = model_on_meta(name)
         buckets = name.split("_")[6] if name not in models.__all__ else "-"
         top1, top5 = (released.get(name, {}).get(key, "-") for key in ("top1", "top5"))
         print(
@@ -116,13 +116,13 @@ def encoding_lines(config: RPEConfig, attention: nn.Module, side: int) -> list[t
 
 def describe(name: str) -> None:
     """Print what a name of the grammar, or of a baseline, means. Raises: UserError for any other name."""
-    known = name in models.__all__
+    is_baseline = name in models.__all__
     try:
-        parsed = None if known else rpe_models.parse_name(name)
+        parsed = None if is_baseline else rpe_models.parse_name(name)
     except ValueError as error:
         near = ", ".join(near for near in rpe_models.near_names(name) if near.startswith("deit_"))
         raise UserError(f"{error}" + (f"; did you mean {near}?" if near else "")) from error
-    model = outline(name)
+    model = model_on_meta(name)
     block, (side, _) = model.blocks[0], model.patch_embed.grid_size
     numbers = released_numbers().get(name, {})
     lines = [

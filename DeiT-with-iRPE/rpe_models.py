@@ -21,7 +21,7 @@ from irpe import METHOD, RPEConfig, get_bucket_ids_2d, get_rpe_config
 from rpe_vision_transformer import describes_equipped_weights, equip_irpe, rpe_text, set_architecture
 from runtime import UserError
 
-RELEASES = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/"
+RELEASE_URL = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0/"
 RELEASED = (
     "deit_tiny_patch16_224_ctx_product_50_shared_k",
     "deit_small_patch16_224_ctx_product_50_shared_k",
@@ -134,7 +134,7 @@ def build_named(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module
         kwargs["pretrained_cfg"] = default_cfgs[name].default if registered else _cfg(parsed.resolution)
     kwargs.setdefault("img_size", parsed.resolution)
     model = models.build_deit(
-        f"deit_{parsed.size}_patch16_224", pretrained, parsed.rpe_config, f"{RELEASES}{name}.pth", **kwargs
+        f"deit_{parsed.size}_patch16_224", pretrained, parsed.rpe_config, f"{RELEASE_URL}{name}.pth", **kwargs
     )
     if registered:
         set_architecture(model, name)
@@ -212,7 +212,7 @@ def _register(name: str) -> None:
 
 
 default_cfgs = generate_default_cfgs(
-    {name: _cfg(224, f"{RELEASES}{name}.pth" if name in RELEASED else "") for name in (*RELEASED, *UNRELEASED)}
+    {name: _cfg(224, f"{RELEASE_URL}{name}.pth" if name in RELEASED else "") for name in (*RELEASED, *UNRELEASED)}
 )
 for _name in (*RELEASED, *UNRELEASED):
     _register(_name)

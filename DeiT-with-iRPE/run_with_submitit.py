@@ -87,7 +87,7 @@ def _flags_to_go_on(args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = runtime.newest_checkpoint(args.output_dir)
     if checkpoint is None or getattr(checkpoint.args, "job_id", None) != args.job_id:
         return {}
-    # The run has started, so its first weights do not matter: --finetune counts as not given.
+    # The run has started, so its initial weights do not matter: --finetune counts as not given.
     return {"resume": checkpoint.path, "finetune": main.get_args_parser().get_default("finetune")}
 
 

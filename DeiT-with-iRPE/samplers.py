@@ -23,7 +23,8 @@ class RASampler(RepeatAugSampler):
             get_world_size() if num_replicas is None else num_replicas,
             get_rank() if rank is None else rank,
             shuffle,
-            selected_round=256 if len(dataset) >= 256 else 0,  # with 256, older timm would select none of fewer images
+            # With 256, older timm would select nothing from a smaller data set.
+            selected_round=256 if len(dataset) >= 256 else 0,
         )
 
 

@@ -397,7 +397,7 @@ def candidates(args: "Arguments") -> list[tuple[str, str, "Tile"]]:
 
     chosen, unused = [], {"k": ("forward, sums", "queries", "keys, sums"), "qkv": ("forward", "queries", "keys")}
     for on in unused:
-        for kernel, tile in rows.KERNELS.items():
+        for kernel, tile in rows.HALF_64_TILES.items():
             if kernel in unused[on]:
                 continue
             tile = rows.TILES[kernel, args.width(), 64] if (kernel, args.width(), 64) in rows.TILES else tile

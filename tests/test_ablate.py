@@ -249,10 +249,10 @@ def test_claims_are_corrected_by_holms_method():
         {"a": 0.06, "b": 0.04, "c": 0.5, "d": 0.06}
     )
     assert {name: claims[name]["verdict"] for name in wanted} == {
-        "a": "cannot be told",
+        "a": "inconclusive",
         "b": "contradicted",
-        "c": "cannot be told",
-        "d": "cannot be told",
+        "c": "inconclusive",
+        "d": "inconclusive",
     }
     for values in claims.values():
         low, high = ttest_1samp(values["values"], 0).confidence_interval(1 - 0.05 / 4)
@@ -294,7 +294,7 @@ def test_a_difference_of_the_detectable_size_is_found_four_times_in_five(error_r
 def test_values_without_any_spread_tell_nothing(values):
     claims = {"x": ablate.summary(values)}
     ablate.judge_claims(claims)
-    assert claims["x"]["verdict"] == "cannot be told" and claims["x"]["p"] == 1
+    assert claims["x"]["verdict"] == "inconclusive" and claims["x"]["p"] == 1
 
 
 def test_a_killed_process_and_a_damaged_result_fail_their_runs_only(place, run):
@@ -327,7 +327,7 @@ def test_a_study_can_set_environment_variables(place, run):
     assert results(place)["runs"][0]["environment"] == {"WORD": "two words"}
     (place / "study.json").write_text(json.dumps(STUDY))
     status, _, err = run()
-    assert status == 2 and "run.json is of a run with other environment" in err
+    assert status == 2 and "run.json records a run with different environment" in err
 
 
 def test_separate_runs_have_a_process_each(place, run):
@@ -370,10 +370,14 @@ def test_runs_of_other_flags_or_versions_are_not_mixed(place, run, monkeypatch):
     commands = (place / "out" / "seed0" / "commands.txt").read_text()
     assert "--lr 0.3 --lr 0.1 --seed" in commands  # the flags of the variant come last
     status, _, err = run()
-    assert status == 2 and "plain-seed0/run.json is of a run with other commands: choose another --output_dir" in err
+    assert (
+        status == 2 and "plain-seed0/run.json records a run with different commands: choose another --output_dir" in err
+    )
     monkeypatch.setattr(ablate.reproduce, "versions", lambda: {"torch": "1.0"})
     status, _, err = run("--", "--lr", "0.3")
-    assert status == 2 and "plain-seed0/run.json is of a run with other versions: choose another --output_dir" in err
+    assert (
+        status == 2 and "plain-seed0/run.json records a run with different versions: choose another --output_dir" in err
+    )
 
 
 def test_the_shipped_study_has_the_variants_of_the_paper():

@@ -154,7 +154,7 @@ WHOLE = "".join(json.dumps(row) + "\n" for row in deit([1, 2]))
     "content, words",
     [
         ("", "log.txt has no epoch with"),
-        ("hello\n", "line 1 of log.txt is no line of a log.txt"),
+        ("hello\n", "line 1 of log.txt is not a log entry"),
         (WHOLE[:20], "line 1 of"),
         (WHOLE[:-60] + "\n" + WHOLE, "line 2 of"),
         ("[1, 2]\n", "line 1 of"),

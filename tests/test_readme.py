@@ -57,7 +57,7 @@ def test_the_code_knows_the_released_names_files_and_urls():
     models = load(ROOT / "DeiT-with-iRPE" / "hubconf.py")._rpe_models
     assert [row["name"] for row in RELEASED["deit"]] == list(models.RELEASED)
     for row in RELEASED["deit"]:
-        assert row["file"] == f"{row['name']}.pth" and row["url"] == models.RELEASES + row["file"]
+        assert row["file"] == f"{row['name']}.pth" and row["url"] == models.RELEASE_URL + row["file"]
         assert models.default_cfgs[row["name"]].default.url == row["url"]
 
 

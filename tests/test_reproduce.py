@@ -120,7 +120,7 @@ def test_a_resumed_run_measures_the_true_scores(walk, imagenet, coco):
     assert rows[TINY]["measured"] == pytest.approx(imagenet[2], abs=1e-9)
     assert rows[DETR]["measured"] == pytest.approx(coco[2], abs=1e-9)
     assert {name: row["status"] for name, row in rows.items()} == {TINY: "pass", SMALL: "missing", DETR: "fail"}
-    assert "difference -0.090 of ±0.1" in out and "difference +5.000 of ±0.2" in out
+    assert "difference -0.090, tolerance ±0.1" in out and "difference +5.000, tolerance ±0.2" in out
 
 
 def test_reports_show_how_each_number_was_measured(walk, imagenet):
@@ -153,7 +153,7 @@ def test_incomplete_and_passed_runs_differ_in_status_and_nothing_is_measured_aga
     for only, expected in (([], 3), (["--only", TINY, "detr*"], 0)):
         status, out, err = run(capsys, *flags, *only)
         assert status == expected, err
-        assert out.count("kept:") == 2 and "$ " not in out and "difference -0.190 of ±0.2" in out
+        assert out.count("kept:") == 2 and "$ " not in out and "difference -0.190, tolerance ±0.2" in out
 
 
 def test_verify_passes_intact_files_and_counts(walk, capsys):
@@ -318,7 +318,7 @@ def stub(tmp_path, monkeypatch):
     (tmp_path / "out" / TINY).mkdir()
     (tmp_path / "checkpoints" / "tiny.pth").write_bytes(b"weights")
     (tmp_path / "table.json").write_text(json.dumps({"deit": [ROW]}))
-    monkeypatch.setattr(reproduce, "outline", lambda row: None)
+    monkeypatch.setattr(reproduce, "model_on_meta", lambda row: None)
     monkeypatch.setattr(reproduce, "count", lambda *_: {"params": 5, "macs": 6})
     monkeypatch.setattr(reproduce, "command_of", lambda row, args, path: ["python", str(args.checkpoints / "code.py")])
     evaluation(tmp_path, {"acc1": 80.05, "acc5": 92})
@@ -382,7 +382,7 @@ def test_results_are_kept_until_something_changes_and_after_an_error(stub, capsy
     evaluation(stub, {"acc1": 79, "acc5": 92})
     (stub / "checkpoints" / "tiny.pth").write_bytes(b"weightS")
     status, out, _ = run(capsys, *flags_of(stub))
-    assert status == 1 and "fail: top1 79.000, paper 80.0, difference -1.000 of ±0.1" in out
+    assert status == 1 and "fail: top1 79.000, paper 80.0, difference -1.000, tolerance ±0.1" in out
 
 
 def test_an_evaluation_without_a_result_is_an_error_even_if_there_is_an_earlier_result(stub, capsys):

@@ -229,7 +229,7 @@ def test_commands_that_cannot_share_a_process_are_refused_in_one_sentence(change
 
 @pytest.mark.parametrize("limit", [0, 10**9])
 def test_batches_of_an_evaluation_are_kept_if_they_fit(limit, monkeypatch):
-    monkeypatch.setattr(train_together, "MOST_KEPT_BYTES", limit)
+    monkeypatch.setattr(train_together, "MAX_KEPT_BYTES", limit)
     read = []
 
     class Numbers(torch.utils.data.Dataset):

@@ -5,15 +5,16 @@
 
 Each run consists of two commands of DeiT's main.py, which also work on their own: training on --data-path, and one
 evaluation on --test-path (default: --data-path). All variants of a seed run in one process of train_together.py, which
-loads each batch once for all of them; on a CPU it computes the same as separate runs, to the bit. With --separately
-each run has a process of its own, for studies whose variants differ in more than the model and the optimizer.
+loads each batch once for all of them; on a CPU, the results are bit-identical to those of separate runs. With
+--separately each run has a process of its own, for studies whose variants differ in more than the model and the
+optimizer.
 
 Flags after -- are passed to all commands. The study is a JSON file in the format of ablate_fashion.json. After every
 process, results.json, results.md and results.png are written to --output_dir. The same command resumes an interrupted
-study; on a CPU, its results are bit-exact.
+study; on a CPU, its results are bit-identical to those of an uninterrupted one.
 
 A claim is a comparison of variants, paired by seed, that is tested by Student's t. Holm's method corrects for the
-number of claims: where there is no difference, the probability of finding any is at most 5 %.
+number of claims: it keeps the probability of at least one false positive at or below 5 %.
 
 Exit status: 0 all runs have a result; 2 the command line or the study is wrong; 3 some runs failed; 130 interrupted by
 a signal or a closed pipe.
@@ -43,7 +44,7 @@ from runtime import UserError
 
 DEIT = drawing.ROOT / "DeiT-with-iRPE"
 TRAIN_TOGETHER = Path(__file__).with_name("train_together.py")
-ERROR_RATE = 0.05  # probability of finding any difference where there is none
+ERROR_RATE = 0.05  # largest probability of at least one false positive (the family-wise error rate)
 POWER = 0.8  # probability of finding a difference of the detectable size
 
 
@@ -146,9 +147,9 @@ class Run:
             "versions": versions,
             "seconds": 0,
         }
-        self.take_up(self.folder / "run.json")
+        self.load_record(self.folder / "run.json")
 
-    def take_up(self, path: Path) -> None:
+    def load_record(self, path: Path) -> None:
         """Continue from the record of an earlier run. Raises: UserError if its commands or versions differ."""
         if not path.exists():
             return
@@ -161,8 +162,8 @@ class Run:
             raise UserError(f"{path} of an earlier run cannot be read ({error!r}): move its folder away") from error
         if changed:
             raise UserError(
-                f"{path} is of a run with other {' and '.join(changed)}: choose another --output_dir, or move its "
-                "folder away"
+                f"{path} records a run with different {' and '.join(changed)}: choose another --output_dir, or move "
+                "its folder away"
             )
         self.record = found
 
@@ -183,7 +184,7 @@ class Run:
         with runtime.replacing(self.folder / "run.json") as file:
             file.write(json.dumps(self.record, indent=1).encode())
 
-    def judge(self, output: str, error: str) -> None:
+    def record_result(self, output: str, error: str) -> None:
         """Record the result, or why there is none.
 
         Args:
@@ -250,7 +251,7 @@ class Group:
         output = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
         error = self.error_in(output)
         for run in self.runs:
-            run.judge(output, error)
+            run.record_result(output, error)
         self.end()
 
     def error_in(self, output: str) -> str:
@@ -330,7 +331,7 @@ def judge_claims(differences: dict[str, dict[str, Any]]) -> None:
         holm_p: p corrected for the number of claims;
         simultaneous: half the width of the interval at 1 - 5 % / m, so that all intervals hold together (Bonferroni);
         detectable: the true difference that a t-test at 5 % / m finds with a probability of 80 %;
-        verdict: holds, contradicted, or cannot be told.
+        verdict: holds, contradicted, or inconclusive.
     """
     testable = [values for values in differences.values() if values["half"] is not None]
     for values in testable:
@@ -342,7 +343,7 @@ def judge_claims(differences: dict[str, dict[str, Any]]) -> None:
         values["simultaneous"] = half_width(values["values"], ERROR_RATE / m)
         values["detectable"] = detectable(values["values"], ERROR_RATE / m)
         if corrected >= ERROR_RATE:
-            values["verdict"] = "cannot be told"
+            values["verdict"] = "inconclusive"
         else:
             values["verdict"] = "holds" if values["mean"] > 0 else "contradicted"
 
@@ -490,10 +491,11 @@ def markdown(study: dict[str, Any], runs: list[Run], found: dict[str, Any], abou
         "",
         *(["The study is not complete, so its verdicts are preliminary.", ""] if counted < len(runs) else []),
         "The differences are means with their own 95 % intervals. The p-values are corrected for the number of claims "
-        "by Holm's method: where there is no difference, the probability of finding any is at most "
-        f"{100 * ERROR_RATE:.0f} %. The simultaneous intervals contain all true differences with a probability of 95 % "
-        "(Bonferroni), which is a little stricter. A true difference of the detectable size is found with a "
-        f"probability of about {100 * POWER:.0f} %. The differences in the table of variants are not corrected.",
+        "by Holm's method, which keeps the probability of at least one false positive (the family-wise error rate) at "
+        f"or below {100 * ERROR_RATE:.0f} %. The simultaneous 95 % intervals use the Bonferroni correction, which is "
+        "slightly more conservative than Holm's: together they contain all true differences with a probability of at "
+        "least 95 %. A true difference of the detectable size is found with a probability of about "
+        f"{100 * POWER:.0f} %. The differences in the table of variants are not corrected.",
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
         *(f"- no result: {run}" for run in runs if "failed" in run.record),

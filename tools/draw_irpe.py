@@ -83,7 +83,7 @@ def draw_buckets(axes: "Axes", ids: torch.Tensor, position: tuple[int, int], tit
             color=color,
             linewidth=width,
         )
-    axes.set_title(f"{title}\n{len(ids.unique())} buckets from here", fontsize=10)
+    axes.set_title(f"{title}\n{len(ids.unique())} buckets used by this query", fontsize=10)
     axes.set(xticks=[], yticks=[])
 
 

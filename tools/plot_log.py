@@ -73,8 +73,8 @@ def read_log(path: str | Path) -> Columns:
                 print(f"note: line {number} of {path}, the last one, is truncated and skipped", file=sys.stderr)
                 break
             raise runtime.UserError(
-                f"line {number} of {path} is no line of a log.txt, which is a JSON object with an epoch and numbers: "
-                "give a log.txt, or remove the line"
+                f"line {number} of {path} is not a log entry (a JSON object with an epoch and numbers): give a "
+                "log.txt, or remove the line"
             ) from error
     columns = {name: {epoch: row[name] for epoch, row in rows.items() if name in row} for name in COLUMNS}
     if not any(columns[name] for name in SCORES):

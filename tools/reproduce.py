@@ -197,7 +197,7 @@ def lock(out: Path) -> TextIO:
 # Measurement
 
 
-def outline(row: Row) -> nn.Module:
+def model_on_meta(row: Row) -> nn.Module:
     """The row's model on the meta device, without weights. Raises: UserError if it cannot be built."""
     try:
         return torch.hub.load(str(ROOT), row["name"], source="local").eval().requires_grad_(False).to("meta")
@@ -351,7 +351,7 @@ def judge(row: Row, measured: dict[str, float]) -> Row:
     return {
         "status": "pass" if abs(difference) <= codebase.tolerance + 1e-9 else "fail",
         "why": f"{metric} {points * measured[metric]:.3f}, paper {points * row[metric]:.1f}, "
-        f"difference {difference:+.3f} of ±{codebase.tolerance}",
+        f"difference {difference:+.3f}, tolerance ±{codebase.tolerance}",
         "measured": measured,
         "paper": {name: row[name] for name in codebase.metrics},
         "difference": difference,
@@ -373,7 +373,7 @@ def measure(row: Row, args: argparse.Namespace, device: str, old: Row, locked: T
         if old.get("depends") == depends:
             print("kept: already measured with the same file, data, flags, code and libraries")
             return {**old, **judge(row, old["measured"])}
-        counts = count(outline(row), codebase.size)
+        counts = count(model_on_meta(row), codebase.size)
         command = command_of(row, args, path)
         printed_command = f"cd {codebase.folder.name} && {shlex.join(command)}"
         print(f"$ {printed_command}", flush=True)
@@ -465,11 +465,11 @@ def draw(rows: list[Row], entries: dict[str, Row], path: Path) -> None:
 
 def reproduce(args: argparse.Namespace, table_rows: list[Row], rows: list[Row], locked: TextIO) -> set[str]:
     """Measure the rows; returns their statuses."""
-    before = args.output_dir / "results.json"
+    results_path = args.output_dir / "results.json"
     try:
-        entries = json.loads(before.read_text(encoding="utf-8"))["rows"] if before.exists() else {}
+        entries = json.loads(results_path.read_text(encoding="utf-8"))["rows"] if results_path.exists() else {}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{before} of an earlier run cannot be read ({error!r}): move it away") from error
+        raise UserError(f"{results_path} of an earlier run cannot be read ({error!r}): move it away") from error
     device = device_name(args.device)
     write_reports(args.output_dir, table_rows, entries)  # fails now, not after hours of work, if it is impossible
     for number, row in enumerate(rows, start=1):
@@ -486,7 +486,7 @@ def verify(row: Row, path: Path) -> tuple[str, str]:
     """Check a file; returns (status, reason). Raises: UserError if its model cannot be built."""
     if not path.exists():
         return "missing", f"{row['file']}, which {row['url']} provides"
-    model = outline(row)
+    model = model_on_meta(row)
     try:
         weights = runtime.model_weights(runtime.load_checkpoint(path), path)
     except UserError as error:

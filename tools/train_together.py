@@ -3,10 +3,10 @@
     cd DeiT-with-iRPE && python ../tools/train_together.py COMMANDS
 
 COMMANDS is a text file with one command per line, such as `python main.py --model ... --output_dir OUT`. The trainings
-run side by side, step by step; then the commands with --eval follow. Trainings may differ only in the flags of
-MAY_DIFFER, so that they share all batches, and the same holds for evaluations. Each model computes what it would
-compute alone, with the same random numbers; on a CPU, its results are the same to the bit. Small models gain most,
-since loading images and starting up is much of their time.
+run side by side, step by step; then the commands with --eval follow. Training commands may differ only in flags of the
+model and the optimizer (MAY_DIFFER lists them), --output_dir and --resume, so that they share all batches; the same
+holds for evaluations. Each model computes what it would compute alone, with the same random numbers; on a CPU, its
+results are bit-identical. Small models gain most, since loading images and starting up is much of their time.
 
 If a run fails, the others continue, and its error is printed with its --output_dir. After SIGTERM, SIGUSR1 or SIGUSR2
 all trainings save. With --resume auto in the commands, running this program again with the same file continues them.
@@ -44,7 +44,7 @@ MODEL_FLAGS = ("model", "rpe", "model_kwargs", "drop", "drop_path", "pretrained"
 OPTIMIZER_FLAGS = ("opt", "opt_eps", "opt_betas", "momentum", "weight_decay", "lr", "clip_grad", "model_ema_decay")
 MAY_DIFFER = {*MODEL_FLAGS, *OPTIMIZER_FLAGS, "output_dir", "resume"}
 # Batches of an evaluation are kept for the next model as long as they need less memory than this.
-MOST_KEPT_BYTES = 2**30
+MAX_KEPT_BYTES = 2**30
 
 
 def read_commands(path: Path) -> list[argparse.Namespace]:
@@ -112,7 +112,7 @@ def folder_of(command: argparse.Namespace) -> str:
 
 
 class KeptBatches:
-    """A loader for evaluation whose batches are kept after the first pass, if they fit into ``MOST_KEPT_BYTES``."""
+    """A loader for evaluation whose batches are kept after the first pass, if they fit into ``MAX_KEPT_BYTES``."""
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
@@ -129,12 +129,12 @@ class KeptBatches:
         batches, size = [], 0
         for batch in runtime.read_batches(self.loader):
             size += sum(tensor.nbytes for tensor in batch)
-            if size <= MOST_KEPT_BYTES:
+            if size <= MAX_KEPT_BYTES:
                 batches.append(batch)
             else:
                 batches.clear()
             yield batch
-        if size <= MOST_KEPT_BYTES:
+        if size <= MAX_KEPT_BYTES:
             self._kept = batches
 
 

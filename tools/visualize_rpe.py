@@ -137,8 +137,8 @@ def find_terms(model: "nn.Module") -> dict[str, list["nn.Module"]]:
     return {on: layers for on, layers in found.items() if layers}
 
 
-def tables_of(rpe: "nn.Module") -> list["nn.Module"]:
-    """The tables of an encoding: one or, for the cross method, one for the rows and one for the columns."""
+def single_table_modules(rpe: "nn.Module") -> list["nn.Module"]:
+    """The parts of an encoding with one table each: itself or, for the cross method, those of the rows and columns."""
     return [rpe.rp_rows, rpe.rp_cols] if hasattr(rpe, "rp_rows") else [rpe]
 
 
@@ -156,7 +156,7 @@ def mean_inputs(
     def keep(term: "nn.Module", inputs: tuple[torch.Tensor, int, int]) -> None:
         x, height, width = inputs
         sizes.append((height, width))
-        if tables_of(term)[0].on != "v":
+        if single_table_modules(term)[0].on != "v":
             inputs_of.setdefault(term, []).append(x[0, :, -height * width :])  # (H, h·w, D)
 
     for term in terms:
@@ -178,7 +178,7 @@ def offset_map(rpe: "nn.Module", height: int, width: int, mean: torch.Tensor | N
         rpe_v the norm of the vector that an attention weight of 1 adds to the output.
     """
     encoding, (tall, wide) = 0, (2 * height - 1, 2 * width - 1)
-    for table in tables_of(rpe):
+    for table in single_table_modules(rpe):
         skip = table.config.skip
         # On a map of tall × wide tokens, the keys have all these offsets from the query in the centre.
         ids = table.bucket_ids(tall * wide + skip, "cpu", tall, wide)[skip + tall * wide // 2, skip:].view(tall, wide)
@@ -256,7 +256,7 @@ def main(args: argparse.Namespace) -> None:
     if not terms:
         raise runtime.UserError(f"{args.resume}, {loaded.name}, has no iRPE to draw")
     every_term = list(itertools.chain(*terms.values()))
-    is_bias = tables_of(every_term[0])[0].config.mode == "bias"
+    is_bias = single_table_modules(every_term[0])[0].config.mode == "bias"
     if is_bias and not args.image:  # any image shows the size of the map, and a bias depends on nothing else
         images = [torch.zeros(3, loaded.side, loaded.side)]
     else:

@@ -45,8 +45,8 @@ TOLERATED_SHARE = 1e-3
 # A note is printed if more than 5 % of the areas in a file do not fit the box. The mask of a thin object, for example a
 # rope, may cover as little as a thousandth of its box.
 TOLERATED_AREAS = 0.05
-LEAST_AREA = 1e-3
-MOST_DETECTIONS = 100  # COCO's metrics count this many detections of a category in an image
+MIN_AREA = 1e-3
+MAX_DETECTIONS = 100  # COCO's metrics count this many detections of a category in an image
 # Part of a file → field → kind. All of COCO's files have these fields.
 PARTS = {
     "images": {"id": ID, "file_name": FILE_NAME, "height": SIDE, "width": SIDE},
@@ -127,7 +127,9 @@ class CocoSet(torch.utils.data.Dataset):
         coco.dataset["images"] = [image for image in coco.dataset["images"] if image["id"] in ours]
         if len(coco.dataset["images"]) < len(ours):
             lost = min(ours - {image["id"] for image in coco.dataset["images"]})
-            raise UserError(f"image {lost} of {self.path} is not in {self.instances}: both must be of the same set")
+            raise UserError(
+                f"image {lost} of {self.path} is not in {self.instances}: both must describe the same split"
+            )
         for number, entry in enumerate(coco.dataset["annotations"], start=1):
             entry["id"] = number
         with contextlib.redirect_stdout(io.StringIO()):
@@ -266,8 +268,8 @@ def _note_shared_files(images: list[dict], path: Path) -> None:
     name, count = Counter(image["file_name"] for image in images).most_common(1)[0]
     if count > 1:
         print_once(
-            f"note: annotations {path}: {count} of the images have the same file, {name}: each of them has "
-            "only its own objects, so that the others count as background"
+            f"note: annotations {path}: {count} of the images have the same file, {name}: each entry "
+            "has only its own objects, so the objects of the other entries count as background"
         )
 
 
@@ -375,24 +377,24 @@ def check_same_sets(train_set: CocoSet, val_set: CocoSet) -> None:
         )
 
 
-def note_objects(dataset: CocoSet, num_queries: int, learns: bool) -> None:
+def note_objects(dataset: CocoSet, num_queries: int, is_train: bool) -> None:
     """Print a note if a data set has no objects, and one if an image has more objects than DETR can detect.
 
     Args:
         dataset: the data set.
         num_queries: the largest number of objects that the model can detect in an image.
-        learns: whether the data set is the training set.
+        is_train: whether the data set is the training set.
     """
     counts = dataset.object_counts()
     if not counts:
-        consequence = "training on it learns to find nothing" if learns else "its AP is -1"
+        consequence = "training on it learns to find nothing" if is_train else "its AP is -1"
         print_once(
             f"note: {dataset.path} has no object that counts (crowds and boxes without area do not): {consequence}"
         )
     full = [image for image in dataset.images if counts.get(image["id"], 0) > num_queries]
     if full:
         most = max(full, key=lambda image: counts[image["id"]])
-        consequence = "is not learned" if learns else "cannot be found"
+        consequence = "is not learned" if is_train else "cannot be found"
         print_once(
             f"note: {len(full)} of {len(dataset)} images of {dataset.path} have more objects than the "
             f"{num_queries} of --num_queries, such as {most['file_name']} with {counts[most['id']]}: the rest "
@@ -400,7 +402,7 @@ def note_objects(dataset: CocoSet, num_queries: int, learns: bool) -> None:
         )
 
 
-def note_measures(ground_truth: COCO, path: Path) -> None:
+def note_misleading_metrics(ground_truth: COCO, path: Path) -> None:
     """Print a note for annotations that make COCO's metrics misleading.
 
     Args:
@@ -417,12 +419,13 @@ def note_measures(ground_truth: COCO, path: Path) -> None:
             "COCO's metrics for small, medium and large objects use the area; leave it out to use the boxes' areas"
         )
     counts = Counter((entry["image_id"], entry["category_id"]) for entry in entries if not entry["iscrowd"])
-    full = {image_id: count for (image_id, _), count in counts.items() if count > MOST_DETECTIONS}
+    full = {image_id: count for (image_id, _), count in counts.items() if count > MAX_DETECTIONS}
     if full:
         name = ground_truth.imgs[max(full, key=full.get)]["file_name"]
         print_once(
-            f"note: {len(full)} images of {path} have more than {MOST_DETECTIONS} objects of one category, such "
-            f"as {name}: COCO's metrics count no more detections of a category in an image, and cannot reach 1"
+            f"note: {len(full)} images of {path} have more than {MAX_DETECTIONS} objects of one category, such "
+            f"as {name}: COCO's metrics use only the {MAX_DETECTIONS} most confident detections per image and "
+            "category, so they cannot reach 1"
         )
 
 
@@ -430,7 +433,7 @@ def _is_area_in_box(entry: dict) -> bool:
     """Whether a mask inside the object's box can have the object's area."""
     width, height = (max(0, side) for side in entry["bbox"][2:])
     # Masks consist of whole pixels, and may therefore be larger than a small box.
-    return LEAST_AREA * width * height <= entry["area"] <= (width + 2) * (height + 2)
+    return MIN_AREA * width * height <= entry["area"] <= (width + 2) * (height + 2)
 
 
 def note_category_ids(dataset: CocoSet) -> None:
@@ -469,7 +472,7 @@ def _clip_boxes(entries: list[dict], images: Mapping[int, dict], path: Path) -> 
     outside = ~(np.abs(clipped - boxes) <= TOLERATED_PIXELS).all(1)
     empty = ~(clipped[:, 2:] > clipped[:, :2]).all(1)
     many_outside = outside.sum() > TOLERATED_SHARE * len(boxes)
-    _judge_boxes(entries, path, outside, "reaches out of the image", "clipped", many_outside)
+    _judge_boxes(entries, path, outside, "extends beyond the image", "clipped", many_outside)
     _judge_boxes(entries, path, empty, "has no area", "left out", empty.all())
     return [entries[row] for row in np.flatnonzero(~empty)], torch.from_numpy(clipped[~empty].astype(np.float32))
 
@@ -481,11 +484,11 @@ def _judge_boxes(entries: list[dict], path: Path, bad: np.ndarray, problem: str,
     first = entries[bad.argmax()]
     sentence = (
         f"annotations {path}: the box {first['bbox']} (x, y, width, height) of object {first['id']} in image "
-        f"{first['image_id']} {problem}; of {len(bad)} boxes {bad.sum()} are like that"
+        f"{first['image_id']} {problem}; this applies to {bad.sum()} of {len(bad)} boxes"
     )
     if fatal:
         raise UserError(f"{sentence}: correct the file")
-    print_once(f"note: {sentence}, and {cure}")
+    print_once(f"note: {sentence}, which are {cure}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -587,5 +590,5 @@ class ImageFiles:
             return _open_zip(self.archive, os.getpid())
         except (zipfile.BadZipFile, OSError) as error:
             raise UserError(
-                f"{self.archive} is no readable zip, perhaps truncated ({error}): fetch it again"
+                f"{self.archive} is not a readable zip file, perhaps truncated ({error}): fetch it again"
             ) from error

@@ -35,11 +35,11 @@ class CocoEvaluator:
         """
         for image_id, found in predictions.items():
             if self.iou_type == "segm":  # RLE, because the uncompressed masks of a data set would not fit in memory
-                shapes = rle_tools.encode(np.asfortranarray(found["masks"][:, 0].permute(1, 2, 0).cpu().numpy()))
+                regions = rle_tools.encode(np.asfortranarray(found["masks"][:, 0].permute(1, 2, 0).cpu().numpy()))
             else:
                 boxes = found["boxes"].double().cpu().numpy()
-                shapes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
-            self.found.append((image_id, found["labels"].tolist(), found["scores"].double().tolist(), shapes))
+                regions = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
+            self.found.append((image_id, found["labels"].tolist(), found["scores"].double().tolist(), regions))
 
     def summarize(self) -> COCOeval | None:
         """Gather the detections of all ranks. Rank 0 evaluates them and prints the table of metrics.
@@ -64,9 +64,9 @@ class CocoEvaluator:
         """The detections in pycocotools' format."""
         field = {"bbox": "bbox", "segm": "segmentation"}[self.iou_type]
         results = [
-            {"image_id": image_id, "category_id": label, "score": score, field: shape}
+            {"image_id": image_id, "category_id": label, "score": score, field: region}
             for image_id, *columns in found
-            for label, score, shape in zip(*columns, strict=True)
+            for label, score, region in zip(*columns, strict=True)
         ]
         if results:
             return self.ground_truth.loadRes(results)

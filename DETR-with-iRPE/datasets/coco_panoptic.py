@@ -140,7 +140,8 @@ class CocoPanoptic(CocoSet):
         if len(unknown):
             raise UserError(
                 f"{self.maps.folder / name} has pixels of segment {unknown[0]}, which is not in the "
-                f"segments_info of {self.path}: the two are not of the same set"
+                f"segments_info of {self.path}: the PNG files and the JSON file are from different data sets or "
+                "splits"
             )
         return ids
 
@@ -152,7 +153,8 @@ class CocoPanoptic(CocoSet):
         if len(seen) and not seen.any():
             raise UserError(
                 f"{self.maps.folder / self.files[image['id']]} has no pixel of any of the {len(seen)} "
-                f"segments that {self.path} says are in it: the two are not of the same set"
+                f"segments that {self.path} says are in it: the PNG files and the JSON file are from different "
+                "data sets or splits"
             )
         masks = masks[seen]
         # masks_to_boxes returns the indices of the outermost pixels; COCO's boxes end at their outer edges.

@@ -143,7 +143,7 @@ AREA = Kind(
     _checked(lambda value: is_number(value) and value >= 0),
 )
 BOX = Kind("four finite numbers: x, y, width, height", _are_boxes, _checked(_is_box))
-TEXT = _of_type("a text", str)
+TEXT = _of_type("a string", str)
 FILE_NAME = Kind(
     "the name of a file",
     lambda values: set(map(type, values)) <= {str} and all(values),

@@ -8,7 +8,7 @@ from util.runtime import UserError
 
 from .fields import is_number
 
-FARTHEST_COORDINATE = 1e5  # pixels; pycocotools uses memory in proportion to the length of a polygon's edges
+MAX_COORDINATE = 1e5  # pixels; pycocotools uses memory in proportion to the length of a polygon's edges
 
 
 def to_rle(segmentation: Any, height: int, width: int, name: str) -> dict:
@@ -33,7 +33,7 @@ def to_rle(segmentation: Any, height: int, width: int, name: str) -> dict:
                 f"{name} has the polygon {polygon} in its segmentation, which must be a list of polygons, "
                 "each of three points or more, as [[x, y, x, y, x, y, ...], ...]"
             )
-        if not all(is_number(x) and abs(x) < FARTHEST_COORDINATE for x in polygon):
+        if not all(is_number(x) and abs(x) < MAX_COORDINATE for x in polygon):
             raise UserError(f"{name} has the polygon {polygon}; coordinates must be pixels in the image")
     return rle_tools.merge(rle_tools.frPyObjects(segmentation, height, width))
 
@@ -42,7 +42,7 @@ def _check_rle(rle: dict, height: int, width: int, name: str) -> dict:
     """Compressed RLE from compressed or uncompressed RLE, whose counts must cover the image exactly."""
     if rle.get("size") != [height, width]:
         raise UserError(
-            f"{name} has RLE of the size {rle.get('size')}, but its image is {[height, width]}: height, width"
+            f"{name} has RLE of size {rle.get('size')}, but its image is of size {[height, width]} (height, width)"
         )
     pixels = height * width
     counts = rle.get("counts")

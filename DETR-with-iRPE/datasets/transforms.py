@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from util.box_ops import box_xyxy_to_cxcywh
-from util.images import MAX_ASPECT, resized
+from util.images import MAX_ASPECT, resized_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,7 +29,7 @@ class Resize:
         self.max_size = max_size
 
     def __call__(self, image: Image.Image, target: dict) -> tuple[Image.Image, dict]:
-        return v2.Resize(resized(image.height, image.width, self.short_side, self.max_size))(image, target)
+        return v2.Resize(resized_size(image.height, image.width, self.short_side, self.max_size))(image, target)
 
 
 class RandomSizeCrop:

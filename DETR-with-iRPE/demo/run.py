@@ -23,7 +23,7 @@ from util import runtime
 
 # Training starts from random weights and takes minutes. The transformer is therefore small, and pre-norm, with which it
 # learns from the first step on. Tokens of 16 × 16 pixels suffice for these images. There is no augmentation, since a
-# mirrored digit is not a digit. Boxes are easier to learn here than classes, so that their losses have a fifth of the
+# mirrored digit is not a digit. Boxes are easier to learn here than classes, so their losses have a fifth of the
 # weight that they have on COCO: with full weight (and half the backbone's learning rate), the classification accuracy
 # was at chance after 500 steps, and about 75 % with this setting.
 MODEL = """

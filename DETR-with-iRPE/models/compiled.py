@@ -10,7 +10,7 @@ def compile_detector(model: nn.Module) -> None:
     """Compile in place the parts that need only one compilation for images of all sizes. Weights keep their names.
 
     These parts are the backbone, the decoder and the encoder. An encoder with relative positions is compiled except for
-    its attention: the bucket ids are constants that depend on the map's size, so that every new size would trigger a
+    its attention: the bucket ids are constants that depend on the map's size, so every new size would trigger a
     compilation. The input projection, the prediction heads and the mask head stay eager too.
 
     Args:

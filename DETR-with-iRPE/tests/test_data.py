@@ -219,7 +219,7 @@ def test_boxes_without_area_are_removed_with_a_single_note(tmp_path, capsys):
     edit(root, change)
     labels = dataset(root)[0][1]["labels"].tolist()
     (note,) = capsys.readouterr().out.splitlines()
-    assert "object 9001" in note and "of 8 boxes 6" in note
+    assert "object 9001" in note and "6 of 8 boxes" in note
     assert labels == [load_annotations(root, "val")["annotations"][0]["category_id"], 4]
 
 
@@ -349,8 +349,8 @@ def test_error_names_an_image_of_another_size_than_annotated(own):
 @pytest.mark.parametrize(
     ("box", "words"),
     [
-        ([1000, 2, 5, 5], "reaches out"),
-        ([2, 2, 500, 5], "reaches out"),
+        ([1000, 2, 5, 5], "extends beyond"),
+        ([2, 2, 500, 5], "extends beyond"),
         ([1, 2, 3], "four finite numbers"),
         (["a", 1, 2, 3], "four finite numbers"),
         ([float("nan"), 1, 2, 3], "four finite numbers"),

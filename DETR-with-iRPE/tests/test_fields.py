@@ -454,4 +454,4 @@ def test_evaluation_over_frozen_weights_alone_is_noted(own, tmp_path, capsys):
     run(own, "--output_dir", tmp_path / "out")
     capsys.readouterr()
     run(own, "--eval", "--masks", "--frozen_weights", tmp_path / "out" / "checkpoint.pth")
-    assert "measures a mask head with random weights" in capsys.readouterr().out
+    assert "evaluates a mask head with random weights" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from datasets import build_dataset, eval_loader
 from datasets.coco import read_image
 from datasets.coco_panoptic import read_ids
 from datasets.transforms import make_coco_transforms
-from util.images import resized
+from util.images import resized_size
 from util.runtime import UserError
 
 ORIENTATION = 0x0112
@@ -208,7 +208,7 @@ def test_resized_sides_are_torchvisions_unless_one_would_be_0():
         for max_size in (None, short_side + more):
             box = tv_tensors.BoundingBoxes([[0, 0, 1, 1]], format="XYXY", canvas_size=(height, width))
             expected = v2.Resize(short_side, max_size=max_size)(box).canvas_size
-            assert resized(height, width, short_side, max_size) == tuple(max(1, side) for side in expected)
+            assert resized_size(height, width, short_side, max_size) == tuple(max(1, side) for side in expected)
 
 
 def test_training_and_evaluation_accept_images_of_extreme_shape(tmp_path):

@@ -109,11 +109,11 @@ def resume(capsys):
         args, state = begin("--resume", path, *flags)
         before = dict(vars(args))
         capsys.readouterr()
-        main.take_weights(state, args, runtime.checkpoint_to_resume(path, ""))
+        main.start_or_resume(state, args, runtime.checkpoint_to_resume(path, ""))
         assert vars(args) == before  # so all that reads them follows them
         said = capsys.readouterr().out
-        notes = re.findall(r"note: (\S+) is resumed with what its run began with.*?: (--.*)\. A new run follows", said)
-        assert len(notes) == said.count("is resumed with") <= 1 and all(named == str(path) for named, _ in notes)
+        notes = re.findall(r"note: resuming from (\S+) keeps these values.*?: (--.*)\. A new run follows", said)
+        assert len(notes) == said.count("note: resuming from") <= 1 and all(named == str(path) for named, _ in notes)
         entries = notes[0][1].split("; ") if notes else []
         return state, {re.match(r"--(\w+)", entry)[1]: entry for entry in entries}
 
@@ -196,12 +196,12 @@ def test_only_the_main_process_prints_the_note(tmp_path, resume, monkeypatch):
 def test_a_run_that_goes_on_at_the_old_rates_says_so(coco, tmp_path, capsys):
     flags = small(coco, "--output_dir", tmp_path, "--resume", "auto", "--no_augmentation", "--eval_every", 9)
     main.main(parse(*flags))
-    assert "is resumed with" not in capsys.readouterr().out
+    assert "note: resuming from" not in capsys.readouterr().out
     main.main(parse(*flags, "--epochs", 2, "--lr", 1e-3, "--lr_drop", 1, "--eos_coef", 0.2))
     said = capsys.readouterr().out
     assert said.count("note: ") == 1
     assert re.search(
-        r"note: \S+checkpoint.pth is resumed with .*: --lr: 0.0001, not 0.001; --lr_drop: 200, not 1\. A "
+        r"note: resuming from \S+checkpoint.pth keeps .*: --lr: 0.0001, not 0.001; --lr_drop: 200, not 1\. A "
         r"new run follows the command line: leave --resume out, or use --resume \S+pth --finetune",
         said,
     )

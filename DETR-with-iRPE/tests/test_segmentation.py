@@ -414,7 +414,7 @@ def start_training(args):
     model, criterion, _ = models.build_model(args)
     optimizer = main.build_optimizer(model, args)
     state = TrainingState(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1), torch.amp.GradScaler("cpu"))
-    main.take_weights(state, args, runtime.checkpoint_to_resume(args.resume, args.output_dir))
+    main.start_or_resume(state, args, runtime.checkpoint_to_resume(args.resume, args.output_dir))
     return state, criterion
 
 
@@ -450,7 +450,7 @@ def test_without_frozen_weights_detector_and_mask_head_are_trained():
         (["--dec_layers", 3], "detector.pth belongs to another configuration.*missing.*decoder.layers.2"),
         (
             ["--num_classes", 7],
-            "5 classes and this run 7: check .*--num_classes, or give --frozen_weights a detector of this set$",
+            "5 classes and this run 7: check .*--num_classes 5 .*, or give --frozen_weights a detector of this set$",
         ),
         (["--frozen_weights", "none.pth"], "none.pth"),
     ],
@@ -462,7 +462,7 @@ def test_frozen_weights_of_another_model_are_refused(detector, flags, words):
 
 def test_a_checkpoint_with_or_without_masks_where_it_does_not_belong_is_refused_with_what_to_do(detector, tmp_path):
     for flags in ([], ["--eval"], ["--finetune"]):
-        with pytest.raises(UserError, match="no mask head.*leave --masks out.*--frozen_weights .*detector.pth"):
+        with pytest.raises(UserError, match="no mask head.*omit --masks.*--frozen_weights .*detector.pth"):
             start_training(narrow("--masks", "--resume", detector, *flags))
     drawn = tmp_path / "drawn.pth"
     torch.save({"model": models.build_model(narrow("--masks"))[0].state_dict()}, drawn)

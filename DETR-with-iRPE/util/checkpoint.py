@@ -87,7 +87,7 @@ class TrainingState:
             kept = _kept_values(self.optimizer, self.lr_scheduler)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
-                f"checkpoint {path} is damaged, or trained other parameters ({error!r}): give that run's "
+                f"checkpoint {path} is damaged, or its run trained other parameters ({error!r}): give that run's "
                 "--frozen_weights, --no_pretrained_backbone and --lr_backbone to continue with it, or --finetune to "
                 "start from its weights"
             ) from error
@@ -97,15 +97,15 @@ class TrainingState:
 
 
 # A resumed run follows the flags of main.py, except those of _kept_values, whose values come from the checkpoint, and
-# these, which matter only at the start of a run; here with the values that ask for nothing.
+# these, which matter only at the start of a run; each is given with the value that means "not given".
 START_FLAGS = {"frozen_weights": None, "start_epoch": 0}
 
 
 def _kept_values(optimizer, scheduler):
     """The values of the flags that a checkpoint keeps, as the optimizer and the schedule hold them.
 
-    They are not read from the checkpoint's `args`: some files have none, and after a run was resumed they are its
-    flags, not those of the first run.
+    They are not read from the checkpoint's `args`: some files lack them, and after a resume they are the flags of the
+    resumed run, not those of the first one.
     """
     rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     values = {"lr": rates[0], "weight_decay": optimizer.param_groups[0]["weight_decay"], "lr_drop": scheduler.step_size}
@@ -183,6 +183,6 @@ def _check_mask_head(weights: Mapping[str, Any], expected: Mapping[str, Any], pa
         raise UserError(f"checkpoint {path} has a mask head: give it to --resume, with --masks")
     if in_model and not in_checkpoint:
         raise UserError(
-            f"checkpoint {path} has no mask head: leave --masks out to find boxes, or learn masks on top "
-            f"of this detector with --frozen_weights {path}"
+            f"checkpoint {path} has no mask head: omit --masks to detect boxes only, or train a mask head on this "
+            f"detector with --frozen_weights {path}"
         )

@@ -31,10 +31,10 @@ DEEP_MODES = {
 FORMATS_OF_16_BIT_I = ("PNG", "PPM")
 BITS_PER_SAMPLE = 258  # tag of a TIFF file
 MAX_ASPECT = 100  # longest to shortest side of an image to enlarge; a single row of 5000 pixels would need gigabytes
-SIDEWAYS, DARK = 1, 2  # the flags that `oddities` returns
+EXIF_ORIENTED, DARK = 1, 2  # the flags that `oddities` returns
 NOTES = {
-    SIDEWAYS: "have an EXIF orientation other than the one they are stored in; the stored pixels are used, as by "
-    "torchvision, timm and COCO's tools: rotate the files if that is wrong",
+    EXIF_ORIENTED: "have an EXIF tag that tells viewers to rotate or mirror them; it is ignored, as in torchvision, "
+    "timm and COCO's tools: rotate the files if that is wrong",
     DARK: "have more than 8 bits per channel and only values so low that they are black once scaled to 8 bits: save "
     "them with 8 bits per channel, or stretch their values",
 }
@@ -72,7 +72,7 @@ def _bits(image: Image.Image) -> int:
 
 def oddities(image: Image.Image) -> int:
     """The flags of NOTES that apply to an image, combined with `|`; `to_rgb` must have accepted the image."""
-    odd = SIDEWAYS if orientation(image) != 1 else 0
+    odd = EXIF_ORIENTED if orientation(image) != 1 else 0
     if image.mode in DEEP_MODES and 0 < np.asarray(image).max() < 2 ** (_bits(image) - 8):
         odd |= DARK
     return odd
@@ -137,7 +137,7 @@ class Oddities:
 
         Args:
             name: returns the name of the image with an index.
-            gather: collects one value from every rank, so that all ranks must call this method.
+            gather: collects one value from every rank, so all ranks must call this method.
         """
         if self._told:
             return []
@@ -164,7 +164,7 @@ def notes_on(dataset: Dataset, gather: Callable[[Any], list[Any]]) -> list[str]:
     return odd.tell(getattr(dataset, "place", dataset.name), gather) if odd else []
 
 
-def resized(height: int, width: int, short_side: int, max_size: int | None = None) -> tuple[int, int]:
+def resized_size(height: int, width: int, short_side: int, max_size: int | None = None) -> tuple[int, int]:
     """(height, width) after scaling the short side to ``short_side``, or to less if the long side exceeds ``max_size``.
 
     This is torchvision's rule, except that no side becomes shorter than one pixel.

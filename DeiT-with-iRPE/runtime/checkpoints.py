@@ -113,9 +113,9 @@ def load_checkpoint(path_or_url: str | os.PathLike) -> dict[str, Any]:
     except Exception as error:  # changed bytes have raised ten kinds of exceptions
         if name := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"checkpoint {path} is refused: it needs {name[1]} to be read, which could run foreign code"
+                f"checkpoint {path} is refused: it contains {name[1]}, which could run arbitrary code"
             ) from error
-        raise UserError(f"checkpoint {path} is truncated, damaged or none of PyTorch's: {advice}") from error
+        raise UserError(f"checkpoint {path} is truncated, damaged or not a PyTorch checkpoint: {advice}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
@@ -149,7 +149,7 @@ def note_values_kept(path: str | os.PathLike, values: Mapping[str, tuple[Any, An
     differing = [f"{flag}: {kept}, not {now}" for flag, (now, kept) in shown.items() if now != kept]
     if differing:
         print_once(
-            f"note: {path} is resumed with what its run began with, not with all that the command line says: "
+            f"note: resuming from {path} keeps these values of the checkpoint and ignores the command line: "
             f"{'; '.join(differing)}. {cure}"
         )
 
@@ -157,17 +157,17 @@ def note_values_kept(path: str | os.PathLike, values: Mapping[str, tuple[Any, An
 def start_values_kept(
     args: argparse.Namespace, checkpoint: Mapping[str, Any], flags: Mapping[str, Any], epoch: int | None
 ) -> dict[str, tuple[Any, Any]]:
-    """Those flags of a resumed run that ask for a start other than the one that the run in the checkpoint had.
+    """The flags that matter only at the start of a run and differ from those of the checkpoint's run.
 
     Args:
-        flags: the names of the flags that matter only at the start of a run, with the values that ask for nothing.
-        epoch: the epoch to continue with; None if the checkpoint has none, so that the run begins at ``start_epoch``.
+        flags: the flags that matter only at the start of a run, each with the value that means "not given".
+        epoch: the epoch to continue with; None if the checkpoint has none, so the run begins at ``start_epoch``.
     Returns: the ``values`` for `note_values_kept`.
     """
     values = {}
-    for flag, nothing in flags.items():
-        now, before = getattr(args, flag), getattr(checkpoint.get("args"), flag, nothing)
-        if now not in (nothing, before):
+    for flag, not_given in flags.items():
+        now, before = getattr(args, flag), getattr(checkpoint.get("args"), flag, not_given)
+        if now not in (not_given, before):
             values[flag] = (now, before)
     if "start_epoch" in values:
         values["start_epoch"] = (args.start_epoch, args.start_epoch if epoch is None else epoch)

@@ -94,7 +94,7 @@ class Progress:
         more = self._describe_step(step, {name: value}) if self._describe_step else ""
         return UserError(
             f"{name} is {value} at {self.header}, step {step}: training stops; a lower --lr or "
-            f"gradient clipping may help, and what was saved is still there{more}"
+            f"gradient clipping may help; checkpoints saved before are unaffected{more}"
         )
 
     def _line(self) -> str:
@@ -116,10 +116,11 @@ def step_optimizer(loss_scaler: torch.amp.GradScaler, optimizer: torch.optim.Opt
     Raises: UserError if the scale has become tiny: then the gradients are not finite at any scale.
     """
     # Read before the step, which waits for the gradients anyway; read after it, it would wait for the optimizer too.
-    if loss_scaler.get_scale() < 2**-14:  # 2¹⁶ at the start: 31 halvings; 1 if disabled
+    # The scale starts at 2¹⁶, so this takes 31 halvings; a disabled scaler returns 1.
+    if loss_scaler.get_scale() < 2**-14:
         raise UserError(
             "the gradients are not finite in float16 at any scale of the loss: training stops; bfloat16 "
-            "or float32, or a lower --lr, may help, and what was saved is still there"
+            "or float32, or a lower --lr, may help; checkpoints saved before are unaffected"
         )
     loss_scaler.step(optimizer)
     loss_scaler.update()

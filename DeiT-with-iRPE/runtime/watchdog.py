@@ -53,7 +53,8 @@ class Watchdog:
         self._heartbeats = dict.fromkeys(watched, 0)
         self._lost: list[int] = []
         self._main_thread = threading.main_thread().ident
-        self._patience = [math.inf]  # with the main thread; a new list for every sign of life, to tell these apart
+        # Seconds granted to the main thread, in a new list for each call of `progressed`, so that `is` detects a call.
+        self._patience = [math.inf]
         self._stopped = threading.Event()
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._exchange, self._judge)]
         for thread in self._threads:
@@ -127,13 +128,13 @@ class Watchdog:
                 self._lost = lost
                 if self._rank == 0:
                     # Within one interval the other thread publishes the loss, within the next one the others read it.
-                    # They must have read it before this process ends, which may keep the store.
+                    # They must have read it before this process, which may host the store, ends.
                     self._stopped.wait(3 * self._interval)
                 self._on_loss(lost)
                 return
             quiet = quiet + self._interval if patience is self._patience else 0.0
             patience = self._patience
-            # Two intervals later than a loader that waits for its workers, whose own error says more.
+            # Wait two intervals longer than a loader waits for its workers, because its own error says more.
             if quiet > max(self._timeout, *patience) + 2 * self._interval:
                 self._on_hang(self._place_of_main_thread())
                 return

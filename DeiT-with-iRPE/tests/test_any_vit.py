@@ -153,8 +153,8 @@ def test_queries_keys_and_values_keep_autocasts_type():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("rpe-1.9-product-ctx-1", "it has 5 parts"),
-        ("1.9-product-ctx-1-k", "and not 6, the first being rpe"),
+        ("rpe-1.9-product-ctx-1", "it must have 6 parts separated by '-', of which the first is 'rpe', but has 5"),
+        ("1.9-product-ctx-1-k", "of which the first is 'rpe', but has 5, beginning with '1.9'"),
         ("rpe-x-product-ctx-1-k", "ratio is 'x'"),
         ("rpe-0-product-ctx-1-k", "ratio is 0"),
         ("rpe-1.9-rows-ctx-1-k", "method is 'rows'"),
@@ -189,7 +189,7 @@ def test_an_encoding_outside_the_grammar_is_refused(tmp_path, text, said):
         (EVA, ("img_size=64",), "--model-kwargs img_size=64 is set by --input-size"),
         (EVA, ("in_chans=1",), "--model-kwargs in_chans=1 is set by the images, which are RGB: leave it out"),
         ("vit_small_patch16_18x2_224", (), "a block's attention is None; equip_irpe knows timm's "),
-        (EVA, ("patch_size=7",), "--input-size 32 is no multiple of the 7 pixels"),
+        (EVA, ("patch_size=7",), "--input-size 32 is not a multiple of the 7 pixels"),
     ],
 )
 def test_a_model_that_cannot_be_equipped_or_built_is_refused_with_the_reason(image_root, name, kwargs, said):

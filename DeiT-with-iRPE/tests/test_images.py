@@ -21,7 +21,7 @@ import main
 from conftest import parse, small, write_images, write_tar
 from datasets import RandomResizedCrop, build_dataset, build_transform, load_image
 from engine import evaluate
-from images import DARK, DEEP_MODES, SIDEWAYS, Oddities, oddities, to_rgb, without_ends
+from images import DARK, DEEP_MODES, EXIF_ORIENTED, Oddities, oddities, to_rgb, without_ends
 from runtime import UserError
 
 ORIENTATION = 0x0112
@@ -165,7 +165,7 @@ def test_the_stored_pixels_are_used_whatever_exif_says_as_torchvision_does(tmp_p
     save_turned(path, orientation)
     assert np.array_equal(load_image(path), torchvision.datasets.folder.pil_loader(path))
     with Image.open(path) as image:
-        assert oddities(image) == (SIDEWAYS if orientation == 6 else 0)
+        assert oddities(image) == (EXIF_ORIENTED if orientation == 6 else 0)
 
 
 def test_damaged_exif_data_is_no_obstacle(tmp_path):
@@ -187,9 +187,9 @@ def test_deep_images_that_are_black_once_scaled_are_counted():
 def test_a_note_counts_every_image_once_whichever_processes_met_it():
     odd = Oddities(9)
     for index in (3, 3, 5):
-        odd.add(index, SIDEWAYS)
-    (note,) = odd.tell("image{}".format, lambda mine: [mine, {3: SIDEWAYS, 8: SIDEWAYS}])
-    assert note.startswith("note: 3 of the images read so far, such as image3, have an EXIF orientation")
+        odd.add(index, EXIF_ORIENTED)
+    (note,) = odd.tell("image{}".format, lambda mine: [mine, {3: EXIF_ORIENTED, 8: EXIF_ORIENTED}])
+    assert note.startswith("note: 3 of the images read so far, such as image3, have an EXIF tag")
     assert odd.tell("image{}".format, lambda mine: [mine]) == []
 
 

@@ -49,7 +49,7 @@ def macs_by_hand(name):
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_parameters_and_macs_are_those_counted_by_hand(name):
-    model = model_cards.outline(name)
+    model = model_cards.model_on_meta(name)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert model_cards.count_parameters(model) == sum(torch.Size(shape).numel() for shape in MANIFESTS[name].values())
     assert model_cards.count_macs(model) == macs_by_hand(name)
@@ -104,7 +104,7 @@ def test_a_description_shows_the_shapes_of_the_golden_tables(name, capsys):
     assert found["parameters"] == f"{sum(torch.Size(shape).numel() for shape in MANIFESTS[name].values()):,}"
     assert ("top-1" in found["released"]) == (name in model_cards.released_numbers())
     assert found["checkpoint"] == (
-        f"{rpe_models.RELEASES}{name}.pth" if name in rpe_models.RELEASED else "none released"
+        f"{rpe_models.RELEASE_URL}{name}.pth" if name in rpe_models.RELEASED else "none released"
     )
 
 

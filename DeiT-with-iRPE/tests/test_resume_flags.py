@@ -160,8 +160,8 @@ def resume(capsys):
         main.resume(args, state, checkpoint_to_resume(path, ""))
         assert vars(args) == before  # so all that reads them follows them
         said = capsys.readouterr().out
-        notes = re.findall(r"note: (\S+) is resumed with what its run began with.*?: (--.*)\. A new run follows", said)
-        assert len(notes) == said.count("is resumed with") <= 1 and all(named == str(path) for named, _ in notes)
+        notes = re.findall(r"note: resuming from (\S+) keeps these values.*?: (--.*)\. A new run follows", said)
+        assert len(notes) == said.count("note: resuming from") <= 1 and all(named == str(path) for named, _ in notes)
         entries = notes[0][1].split("; ") if notes else []
         return state, {re.match(r"--[\w-]+", entry)[0]: entry for entry in entries}
 
@@ -307,12 +307,12 @@ def test_flags_that_say_how_a_run_begins_are_listed_if_the_run_did_not_begin_so(
     assert resume(path)[1] == resume(path, "--finetune", "a.pth")[1] == resume(path, "--start_epoch", 3)[1] == {}
     flags = ["--finetune", "b.pth", "--start_epoch", 5]
     assert list(resume(path, *flags)[1].values()) == [
-        "--finetune for the first weights: a.pth, not b.pth",
+        "--finetune for the initial weights: a.pth, not b.pth",
         "--start_epoch: 3, not 5",
     ]
-    assert list(resume(path, "--pretrained")[1].values()) == ["--pretrained for the first weights: no, not yes"]
+    assert list(resume(path, "--pretrained")[1].values()) == ["--pretrained for the initial weights: no, not yes"]
     torch.save({"model": Classifier().state_dict()}, path)  # the epoch to start with is followed then
-    assert list(resume(path, *flags)[1].values()) == ["--finetune for the first weights: none, not b.pth"]
+    assert list(resume(path, *flags)[1].values()) == ["--finetune for the initial weights: none, not b.pth"]
 
 
 @pytest.mark.skipif("plateau" not in SCHEDULES, reason="needs a timm whose plateau fits this PyTorch")
@@ -331,7 +331,7 @@ def test_only_the_main_process_prints_the_note(tmp_path, resume, monkeypatch):
 
 def test_weights_in_other_groups_are_explained(tmp_path, resume):
     path = save(tmp_path / "c.pth", *begin())
-    with pytest.raises(UserError, match="2 groups of weights instead of 1, as where .* --weight-decay 0"):
+    with pytest.raises(UserError, match="2 parameter groups instead of 1, for example .* --weight-decay 0"):
         resume(path, "--weight-decay", 0)
 
 
@@ -343,7 +343,7 @@ TINY_RUN = ["--model", "test_vit", "--batch-size", 12, "--warmup-epochs", 0, "--
 def test_longer_run_is_resumed_at_the_rates_of_the_first_one_and_says_so(image_root, tmp_path, capsys):
     flags = small(image_root, *TINY_RUN, "--output_dir", tmp_path, "--resume", "auto")
     main.main(parse(*flags, "--epochs", 2))
-    assert "is resumed with" not in capsys.readouterr().out
+    assert "note: resuming from" not in capsys.readouterr().out
     main.main(parse(*flags, "--epochs", 3, "--lr", 0.5, "--drop", 0.1, "--mixup", 0))
     said = capsys.readouterr().out
     assert said.count("note: ") == 1

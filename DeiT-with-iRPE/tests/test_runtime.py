@@ -119,7 +119,9 @@ def test_a_single_bit_that_has_changed_in_the_weights_is_noticed(tmp_path):
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
     (tmp_path / "page.pth").write_text("<html>404</html>")
-    assert "page.pth is truncated, damaged or none of PyTorch's" in fails_with(load_checkpoint, tmp_path / "page.pth")
+    assert "page.pth is truncated, damaged or not a PyTorch checkpoint" in fails_with(
+        load_checkpoint, tmp_path / "page.pth"
+    )
     assert "No such file" in fails_with(load_checkpoint, tmp_path / "none.pth")
     assert "Is a directory" in fails_with(load_checkpoint, tmp_path)
     assert "holds a list" in fails_with(load_checkpoint, saved(tmp_path, [torch.zeros(1)]))

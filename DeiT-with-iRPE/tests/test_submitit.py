@@ -266,7 +266,7 @@ def test_requeued_job_goes_on_from_its_checkpoint_and_not_from_another_run_s(job
     capsys.readouterr()
     submission.result()
     assert epochs(tmp_path / "out") == [0, 0, 1]
-    assert "--finetune for the first weights" not in capsys.readouterr().out  # nobody gave this flag
+    assert "--finetune for the initial weights" not in capsys.readouterr().out  # nobody gave this flag
     assert load_checkpoint(tmp_path / "out" / "checkpoint.pth")["args"].resume == str(
         tmp_path / "out" / "checkpoint.pth"
     )

@@ -1,10 +1,11 @@
 """Attention with relative positions on a GPU by rows of the map, in Triton, for the methods product and cross.
 
-The bucket of a pair of tokens depends only on a *class* of their two rows and on their two columns. Let P be the width
-of the map rounded up to a multiple of 16. The products of the tokens with a table, E (B, H, L, classes·P), are stored
-in the order E[…, class·P + c'], where c' is the column of the other token. What a term adds for a row of the map is
-therefore contiguous, and the kernels read and write 16 adjacent numbers, without look-ups, scatters or atomic
-operations. README.md explains the design; rows_kernels.py contains the kernels.
+Two offsets between rows are in the same *row class* if, for every offset between columns, they give the same bucket.
+The bucket of a pair of tokens thus depends only on its row class and on the two columns. Let P be the width of the map
+rounded up to a multiple of 16. The products of the tokens with a table, E (B, H, L, classes·P), are stored in the order
+E[…, class·P + c'], where c' is the column of the other token. What a term adds for a row of the map is therefore
+contiguous, and the kernels read and write 16 adjacent numbers, without look-ups, scatters or atomic operations.
+README.md explains the design; rows_kernels.py contains the kernels.
 """
 
 import functools
@@ -90,7 +91,7 @@ TILES = {
     }.items()
     for kernel, tile in tiles.items()
 }
-KERNELS = {kernel: tile for (kernel, *key), tile in TILES.items() if key == ["half", 64]}
+HALF_64_TILES = {kernel: tile for (kernel, *key), tile in TILES.items() if key == ["half", 64]}
 
 
 def tile(kernel: str, dtype: torch.dtype, channels: int) -> Tile:
@@ -170,7 +171,7 @@ def attention(
 
 
 class _Launch:
-    """A launch of a kernel of which everything is known but the tensors.
+    """A kernel launch whose arguments are all fixed except the tensors.
 
     Launching a kernel through Triton takes longer than most of these kernels run, because Triton derives from every
     argument which compiled kernel it needs. Only the first call does that.
@@ -293,7 +294,7 @@ class _Call:
             "column_step": column_step,
             "padded": self.padded,
             "size": self.size,
-            "count": columns + (prefix > 0),
+            "column_count": columns + (prefix > 0),
             "chunks": (prefix > 0) + rows * (self.padded // 16),
             "heads": heads,
             "length": length,
@@ -309,7 +310,7 @@ class _Call:
             "scale": channels**-0.5,
             "CHANNELS": channels,
             "BLOCK_D": max(16, 1 << (channels - 1).bit_length()),
-            "ids": (rows + 1) ** 2,
+            "ids_offset": (rows + 1) ** 2,
             "planes": self.q.shape[0] * heads // self.groups,
             "groups": self.groups,
             "tables": self.per_place,
@@ -372,7 +373,7 @@ class _Call:
 
     def _blocks_of_columns(self, numbers, options):
         tokens = numbers["planes"] * max(numbers["rows"], numbers["prefix"])
-        return _ceil_div(tokens, options.own) * numbers["count"] * self.groups
+        return _ceil_div(tokens, options.own) * numbers["column_count"] * self.groups
 
     def _tables(self, first_place):
         tables = self.tables[first_place * self.per_place :]
@@ -490,7 +491,7 @@ def _forward(
     seed: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the logarithms of the softmax's sums, and the sums of weights for the term on values."""
+    """The output, the log-sum-exp of each row of logits, and the sums of weights for the term on values."""
     q, k, v = (_contiguous_channels(x) for x in (q, k, v))
     call = _Call("forward", (), q, k, v, tables, places, layout, sizes, bias, mask, seed, dropout_p)
     batch, heads, length, channels = q.shape

@@ -14,6 +14,8 @@ Terms used here:
         logits.
     shape: the tuple rows, columns, prefix, row_step, column_step, chunks, padded (P), size (classes·P).
     layout: row classes, (rows + 1)², with the prefix first, and then what irpe.py's `row_layout` adds for the tables.
+    ids_offset: where the bucket ids begin in `layout`, (rows + 1)².
+    column_count: the number of columns, plus one if there is a prefix, which counts as one more column.
 """
 
 import triton
@@ -35,8 +37,8 @@ VARYING = [
     "splits",
     "steps",
     "planes",
-    "count",
-    "ids",
+    "column_count",
+    "ids_offset",
     "first",
 ]
 
@@ -298,7 +300,7 @@ def forward_kernel(
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
 ):
-    """The output of a block of queries, and the logarithms of their softmax's sums.
+    """The output of a block of queries, and the log-sum-exp of each row of logits.
 
     A term on values also needs `sums`, for each query the sums of the weights of each run, which are multiplied by the
     table on values afterwards. As the maximum of the logits changes during the loop, each sum is stored with the
@@ -318,7 +320,7 @@ def forward_kernel(
     q_tile = _load(q + b * q_b + h * q_h, token * q_l, CHANNELS, BLOCK_D)
     total = tl.zeros((OWN, BLOCK_D), tl.float32)
     largest = tl.full((OWN,), float("-inf"), tl.float32)
-    weight = tl.zeros((OWN,), tl.float32)
+    denominator = tl.zeros((OWN,), tl.float32)
     if ON_V:
         sums += plane.to(tl.int64) * length * size
         maxima += plane.to(tl.int64) * length * (size // 16)
@@ -333,7 +335,7 @@ def forward_kernel(
         finite = tl.where(larger == float("-inf"), 0.0, larger)  # avoids -∞ minus -∞
         shrink = tl.exp(largest - finite)
         p = tl.exp(logits - finite[:, None])
-        weight = weight * shrink + tl.sum(p, 1)
+        denominator = denominator * shrink + tl.sum(p, 1)
         if DROPOUT:
             p = _dropout(p, seed, plane, token[:, None], other[0][None, :], length, dropout_p)
         v_tile = _load(v, other[0] * v_l, CHANNELS, BLOCK_D)
@@ -342,16 +344,16 @@ def forward_kernel(
             _store_maximum(maxima, larger, own, start, layout, shape)
             run = _add_to_run(sums, run * shrink[:, None] + p, own, start, layout, shape)
         largest = larger
-    blind = weight == 0.0
-    weight = tl.where(blind, 1.0, weight)[:, None]
+    fully_masked = denominator == 0.0
+    denominator = tl.where(fully_masked, 1.0, denominator)[:, None]
     # For a query that may not attend to any key, +∞ makes every weight zero, here and in the backward pass.
-    log_sum = tl.where(blind, float("inf"), largest)[:, None] + tl.log(weight)
+    log_sum = tl.where(fully_masked, float("inf"), largest)[:, None] + tl.log(denominator)
     tl.store(log_sums + plane.to(tl.int64) * length + token[:, None], log_sum, mask=own[1][:, None])
     if ON_V:
         tl.debug_barrier()  # a thread now reads what other threads may have written
         _normalise(sums, maxima, log_sum, own, layout, shape)
     out += (b * length * heads + h) * CHANNELS
-    _store(out, total / weight, token * heads * CHANNELS, own[1], CHANNELS, BLOCK_D)
+    _store(out, total / denominator, token * heads * CHANNELS, own[1], CHANNELS, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -411,9 +413,9 @@ def deltas_kernel(
 ):
     """`deltas`, Σ over keys of p·(gradient of p), for a block of queries, as the kernels of the gradients compute p.
 
-    Only float32 needs this kernel. In half precision, the queries' kernel computes deltas from the output, to which the
-    sum is equal. The output is rounded differently from the gradients, so a large mean of all values would not cancel
-    exactly, and float32 would lose precision.
+    Only float32 needs this kernel. In half precision, the queries' kernel computes deltas as the row sums of
+    out·grad_out, which are mathematically equal. Because `out` was rounded separately, a large mean of all values would
+    not cancel exactly, and float32 would lose precision.
     """
     scale = tl.cast(scale, tl.float32)  # torch.compile passes numbers as float64
     dropout_p = tl.cast(dropout_p, tl.float32)
@@ -432,7 +434,7 @@ def deltas_kernel(
     grad_tile = _load(grad_out + b * grad_out_b + h * grad_out_h, token * grad_out_l, CHANNELS, BLOCK_D)
     log_sum = tl.load(log_sums + plane_64 * length + token[:, None])
     delta = tl.zeros((OWN, 1), tl.float32)
-    weight = tl.zeros((OWN, 1), tl.float32)
+    weight_sum = tl.zeros((OWN, 1), tl.float32)
     for start in range(0, chunks, OTHER // 16):
         other = _side(start, shape, BIAS, OTHER)
         k_tile = _load(k, other[0] * k_l, CHANNELS, BLOCK_D)
@@ -447,8 +449,8 @@ def deltas_kernel(
         if DROPOUT:
             grad = _dropout(grad, seed, plane, token[:, None], other[0][None, :], length, dropout_p)
         delta += tl.sum(p * grad, 1)[:, None]
-        weight += tl.sum(p, 1)[:, None]
-    delta /= tl.where(weight == 0.0, 1.0, weight)  # the sum of the weights is 1 except for rounding
+        weight_sum += tl.sum(p, 1)[:, None]
+    delta /= tl.where(weight_sum == 0.0, 1.0, weight_sum)  # the sum of the weights is 1 except for rounding
     tl.store(deltas + plane_64 * length + token[:, None], delta, mask=own[1][:, None])
 
 
@@ -752,7 +754,7 @@ def _table_tile(
     table_4,
     table_5,
     layout,
-    ids,
+    ids_offset,
     columns,
     size,
     buckets,
@@ -773,12 +775,12 @@ def _table_tile(
     by_bucket = tl.where(place == on_values, CHANNELS, 1)
     of_group = group * CHANNELS * buckets + channel * by_channel
     m = start + tl.arange(0, OTHER)[None, :]
-    bucket = tl.load(layout + ids + column * size + m, mask=m < size, other=-1)
+    bucket = tl.load(layout + ids_offset + column * size + m, mask=m < size, other=-1)
     used = (bucket >= 0) & (channel < CHANNELS)
     table = _select(place, table_0, table_1, table_2) + of_group
     value = tl.load(table + bucket * by_bucket, mask=used, other=0.0).to(tl.float32)
     if CROSS:
-        bucket = tl.load(layout + ids + (columns + 1 + column) * size + m, mask=m < size, other=-1)
+        bucket = tl.load(layout + ids_offset + (columns + 1 + column) * size + m, mask=m < size, other=-1)
         table = _select(place, table_3, table_4, table_5) + of_group
         value += tl.load(table + bucket * by_bucket, mask=used, other=0.0).to(tl.float32)
     factor = tl.where(place == on_values, 1.0, tl.cast(scale, tl.float32))  # torch.compile passes float64
@@ -817,8 +819,8 @@ def product_kernel(
     row_step,
     column_step,
     size,
-    count,
-    ids,
+    column_count,
+    ids_offset,
     buckets,
     scale,
     on_values,
@@ -831,14 +833,14 @@ def product_kernel(
 ):
     """products[place] = x·table for a block of the tokens of a column."""
     place = tl.program_id(1)
-    column = tl.program_id(0) % count
-    group = tl.program_id(0) // count % groups
+    column = tl.program_id(0) % column_count
+    group = tl.program_id(0) // column_count % groups
     x = _select(place, x_0, x_1, x_2)
     x_b = _select(place, x_0_b, x_1_b, x_2_b)
     x_h = _select(place, x_0_h, x_1_h, x_2_h)
     x_l = _select(place, x_0_l, x_1_l, x_2_l)
     inside, at, x_at = _of_column(
-        tl.program_id(0) // count // groups,
+        tl.program_id(0) // column_count // groups,
         column,
         group,
         planes,
@@ -872,7 +874,7 @@ def product_kernel(
             table_4,
             table_5,
             layout,
-            ids,
+            ids_offset,
             columns,
             size,
             buckets,
@@ -913,8 +915,8 @@ def adjoint_kernel(
     row_step,
     column_step,
     size,
-    count,
-    ids,
+    column_count,
+    ids_offset,
     buckets,
     scale,
     on_values,
@@ -927,10 +929,10 @@ def adjoint_kernel(
 ):
     """x[first + place] += products[place]·tableᵀ for a block of the tokens of a column; x is (…, B, L, H, D)."""
     place = tl.program_id(1)
-    column = tl.program_id(0) % count
-    group = tl.program_id(0) // count % groups
+    column = tl.program_id(0) % column_count
+    group = tl.program_id(0) // column_count % groups
     inside, at, x_at = _of_column(
-        tl.program_id(0) // count // groups,
+        tl.program_id(0) // column_count // groups,
         column,
         group,
         planes,
@@ -965,7 +967,7 @@ def adjoint_kernel(
             table_4,
             table_5,
             layout,
-            ids,
+            ids_offset,
             columns,
             size,
             buckets,
@@ -1012,7 +1014,7 @@ def gradient_kernel(
     row_step,
     column_step,
     size,
-    count,
+    column_count,
     steps,
     BIAS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -1025,8 +1027,8 @@ def gradient_kernel(
     split = tl.program_id(2)
     parts = tl.cdiv(size, OTHER)
     m = tl.program_id(0) % parts * OTHER + tl.arange(0, OTHER)
-    column = tl.program_id(0) // parts % count
-    group = tl.program_id(0) // parts // count
+    column = tl.program_id(0) // parts % column_count
+    group = tl.program_id(0) // parts // column_count
     x = _select(place, x_0, x_1, x_2)
     x_b = _select(place, x_0_b, x_1_b, x_2_b)
     x_h = _select(place, x_0_h, x_1_h, x_2_h)
@@ -1069,7 +1071,7 @@ def collect_kernel(
     grads,
     groups,
     columns,
-    ids,
+    ids_offset,
     buckets,
     size,
     splits,
@@ -1085,10 +1087,10 @@ def collect_kernel(
     table = tl.program_id(0) // buckets % tables
     group = tl.program_id(0) // buckets // tables
     place = tl.program_id(1)
-    starts = layout + ids + tables * (columns + 1) * size + table * buckets + bucket
+    starts = layout + ids_offset + tables * (columns + 1) * size + table * buckets + bucket
     first = tl.load(starts)
     count = tl.load(starts + 1) - first
-    where = layout + ids + tables * ((columns + 1) * size + buckets) + 1 + first
+    where = layout + ids_offset + tables * ((columns + 1) * size + buckets) + 1 + first
     channel = tl.arange(0, BLOCK_D)
     total = tl.zeros((OWN, BLOCK_D), tl.float32)
     for start in range(0, count * splits, OWN):

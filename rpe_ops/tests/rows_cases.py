@@ -193,8 +193,8 @@ class Case:
                 if self.mask.dtype != torch.bool
                 else (torch.zeros_like(self.mask, dtype=logits.dtype).masked_fill(~self.mask, -torch.inf))
             )
-            blind = mask.amax(-1, keepdim=True) == -torch.inf
-            logits, kept = logits + mask.masked_fill(blind, 0), kept.masked_fill(blind, 0)
+            fully_masked = mask.amax(-1, keepdim=True) == -torch.inf
+            logits, kept = logits + mask.masked_fill(fully_masked, 0), kept.masked_fill(fully_masked, 0)
         attn = logits.softmax(3) * kept.to(logits.dtype)
         out = attn @ v
         for ids, table in on_values:

@@ -88,7 +88,7 @@ class Job:
             raise UserError(
                 f"the other ranks cannot be reached at --dist_url {self.dist_url} ({UserError(error)}): check that all "
                 f"{get_world_size()} ranks have started; without torchrun, use tcp://HOST:PORT with the name of the "
-                "machine of rank 0; if the ranks start far apart, raise the step timeout"
+                "machine of rank 0; if the ranks start at very different times, raise the step timeout"
             ) from error
 
     def connect(self, device: torch.device) -> None:

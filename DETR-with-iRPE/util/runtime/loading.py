@@ -7,9 +7,9 @@ from typing import Any
 
 
 def own_group(_: int) -> None:
-    """A DataLoader's ``worker_init_fn``: a signal to the group of a training process does not reach its workers.
+    """Put the worker into a process group of its own; a ``worker_init_fn`` of DataLoaders.
 
-    Training needs them to finish its step.
+    A signal to the training process's group then does not kill workers that the current step still needs.
     """
     if hasattr(os, "setpgid"):  # a system without process groups sends them no signals
         os.setpgid(0, 0)

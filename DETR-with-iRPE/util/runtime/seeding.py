@@ -47,7 +47,8 @@ class SeededDataset(Dataset):
 class SeededSampler(Sampler[tuple[int, ...]]):
     """Keys (index, seed, epoch, position) for a sampler's indices; positions count the samples of all ranks.
 
-    The sampler must deal out the indices in turn, as torch's DistributedSampler does. ``len`` is that of a whole epoch.
+    The sampler must assign indices to the ranks round-robin, as torch's DistributedSampler does. ``len`` is that of a
+    whole epoch.
     """
 
     def __init__(self, sampler: Sampler[int], seed: int) -> None:
