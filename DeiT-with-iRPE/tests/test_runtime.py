@@ -80,7 +80,7 @@ def test_paths_of_another_python_or_system_come_back(tmp_path, name, kind):
 def test_pickle_that_needs_more_is_refused_by_name_and_not_run(tmp_path, monkeypatch, zipped, obj, named):
     monkeypatch.chdir(tmp_path)
     path = saved(tmp_path, {"model": {}, "args": obj}, _use_new_zipfile_serialization=zipped)
-    assert f"it needs {named} to be read" in fails_with(load_checkpoint, path)
+    assert f"it contains {named}, which could run" in fails_with(load_checkpoint, path)
     assert not os.path.exists("intruded")
 
 

@@ -64,7 +64,7 @@ def find_device(name: str, world_size: int = 1) -> torch.device:
         if torch.cuda.is_available():
             cure = f"start at most {torch.cuda.device_count()} ranks, one for each GPU, or add --device cpu"
         else:
-            cure = "PyTorch finds no GPU here; add --device cpu to run without one"
+            cure = "PyTorch finds no GPU here, so add --device cpu"
         raise UserError(f"--device {name} cannot be used ({cause}): {cure}") from error
     return device
 
