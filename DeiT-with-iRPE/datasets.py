@@ -52,26 +52,31 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
         )
         return dataset, len(dataset.classes)
     dataset = _build_split(is_train, args, transform)
-    if is_train or args.eval:
-        _note_numbered_classes(dataset.classes, args.data_path)
+    if is_train or args.eval:  # training reads both splits, and one note is enough
+        _note_odd_classes(dataset.classes, args)
     if args.data_set == "FOLDER":
-        if len(dataset.classes) == 1 and (is_train or args.eval):
-            print_once(
-                f"note: {args.data_path} has a single class, {dataset.classes[0]}, so there is nothing to learn: "
-                "--data-path must be the folder whose train/ and val/ hold a folder for each class"
-            )
         return dataset, len(dataset.classes)
     if len(dataset.classes) > IMAGENET_CLASSES:
         raise UserError(
             f"{args.data_path} has {len(dataset.classes)} classes, but --data-set IMNET has "
             f"{IMAGENET_CLASSES}: use --data-set FOLDER, which counts them"
         )
-    if len(dataset.classes) < IMAGENET_CLASSES and (is_train or args.eval):
+    return dataset, IMAGENET_CLASSES
+
+
+def _note_odd_classes(classes: list[str], args: argparse.Namespace) -> None:
+    """Print a note for names or numbers of class folders that are probably a mistake."""
+    _note_numbered_classes(classes, args.data_path)
+    if args.data_set == "FOLDER" and len(classes) == 1:
         print_once(
-            f"note: {args.data_path} has only {len(dataset.classes)} class folders, but --data-set IMNET builds a "
+            f"note: {args.data_path} has a single class, {classes[0]}, so there is nothing to learn: "
+            "--data-path must be the folder whose train/ and val/ hold a folder for each class"
+        )
+    if args.data_set == "IMNET" and len(classes) < IMAGENET_CLASSES:
+        print_once(
+            f"note: {args.data_path} has only {len(classes)} class folders, but --data-set IMNET builds a "
             f"model with {IMAGENET_CLASSES} classes; --data-set FOLDER builds one with as many as there are folders"
         )
-    return dataset, IMAGENET_CLASSES
 
 
 def _note_numbered_classes(classes: list[str], path: str) -> None:
