@@ -157,13 +157,26 @@ def evaluate(
         torch._dynamo.maybe_mark_dynamic(images, 0)  # a compiled model is not compiled again for the last batch
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             logits = model(images)
-        sums += _batch_sums(logits.double(), targets)
+        sums += batch_sums(logits.double(), targets)
         progress.step()
         job.stop_if_signalled()
     if shards > 1:
         with job.waiting():
             all_reduce_sum(sums)
     print_notes(data_loader, job)
+    stats = summarize(sums, amp_dtype)
+    print_once(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
+    return stats
+
+
+def summarize(sums: torch.Tensor, amp_dtype: torch.dtype) -> dict[str, float]:
+    """Means over the images of an evaluation: loss, acc1, acc5.
+
+    Args:
+        sums: what `batch_sums` returns, added up over all batches.
+        amp_dtype: named in the error.
+    Raises: UserError if the loss is not finite or there are no images.
+    """
     loss, correct1, correct5, images = sums.tolist()
     if not images:
         raise UserError("there are no images to evaluate on")
@@ -173,7 +186,6 @@ def evaluate(
             f"the loss of the evaluation is {stats['loss']}: the weights or --amp-dtype {amp_dtype} give "
             "outputs that are not finite"
         )
-    print_once(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
     return stats
 
 
@@ -185,7 +197,7 @@ def print_notes(data_loader: DataLoader, job: Job) -> None:
         print_once(note)
 
 
-def _batch_sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def batch_sums(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """[cross-entropy, right at first guess, right within five, images] summed over logits (B, K), targets (B,)."""
     guesses = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
     hits = (guesses == targets[:, None]).double()

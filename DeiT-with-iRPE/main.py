@@ -467,6 +467,22 @@ def _mixes(args: argparse.Namespace) -> bool:
 def build_train_loader(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, int]:
     """Loader of full batches for this process, and the number of classes."""
     dataset, nb_classes = build_dataset(True, args)
+    loader = _loader(
+        args,
+        runtime.SeededDataset(dataset),
+        device,
+        sampler=build_train_sampler(args, dataset),
+        drop_last=True,
+        collate_fn=build_collate(args),
+    )
+    return loader, nb_classes
+
+
+def build_train_sampler(args: argparse.Namespace, dataset: Dataset) -> runtime.SeededSampler:
+    """This process's images in the order of training, which depends on ``args.seed`` and the epoch.
+
+    Raises: UserError if they are less than a batch.
+    """
     if args.repeated_aug:
         sampler = RASampler(dataset)
     else:
@@ -476,15 +492,7 @@ def build_train_loader(args: argparse.Namespace, device: torch.device) -> tuple[
             f"--batch-size {args.batch_size} is more than the {len(sampler)} images that each of "
             f"{get_world_size()} ranks sees in an epoch: make it smaller"
         )
-    loader = _loader(
-        args,
-        runtime.SeededDataset(dataset),
-        device,
-        sampler=runtime.SeededSampler(sampler, args.seed),
-        drop_last=True,
-        collate_fn=build_collate(args),
-    )
-    return loader, nb_classes
+    return runtime.SeededSampler(sampler, args.seed)
 
 
 def build_val_loader(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, int]:
@@ -736,11 +744,16 @@ def evaluate_only(
     compile_model(args, model)
     job.connect(device)
     stats = evaluate(loader, model, device, amp_dtype(args, device), job)
-    if args.output_dir and get_rank() == 0:
-        path = os.path.join(args.output_dir, "eval.json")
-        with job.waiting(), runtime.replacing(path) as file:
-            file.write(json.dumps(stats).encode())
+    if args.output_dir:
+        write_evaluation(args.output_dir, stats, job)
     return stats
+
+
+def write_evaluation(output_dir: str, stats: dict[str, float], job: Job) -> None:
+    """Write what ``evaluate`` returned to eval.json; only rank 0 writes."""
+    if get_rank() == 0:
+        with job.waiting(), runtime.replacing(os.path.join(output_dir, "eval.json")) as file:
+            file.write(json.dumps(stats).encode())
 
 
 def resume(

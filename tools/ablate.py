@@ -6,8 +6,9 @@
 Each run consists of two commands of DeiT's main.py, which also work on their own: training on --data-path, and one
 evaluation on --test-path (default: --data-path). All variants of a seed run in one process of train_together.py, which
 loads each batch once for all of them; on a CPU, the results are bit-identical to those of separate runs. With
---separately each run has a process of its own, for studies whose variants differ in more than the model and the
-optimizer.
+--stacked, which is meant for GPUs, the whole study runs in one process of train_stacked.py, which computes all seeds of
+a variant as one model; the results equal those of separate runs up to rounding. With --separately each run has a
+process of its own, for studies whose variants differ in more than the model and the optimizer.
 
 Flags after -- are passed to all commands. The study is a JSON file in the format of ablate_fashion.json. After every
 process, results.json, results.md and results.png are written to --output_dir. The same command resumes an interrupted
@@ -44,6 +45,7 @@ from runtime import UserError
 
 DEIT = drawing.ROOT / "DeiT-with-iRPE"
 TRAIN_TOGETHER = Path(__file__).with_name("train_together.py")
+TRAIN_STACKED = Path(__file__).with_name("train_stacked.py")
 ERROR_RATE = 0.05  # largest probability of at least one false positive (the family-wise error rate)
 POWER = 0.8  # probability of finding a difference of the detectable size
 
@@ -60,7 +62,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-set", default="FOLDER", help="as for main.py")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel processes, which share the cores")
-    parser.add_argument("--separately", action="store_true", help="one process per run instead of one per seed")
+    processes = parser.add_mutually_exclusive_group()
+    processes.add_argument("--separately", action="store_true", help="one process per run instead of one per seed")
+    processes.add_argument("--stacked", action="store_true", help="one process for all runs, with the seeds as a stack")
     parser.add_argument("--output_dir", type=Path, metavar="OUT", default=Path("outputs", "ablate"))
     parser.add_argument("more", nargs="*", metavar="FLAG", help="additional flags for main.py, after --")
     args = parser.parse_args(argv)
@@ -213,7 +217,8 @@ class Group:
 
     process: subprocess.Popen | None = None
 
-    def __init__(self, name: str, runs: list[Run], out: Path) -> None:
+    def __init__(self, name: str, runs: list[Run], out: Path, program: Path) -> None:
+        self.program = program
         self.runs = [run for run in runs if not run.is_done]
         self.folder = out / name
         self.environment = runs[0].record["environment"]
@@ -229,7 +234,7 @@ class Group:
             path = self.folder / "commands.txt"
             path.write_text("\n".join([*trainings, *evaluations, ""]), encoding="utf-8")
             output = open(self.folder / "output.txt", "wb")
-        command = [relative(TRAIN_TOGETHER), relative(path)]
+        command = [relative(self.program), relative(path)]
         environment = {**self.environment, "OMP_NUM_THREADS": str(threads)}
         words = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
         print(f"$ cd {DEIT.name} && {' '.join(words)} python {shlex.join(command)}", flush=True)
@@ -270,13 +275,19 @@ class Group:
             run.write()
 
 
-def group_runs(runs: list[Run], out: Path, separately: bool) -> list[Group]:
-    """The groups that have runs without a result: one per seed, or one per run."""
+def group_runs(runs: list[Run], args: argparse.Namespace) -> list[Group]:
+    """The groups that have runs without a result: one per seed, one per run, or one for all."""
     members: dict[str, list[Run]] = {}
     for run in runs:
-        name = run.name if separately else f"seed{run.record['seed']}"
+        if args.stacked:
+            name = "all"
+        elif args.separately:
+            name = run.name
+        else:
+            name = f"seed{run.record['seed']}"
         members.setdefault(name, []).append(run)
-    groups = [Group(name, its_runs, out) for name, its_runs in members.items()]
+    program = TRAIN_STACKED if args.stacked else TRAIN_TOGETHER
+    groups = [Group(name, its_runs, args.output_dir, program) for name, its_runs in members.items()]
     return [group for group in groups if group.runs]
 
 
@@ -539,7 +550,7 @@ def run(args: argparse.Namespace) -> int:
             write_reports(args.output_dir, study, runs, about)
 
         report()
-        work(group_runs(runs, args.output_dir, args.separately), args.jobs, locked, report)
+        work(group_runs(runs, args), args.jobs, locked, report)
     print(f"reports: {args.output_dir}/results.md, results.json, results.png", flush=True)
     return reproduce.PASS if all(run.is_done for run in runs) else reproduce.INCOMPLETE
 

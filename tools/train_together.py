@@ -188,6 +188,18 @@ class Training:
         self.run.save(self.progress.done, self.progress.read())
 
 
+def start(command: argparse.Namespace, job: Job, device: torch.device, loader: DataLoader, nb_classes: int) -> Training:
+    """A training in its first state, or as its checkpoint left it."""
+    runtime.seed_everything(command.seed)
+    checkpoint = runtime.checkpoint_to_resume(command.resume, command.output_dir)
+    settings = main.run_settings(command, checkpoint)
+    del settings.command
+    parts = main.start_run(settings, job, device, checkpoint, bool(command.resume), loader, nb_classes)
+    training = Training(*parts, main.build_mixup(settings, nb_classes))
+    training.run.command = command.command
+    return training
+
+
 class Group:
     """The runs of a process: trainings side by side, then evaluations.
 
@@ -221,7 +233,7 @@ class Group:
         trainings = []
         for command in commands:
             with self._attempt(command):
-                trainings.append(self._start(command, loader, nb_classes))
+                trainings.append(start(command, self.job, self.device, loader, nb_classes))
         with contextlib.ExitStack() as stack:
             for training in trainings:
                 training.run.__enter__()
@@ -252,17 +264,6 @@ class Group:
             for training in self._remaining(active):
                 with self._attempt(training.run.args):
                     self._end_epoch(training, val_loader)
-
-    def _start(self, command: argparse.Namespace, loader: DataLoader, nb_classes: int) -> Training:
-        """A training in its first state, or as its checkpoint left it."""
-        runtime.seed_everything(command.seed)
-        checkpoint = runtime.checkpoint_to_resume(command.resume, command.output_dir)
-        settings = main.run_settings(command, checkpoint)
-        del settings.command
-        parts = main.start_run(settings, self.job, self.device, checkpoint, bool(command.resume), loader, nb_classes)
-        training = Training(*parts, main.build_mixup(settings, nb_classes))
-        training.run.command = command.command
-        return training
 
     def _has_failed(self, command: argparse.Namespace) -> bool:
         return folder_of(command) in self.failures
@@ -325,12 +326,21 @@ def run(args: argparse.Namespace) -> None:
     trainings = [command for command in commands if not command.eval]
     evaluations = [command for command in commands if command.eval]
     check_commands(trainings, evaluations)
+    execute(commands, Group)
+
+
+def execute(commands: list[argparse.Namespace], kind: type[Group]) -> None:
+    """Train and evaluate the commands, which have been checked, as a group of this kind.
+
+    Raises: UserError if there are several ranks, or if some of the runs failed.
+    """
+    trainings = [command for command in commands if not command.eval]
+    evaluations = [command for command in commands if command.eval]
     runtime.need_signals("training", *runtime.STOPPING)
     first = commands[0]
     if runtime.get_world_size() > 1:
-        raise UserError(
-            f"train_together.py runs on one rank, not on {runtime.get_world_size()}: start it without a launcher"
-        )
+        program = Path(sys.argv[0]).name
+        raise UserError(f"{program} runs on one rank, not on {runtime.get_world_size()}: start it without a launcher")
     device = runtime.find_device(first.device, first.world_size)
     if first.compile:
         runtime.check_compiler(device)
@@ -343,7 +353,7 @@ def run(args: argparse.Namespace) -> None:
         for folder in dict.fromkeys(map(folder_of, commands)):
             runtime.prepare_output_dir(folder)
             locks.enter_context(runtime.output_lock(folder))
-        group = Group(job, device)
+        group = kind(job, device)
         if trainings:
             group.train(trainings)
         if evaluations:

@@ -393,9 +393,9 @@ HANGING = {
     "before_the_first_step_on_the_main_rank": (at_call("main", "build_model", 1, STOP, MEET), 0, "its first steps"),
     "training": (at_call("engine", "step_optimizer", 3, STOP), 1, "epoch 0, step [12]"),
     "training_asleep": (at_call("engine", "step_optimizer", 3, SLEEP), 0, "epoch 0, step [12]"),
-    "evaluation": (at_call("engine", "_batch_sums", 2, STOP), 1, "Test, step"),
-    "evaluation_on_the_main_rank": (at_call("engine", "_batch_sums", 2, STOP), 0, "Test, step"),
-    "evaluation_asleep": (at_call("engine", "_batch_sums", 2, SLEEP), 1, "Test, step"),
+    "evaluation": (at_call("engine", "batch_sums", 2, STOP), 1, "Test, step"),
+    "evaluation_on_the_main_rank": (at_call("engine", "batch_sums", 2, STOP), 0, "Test, step"),
+    "evaluation_asleep": (at_call("engine", "batch_sums", 2, SLEEP), 1, "Test, step"),
     "saving": (at_call("torch", "save", 1, STOP), 0, "the save after epoch 0, step 5"),
     "between_epochs": (at_call("runtime.RunLog", "write", 2, STOP), 1, "the save after Test, step"),
 }

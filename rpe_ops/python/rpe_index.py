@@ -144,3 +144,28 @@ torch.library.register_autograd(
     lambda ctx, grad: (rpe_index(grad, ctx.saved_tensors[0]), None, None),
     setup_context=_save_index,
 )
+
+
+def _with_mapped_dimension_first(what: str, in_dims: tuple[int | None, ...], input: Tensor, index: Tensor) -> Tensor:
+    """The input of a call under torch.vmap, (vmap's dimension, batch, heads, ...)."""
+    if in_dims[1] is not None:
+        raise ValueError(f"rpe_ops.{what}: torch.vmap cannot map over index, which all images share")
+    return input.movedim(in_dims[0], 0)
+
+
+def _vmap_index(info: Any, in_dims: tuple[int | None, ...], input: Tensor, index: Tensor) -> tuple[Tensor, int]:
+    """Run `rpe_index` under torch.vmap as one call with a larger batch."""
+    input = _with_mapped_dimension_first("rpe_index", in_dims, input, index)
+    return rpe_index(input.flatten(0, 1), index).unflatten(0, input.shape[:2]), 0
+
+
+def _vmap_bucket_sum(
+    info: Any, in_dims: tuple[int | None, ...], input: Tensor, index: Tensor, num_buckets: int
+) -> tuple[Tensor, int]:
+    """Run `rpe_bucket_sum` under torch.vmap as one call with a larger batch."""
+    input = _with_mapped_dimension_first("rpe_bucket_sum", in_dims, input, index)
+    return rpe_bucket_sum(input.flatten(0, 1), index, num_buckets).unflatten(0, input.shape[:2]), 0
+
+
+torch.library.register_vmap("rpe_ops::rpe_index", _vmap_index)
+torch.library.register_vmap("rpe_ops::rpe_bucket_sum", _vmap_bucket_sum)

@@ -10,6 +10,7 @@
 #     CASES, ROUNDS   number of random cases (default: 64) and of rounds of timing (default: 6)
 #     BUILT           folder with an rpe_ops built for this PyTorch and GPU; the script then builds nothing
 #     COMMIT          commit to print if git does not know it
+#     TEST_SECONDS    seconds after which the tests are cut off (default: 300)
 #     CHECK_MEMORY=1  also run compute-sanitizer's checks of memory and races, which take some more minutes
 set -euo pipefail
 tiny=
@@ -44,8 +45,9 @@ else
     # The other tests build for the CPU or run this script.
     tests=(tests/test_operators.py tests/test_rows.py tests/test_attention.py -m "not slow")
     if python -c "import xdist" 2>/dev/null; then
-        tests+=(-n 4)
+        tests+=(-n 6)
     fi
+    export OMP_NUM_THREADS=2 # the tests, the cases and the models share the cores
     cases=${CASES:-64}
     many=(--processes 8) # gpu.py uses the other cores
 fi
@@ -58,7 +60,7 @@ random=$!
 failed=0
 stage tests
 # Each failure is printed when it happens, so that its name is known even if the time runs out.
-timeout --signal=INT 300 python -m pytest -v -p no:cacheprovider "${tests[@]}" 2>&1 \
+timeout --signal=INT ${TEST_SECONDS:-300} python -m pytest -v -p no:cacheprovider "${tests[@]}" 2>&1 \
     | grep -E "FAILED|ERROR|^E  |passed|failed|Timeout" || failed=1
 stage "random cases against float64"
 wait "$random" || failed=1

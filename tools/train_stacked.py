@@ -1,0 +1,539 @@
+"""Train the seeds of a model in one process, as one model whose weights have a dimension for the seeds.
+
+    cd DeiT-with-iRPE && python ../tools/train_stacked.py COMMANDS
+
+COMMANDS is a text file with one command of DeiT's main.py per line, as for train_together.py: trainings, then
+evaluations with --eval. Commands that differ only in --seed, --output_dir and --resume form a stack, which
+`torch.vmap` computes as one model. A file may contain several stacks, which then share their batches; they may differ
+in the same flags as the commands of train_together.py. On a GPU, a training step of a stack is one CUDA graph. A GPU
+that is idle most of the time with one small model trains a stack of twenty in little more time.
+
+Each model computes what it would compute alone, up to rounding. Repeated on the same GPU, or on a CPU, the same file
+gives bit-identical results. Only what keeps the models of a stack independent of each other is supported: --opt adamw,
+and neither dropout, stochastic depth, mixing, random erasing, gradient clipping, moving averages, distillation, float16
+nor --compile.
+
+All images are decoded once and kept in memory, as pixels. Checkpoints are written after each epoch, by all runs. After
+a signal the program stops at once, and with --resume auto in the commands, the same file repeats the epoch.
+
+Exit status: as of train_together.py.
+"""
+
+import argparse
+import contextlib
+import copy
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import train_together
+from timm.data.transforms import MaybeToTensor
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from train_together import Group, Training, check_same_flags, flag, folder_of, main, runtime
+
+import engine
+from checkpoint import check_classes, load_weights
+from datasets import build_dataset
+from runtime import Job, Progress, UserError, print_once
+
+# The flags in which the models of a stack may differ.
+OF_A_RUN = {"seed", "output_dir", "resume", "command"}
+# What all commands must have in common, and why there is a note in the error: {flag: allowed value}.
+REQUIRED = {
+    "opt": "adamw",
+    "drop": 0.0,
+    "drop_path": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "cutmix_minmax": None,
+    "reprob": 0.0,
+    "clip_grad": None,
+    "model_ema": False,
+    "distillation_type": "none",
+    "compile": False,
+}
+EVALUATION_IMAGES = 512  # images per forward pass of a stack in an evaluation
+EAGER_STEPS = 3  # steps before a CUDA graph is captured, in which libraries set themselves up
+
+
+# Commands
+
+
+def check_commands(commands: list[argparse.Namespace]) -> None:
+    """Raise ``UserError`` if the commands cannot be trained in stacks that share their batches."""
+    for name, value in REQUIRED.items():
+        for command in commands:
+            if getattr(command, name) != value:
+                raise UserError(
+                    f"{flag(name)} is {getattr(command, name)} in {command.output_dir}: train_stacked.py requires "
+                    f"{value}, because the models of a stack must not influence each other's random numbers and "
+                    "gradients; use train_together.py"
+                )
+    if unsupported := [c for c in commands if c.amp_dtype not in ("float32", "bfloat16")]:
+        raise UserError(
+            f"--amp-dtype is {unsupported[0].amp_dtype or 'not given'} in {unsupported[0].output_dir}: train_stacked.py "
+            "requires float32 or bfloat16"
+        )
+    may_differ = train_together.MAY_DIFFER | {"seed"}
+    check_same_flags(commands, may_differ | {"eval", "data_path"})
+    for part in ([c for c in commands if not c.eval], [c for c in commands if c.eval]):
+        check_same_flags(part, may_differ)
+        folders = [folder_of(command) for command in part]
+        if repeated := [folder for folder in folders if folders.count(folder) > 1]:
+            raise UserError(f"two commands write to --output_dir {repeated[0]}: give each run a folder of its own")
+
+
+def group_by_stack(commands: list[argparse.Namespace]) -> list[list[argparse.Namespace]]:
+    """The commands of each stack, in the order of their first command."""
+    stacks: dict[str, list[argparse.Namespace]] = {}
+    for command in commands:
+        key = repr({name: value for name, value in vars(command).items() if name not in OF_A_RUN})
+        stacks.setdefault(key, []).append(command)
+    return list(stacks.values())
+
+
+# Images
+
+
+class DecodedImages(Dataset):
+    """A training set whose images are decoded once; its items are (augmented pixels, class).
+
+    The pixels are uint8, (H, W, 3). `normalize` completes the transform on the model's device.
+
+    Args:
+        dataset: a training set of datasets.py. It loses its transform.
+    Raises: UserError if its transform does not end with the conversion to a tensor and the normalization.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        *augmentation, to_tensor, normalization = dataset.transform.transforms
+        if not isinstance(to_tensor, MaybeToTensor) or not isinstance(normalization, transforms.Normalize):
+            raise UserError(f"train_stacked.py cannot use the transform {dataset.transform}: use train_together.py")
+        self.augment = transforms.Compose(augmentation)
+        self.mean, self.std = normalization.mean, normalization.std
+        self.classes, self.name = dataset.classes, dataset.name
+        dataset.transform = lambda image: image
+        self._samples = [dataset[i] for i in range(len(dataset))]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        image, target = self._samples[i]
+        return np.asarray(self.augment(image)), target
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Images as main.py's transform gives them: (..., H, W, 3) uint8 to (..., 3, H, W) float32."""
+        # A tensor as the divisor: a GPU divides by a Python number less exactly.
+        white = torch.tensor(255.0, device=pixels.device)
+        mean, std = (
+            torch.as_tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None]
+            for values in (self.mean, self.std)
+        )
+        return (pixels.movedim(-1, -3).float() / white - mean) / std
+
+
+def collate(samples: list[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
+    """A batch of `DecodedImages`: pixels (B, H, W, 3), classes (B,)."""
+    pixels, targets = zip(*samples, strict=True)
+    return torch.from_numpy(np.stack(pixels)), torch.tensor(targets)
+
+
+def build_loader(command: argparse.Namespace, images: DecodedImages) -> DataLoader:
+    """The batches of one seed, in main.py's order."""
+    return DataLoader(
+        runtime.SeededDataset(images),
+        command.batch_size,
+        sampler=main.build_train_sampler(command, images),
+        drop_last=True,
+        collate_fn=collate,
+        num_workers=command.num_workers,
+        worker_init_fn=runtime.own_group,
+        persistent_workers=command.num_workers > 0,
+        timeout=command.step_timeout if command.num_workers else 0,
+    )
+
+
+# Stacks
+
+
+class Projection(nn.Linear):
+    """nn.Linear whose result has autocast's type under vmap too, where F.linear with a bias ignores autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        return project(x, self.weight, self.bias)
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution whose patches do not overlap, as a matrix product, for which vmap is faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, D, H / patch, W / patch)."""
+        height, width = self.kernel_size
+        patches = x.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, C, rows, height, columns, width)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return project(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x·weightᵀ + bias in the type of the product."""
+    product = F.linear(x, weight)
+    return product if bias is None else product + bias.to(product.dtype)
+
+
+def skeleton_of(model: nn.Module) -> nn.Module:
+    """A copy of the model, for `functional_call` with other weights."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Projection
+    convolution = model.patch_embed.proj
+    if type(convolution) is nn.Conv2d and convolution.stride == convolution.kernel_size and convolution.groups == 1:
+        convolution.__class__ = PatchProjection
+    return model
+
+
+class StackedModel:
+    """Models of one architecture, computed together; S is their number.
+
+    Attributes:
+        weights: parameters and buffers, by name, each with S in front.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        self.skeleton = skeleton_of(models[0])
+        self.parameters, self.buffers = stack_module_state(list(models))
+        self.dtype = dtype
+
+    def _outputs(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+        return functional_call(self.skeleton, (parameters, buffers), (images,)).float()
+
+    @contextlib.contextmanager
+    def _computing(self, device: torch.device) -> Iterator[None]:
+        """The context of a forward pass."""
+        mixed = self.dtype != torch.float32
+        with (
+            # A CUDA graph does not allow the cache of the weights in lower precision.
+            torch.autocast(device.type, self.dtype, enabled=mixed, cache_enabled=False),
+            # Of PyTorch's implementations of attention, only this one supports vmap and is deterministic.
+            sdpa_kernel(SDPBackend.MATH),
+        ):
+            yield
+
+    def losses(self, criterion: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each model on its batch: images (S, B, 3, H, W), targets (S, B) to (S,)."""
+
+        def loss(parameters: dict, buffers: dict, images: Tensor, targets: Tensor) -> Tensor:
+            return criterion(images, self._outputs(parameters, buffers, images), targets)
+
+        self.skeleton.train()
+        # Modules with a dropout of 0 count as random.
+        stacked = torch.vmap(loss, randomness="different")
+        with self._computing(images.device):
+            return stacked(self.parameters, self.buffers, images, targets)
+
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The sums of `engine.batch_sums` over all images, which all models share: (N, 3, H, W), (N,) to (S, 4)."""
+
+        def sums(parameters: dict, buffers: dict, images: Tensor, targets: Tensor) -> Tensor:
+            return engine.batch_sums(self._outputs(parameters, buffers, images).double(), targets)
+
+        self.skeleton.eval()
+        stacked = torch.vmap(sums, in_dims=(0, 0, None, None))
+        with self._computing(images.device):
+            return sum(
+                stacked(self.parameters, self.buffers, *chunk)
+                for chunk in zip(images.split(EVALUATION_IMAGES), targets.split(EVALUATION_IMAGES), strict=True)
+            )
+
+
+class Stack:
+    """Trainings that differ only in their seed.
+
+    Args:
+        rows: of each training's batch in those of `step`.
+    """
+
+    def __init__(self, trainings: list[Training], rows: list[int], device: torch.device) -> None:
+        self.trainings = trainings
+        self.device = device
+        first = trainings[0]
+        self.criterion = first.criterion
+        self.model = StackedModel([t.state.model for t in trainings], main.amp_dtype(first.run.args, device))
+        self.rows = torch.tensor(rows, device=device)
+        self.optimizer = self._stack_optimizer()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._steps = 0
+        self._losses: list[Tensor] = []
+
+    def _stack_optimizer(self) -> torch.optim.Optimizer:
+        """An AdamW with the hyperparameters and the state of the trainings' optimizers."""
+        first = self.trainings[0].state
+        names = {id(parameter): name for name, parameter in first.model.named_parameters()}
+        groups = []
+        for group in first.optimizer.param_groups:
+            options = {key: value for key, value in group.items() if key != "params"}
+            if self.device.type == "cuda":  # a CUDA graph reads the learning rate and the step from the GPU
+                options |= {"fused": True, "capturable": True, "lr": torch.tensor(group["lr"], device=self.device)}
+            groups.append({**options, "params": [self.model.parameters[names[id(p)]] for p in group["params"]]})
+        optimizer = torch.optim.AdamW(groups)
+        for name, parameter in self.model.parameters.items():
+            states = [self._state_of(training, name) for training in self.trainings]
+            if states[0]:
+                optimizer.state[parameter] = {
+                    key: states[0][key].to(self.device) if key == "step" else torch.stack([s[key] for s in states])
+                    for key in states[0]
+                }
+        return optimizer
+
+    @staticmethod
+    def _state_of(training: Training, name: str) -> dict[str, Tensor]:
+        """The optimizer's state of a parameter in a training of its own."""
+        return training.state.optimizer.state[training.state.model.get_parameter(name)]
+
+    def start_epoch(self) -> None:
+        """Take over the learning rates that the trainings' schedules have set."""
+        for group, own in zip(self.optimizer.param_groups, self.trainings[0].state.optimizer.param_groups, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(own["lr"])
+            else:
+                group["lr"] = own["lr"]
+        self._losses = []
+
+    def step(self, images: Tensor, targets: Tensor) -> None:
+        """One step of each training, with images (seeds, B, 3, H, W) and targets (seeds, B): always the same tensors,
+        whose content changes."""
+        if self._graph is None and self.device.type == "cuda":
+            self._capture_or_run(images, targets)
+        elif self._graph is None:
+            self._run(images, targets)
+        if self._graph is not None:
+            self._graph.replay()
+        self._steps += 1
+        self._losses.append(self._loss.clone())
+
+    def _capture_or_run(self, images: Tensor, targets: Tensor) -> None:
+        if self._steps == EAGER_STEPS:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._run(images, targets)
+            return
+        stream = torch.cuda.Stream()  # the default stream cannot be captured later
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._run(images, targets)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _run(self, images: Tensor, targets: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss = self.model.losses(self.criterion, images[self.rows], targets[self.rows])
+        loss.sum().backward()
+        self.optimizer.step()
+        self._loss = loss.detach()
+
+    def mean_losses(self) -> list[float]:
+        """The mean loss of each training in this epoch."""
+        return torch.stack(self._losses).double().mean(0).tolist()
+
+    @torch.no_grad()
+    def unstack(self) -> None:
+        """Copy the weights and the optimizer's state to the trainings, which save them."""
+        for row, training in enumerate(self.trainings):
+            own = dict(training.state.model.named_parameters())
+            for name, stacked in self.model.parameters.items():
+                own[name].copy_(stacked[row])
+                training.state.optimizer.state[own[name]] = {
+                    key: value.cpu().clone() if key == "step" else value[row].clone()
+                    for key, value in self.optimizer.state[stacked].items()
+                }
+            for name, buffer in training.state.model.named_buffers():
+                buffer.copy_(self.model.buffers[name][row])
+
+
+# The program
+
+
+class StackedGroup(Group):
+    """The runs of a process, in stacks."""
+
+    def train(self, commands: list[argparse.Namespace]) -> None:
+        """Train all stacks up to their last epoch."""
+        dataset, nb_classes = build_dataset(True, commands[0])
+        images = DecodedImages(dataset)
+        loaders = {command.seed: build_loader(command, images) for command in commands}
+        engine.print_notes(next(iter(loaders.values())), self.job)
+        validation = self._read_images(commands[0])
+        seeds = list(loaders)
+        trainings = [
+            [train_together.start(c, self.job, self.device, loaders[c.seed], nb_classes) for c in stack]
+            for stack in group_by_stack(commands)
+        ]
+        unfinished = [[t for t in stack if t.run.epoch < t.run.args.epochs] for stack in trainings]
+        check_places([training for stack in unfinished for training in stack])
+        stacks = [
+            Stack(stack, [seeds.index(t.run.args.seed) for t in stack], self.device) for stack in unfinished if stack
+        ]
+        with contextlib.ExitStack() as context:
+            for training in (training for stack in stacks for training in stack.trainings):
+                context.enter_context(training.run)
+            if stacks:
+                self._train_epochs(stacks, list(loaders.values()), images, validation)
+
+    def _read_images(self, command: argparse.Namespace) -> tuple[Tensor, Tensor]:
+        """All images of --data-path's validation set, on the model's device."""
+        loader, _ = main.build_val_loader(command, self.device)
+        batches = list(self.job.evaluation_steps("reading images", loader))
+        engine.print_notes(loader, self.job)
+        images, targets = (torch.cat(column).to(self.device) for column in zip(*batches, strict=True))
+        return images, targets
+
+    def _train_epochs(
+        self,
+        stacks: list[Stack],
+        loaders: list[DataLoader],
+        images: DecodedImages,
+        validation: tuple[Tensor, Tensor],
+    ) -> None:
+        epochs = [training.run.epochs() for stack in stacks for training in stack.trainings]
+        batches = Batches(loaders, images, self.device)
+        for epoch in range(stacks[0].trainings[0].run.epoch, stacks[0].trainings[0].run.args.epochs):
+            for its_epochs in epochs:
+                next(its_epochs)
+            for stack in stacks:
+                stack.start_epoch()
+            self._train_epoch(stacks, batches, epoch)
+            for stack in stacks:
+                self._end_epoch(stack, validation)
+
+    def _train_epoch(self, stacks: list[Stack], batches: "Batches", epoch: int) -> None:
+        images_per_step = sum(len(stack.trainings) for stack in stacks) * batches.batch_size
+        progress = Progress(f"{len(stacks)} stacks, epoch {epoch}", len(batches), images_per_step)
+        with self.job.training_steps():
+            for step, batch in enumerate(batches):
+                self.job.place = f"epoch {epoch}, step {step}"
+                for stack in stacks:
+                    stack.step(*batch)
+                progress.step()
+                self.job.stop_if_signalled()
+
+    def _end_epoch(self, stack: Stack, validation: tuple[Tensor, Tensor]) -> None:
+        """Evaluate, save and log each training of the stack."""
+        stack.unstack()
+        all_sums = stack.model.evaluate(*validation)
+        for training, loss, sums in zip(stack.trainings, stack.mean_losses(), all_sums, strict=True):
+            if self._has_failed(training.run.args):
+                continue
+            with self._attempt(training.run.args):
+                run = training.run
+                if not math.isfinite(loss):
+                    raise UserError(f"loss is {loss} in epoch {run.epoch}: a lower --lr may help")
+                test = engine.summarize(sums, stack.model.dtype)
+                print_once(f"{training.output_dir} epoch {run.epoch}  loss {loss:.4g}  acc1 {test['acc1']:.3f}")
+                lr = training.state.optimizer.param_groups[0]["lr"]
+                main.end_epoch(run, training.state, {"lr": lr, "loss": loss}, test)
+
+    def evaluate(self, commands: list[argparse.Namespace]) -> None:
+        """Execute the evaluations of those runs that have not failed, in stacks."""
+        images, targets = self._read_images(commands[0])
+        _, nb_classes = build_dataset(False, commands[0])
+        classes = main.class_names(_)
+        for stack in group_by_stack([c for c in commands if not self._has_failed(c)]):
+            ready, models = [], []
+            for command in stack:
+                with self._attempt(command):
+                    models.append(self._load(command, nb_classes, classes))
+                    ready.append(command)
+            if not models:
+                continue
+            dtype = main.amp_dtype(ready[0], self.device)
+            all_sums = StackedModel(models, dtype).evaluate(images, targets)
+            for command, sums in zip(ready, all_sums, strict=True):
+                with self._attempt(command):
+                    stats = engine.summarize(sums, dtype)
+                    print_once(f"{command.output_dir} Acc@1 {stats['acc1']:.3f} loss {stats['loss']:.3f}")
+                    main.write_evaluation(command.output_dir, stats, self.job)
+
+    def _load(self, command: argparse.Namespace, nb_classes: int, classes: list[str]) -> nn.Module:
+        """The model of a checkpoint."""
+        checkpoint = runtime.checkpoint_to_resume(command.resume, command.output_dir, needed=True)
+        model = main.build_model(main.run_settings(command, checkpoint), nb_classes)
+        load_weights(model, checkpoint.content, checkpoint.path)
+        check_classes(checkpoint.content, checkpoint.path, classes)
+        return model.to(self.device)
+
+
+class Batches:
+    """The batches of all seeds, step by step, in tensors that stay at their place: (seeds, B, 3, H, W), (seeds, B)."""
+
+    def __init__(self, loaders: list[DataLoader], images: DecodedImages, device: torch.device) -> None:
+        self._loaders, self._dataset, self._device = loaders, images, device
+        self.batch_size = loaders[0].batch_size
+        self._images: Tensor | None = None
+        self._targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._loaders[0])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batches in zip(*map(runtime.read_batches, self._loaders), strict=True):
+            pixels, targets = (self._to_device(torch.stack(column)) for column in zip(*batches, strict=True))
+            images = self._dataset.normalize(pixels)
+            if self._images is None:
+                self._images, self._targets = images, targets
+            else:
+                self._images.copy_(images)
+                self._targets.copy_(targets)
+            yield self._images, self._targets
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        if self._device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self._device, non_blocking=True)
+
+
+def check_places(trainings: list[Training]) -> None:
+    """Raise ``UserError`` unless all trainings continue from the start of the same epoch."""
+    for training in trainings:
+        if training.run.first_step:
+            raise UserError(
+                f"{training.output_dir} was saved within epoch {training.run.epoch}: train_stacked.py resumes only "
+                "from the end of an epoch; use train_together.py"
+            )
+        if training.run.epoch != trainings[0].run.epoch:
+            raise UserError(
+                f"{training.output_dir} resumes from epoch {training.run.epoch}, but {trainings[0].output_dir} from "
+                f"epoch {trainings[0].run.epoch}: train_stacked.py was killed between their saves; in the folders that "
+                "are ahead, replace checkpoint.pth by the previous checkpoint, or start again without the folders"
+            )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the commands of the file.
+
+    Raises: UserError if they cannot be run in stacks, or if some of them failed.
+    """
+    commands = [runtime.with_place(command) for command in train_together.read_commands(args.commands)]
+    check_commands(commands)
+    train_together.execute(commands, StackedGroup)
+
+
+if __name__ == "__main__":
+    parser = runtime.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", type=Path, metavar="COMMANDS", help="file with a command of main.py per line")
+    # Algorithms that give bit-identical results when they are repeated. cuBLAS reads the variable when it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill every new tensor
+    runtime.run(run, parser.parse_args())
