@@ -352,6 +352,14 @@ def _is_recorded() -> bool:
     return _is_exporting() or torch.jit.is_tracing()
 
 
+def _is_transformed() -> bool:
+    """Whether torch.func transforms this call, for example torch.vmap.
+
+    PyTorch's attention then cannot always differentiate its mask.
+    """
+    return torch._C._are_functorch_transforms_active()
+
+
 def _use_rpe_ops(device: torch.device) -> bool:
     return HAS_RPE_OPS and not _is_recorded() and (device.type == "cpu" or device.type == "cuda" and rpe_ops.has_cuda)
 
@@ -612,7 +620,7 @@ def add_terms(terms: list[Tensor]) -> Tensor:
     """
     device = terms[0].device.type
     # torch.compile aligns masks itself; torch.jit.trace and torch.func do not support this autograd.Function.
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed()
     if device not in _ALIGNED_DEVICES or traced:
         return functools.reduce(torch.add, terms)
     autocast = torch.is_autocast_enabled(device)
@@ -781,10 +789,11 @@ def _composed_attention(
         mask,
     ]
     terms = [term for term in terms if term is not None]
-    if rpe_v is not None:
+    if rpe_v is not None or _is_transformed():
         logits = functools.reduce(torch.add, terms, torch.matmul(q, k.transpose(-2, -1)))
         attn = F.dropout(logits.softmax(-1), dropout_p)
-        return torch.matmul(attn, v) + rpe_v(attn, height, width)
+        out = torch.matmul(attn, v)
+        return out if rpe_v is None else out + rpe_v(attn, height, width)
     # Without a term on values, PyTorch's attention computes everything else, with the terms as its mask.
     out = F.scaled_dot_product_attention(q, k, v, add_terms(terms), dropout_p, scale=1.0)
     # The strides of the output depend on whether gradients are computed, which may change after tracing.

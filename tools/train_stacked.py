@@ -24,10 +24,8 @@ import contextlib
 import copy
 import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +34,6 @@ import train_together
 from timm.data.transforms import MaybeToTensor
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from train_together import Group, Training, check_same_flags, flag, folder_of, main, runtime
@@ -44,7 +41,7 @@ from train_together import Group, Training, check_same_flags, flag, folder_of, m
 import engine
 from checkpoint import check_classes, load_weights
 from datasets import build_dataset
-from runtime import Job, Progress, UserError, print_once
+from runtime import Progress, UserError, print_once
 
 # The flags in which the models of a stack may differ.
 OF_A_RUN = {"seed", "output_dir", "resume", "command"}
@@ -81,8 +78,8 @@ def check_commands(commands: list[argparse.Namespace]) -> None:
                 )
     if unsupported := [c for c in commands if c.amp_dtype not in ("float32", "bfloat16")]:
         raise UserError(
-            f"--amp-dtype is {unsupported[0].amp_dtype or 'not given'} in {unsupported[0].output_dir}: train_stacked.py "
-            "requires float32 or bfloat16"
+            f"--amp-dtype is {unsupported[0].amp_dtype or 'not given'} in {unsupported[0].output_dir}: "
+            "train_stacked.py requires float32 or bfloat16"
         )
     may_differ = train_together.MAY_DIFFER | {"seed"}
     check_same_flags(commands, may_differ | {"eval", "data_path"})
@@ -219,17 +216,9 @@ class StackedModel:
     def _outputs(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
         return functional_call(self.skeleton, (parameters, buffers), (images,)).float()
 
-    @contextlib.contextmanager
-    def _computing(self, device: torch.device) -> Iterator[None]:
-        """The context of a forward pass."""
-        mixed = self.dtype != torch.float32
-        with (
-            # A CUDA graph does not allow the cache of the weights in lower precision.
-            torch.autocast(device.type, self.dtype, enabled=mixed, cache_enabled=False),
-            # Of PyTorch's implementations of attention, only this one supports vmap and is deterministic.
-            sdpa_kernel(SDPBackend.MATH),
-        ):
-            yield
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        """Mixed precision without its cache of weights, which a CUDA graph does not allow."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
     def losses(self, criterion: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """The loss of each model on its batch: images (S, B, 3, H, W), targets (S, B) to (S,)."""
@@ -240,7 +229,7 @@ class StackedModel:
         self.skeleton.train()
         # Modules with a dropout of 0 count as random.
         stacked = torch.vmap(loss, randomness="different")
-        with self._computing(images.device):
+        with self._autocast(images.device):
             return stacked(self.parameters, self.buffers, images, targets)
 
     @torch.no_grad()
@@ -252,7 +241,7 @@ class StackedModel:
 
         self.skeleton.eval()
         stacked = torch.vmap(sums, in_dims=(0, 0, None, None))
-        with self._computing(images.device):
+        with self._autocast(images.device):
             return sum(
                 stacked(self.parameters, self.buffers, *chunk)
                 for chunk in zip(images.split(EVALUATION_IMAGES), targets.split(EVALUATION_IMAGES), strict=True)
@@ -274,6 +263,8 @@ class Stack:
         self.model = StackedModel([t.state.model for t in trainings], main.amp_dtype(first.run.args, device))
         self.rows = torch.tensor(rows, device=device)
         self.optimizer = self._stack_optimizer()
+        # The stacks run side by side on the GPU, each in a stream of its own.
+        self._stream = torch.cuda.Stream() if device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps = 0
         self._losses: list[Tensor] = []
@@ -313,35 +304,46 @@ class Stack:
         self._losses = []
 
     def step(self, images: Tensor, targets: Tensor) -> None:
-        """One step of each training, with images (seeds, B, 3, H, W) and targets (seeds, B): always the same tensors,
-        whose content changes."""
-        if self._graph is None and self.device.type == "cuda":
-            self._capture_or_run(images, targets)
-        elif self._graph is None:
-            self._run(images, targets)
-        if self._graph is not None:
-            self._graph.replay()
-        self._steps += 1
-        self._losses.append(self._loss.clone())
+        """Start one step of each training; on a GPU, `wait` has to follow before the next one.
 
-    def _capture_or_run(self, images: Tensor, targets: Tensor) -> None:
-        if self._steps == EAGER_STEPS:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._run(images, targets)
-            return
-        stream = torch.cuda.Stream()  # the default stream cannot be captured later
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        Args:
+            images, targets: (seeds, B, 3, H, W) and (seeds, B), in every step the same tensors with other content.
+        """
+        if self._stream is None:
             self._run(images, targets)
-        torch.cuda.current_stream().wait_stream(stream)
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._run_graph(images, targets)
+        self._steps += 1
+
+    def wait(self) -> None:
+        """Let what follows on the GPU wait for this step."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _run_graph(self, images: Tensor, targets: Tensor) -> None:
+        """Run a step as a CUDA graph, after a few steps without one."""
+        if self._steps < EAGER_STEPS:
+            self._run(images, targets)
+        else:
+            if self._graph is None:
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph, stream=self._stream):
+                    self._loss = self._compute(images, targets)
+            self._graph.replay()
+            self._losses.append(self._loss.clone())
 
     def _run(self, images: Tensor, targets: Tensor) -> None:
+        self._losses.append(self._compute(images, targets))
+
+    def _compute(self, images: Tensor, targets: Tensor) -> Tensor:
+        """One step of the optimizer; returns the losses."""
         self.optimizer.zero_grad()
         loss = self.model.losses(self.criterion, images[self.rows], targets[self.rows])
         loss.sum().backward()
         self.optimizer.step()
-        self._loss = loss.detach()
+        return loss.detach()
 
     def mean_losses(self) -> list[float]:
         """The mean loss of each training in this epoch."""
@@ -425,6 +427,8 @@ class StackedGroup(Group):
                 self.job.place = f"epoch {epoch}, step {step}"
                 for stack in stacks:
                     stack.step(*batch)
+                for stack in stacks:
+                    stack.wait()
                 progress.step()
                 self.job.stop_if_signalled()
 

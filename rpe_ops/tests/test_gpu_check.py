@@ -49,7 +49,7 @@ def measured(kernels, memory, wall):
 
 
 def test_goals_are_compared_with_the_ratios_to_the_plain_step(capsys):
-    args = SimpleNamespace(tiny=False, models=["DeiT-S"], type_name="float16")
+    args = SimpleNamespace(tiny=False, models=["DeiT-S"], modes=gpu.MODES, type_name="float16")
     found = {}
     for mode in ("eager", "compiled"):
         for way, on, numbers in (

@@ -275,7 +275,7 @@ def arguments(monkeypatch):
 
 def misaligned(x):
     """A tensor of the same values and strides that does not begin at a multiple of 16 bytes."""
-    memory = torch.empty(x.untyped_storage().nbytes() // x.element_size() + 1, dtype=x.dtype)
+    memory = torch.empty(x.untyped_storage().nbytes() // x.element_size() + 1, dtype=x.dtype, device=x.device)
     return memory.as_strided(x.shape, x.stride(), 1).copy_(x)
 
 
