@@ -360,8 +360,16 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def _is_differentiated_by_func() -> bool:
+    """Whether torch.func.grad, jvp or a relative of theirs differentiates this call. rpe_ops supports none of them."""
+    interpreters = torch._C._functorch.get_interpreter_stack() or []
+    return any(interpreter.key().name in ("Grad", "Jvp") for interpreter in interpreters)
+
+
 def _use_rpe_ops(device: torch.device) -> bool:
-    return HAS_RPE_OPS and not _is_recorded() and (device.type == "cpu" or device.type == "cuda" and rpe_ops.has_cuda)
+    if not HAS_RPE_OPS or _is_recorded() or _is_transformed() and _is_differentiated_by_func():
+        return False
+    return device.type == "cpu" or device.type == "cuda" and rpe_ops.has_cuda
 
 
 def _gather_buckets(lookup: Tensor, ids: Tensor) -> Tensor:

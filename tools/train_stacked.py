@@ -2,19 +2,20 @@
 
     cd DeiT-with-iRPE && python ../tools/train_stacked.py COMMANDS
 
-COMMANDS is a text file with one command of DeiT's main.py per line, as for train_together.py: trainings, then
-evaluations with --eval. Commands that differ only in --seed, --output_dir and --resume form a stack, which
-`torch.vmap` computes as one model. A file may contain several stacks, which then share their batches; they may differ
-in the same flags as the commands of train_together.py. On a GPU, a training step of a stack is one CUDA graph. A GPU
-that is idle most of the time with one small model trains a stack of twenty in little more time.
+COMMANDS is a text file with one command of DeiT's main.py per line, as for train_together.py. Commands that differ only
+in --seed, --output_dir and --resume form a stack, which `torch.vmap` computes as one model. A file may contain several
+stacks; they share their batches, and may differ in the flags in which the commands of train_together.py may differ. On
+a GPU, a training step of a stack is one CUDA graph, and the stacks run side by side. A single small model leaves most
+of a GPU idle.
 
-Each model computes what it would compute alone, up to rounding. Repeated on the same GPU, or on a CPU, the same file
-gives bit-identical results. Only what keeps the models of a stack independent of each other is supported: --opt adamw,
-and neither dropout, stochastic depth, mixing, random erasing, gradient clipping, moving averages, distillation, float16
-nor --compile.
+Each model computes what it would compute alone, up to rounding. Repeated on the same machine, the same file gives
+bit-identical results. The models of a stack must not depend on each other or on random numbers of the device, so
+dropout, stochastic depth, mixing, random erasing, gradient clipping, moving averages, distillation, float16, --compile
+and optimizers other than AdamW are refused.
 
-All images are decoded once and kept in memory, as pixels. Checkpoints are written after each epoch, by all runs. After
-a signal the program stops at once, and with --resume auto in the commands, the same file repeats the epoch.
+All training images are decoded once and kept in memory. Every run writes its log and its checkpoint after each epoch.
+A signal stops the program within an epoch, without saving; with --resume auto in the commands, the same file then
+trains that epoch again.
 
 Exit status: as of train_together.py.
 """
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from train_together import Group, Training, check_same_flags, flag, folder_of, main, runtime
+from train_together import Group, Training, check_folders_differ, check_same_flags, flag, main, runtime
 
 import engine
 from checkpoint import check_classes, load_weights
@@ -45,7 +46,7 @@ from runtime import Progress, UserError, print_once
 
 # The flags in which the models of a stack may differ.
 OF_A_RUN = {"seed", "output_dir", "resume", "command"}
-# What all commands must have in common, and why there is a note in the error: {flag: allowed value}.
+# The values that all commands must have.
 REQUIRED = {
     "opt": "adamw",
     "drop": 0.0,
@@ -59,6 +60,7 @@ REQUIRED = {
     "distillation_type": "none",
     "compile": False,
 }
+MAX_IMAGE_BYTES = 8 * 2**30
 EVALUATION_IMAGES = 512  # images per forward pass of a stack in an evaluation
 EAGER_STEPS = 3  # steps before a CUDA graph is captured, in which libraries set themselves up
 
@@ -72,22 +74,19 @@ def check_commands(commands: list[argparse.Namespace]) -> None:
         for command in commands:
             if getattr(command, name) != value:
                 raise UserError(
-                    f"{flag(name)} is {getattr(command, name)} in {command.output_dir}: train_stacked.py requires "
-                    f"{value}, because the models of a stack must not influence each other's random numbers and "
-                    "gradients; use train_together.py"
+                    f"{flag(name)} is {getattr(command, name)} in {command.output_dir}: train_stacked.py supports only "
+                    f"{value}; train_together.py supports all values"
                 )
     if unsupported := [c for c in commands if c.amp_dtype not in ("float32", "bfloat16")]:
         raise UserError(
             f"--amp-dtype is {unsupported[0].amp_dtype or 'not given'} in {unsupported[0].output_dir}: "
-            "train_stacked.py requires float32 or bfloat16"
+            "train_stacked.py supports float32 and bfloat16"
         )
     may_differ = train_together.MAY_DIFFER | {"seed"}
     check_same_flags(commands, may_differ | {"eval", "data_path"})
     for part in ([c for c in commands if not c.eval], [c for c in commands if c.eval]):
         check_same_flags(part, may_differ)
-        folders = [folder_of(command) for command in part]
-        if repeated := [folder for folder in folders if folders.count(folder) > 1]:
-            raise UserError(f"two commands write to --output_dir {repeated[0]}: give each run a folder of its own")
+        check_folders_differ(part)
 
 
 def group_by_stack(commands: list[argparse.Namespace]) -> list[list[argparse.Namespace]]:
@@ -109,7 +108,8 @@ class DecodedImages(Dataset):
 
     Args:
         dataset: a training set of datasets.py. It loses its transform.
-    Raises: UserError if its transform does not end with the conversion to a tensor and the normalization.
+    Raises: UserError if its transform does not end with the conversion to a tensor and the normalization, or if the
+        images need too much memory.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -119,8 +119,19 @@ class DecodedImages(Dataset):
         self.augment = transforms.Compose(augmentation)
         self.mean, self.std = normalization.mean, normalization.std
         self.classes, self.name = dataset.classes, dataset.name
+        self.oddities = getattr(dataset, "oddities", None)  # for the notes on unusual images
         dataset.transform = lambda image: image
-        self._samples = [dataset[i] for i in range(len(dataset))]
+        self._samples = []
+        size = 0
+        for i in range(len(dataset)):
+            image, target = dataset[i]
+            size += 3 * image.width * image.height
+            if size > MAX_IMAGE_BYTES:
+                raise UserError(
+                    f"the decoded images of the training set need more than {MAX_IMAGE_BYTES / 2**30:.0f} GiB of "
+                    "memory: train_stacked.py is for small images; use train_together.py"
+                )
+            self._samples.append((image, target))
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -140,10 +151,13 @@ class DecodedImages(Dataset):
         return (pixels.movedim(-1, -3).float() / white - mean) / std
 
 
-def collate(samples: list[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
-    """A batch of `DecodedImages`: pixels (B, H, W, 3), classes (B,)."""
+def collate(samples: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """A batch of `DecodedImages`: pixels (B, H, W, 3), classes (B,).
+
+    They are arrays, because a worker hands tensors over by file descriptors, which takes longer than to copy them.
+    """
     pixels, targets = zip(*samples, strict=True)
-    return torch.from_numpy(np.stack(pixels)), torch.tensor(targets)
+    return np.stack(pixels), np.array(targets)
 
 
 def build_loader(command: argparse.Namespace, images: DecodedImages) -> DataLoader:
@@ -195,6 +209,8 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Projection
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # PyTorch's attention does not support vmap on a CPU
     convolution = model.patch_embed.proj
     if type(convolution) is nn.Conv2d and convolution.stride == convolution.kernel_size and convolution.groups == 1:
         convolution.__class__ = PatchProjection
@@ -272,13 +288,13 @@ class Stack:
     def _stack_optimizer(self) -> torch.optim.Optimizer:
         """An AdamW with the hyperparameters and the state of the trainings' optimizers."""
         first = self.trainings[0].state
-        names = {id(parameter): name for name, parameter in first.model.named_parameters()}
+        names = {parameter: name for name, parameter in first.model.named_parameters()}
         groups = []
         for group in first.optimizer.param_groups:
             options = {key: value for key, value in group.items() if key != "params"}
             if self.device.type == "cuda":  # a CUDA graph reads the learning rate and the step from the GPU
                 options |= {"fused": True, "capturable": True, "lr": torch.tensor(group["lr"], device=self.device)}
-            groups.append({**options, "params": [self.model.parameters[names[id(p)]] for p in group["params"]]})
+            groups.append({**options, "params": [self.model.parameters[names[p]] for p in group["params"]]})
         optimizer = torch.optim.AdamW(groups)
         for name, parameter in self.model.parameters.items():
             states = [self._state_of(training, name) for training in self.trainings]
@@ -292,7 +308,7 @@ class Stack:
     @staticmethod
     def _state_of(training: Training, name: str) -> dict[str, Tensor]:
         """The optimizer's state of a parameter in a training of its own."""
-        return training.state.optimizer.state[training.state.model.get_parameter(name)]
+        return training.state.optimizer.state.get(training.state.model.get_parameter(name), {})
 
     def start_epoch(self) -> None:
         """Take over the learning rates that the trainings' schedules have set."""
@@ -353,14 +369,16 @@ class Stack:
     def unstack(self) -> None:
         """Copy the weights and the optimizer's state to the trainings, which save them."""
         for row, training in enumerate(self.trainings):
-            own = dict(training.state.model.named_parameters())
-            for name, stacked in self.model.parameters.items():
-                own[name].copy_(stacked[row])
-                training.state.optimizer.state[own[name]] = {
+            model, optimizer = training.state.model, training.state.optimizer
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                stacked = self.model.parameters[names[parameter]]
+                parameter.copy_(stacked[row])
+                optimizer.state[parameter] = {
                     key: value.cpu().clone() if key == "step" else value[row].clone()
                     for key, value in self.optimizer.state[stacked].items()
                 }
-            for name, buffer in training.state.model.named_buffers():
+            for name, buffer in model.named_buffers():
                 buffer.copy_(self.model.buffers[name][row])
 
 
@@ -376,41 +394,46 @@ class StackedGroup(Group):
         images = DecodedImages(dataset)
         loaders = {command.seed: build_loader(command, images) for command in commands}
         engine.print_notes(next(iter(loaders.values())), self.job)
-        validation = self._read_images(commands[0])
+        validation = self._read_images(main.build_val_loader(commands[0], self.device)[0])
+        members = [self._start(its_commands, loaders, nb_classes) for its_commands in group_by_stack(commands)]
+        trainings = [training for stack in members for training in stack]
+        check_places(trainings)
         seeds = list(loaders)
-        trainings = [
-            [train_together.start(c, self.job, self.device, loaders[c.seed], nb_classes) for c in stack]
-            for stack in group_by_stack(commands)
-        ]
-        unfinished = [[t for t in stack if t.run.epoch < t.run.args.epochs] for stack in trainings]
-        check_places([training for stack in unfinished for training in stack])
         stacks = [
-            Stack(stack, [seeds.index(t.run.args.seed) for t in stack], self.device) for stack in unfinished if stack
+            Stack(stack, [seeds.index(training.run.args.seed) for training in stack], self.device)
+            for stack in members
+            if stack
         ]
         with contextlib.ExitStack() as context:
-            for training in (training for stack in stacks for training in stack.trainings):
-                context.enter_context(training.run)
+            for training in trainings:
+                training.run.__enter__()
+                context.push(self._leave(training))
             if stacks:
-                self._train_epochs(stacks, list(loaders.values()), images, validation)
+                self._train_epochs(stacks, Batches(list(loaders.values()), images, self.device), validation)
 
-    def _read_images(self, command: argparse.Namespace) -> tuple[Tensor, Tensor]:
-        """All images of --data-path's validation set, on the model's device."""
-        loader, _ = main.build_val_loader(command, self.device)
+    def _start(
+        self, commands: list[argparse.Namespace], loaders: dict[int, DataLoader], nb_classes: int
+    ) -> list[Training]:
+        """The trainings of a stack that have not finished."""
+        trainings = []
+        for command in commands:
+            with self._attempt(command):
+                training = train_together.start(command, self.job, self.device, loaders[command.seed], nb_classes)
+                if training.run.epoch < command.epochs:
+                    trainings.append(training)
+        return trainings
+
+    def _read_images(self, loader: DataLoader) -> tuple[Tensor, Tensor]:
+        """All images and classes of a validation set, on the model's device."""
         batches = list(self.job.evaluation_steps("reading images", loader))
         engine.print_notes(loader, self.job)
         images, targets = (torch.cat(column).to(self.device) for column in zip(*batches, strict=True))
         return images, targets
 
-    def _train_epochs(
-        self,
-        stacks: list[Stack],
-        loaders: list[DataLoader],
-        images: DecodedImages,
-        validation: tuple[Tensor, Tensor],
-    ) -> None:
+    def _train_epochs(self, stacks: list[Stack], batches: "Batches", validation: tuple[Tensor, Tensor]) -> None:
         epochs = [training.run.epochs() for stack in stacks for training in stack.trainings]
-        batches = Batches(loaders, images, self.device)
-        for epoch in range(stacks[0].trainings[0].run.epoch, stacks[0].trainings[0].run.args.epochs):
+        first = stacks[0].trainings[0].run
+        for epoch in range(first.epoch, first.args.epochs):
             for its_epochs in epochs:
                 next(its_epochs)
             for stack in stacks:
@@ -442,7 +465,7 @@ class StackedGroup(Group):
             with self._attempt(training.run.args):
                 run = training.run
                 if not math.isfinite(loss):
-                    raise UserError(f"loss is {loss} in epoch {run.epoch}: a lower --lr may help")
+                    raise UserError(f"the mean loss is {loss} in epoch {run.epoch}: a lower --lr may help")
                 test = engine.summarize(sums, stack.model.dtype)
                 print_once(f"{training.output_dir} epoch {run.epoch}  loss {loss:.4g}  acc1 {test['acc1']:.3f}")
                 lr = training.state.optimizer.param_groups[0]["lr"]
@@ -450,24 +473,23 @@ class StackedGroup(Group):
 
     def evaluate(self, commands: list[argparse.Namespace]) -> None:
         """Execute the evaluations of those runs that have not failed, in stacks."""
-        images, targets = self._read_images(commands[0])
-        _, nb_classes = build_dataset(False, commands[0])
-        classes = main.class_names(_)
-        for stack in group_by_stack([c for c in commands if not self._has_failed(c)]):
-            ready, models = [], []
-            for command in stack:
+        loader, nb_classes = main.build_val_loader(commands[0], self.device)
+        classes = main.class_names(loader.dataset)
+        images, targets = self._read_images(loader)
+        for its_commands in group_by_stack([command for command in commands if not self._has_failed(command)]):
+            models = {}
+            for command in its_commands:
                 with self._attempt(command):
-                    models.append(self._load(command, nb_classes, classes))
-                    ready.append(command)
-            if not models:
-                continue
-            dtype = main.amp_dtype(ready[0], self.device)
-            all_sums = StackedModel(models, dtype).evaluate(images, targets)
-            for command, sums in zip(ready, all_sums, strict=True):
-                with self._attempt(command):
-                    stats = engine.summarize(sums, dtype)
-                    print_once(f"{command.output_dir} Acc@1 {stats['acc1']:.3f} loss {stats['loss']:.3f}")
-                    main.write_evaluation(command.output_dir, stats, self.job)
+                    models[command.output_dir] = self._load(command, nb_classes, classes)
+            if models:
+                dtype = main.amp_dtype(its_commands[0], self.device)
+                all_sums = StackedModel(list(models.values()), dtype).evaluate(images, targets)
+                loaded = [command for command in its_commands if command.output_dir in models]
+                for command, sums in zip(loaded, all_sums, strict=True):
+                    with self._attempt(command):
+                        stats = engine.summarize(sums, dtype)
+                        print_once(f"{command.output_dir} Acc@1 {stats['acc1']:.3f} loss {stats['loss']:.3f}")
+                        main.write_evaluation(command.output_dir, stats, self.job)
 
     def _load(self, command: argparse.Namespace, nb_classes: int, classes: list[str]) -> nn.Module:
         """The model of a checkpoint."""
@@ -492,7 +514,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batches in zip(*map(runtime.read_batches, self._loaders), strict=True):
-            pixels, targets = (self._to_device(torch.stack(column)) for column in zip(*batches, strict=True))
+            pixels, targets = (self._to_device(np.stack(column)) for column in zip(*batches, strict=True))
             images = self._dataset.normalize(pixels)
             if self._images is None:
                 self._images, self._targets = images, targets
@@ -501,10 +523,11 @@ class Batches:
                 self._targets.copy_(targets)
             yield self._images, self._targets
 
-    def _to_device(self, values: Tensor) -> Tensor:
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(values)
         if self._device.type == "cuda":
-            values = values.pin_memory()
-        return values.to(self._device, non_blocking=True)
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
 
 def check_places(trainings: list[Training]) -> None:
@@ -518,8 +541,8 @@ def check_places(trainings: list[Training]) -> None:
         if training.run.epoch != trainings[0].run.epoch:
             raise UserError(
                 f"{training.output_dir} resumes from epoch {training.run.epoch}, but {trainings[0].output_dir} from "
-                f"epoch {trainings[0].run.epoch}: train_stacked.py was killed between their saves; in the folders that "
-                "are ahead, replace checkpoint.pth by the previous checkpoint, or start again without the folders"
+                f"epoch {trainings[0].run.epoch}: a kill between their saves has separated them; in the folders that "
+                "are ahead, replace checkpoint.pth by checkpoint.previous.pth, or start all runs again in new folders"
             )
 
 

@@ -83,9 +83,14 @@ def check_commands(trainings: list[argparse.Namespace], evaluations: list[argpar
     check_same_flags([*trainings, *evaluations], MAY_DIFFER | {"eval", "data_path"})
     for part in (trainings, evaluations):
         check_same_flags(part, MAY_DIFFER)
-        folders = [folder_of(command) for command in part]
-        if repeated := [folder for folder in folders if folders.count(folder) > 1]:
-            raise UserError(f"two commands write to --output_dir {repeated[0]}: give each run a folder of its own")
+        check_folders_differ(part)
+
+
+def check_folders_differ(commands: list[argparse.Namespace]) -> None:
+    """Raise ``UserError`` if two commands write to the same folder."""
+    folders = [folder_of(command) for command in commands]
+    if repeated := [folder for folder in folders if folders.count(folder) > 1]:
+        raise UserError(f"two commands write to --output_dir {repeated[0]}: give each run a folder of its own")
 
 
 def check_same_flags(commands: list[argparse.Namespace], may_differ: set[str]) -> None:

@@ -242,20 +242,32 @@ def test_autocast_and_half_types_give_their_type():
         assert (out - expected).abs().max() <= 2**-5 * expected.abs().max()
 
 
-def test_per_sample_gradients_of_torch_func(monkeypatch):
-    monkeypatch.setattr(irpe, "HAS_RPE_OPS", False)  # whose operators torch.func does not take
-    module = fill(only_module(build_rpe(get_rpe_config(), 4, 2)))
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize(("rpe_on", "mode"), [("k", "contextual"), ("k", "bias"), ("qkv", "contextual")])
+def test_torch_func_gives_the_gradients_of_autograd(rpe_on, mode):
+    modules = [module and fill(module) for module in build_rpe(get_rpe_config(mode=mode, rpe_on=rpe_on), 4, 2)]
+    holder = torch.nn.ModuleList(module for module in modules if module is not None)
+    tables = dict(holder.named_parameters())
     q, k, v = image(6, (3, 5, 2, 9, 4))
 
     def loss(tables, q, k, v):
-        with torch.nn.utils.stateless._reparametrize_module(module, tables):
-            return rpe_attention(q[None], k[None], v[None], None, module, None).square().sum()
+        with torch.nn.utils.stateless._reparametrize_module(holder, tables):
+            return rpe_attention(q[None], k[None], v[None], *modules).square().sum()
 
-    tables = dict(module.named_parameters())
-    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(tables, q, k, v)["lookup_table_weight"]
+    def assert_equal_to_autograd(found, its_tables, i):
+        expected = torch.autograd.grad(loss(its_tables, q[i], k[i], v[i]), its_tables.values())
+        torch.testing.assert_close(found, expected)
+
+    of_images = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(tables, q, k, v)
+    stacked = {name: torch.stack([table * (i + 1) for i in range(5)]).detach() for name, table in tables.items()}
+    for table in stacked.values():
+        table.requires_grad_()
+    of_models = torch.autograd.grad(torch.vmap(loss)(stacked, q, k, v).sum(), stacked.values())
     for i in range(5):
-        (expected,) = torch.autograd.grad(loss(tables, q[i], k[i], v[i]), tables.values())
-        torch.testing.assert_close(gradients[i], expected)
+        assert_equal_to_autograd(tuple(gradient[i] for gradient in of_images.values()), tables, i)
+        its_tables = {name: table[i].detach().requires_grad_() for name, table in stacked.items()}
+        assert_equal_to_autograd(tuple(gradient[i] for gradient in of_models), its_tables, i)
+    torch.testing.assert_close(torch.func.grad(loss)(tables, q[0], k[0], v[0]), {n: g[0] for n, g in of_images.items()})
 
 
 @pytest.mark.usefixtures("operators")

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from .rpe_index import rpe_bucket_sum, rpe_bucket_sum_add_, rpe_index, rpe_index_add_
 
-ON_CUDA = "composed"  # The default on a GPU. "rows" becomes the default once it has been measured to be no slower.
+ON_CUDA = "rows"  # The default on a GPU. "composed" uses PyTorch's operators, `rpe_index` and `rpe_bucket_sum`.
 ATTENTION = os.environ.get("IRPE_ATTENTION", ON_CUDA)
-if ATTENTION == "rows" and importlib.util.find_spec("triton"):  # PyTorch for CPUs comes without Triton.
+# Importing Triton takes seconds, which a machine without a GPU need not spend. PyTorch for CPUs comes without Triton.
+_needs_rows = ATTENTION == "rows" and ("IRPE_ATTENTION" in os.environ or torch.cuda.device_count() > 0)
+if _needs_rows and importlib.util.find_spec("triton"):
     from . import rows
 else:
     rows = None
@@ -99,9 +101,9 @@ def rows_take(
 ) -> bool:
     """Whether `rows.attention` computes this call in place of `modules`, whose `forward` then does not run.
 
-    It does if the environment contains IRPE_ATTENTION=rows, if `rows.takes` accepts q, k, v (B, H, L, D), the tables
-    and the number of prefix tokens, if nothing traces or transforms the call, if the mask needs no gradient, and if the
-    modules have neither hooks nor a replaced `forward`.
+    It does on a GPU, unless the environment contains IRPE_ATTENTION=composed, if `rows.takes` accepts q, k, v
+    (B, H, L, D), the tables and the number of prefix tokens, if nothing traces or transforms the call, if the mask
+    needs no gradient, and if the modules have neither hooks nor a replaced `forward`.
 
     Raises: ValueError if IRPE_ATTENTION is neither composed nor rows.
     """

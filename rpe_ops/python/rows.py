@@ -103,12 +103,12 @@ def takes(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], prefix: int) ->
     """Whether `attention` supports this call.
 
     It needs q, k and v of the same shape and dtype, at most 128 channels and 16 prefix tokens, and tables of one dtype
-    whose shapes fit these heads and channels, on a GPU (or, under Triton's interpreter, on the CPU), and Triton 3.3 or
-    newer.
+    whose shapes fit these heads and channels, on an Ampere or newer GPU (or, under Triton's interpreter, on the CPU),
+    and Triton 3.3 or newer.
     """
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
     return (
-        q.device.type == ("cpu" if INTERPRETED else "cuda")
+        _is_supported(q.device)
         and q.shape == k.shape == v.shape
         and q.numel() > 0
         and q.shape[3] <= 128
@@ -119,6 +119,14 @@ def takes(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], prefix: int) ->
         and all(_fits(table, q.shape[1], q.shape[3]) for table in tables)
         and hasattr(tl, "tuple")
     )
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the query of a GPU's properties
+def _is_supported(device):
+    """Whether the kernels run on this device. They were written for GPUs with bfloat16, compute capability 8.0."""
+    if INTERPRETED:
+        return device.type == "cpu"
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _fits(table, heads, channels):

@@ -133,6 +133,31 @@ def test_export_for_any_batch_size_and_map(device):
     torch.testing.assert_close(program.module()(*inputs), model(*inputs))
 
 
+@pytest.mark.parametrize("dim", [0, 2])
+def test_vmap_equals_a_loop_also_in_gradients(dim, device):
+    inputs = [make((2, 3, 5, 9, 7), torch.float64, device) for _ in range(3)]
+    index = inputs[0][2]
+    functions = (
+        (0, lambda x: rpe_index(x, index)),
+        (1, lambda p: rpe_bucket_sum(p, index, 7)),
+    )
+    for position, function in functions:
+        stacked = torch.stack([arguments[position] + i for i, arguments in enumerate(inputs)], dim).requires_grad_()
+        together = torch.vmap(function, in_dims=dim)(stacked)
+        alone = torch.stack([function(x) for x in stacked.unbind(dim)])
+        grad = torch.randn_like(alone)
+        assert torch.equal(together, alone)
+        assert torch.equal(*(torch.autograd.grad(out, stacked, grad)[0] for out in (together, alone)))
+
+
+def test_vmap_over_the_ids_is_refused(device):
+    x, p, index = make((2, 3, 5, 9, 7), torch.float64, device)
+    with pytest.raises(ValueError, match="rpe_index: torch.vmap cannot map over index, which all images share"):
+        torch.vmap(rpe_index, in_dims=(None, 0))(x, index.expand(2, -1, -1))
+    with pytest.raises(ValueError, match="rpe_bucket_sum: torch.vmap cannot map over index"):
+        torch.vmap(rpe_bucket_sum, in_dims=(0, 0, None))(p.expand(2, -1, -1, -1, -1), index.expand(2, -1, -1), 7)
+
+
 def strided(tensor):
     """The same values in other memory layouts."""
     yield tensor.transpose(1, 2).contiguous().transpose(1, 2)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 if importlib.util.find_spec("triton") is None:
@@ -406,9 +407,10 @@ def test_autocast_casts_the_inputs_to_its_type():
 def test_rows_take_describes_the_accepted_calls(monkeypatch):
     q, table = torch.zeros(1, 2, 5, 8, device=DEVICE), torch.zeros(1, 8, 50, device=DEVICE)
     take = rpe_ops.rows_take
-    assert not take(q, q, q, [table], 1)  # The default is composed.
+    monkeypatch.setattr(blockwise, "rows", rows)
+    monkeypatch.setattr(blockwise, "ATTENTION", "composed")
+    assert not take(q, q, q, [table], 1)
     monkeypatch.setattr(blockwise, "ATTENTION", "rows")
-    monkeypatch.setattr(blockwise, "rows", rows, raising=False)
     assert all(take(x, x, x, [table], 1) for x in (q, q.half(), q.bfloat16()))
     assert not take(q, q, q, [table], 1, torch.zeros(5, device=DEVICE, requires_grad=True))
     hooked = torch.nn.Sequential(torch.nn.Identity())
@@ -427,6 +429,17 @@ def test_rows_take_describes_the_accepted_calls(monkeypatch):
         assert not take(q, q, q, [wrong.to(DEVICE)], 1)
     assert not take(q, q.half(), q, [table], 1)
     assert not take(q, q, q, [table], 17) and not take(q, q, q, [table, table.half()], 1)
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_rows_take_calls_on_recent_gpus_only(capability, taken, monkeypatch):
+    monkeypatch.setattr(rows, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        q, table = torch.empty(1, 2, 5, 8, device="cuda"), torch.empty(1, 8, 50, device="cuda")
+        on_cpu = torch.empty(1, 2, 5, 8)
+        assert rows.takes(q, q, q, [table], 1) == taken
+        assert not rows.takes(on_cpu, on_cpu, on_cpu, [table], 1)
 
 
 def test_methods_that_mix_rows_and_columns_have_no_layout():
@@ -455,7 +468,9 @@ def test_irpe_attention_in_the_environment_selects_the_attention():
         )
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
-    assert run().stdout == "composed False\n"
+    assert run().stdout == f"rows {torch.cuda.is_available()}\n"  # Triton is imported only where it is needed.
+    assert run("import torch; torch.cuda.device_count = lambda: 1").stdout == "rows True\n"
+    assert run(IRPE_ATTENTION="composed").stdout == "composed False\n"
     assert run(IRPE_ATTENTION="rows").stdout == "rows True\n"
     without_triton = run("import importlib.util; importlib.util.find_spec = lambda name: None", IRPE_ATTENTION="rows")
     assert without_triton.stdout == "rows False\n" and without_triton.returncode == 0  # as with PyTorch for CPUs
