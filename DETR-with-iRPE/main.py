@@ -214,7 +214,7 @@ def check_args(args: argparse.Namespace, needs_data: bool = True) -> None:
     _check_data_flags(args, needs_data)
     _check_start_flags(args)
     _check_ranges(args)
-    if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "rows"):
+    if (attention := os.environ.get("IRPE_ATTENTION")) not in (None, "composed", "rows"):
         raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or rows, or not be set")
     parse_enc_rpe2d(args.enc_rpe2d)
 

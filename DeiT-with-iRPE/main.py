@@ -418,7 +418,7 @@ def _check_names(args: argparse.Namespace) -> None:
     for name, allowed in _NAMES.items():
         if getattr(args, name) not in allowed:
             raise UserError(f"{_flag(name)} {getattr(args, name)!r} is unknown: it must be one of {', '.join(allowed)}")
-    if (attention := os.environ.get("IRPE_ATTENTION", "composed")) not in ("composed", "rows"):
+    if (attention := os.environ.get("IRPE_ATTENTION")) not in (None, "composed", "rows"):
         raise UserError(f"IRPE_ATTENTION is {attention!r}; it must be composed or rows, or not be set")
 
 

@@ -2,22 +2,21 @@
 
     cd DeiT-with-iRPE && python ../tools/train_stacked.py COMMANDS
 
-COMMANDS is a text file with one command of DeiT's main.py per line, as for train_together.py. Commands that differ only
-in --seed, --output_dir and --resume form a stack, which `torch.vmap` computes as one model. A file may contain several
-stacks; they share their batches, and may differ in the flags in which the commands of train_together.py may differ. On
-a GPU, a training step of a stack is one CUDA graph, and the stacks run side by side. A single small model leaves most
-of a GPU idle.
+A single small model leaves most of a GPU idle. COMMANDS is a text file with one command of DeiT's main.py per line, as
+for train_together.py. Commands that differ only in --seed, --output_dir and --resume form a stack, which `torch.vmap`
+computes as one model. A file may contain several stacks, which share their batches; they may differ as the commands of
+train_together.py may. On a GPU, a training step of a stack is one CUDA graph, and the stacks run side by side.
 
-Each model computes what it would compute alone, up to rounding. Repeated on the same machine, the same file gives
+Each model computes what it would compute alone, up to rounding. Running the same file again on the same machine gives
 bit-identical results. The models of a stack must not depend on each other or on random numbers of the device, so
-dropout, stochastic depth, mixing, random erasing, gradient clipping, moving averages, distillation, float16, --compile
-and optimizers other than AdamW are refused.
+dropout, stochastic depth, mixing, random erasing, gradient clipping, moving averages, distillation, float16, --compile,
+optimizers other than AdamW and some schedules are refused.
 
-All training images are decoded once and kept in memory. Every run writes its log and its checkpoint after each epoch.
-A signal stops the program within an epoch, without saving; with --resume auto in the commands, the same file then
-trains that epoch again.
+All training images are decoded once and kept in memory, and all validation images on the device. --num_workers counts
+for each seed. Every run writes its log and its checkpoint after each epoch. A signal stops the program within an epoch,
+without saving; with --resume auto in the commands, the same file then trains that epoch again.
 
-Exit status: as of train_together.py.
+Exit status: as for train_together.py.
 """
 
 import argparse
@@ -25,14 +24,17 @@ import contextlib
 import copy
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import train_together
+from PIL import Image
 from timm.data.transforms import MaybeToTensor
+from timm.layers import DropPath, PatchDropout
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 from torch.utils.data import DataLoader, Dataset
@@ -42,7 +44,8 @@ from train_together import Group, Training, check_folders_differ, check_same_fla
 import engine
 from checkpoint import check_classes, load_weights
 from datasets import build_dataset
-from runtime import Progress, UserError, print_once
+from images import naming
+from runtime import Interrupted, Job, Progress, UserError, print_once
 
 # The flags in which the models of a stack may differ.
 OF_A_RUN = {"seed", "output_dir", "resume", "command"}
@@ -59,10 +62,12 @@ REQUIRED = {
     "model_ema": False,
     "distillation_type": "none",
     "compile": False,
+    "lr_noise": None,
+    "save_every": 0,
 }
 MAX_IMAGE_BYTES = 8 * 2**30
-EVALUATION_IMAGES = 512  # images per forward pass of a stack in an evaluation
-EAGER_STEPS = 3  # steps before a CUDA graph is captured, in which libraries set themselves up
+EVALUATION_IMAGES = 10_000  # images per forward pass in an evaluation, over all models of the stack
+EAGER_STEPS = 3  # steps before a CUDA graph is captured, so that libraries can initialise
 
 
 # Commands
@@ -70,20 +75,23 @@ EAGER_STEPS = 3  # steps before a CUDA graph is captured, in which libraries set
 
 def check_commands(commands: list[argparse.Namespace]) -> None:
     """Raise ``UserError`` if the commands cannot be trained in stacks that share their batches."""
-    for name, value in REQUIRED.items():
-        for command in commands:
-            if getattr(command, name) != value:
-                raise UserError(
-                    f"{flag(name)} is {getattr(command, name)} in {command.output_dir}: train_stacked.py supports only "
-                    f"{value}; train_together.py supports all values"
-                )
-    if unsupported := [c for c in commands if c.amp_dtype not in ("float32", "bfloat16")]:
-        raise UserError(
-            f"--amp-dtype is {unsupported[0].amp_dtype or 'not given'} in {unsupported[0].output_dir}: "
-            "train_stacked.py supports float32 and bfloat16"
-        )
+    for command in commands:
+        unsupported = [
+            f"{flag(name)} {getattr(command, name)} (only {value})"
+            for name, value in REQUIRED.items()
+            if getattr(command, name) != value
+        ]
+        if command.amp_dtype not in ("float32", "bfloat16"):
+            unsupported.append(f"--amp-dtype {command.amp_dtype} (only float32 or bfloat16)")
+        if command.sched == "plateau":
+            unsupported.append("--sched plateau (each run would have learning rates of its own)")
+        if unsupported:
+            raise UserError(
+                f"train_stacked.py does not support these flags of {command.output_dir}: {', '.join(unsupported)}; "
+                "train_together.py does"
+            )
     may_differ = train_together.MAY_DIFFER | {"seed"}
-    check_same_flags(commands, may_differ | {"eval", "data_path"})
+    check_same_flags(commands, may_differ, {"eval", "data_path"})
     for part in ([c for c in commands if not c.eval], [c for c in commands if c.eval]):
         check_same_flags(part, may_differ)
         check_folders_differ(part)
@@ -104,7 +112,7 @@ def group_by_stack(commands: list[argparse.Namespace]) -> list[list[argparse.Nam
 class DecodedImages(Dataset):
     """A training set whose images are decoded once; its items are (augmented pixels, class).
 
-    The pixels are uint8, (H, W, 3). `normalize` completes the transform on the model's device.
+    The pixels are uint8, (H, W, 3). `normalization` completes the transform on the model's device.
 
     Args:
         dataset: a training set of datasets.py. It loses its transform.
@@ -117,20 +125,16 @@ class DecodedImages(Dataset):
         if not isinstance(to_tensor, MaybeToTensor) or not isinstance(normalization, transforms.Normalize):
             raise UserError(f"train_stacked.py cannot use the transform {dataset.transform}: use train_together.py")
         self.augment = transforms.Compose(augmentation)
-        self.mean, self.std = normalization.mean, normalization.std
+        self._mean, self._std = normalization.mean, normalization.std
         self.classes, self.name = dataset.classes, dataset.name
         self.oddities = getattr(dataset, "oddities", None)  # for the notes on unusual images
-        dataset.transform = lambda image: image
+        dataset.transform = unchanged
         self._samples = []
         size = 0
         for i in range(len(dataset)):
             image, target = dataset[i]
-            size += 3 * image.width * image.height
-            if size > MAX_IMAGE_BYTES:
-                raise UserError(
-                    f"the decoded images of the training set need more than {MAX_IMAGE_BYTES / 2**30:.0f} GiB of "
-                    "memory: train_stacked.py is for small images; use train_together.py"
-                )
+            size += 4 * image.width * image.height  # Pillow's RGB images have four bytes per pixel
+            check_memory("training", size)
             self._samples.append((image, target))
 
     def __len__(self) -> int:
@@ -138,23 +142,38 @@ class DecodedImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
         image, target = self._samples[i]
-        return np.asarray(self.augment(image)), target
+        with naming(self.name(i), "transformed"):
+            return np.asarray(self.augment(image)), target
 
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Images as main.py's transform gives them: (..., H, W, 3) uint8 to (..., 3, H, W) float32."""
-        # A tensor as the divisor: a GPU divides by a Python number less exactly.
-        white = torch.tensor(255.0, device=pixels.device)
+    def normalization(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The end of main.py's transform, a function of pixels: (..., H, W, 3) uint8 to (..., 3, H, W) float32."""
+        # A tensor as the divisor, since a GPU divides by a Python number less exactly.
+        white = torch.tensor(255.0, device=device)
         mean, std = (
-            torch.as_tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None]
-            for values in (self.mean, self.std)
+            torch.as_tensor(values, dtype=torch.float32, device=device)[:, None, None]
+            for values in (self._mean, self._std)
         )
-        return (pixels.movedim(-1, -3).float() / white - mean) / std
+        return lambda pixels: (pixels.movedim(-1, -3).float() / white - mean) / std
+
+
+def unchanged(image: Image.Image) -> Image.Image:
+    """The image, as the transform of a data set."""
+    return image
+
+
+def check_memory(split: str, size: int) -> None:
+    """Raise ``UserError`` if the images of a data set need too much memory."""
+    if size > MAX_IMAGE_BYTES:
+        raise UserError(
+            f"the decoded images of the {split} set need more than {MAX_IMAGE_BYTES / 2**30:.0f} GiB of memory: "
+            "train_stacked.py is for small images; use train_together.py"
+        )
 
 
 def collate(samples: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
     """A batch of `DecodedImages`: pixels (B, H, W, 3), classes (B,).
 
-    They are arrays, because a worker hands tensors over by file descriptors, which takes longer than to copy them.
+    They are arrays, because a worker hands tensors over by file descriptors, which takes longer than copying them.
     """
     pixels, targets = zip(*samples, strict=True)
     return np.stack(pixels), np.array(targets)
@@ -179,7 +198,7 @@ def build_loader(command: argparse.Namespace, images: DecodedImages) -> DataLoad
 
 
 class Projection(nn.Linear):
-    """nn.Linear whose result has autocast's type under vmap too, where F.linear with a bias ignores autocast."""
+    """nn.Linear for vmap, under which PyTorch's ignores autocast if it has a bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
@@ -207,6 +226,7 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     """A copy of the model, for `functional_call` with other weights."""
     model = copy.deepcopy(model)
     for module in model.modules():
+        check_not_random(module)
         if type(module) is nn.Linear:
             module.__class__ = Projection
         if hasattr(module, "fused_attn"):
@@ -217,14 +237,30 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_not_random(module: nn.Module) -> None:
+    """Raise ``UserError`` for a module that draws random numbers, which --model-kwargs may have asked for."""
+    probabilities = {
+        nn.Dropout: "p",
+        DropPath: "drop_prob",
+        PatchDropout: "prob",
+    }
+    for kind, name in probabilities.items():
+        if isinstance(module, kind) and getattr(module, name, 0):
+            raise UserError(
+                f"the model has a {kind.__name__} of {getattr(module, name)}, and train_stacked.py does not support "
+                "random numbers in a model: use train_together.py"
+            )
+
+
 class StackedModel:
     """Models of one architecture, computed together; S is their number.
 
     Attributes:
-        weights: parameters and buffers, by name, each with S in front.
+        parameters, buffers: by name, each with S in front.
     """
 
     def __init__(self, models: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        self.size = len(models)
         self.skeleton = skeleton_of(models[0])
         self.parameters, self.buffers = stack_module_state(list(models))
         self.dtype = dtype
@@ -243,7 +279,7 @@ class StackedModel:
             return criterion(images, self._outputs(parameters, buffers, images), targets)
 
         self.skeleton.train()
-        # Modules with a dropout of 0 count as random.
+        # vmap treats dropout as random even if its probability is 0.
         stacked = torch.vmap(loss, randomness="different")
         with self._autocast(images.device):
             return stacked(self.parameters, self.buffers, images, targets)
@@ -256,11 +292,12 @@ class StackedModel:
             return engine.batch_sums(self._outputs(parameters, buffers, images).double(), targets)
 
         self.skeleton.eval()
+        chunk_size = max(1, EVALUATION_IMAGES // self.size)
         stacked = torch.vmap(sums, in_dims=(0, 0, None, None))
         with self._autocast(images.device):
             return sum(
                 stacked(self.parameters, self.buffers, *chunk)
-                for chunk in zip(images.split(EVALUATION_IMAGES), targets.split(EVALUATION_IMAGES), strict=True)
+                for chunk in zip(images.split(chunk_size), targets.split(chunk_size), strict=True)
             )
 
 
@@ -268,7 +305,7 @@ class Stack:
     """Trainings that differ only in their seed.
 
     Args:
-        rows: of each training's batch in those of `step`.
+        rows: for each training, the index of its batch among those given to `step`.
     """
 
     def __init__(self, trainings: list[Training], rows: list[int], device: torch.device) -> None:
@@ -310,6 +347,11 @@ class Stack:
         """The optimizer's state of a parameter in a training of its own."""
         return training.state.optimizer.state.get(training.state.model.get_parameter(name), {})
 
+    @property
+    def commands(self) -> list[argparse.Namespace]:
+        """The flags of the trainings."""
+        return [training.run.args for training in self.trainings]
+
     def start_epoch(self) -> None:
         """Take over the learning rates that the trainings' schedules have set."""
         for group, own in zip(self.optimizer.param_groups, self.trainings[0].state.optimizer.param_groups, strict=True):
@@ -323,7 +365,7 @@ class Stack:
         """Start one step of each training; on a GPU, `wait` has to follow before the next one.
 
         Args:
-            images, targets: (seeds, B, 3, H, W) and (seeds, B), in every step the same tensors with other content.
+            images, targets: (seeds, B, 3, H, W) and (seeds, B), the same tensors in every step, with new content.
         """
         if self._stream is None:
             self._run(images, targets)
@@ -388,24 +430,38 @@ class Stack:
 class StackedGroup(Group):
     """The runs of a process, in stacks."""
 
+    def __init__(self, job: Job, device: torch.device) -> None:
+        super().__init__(job, device)
+        torch.backends.cudnn.benchmark = False  # it chooses algorithms by their time, which varies
+
+    @contextlib.contextmanager
+    def _attempt_all(self, commands: list[argparse.Namespace]) -> Iterator[None]:
+        """A context for work on a stack, whose errors end all of its runs but not the other stacks."""
+        try:
+            yield
+        except Interrupted:
+            raise
+        except Exception as error:  # as for a single run
+            for command in commands:
+                with self._attempt(command):
+                    raise error
+
     def train(self, commands: list[argparse.Namespace]) -> None:
         """Train all stacks up to their last epoch."""
         dataset, nb_classes = build_dataset(True, commands[0])
         images = DecodedImages(dataset)
         loaders = {command.seed: build_loader(command, images) for command in commands}
+        note_many_processes(commands[0], len(loaders))
         engine.print_notes(next(iter(loaders.values())), self.job)
         validation = self._read_images(main.build_val_loader(commands[0], self.device)[0])
-        members = [self._start(its_commands, loaders, nb_classes) for its_commands in group_by_stack(commands)]
-        trainings = [training for stack in members for training in stack]
-        check_places(trainings)
-        seeds = list(loaders)
-        stacks = [
-            Stack(stack, [seeds.index(training.run.args.seed) for training in stack], self.device)
-            for stack in members
-            if stack
-        ]
+        stacks = []
+        for its_commands in group_by_stack(commands):
+            for trainings in self._start(its_commands, loaders, nb_classes):
+                rows = [list(loaders).index(training.run.args.seed) for training in trainings]
+                with self._attempt_all([training.run.args for training in trainings]):
+                    stacks.append(Stack(trainings, rows, self.device))
         with contextlib.ExitStack() as context:
-            for training in trainings:
+            for training in (training for stack in stacks for training in stack.trainings):
                 training.run.__enter__()
                 context.push(self._leave(training))
             if stacks:
@@ -413,34 +469,46 @@ class StackedGroup(Group):
 
     def _start(
         self, commands: list[argparse.Namespace], loaders: dict[int, DataLoader], nb_classes: int
-    ) -> list[Training]:
-        """The trainings of a stack that have not finished."""
-        trainings = []
+    ) -> list[list[Training]]:
+        """The unfinished trainings of these commands, which are alike, grouped by the epoch at which they start."""
+        groups: dict[int, list[Training]] = {}
         for command in commands:
             with self._attempt(command):
                 training = train_together.start(command, self.job, self.device, loaders[command.seed], nb_classes)
                 if training.run.epoch < command.epochs:
-                    trainings.append(training)
-        return trainings
+                    members = groups.get(training.run.epoch, [])
+                    check_can_join(training, members, command)
+                    groups[training.run.epoch] = [*members, training]
+        return list(groups.values())
 
     def _read_images(self, loader: DataLoader) -> tuple[Tensor, Tensor]:
         """All images and classes of a validation set, on the model's device."""
-        batches = list(self.job.evaluation_steps("reading images", loader))
+        batches, size = [], 0
+        for batch in self.job.evaluation_steps("reading images", loader):
+            batches.append(batch)
+            size += batch[0].nbytes
+            check_memory("validation", size)
         engine.print_notes(loader, self.job)
         images, targets = (torch.cat(column).to(self.device) for column in zip(*batches, strict=True))
         return images, targets
 
     def _train_epochs(self, stacks: list[Stack], batches: "Batches", validation: tuple[Tensor, Tensor]) -> None:
-        epochs = [training.run.epochs() for stack in stacks for training in stack.trainings]
-        first = stacks[0].trainings[0].run
-        for epoch in range(first.epoch, first.args.epochs):
-            for its_epochs in epochs:
-                next(its_epochs)
-            for stack in stacks:
+        """Train all epochs. Runs that were interrupted later than others wait until those have caught up."""
+        starts = [(stack, stack.trainings[0].run.epoch) for stack in stacks]
+        epochs = {id(stack): [training.run.epochs() for training in stack.trainings] for stack in stacks}
+        for epoch in range(min(start for _, start in starts), stacks[0].trainings[0].run.args.epochs):
+            active = self._remaining_stacks([stack for stack, start in starts if start <= epoch])
+            for stack in active:
+                for its_epochs in epochs[id(stack)]:
+                    next(its_epochs)
                 stack.start_epoch()
-            self._train_epoch(stacks, batches, epoch)
-            for stack in stacks:
-                self._end_epoch(stack, validation)
+            if active:
+                self._train_epoch(active, batches, epoch)
+                self._end_epoch(self._remaining_stacks(active), validation)
+
+    def _remaining_stacks(self, stacks: list[Stack]) -> list[Stack]:
+        """The stacks that still have a run that has not failed."""
+        return [stack for stack in stacks if self._remaining(stack.trainings)]
 
     def _train_epoch(self, stacks: list[Stack], batches: "Batches", epoch: int) -> None:
         images_per_step = sum(len(stack.trainings) for stack in stacks) * batches.batch_size
@@ -448,28 +516,37 @@ class StackedGroup(Group):
         with self.job.training_steps():
             for step, batch in enumerate(batches):
                 self.job.place = f"epoch {epoch}, step {step}"
-                for stack in stacks:
-                    stack.step(*batch)
+                for stack in self._remaining_stacks(stacks):
+                    with self._attempt_all(stack.commands):
+                        stack.step(*batch)
                 for stack in stacks:
                     stack.wait()
                 progress.step()
                 self.job.stop_if_signalled()
 
-    def _end_epoch(self, stack: Stack, validation: tuple[Tensor, Tensor]) -> None:
-        """Evaluate, save and log each training of the stack."""
-        stack.unstack()
-        all_sums = stack.model.evaluate(*validation)
-        for training, loss, sums in zip(stack.trainings, stack.mean_losses(), all_sums, strict=True):
-            if self._has_failed(training.run.args):
-                continue
-            with self._attempt(training.run.args):
-                run = training.run
-                if not math.isfinite(loss):
-                    raise UserError(f"the mean loss is {loss} in epoch {run.epoch}: a lower --lr may help")
-                test = engine.summarize(sums, stack.model.dtype)
-                print_once(f"{training.output_dir} epoch {run.epoch}  loss {loss:.4g}  acc1 {test['acc1']:.3f}")
-                lr = training.state.optimizer.param_groups[0]["lr"]
-                main.end_epoch(run, training.state, {"lr": lr, "loss": loss}, test)
+    def _end_epoch(self, stacks: list[Stack], validation: tuple[Tensor, Tensor]) -> None:
+        """Evaluate all stacks; then save and log each training, so that a failed evaluation does not separate them."""
+        evaluated = []
+        for stack in stacks:
+            with self._attempt_all(stack.commands):
+                evaluated.append((stack, stack.mean_losses(), stack.model.evaluate(*validation).tolist()))
+        for stack, losses, all_sums in evaluated:
+            stack.unstack()
+            for training, loss, sums in zip(stack.trainings, losses, all_sums, strict=True):
+                if not self._has_failed(training.run.args):
+                    with self._attempt(training.run.args):
+                        self._save(training, loss, torch.tensor(sums, dtype=torch.float64), stack.model.dtype)
+        self.job.stop_if_signalled()
+
+    def _save(self, training: Training, loss: float, sums: Tensor, dtype: torch.dtype) -> None:
+        """Save and log a training after an epoch."""
+        run = training.run
+        if not math.isfinite(loss):
+            raise UserError(f"the mean loss is {loss} in epoch {run.epoch}: a lower --lr may help")
+        test = engine.summarize(sums, dtype)
+        print_once(f"{training.output_dir} epoch {run.epoch}  loss {loss:.4g}  acc1 {test['acc1']:.3f}")
+        lr = training.state.optimizer.param_groups[0]["lr"]
+        main.end_epoch(run, training.state, {"lr": lr, "loss": loss}, test)
 
     def evaluate(self, commands: list[argparse.Namespace]) -> None:
         """Execute the evaluations of those runs that have not failed, in stacks."""
@@ -481,30 +558,84 @@ class StackedGroup(Group):
             for command in its_commands:
                 with self._attempt(command):
                     models[command.output_dir] = self._load(command, nb_classes, classes)
-            if models:
-                dtype = main.amp_dtype(its_commands[0], self.device)
-                all_sums = StackedModel(list(models.values()), dtype).evaluate(images, targets)
-                loaded = [command for command in its_commands if command.output_dir in models]
-                for command, sums in zip(loaded, all_sums, strict=True):
-                    with self._attempt(command):
-                        stats = engine.summarize(sums, dtype)
-                        print_once(f"{command.output_dir} Acc@1 {stats['acc1']:.3f} loss {stats['loss']:.3f}")
-                        main.write_evaluation(command.output_dir, stats, self.job)
+            loaded = [command for command in its_commands if command.output_dir in models]
+            if loaded:
+                with self._attempt_all(loaded):
+                    self._evaluate(loaded, list(models.values()), images, targets)
+
+    def _evaluate(
+        self, commands: list[argparse.Namespace], models: list[nn.Module], images: Tensor, targets: Tensor
+    ) -> None:
+        """Evaluate a stack."""
+        dtype = main.amp_dtype(commands[0], self.device)
+        all_sums = StackedModel(models, dtype).evaluate(images, targets)
+        for command, sums in zip(commands, all_sums, strict=True):
+            with self._attempt(command):
+                stats = engine.summarize(sums, dtype)
+                print_once(f"{command.output_dir} Acc@1 {stats['acc1']:.3f} loss {stats['loss']:.3f}")
+                main.write_evaluation(command.output_dir, stats, self.job)
 
     def _load(self, command: argparse.Namespace, nb_classes: int, classes: list[str]) -> nn.Module:
         """The model of a checkpoint."""
         checkpoint = runtime.checkpoint_to_resume(command.resume, command.output_dir, needed=True)
-        model = main.build_model(main.run_settings(command, checkpoint), nb_classes)
+        if checkpoint is None:
+            raise UserError("--eval needs --resume and a checkpoint here")
+        settings = main.run_settings(command, checkpoint)
+        check_same_model(settings, command)
+        model = main.build_model(settings, nb_classes)
         load_weights(model, checkpoint.content, checkpoint.path)
         check_classes(checkpoint.content, checkpoint.path, classes)
         return model.to(self.device)
 
 
+def note_many_processes(command: argparse.Namespace, seeds: int) -> None:
+    """Print a note if the loading processes of all seeds are many more than the cores."""
+    processes, cores = seeds * command.num_workers, os.cpu_count() or 1
+    if processes > 2 * cores:
+        print_once(
+            f"note: --num_workers {command.num_workers} starts {processes} loading processes, because it counts for "
+            f"each of the {seeds} seeds, and this machine has {cores} cores"
+        )
+
+
+def check_same_model(settings: argparse.Namespace, command: argparse.Namespace) -> None:
+    """Raise ``UserError`` if the checkpoint's model has flags that the command lacks."""
+    for name in ("rpe", "model_kwargs"):
+        if getattr(settings, name) != getattr(command, name):
+            raise UserError(
+                f"its checkpoint was trained with {flag(name)} {getattr(settings, name)}: give the command this flag, "
+                "so that it is in a stack of such models"
+            )
+
+
+def check_can_join(training: Training, stack: list[Training], command: argparse.Namespace) -> None:
+    """Raise ``UserError`` if a training cannot be in a stack with these, because of what its checkpoint holds."""
+    check_same_model(training.run.args, command)
+    if training.run.first_step:
+        raise UserError(
+            f"its checkpoint was saved within epoch {training.run.epoch}, but train_stacked.py resumes only from the "
+            "end of an epoch; use train_together.py"
+        )
+    if stack and hyperparameters(training) != hyperparameters(stack[0]):
+        raise UserError(
+            f"its checkpoint has other hyperparameters of the optimizer than that of {stack[0].output_dir}: use "
+            "train_together.py"
+        )
+
+
+def hyperparameters(training: Training) -> list[dict[str, Any]]:
+    """What the trainings of a stack must have in common in their optimizers: options, and number of steps."""
+    optimizer = training.state.optimizer
+    steps = [float(optimizer.state[p]["step"]) for p in optimizer.state if "step" in optimizer.state[p]]
+    return [*({k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups), {"steps": steps}]
+
+
 class Batches:
-    """The batches of all seeds, step by step, in tensors that stay at their place: (seeds, B, 3, H, W), (seeds, B)."""
+    """The batches of all seeds, step by step, in tensors whose addresses stay: (seeds, B, 3, H, W), (seeds, B)."""
 
     def __init__(self, loaders: list[DataLoader], images: DecodedImages, device: torch.device) -> None:
-        self._loaders, self._dataset, self._device = loaders, images, device
+        self._loaders, self._device = loaders, device
+        self._normalize = images.normalization(device)
         self.batch_size = loaders[0].batch_size
         self._images: Tensor | None = None
         self._targets: Tensor | None = None
@@ -513,9 +644,10 @@ class Batches:
         return len(self._loaders[0])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batches in zip(*map(runtime.read_batches, self._loaders), strict=True):
+        # All loaders start at once, before the first batch of any of them is waited for.
+        for batches in zip(*[runtime.read_batches(loader) for loader in self._loaders], strict=True):
             pixels, targets = (self._to_device(np.stack(column)) for column in zip(*batches, strict=True))
-            images = self._dataset.normalize(pixels)
+            images = self._normalize(pixels)
             if self._images is None:
                 self._images, self._targets = images, targets
             else:
@@ -528,22 +660,6 @@ class Batches:
         if self._device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)
-
-
-def check_places(trainings: list[Training]) -> None:
-    """Raise ``UserError`` unless all trainings continue from the start of the same epoch."""
-    for training in trainings:
-        if training.run.first_step:
-            raise UserError(
-                f"{training.output_dir} was saved within epoch {training.run.epoch}: train_stacked.py resumes only "
-                "from the end of an epoch; use train_together.py"
-            )
-        if training.run.epoch != trainings[0].run.epoch:
-            raise UserError(
-                f"{training.output_dir} resumes from epoch {training.run.epoch}, but {trainings[0].output_dir} from "
-                f"epoch {trainings[0].run.epoch}: a kill between their saves has separated them; in the folders that "
-                "are ahead, replace checkpoint.pth by checkpoint.previous.pth, or start all runs again in new folders"
-            )
 
 
 def run(args: argparse.Namespace) -> None:

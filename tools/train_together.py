@@ -21,7 +21,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def read_commands(path: Path) -> list[argparse.Namespace]:
 
 def check_commands(trainings: list[argparse.Namespace], evaluations: list[argparse.Namespace]) -> None:
     """Raise ``UserError`` if the commands cannot share a process or their batches."""
-    check_same_flags([*trainings, *evaluations], MAY_DIFFER | {"eval", "data_path"})
+    check_same_flags([*trainings, *evaluations], MAY_DIFFER, {"eval", "data_path"})
     for part in (trainings, evaluations):
         check_same_flags(part, MAY_DIFFER)
         check_folders_differ(part)
@@ -93,13 +93,19 @@ def check_folders_differ(commands: list[argparse.Namespace]) -> None:
         raise UserError(f"two commands write to --output_dir {repeated[0]}: give each run a folder of its own")
 
 
-def check_same_flags(commands: list[argparse.Namespace], may_differ: set[str]) -> None:
-    """Raise ``UserError`` if the commands differ in a flag that is not in ``may_differ``."""
+def check_same_flags(
+    commands: list[argparse.Namespace], may_differ: Set[str], between_parts: Set[str] = frozenset()
+) -> None:
+    """Raise ``UserError`` if the commands differ in a flag that is in neither of the sets.
+
+    Args:
+        between_parts: flags in which trainings and evaluations may differ, besides ``may_differ``.
+    """
     for other in commands[1:]:
         for name, second in vars(other).items():
             first = getattr(commands[0], name)
-            if name not in may_differ | {"command"} and first != second:
-                allowed = ", ".join(sorted(map(flag, MAY_DIFFER)))
+            if name not in may_differ | between_parts | {"command"} and first != second:
+                allowed = ", ".join(sorted(map(flag, may_differ)))
                 raise UserError(
                     f"{flag(name)} is {first} in {commands[0].output_dir} and {second} in {other.output_dir}: runs "
                     f"that share their batches may differ only in {allowed}; run this one separately"

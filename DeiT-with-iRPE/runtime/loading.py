@@ -16,8 +16,14 @@ def own_group(_: int) -> None:
 
 
 def read_batches(loader: Iterable) -> Iterator[Any]:
-    """The loader's batches. A worker that dies while it hands over a batch is reported as a dead worker."""
-    batches = iter(loader)
+    """The loader's batches, which it starts to load now.
+
+    A worker that dies while it hands over a batch is reported as a dead worker.
+    """
+    return _read_batches(iter(loader))
+
+
+def _read_batches(batches: Iterator) -> Iterator[Any]:
     while True:
         try:
             batch = next(batches)

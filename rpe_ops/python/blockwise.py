@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -18,12 +19,9 @@ from .rpe_index import rpe_bucket_sum, rpe_bucket_sum_add_, rpe_index, rpe_index
 
 ON_CUDA = "rows"  # The default on a GPU. "composed" uses PyTorch's operators, `rpe_index` and `rpe_bucket_sum`.
 ATTENTION = os.environ.get("IRPE_ATTENTION", ON_CUDA)
-# Importing Triton takes seconds, which a machine without a GPU need not spend. PyTorch for CPUs comes without Triton.
-_needs_rows = ATTENTION == "rows" and ("IRPE_ATTENTION" in os.environ or torch.cuda.device_count() > 0)
-if _needs_rows and importlib.util.find_spec("triton"):
-    from . import rows
-else:
-    rows = None
+_IS_CHOSEN = "IRPE_ATTENTION" in os.environ
+_can_import_rows = importlib.util.find_spec("triton") is not None
+rows = None  # The module of that name, from the first call on that may need it: importing Triton takes seconds.
 
 _BLOCK = 2**20  # Logits per block: 4 MB of float32, which fit into a processor's cache.
 
@@ -102,16 +100,40 @@ def rows_take(
     """Whether `rows.attention` computes this call in place of `modules`, whose `forward` then does not run.
 
     It does on a GPU, unless the environment contains IRPE_ATTENTION=composed, if `rows.takes` accepts q, k, v
-    (B, H, L, D), the tables and the number of prefix tokens, if nothing traces or transforms the call, if the mask
-    needs no gradient, and if the modules have neither hooks nor a replaced `forward`.
+    (B, H, L, D), the tables, the number of prefix tokens and the mask, if nothing traces or transforms the call, if the
+    mask needs no gradient, and if the modules have neither hooks nor a replaced `forward`. In float32, in which its
+    speed has not been measured, it does so only if the environment contains IRPE_ATTENTION=rows.
 
     Raises: ValueError if IRPE_ATTENTION is neither composed nor rows.
     """
     if ATTENTION not in ("composed", "rows"):
         raise ValueError(f"IRPE_ATTENTION is {ATTENTION!r}; it must be composed or rows, or not be set")
-    return (
-        ATTENTION == "rows" and rows is not None and rows.takes(q, k, v, tables, prefix) and _may_replace(mask, modules)
-    )
+    # With IRPE_ATTENTION=rows, Triton's interpreter may also run on a CPU.
+    if ATTENTION != "rows" or not (_IS_CHOSEN or q.device.type == "cuda") or not _import_rows():
+        return False
+    if not rows.takes(q, k, v, tables, prefix, mask) or not _may_replace(mask, modules):
+        return False
+    return _IS_CHOSEN or rows.dtype_of(q) != torch.float32
+
+
+def _import_rows() -> bool:
+    """Import `rows`. Returns whether that is possible: PyTorch for CPUs comes without Triton."""
+    global rows, _can_import_rows
+    if rows is None and _can_import_rows:
+        try:
+            from . import rows
+        except ImportError as error:
+            _can_import_rows = False
+            warnings.warn(
+                f"rpe_ops cannot use its kernels for GPUs, because Triton cannot be imported ({error}), and uses "
+                "PyTorch's operators; IRPE_ATTENTION=composed in the environment chooses them without this warning",
+                stacklevel=2,
+            )
+    return rows is not None
+
+
+# This is what torch.compiler.assume_constant_result does, but importing that takes seconds, too.
+_import_rows._dynamo_marked_constant = True
 
 
 def _may_replace(mask: Tensor | None, modules: Iterable[nn.Module]) -> bool:

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd.function import once_differentiable
 
 from . import rows_kernels as kernels
 
@@ -99,26 +98,38 @@ def tile(kernel: str, dtype: torch.dtype, channels: int) -> Tile:
     return TILES[kernel, "float32" if dtype == torch.float32 else "half", 64 if channels <= 64 else 128]
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], prefix: int) -> bool:
+def takes(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], prefix: int, mask: Tensor | None = None) -> bool:
     """Whether `attention` supports this call.
 
     It needs q, k and v of the same shape and dtype, at most 128 channels and 16 prefix tokens, and tables of one dtype
-    whose shapes fit these heads and channels, on an Ampere or newer GPU (or, under Triton's interpreter, on the CPU),
-    and Triton 3.3 or newer.
+    whose shapes fit these heads and channels, on an NVIDIA GPU of compute capability 8.0 or higher (or, under Triton's
+    interpreter, on the CPU), and Triton 3.3 or newer. Within an image, the kernels compute offsets with 32 bits.
     """
-    dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else q.dtype
     return (
         _is_supported(q.device)
         and q.shape == k.shape == v.shape
         and q.numel() > 0
         and q.shape[3] <= 128
         and prefix <= 16
-        and dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and dtype_of(q) in (torch.float16, torch.bfloat16, torch.float32)
         and q.dtype == k.dtype == v.dtype
         and len({table.dtype for table in tables}) == 1
         and all(_fits(table, q.shape[1], q.shape[3]) for table in tables)
+        and all(_has_short_offsets(x) for x in (q, k, v, mask) if x is not None)
         and hasattr(tl, "tuple")
     )
+
+
+def dtype_of(q: Tensor) -> torch.dtype:
+    """The dtype in which attention computes, which autocast may set."""
+    kind = q.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+
+
+def _has_short_offsets(x):
+    """Whether the elements of one image are less than 2**31 apart."""
+    sizes = zip(x.shape[-3:], x.stride()[-3:], strict=True)
+    return sum((size - 1) * stride for size, stride in sizes) < 2**31
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the query of a GPU's properties
@@ -126,7 +137,8 @@ def _is_supported(device):
     """Whether the kernels run on this device. They were written for GPUs with bfloat16, compute capability 8.0."""
     if INTERPRETED:
         return device.type == "cpu"
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _fits(table, heads, channels):
@@ -160,7 +172,7 @@ def attention(
             gets no gradient.
         dropout_p: dropout probability of the attention weights. The backward pass drops the same weights.
     Returns: (B, H, L, D). A query that may not attend to any key gets zeros, and contributes zero to every gradient.
-        Gradients are the same in every run, and cannot be differentiated again.
+        Gradients are the same in every run. Differentiating them again raises RuntimeError.
     """
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -596,10 +608,31 @@ class _Attention(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad) -> tuple[Tensor | None, ...]:
-        grad_q, grad_k, grad_v, of_tables, *others = _differentiate(ctx, grad, backward=_backward)
-        return grad_q, grad_k, grad_v, *others, *of_tables
+        if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad):
+            raise RuntimeError(f"attention by rows cannot compute a batch of gradients at once; {_USE_COMPOSED}")
+        saved = ctx.saved_tensors  # gradient checkpointing allows to read them only once
+        with torch.no_grad():
+            grad_q, grad_k, grad_v, of_tables, *others = _differentiate(ctx, saved, grad, _backward)
+        gradients = grad_q, grad_k, grad_v, *of_tables
+        if torch.is_grad_enabled() and grad is not None:  # create_graph=True
+            gradients = _FinalGradients.apply(gradients, grad, *saved[3:6], *saved[9:])
+        return *gradients[:3], *others, *gradients[3:]
+
+
+_USE_COMPOSED = "use PyTorch's operators instead, by IRPE_ATTENTION=composed in the environment"
+
+
+class _FinalGradients(torch.autograd.Function):
+    """Gradients as functions of the tensors they depend on. Differentiating them raises an error."""
+
+    @staticmethod
+    def forward(ctx, gradients, *dependencies) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in gradients)
+
+    @staticmethod
+    def backward(ctx, *grads) -> None:
+        raise RuntimeError(f"attention by rows has no second derivatives; {_USE_COMPOSED}")
 
 
 def _contiguous_channels(x):
@@ -624,9 +657,12 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros for outputs without a gradient
 
 
-def _differentiate(ctx, grad, *_, backward=torch.ops.rpe_ops.attention_by_rows_backward):
-    *saved, layout, mask, seed = ctx.saved_tensors[:9]
-    tables = list(ctx.saved_tensors[9:])
+def _differentiate(ctx, saved_tensors, grad, backward):
+    """The gradients of `_forward`'s arguments: of q, k, v and (as a list) the tables, and None for the others."""
+    *saved, layout, mask, seed = saved_tensors[:9]
+    tables = list(saved_tensors[9:])
+    if grad is None:
+        return None, None, None, [None] * len(tables), *[None] * 7
     grads, of_tables = backward(
         grad, *saved, tables, ctx.places, layout, ctx.sizes, ctx.bias, mask, seed, ctx.dropout_p
     )
@@ -636,4 +672,7 @@ def _differentiate(ctx, grad, *_, backward=torch.ops.rpe_ops.attention_by_rows_b
     return grad_q, grad_k, grad_v, of_tables, *[None] * 7
 
 
-_register("rpe_ops::attention_by_rows", _forward).register_autograd(_differentiate, setup_context=_save)
+_register("rpe_ops::attention_by_rows", _forward).register_autograd(
+    lambda ctx, grad, *_: _differentiate(ctx, ctx.saved_tensors, grad, torch.ops.rpe_ops.attention_by_rows_backward),
+    setup_context=_save,
+)

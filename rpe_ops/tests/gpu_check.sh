@@ -47,7 +47,6 @@ else
     if python -c "import xdist" 2>/dev/null; then
         tests+=(-n 6)
     fi
-    export OMP_NUM_THREADS=2 # the tests, the cases and the models share the cores
     cases=${CASES:-64}
     many=(--processes 8) # gpu.py uses the other cores
 fi
@@ -60,7 +59,7 @@ random=$!
 failed=0
 stage tests
 # Each failure is printed when it happens, so that its name is known even if the time runs out.
-timeout --signal=INT ${TEST_SECONDS:-300} python -m pytest -v -p no:cacheprovider "${tests[@]}" 2>&1 \
+OMP_NUM_THREADS=2 timeout --signal=INT ${TEST_SECONDS:-300} python -m pytest -v -p no:cacheprovider "${tests[@]}" 2>&1 \
     | grep -E "FAILED|ERROR|^E  |passed|failed|Timeout" || failed=1
 stage "random cases against float64"
 wait "$random" || failed=1

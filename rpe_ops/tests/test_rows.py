@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.checkpoint import checkpoint
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which PyTorch for CPUs lacks", allow_module_level=True)
@@ -354,6 +355,53 @@ def test_repeated_launches_get_the_tensors_of_their_call(arguments):
     assert rows._known_launches.cache_info().currsize == 2  # the forward and the backward pass
 
 
+def small_case():
+    return Case(0, **SMALL | {"dtype": torch.float32, "places": "qkv", "dropout_p": 0.0})
+
+
+def test_gradient_checkpointing_changes_nothing():
+    case = small_case()
+    results = []
+    for out in (case.by_rows(*case.inputs), checkpoint(case.by_rows, *case.inputs, use_reentrant=False)):
+        results.append((out, *torch.autograd.grad(out.square().sum(), case.inputs)))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_second_derivatives_raise_an_error_that_names_the_alternative():
+    case = small_case()
+    gradients = torch.autograd.grad(case.by_rows(*case.inputs).sum(), case.inputs, create_graph=True)
+    expected = torch.autograd.grad(case.by_rows(*case.inputs).sum(), case.inputs)
+    for gradient, same in zip(gradients, expected, strict=True):
+        assert torch.equal(gradient, same)
+        with pytest.raises(
+            RuntimeError, match="no second derivatives; use PyTorch's operators.*IRPE_ATTENTION=composed"
+        ):
+            torch.autograd.grad(gradient.sum(), case.inputs, retain_graph=True)
+
+
+def test_a_batch_of_gradients_raises_an_error_that_names_the_alternative():
+    case = small_case()
+    out = case.by_rows(*case.inputs)
+    with pytest.raises(RuntimeError, match="batch of gradients at once; use PyTorch's operators"):
+        torch.autograd.grad(out, case.inputs, torch.ones(2, *out.shape), is_grads_batched=True)
+
+
+def test_an_undefined_gradient_gives_undefined_gradients():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    case = small_case()
+    out = Stop.apply(case.by_rows(*case.inputs))
+    assert torch.autograd.grad(out.sum(), case.inputs, allow_unused=True) == (None,) * len(case.inputs)
+
+
 def test_dropout_has_its_probability_and_differs_from_call_to_call():
     case = Case(0, **SMALL | {"batch": 2, "heads": 3, "map": (8, 8), "prefix": 0, "dropout_p": 0.3})
     with tiles("large"):
@@ -387,13 +435,6 @@ def test_the_operators_pass_opcheck(places):
     )
 
 
-def test_second_derivatives_are_refused():
-    case = Case(0, **SMALL | {"map": (2, 2), "places": "k"})
-    (grad,) = torch.autograd.grad(case.by_rows(*case.inputs).square().sum(), case.inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_autocast_casts_the_inputs_to_its_type():
     case = Case(0, **SMALL | {"map": (2, 2)})
     expected = case.by_rows(*case.inputs)
@@ -411,6 +452,7 @@ def test_rows_take_describes_the_accepted_calls(monkeypatch):
     monkeypatch.setattr(blockwise, "ATTENTION", "composed")
     assert not take(q, q, q, [table], 1)
     monkeypatch.setattr(blockwise, "ATTENTION", "rows")
+    monkeypatch.setattr(blockwise, "_IS_CHOSEN", True)
     assert all(take(x, x, x, [table], 1) for x in (q, q.half(), q.bfloat16()))
     assert not take(q, q, q, [table], 1, torch.zeros(5, device=DEVICE, requires_grad=True))
     hooked = torch.nn.Sequential(torch.nn.Identity())
@@ -427,6 +469,17 @@ def test_rows_take_describes_the_accepted_calls(monkeypatch):
         assert not take(*wrong, [table], 1)
     for wrong in (torch.zeros(1, 7, 50), torch.zeros(3, 8, 50), torch.zeros(3, 50)):  # Their channels or heads differ.
         assert not take(q, q, q, [wrong.to(DEVICE)], 1)
+    for x, taken in (
+        (torch.empty(1, 2, 2, 1, device="meta").as_strided((1, 2, 2, 1), (1, 2**31 - 2, 1, 1)), True),
+        (torch.empty(1, 2, 2, 1, device="meta").as_strided((1, 2, 2, 1), (1, 2**31 - 1, 1, 1)), False),
+        (torch.empty(3, 1, 1, 1, device="meta").as_strided((3, 1, 1, 1), (2**40, 1, 1, 1)), True),
+    ):
+        assert rows._has_short_offsets(x) == taken
+    wide = torch.zeros(1, device=DEVICE).expand(2**16, 2**16).expand(1, 1, -1, -1)
+    assert take(q, q, q, [table], 1, wide)
+    assert not take(
+        q, q, q, [table], 1, torch.empty(1, 1, 2, 2, device="meta").as_strided((1, 1, 2, 2), (0, 0, 2**31, 1))
+    )
     assert not take(q, q.half(), q, [table], 1)
     assert not take(q, q, q, [table], 17) and not take(q, q, q, [table, table.half()], 1)
 
@@ -439,6 +492,9 @@ def test_rows_take_calls_on_recent_gpus_only(capability, taken, monkeypatch):
         q, table = torch.empty(1, 2, 5, 8, device="cuda"), torch.empty(1, 8, 50, device="cuda")
         on_cpu = torch.empty(1, 2, 5, 8)
         assert rows.takes(q, q, q, [table], 1) == taken
+        with monkeypatch.context() as amd:
+            amd.setattr(torch.version, "hip", "6.4")
+            assert not rows.takes(q, q, q, [table], 1)
         assert not rows.takes(on_cpu, on_cpu, on_cpu, [table], 1)
 
 
@@ -463,18 +519,43 @@ def test_irpe_attention_in_the_environment_selects_the_attention():
     def run(before="pass", **choice):
         environment = {name: value for name, value in os.environ.items() if name != "IRPE_ATTENTION"} | choice
         code = (
-            f"{before}; import rpe_ops, sys, torch; print(rpe_ops.ATTENTION, 'triton' in sys.modules); "
-            "x = torch.zeros(1, 1, 2, 4); rpe_ops.rows_take(x, x, x, [x], 0)"
+            f"import rpe_ops, sys, torch; {before}; x = torch.zeros(1, 1, 4, 16); found = 'triton' in sys.modules; "
+            "taken = rpe_ops.rows_take(x, x, x, [torch.zeros(1, 16, 4)], 0); "
+            "print(rpe_ops.ATTENTION, found, 'triton' in sys.modules, taken)"
         )
-        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        environment["TRITON_INTERPRET"] = "1"
+        return subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, **CAPTURED)
 
-    assert run().stdout == f"rows {torch.cuda.is_available()}\n"  # Triton is imported only where it is needed.
-    assert run("import torch; torch.cuda.device_count = lambda: 1").stdout == "rows True\n"
-    assert run(IRPE_ATTENTION="composed").stdout == "composed False\n"
-    assert run(IRPE_ATTENTION="rows").stdout == "rows True\n"
-    without_triton = run("import importlib.util; importlib.util.find_spec = lambda name: None", IRPE_ATTENTION="rows")
-    assert without_triton.stdout == "rows False\n" and without_triton.returncode == 0  # as with PyTorch for CPUs
+    no_triton = "rpe_ops.blockwise._can_import_rows = False"
+    broken_triton = "sys.modules['triton.language'] = None"
+    assert run().stdout == "rows False False False\n"  # Triton is imported only for a call on a GPU.
+    assert run(IRPE_ATTENTION="composed").stdout == "composed False False False\n"
+    assert run(IRPE_ATTENTION="rows").stdout == "rows False True True\n"
+    assert run(no_triton, IRPE_ATTENTION="rows").stdout == "rows False False False\n"  # as with PyTorch for CPUs
+    assert run(broken_triton, IRPE_ATTENTION="rows").stdout == "rows False False False\n"
     assert "IRPE_ATTENTION is 'fused'; it must be composed or rows" in run(IRPE_ATTENTION="fused").stderr
+
+
+CAPTURED = {"capture_output": True, "text": True}
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_float32_is_computed_by_rows_only_if_the_user_asks_for_it(chosen, monkeypatch):
+    monkeypatch.setattr(blockwise, "ATTENTION", "rows")
+    monkeypatch.setattr(blockwise, "_IS_CHOSEN", chosen)
+    monkeypatch.setattr(rows, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with FakeTensorMode():
+        q, table = torch.empty(1, 2, 5, 8, device="cuda"), torch.empty(1, 8, 50, device="cuda")
+        assert rpe_ops.rows_take(q.half(), q.half(), q.half(), [table], 1)
+        assert rpe_ops.rows_take(q, q, q, [table], 1) == chosen
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            assert rpe_ops.rows_take(q, q, q, [table], 1)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+        meta = torch.empty(1, 2, 5, 8, device="meta")
+        assert not rpe_ops.rows_take(meta, meta, meta, [table], 1)
 
 
 def in_benchmarks(code):

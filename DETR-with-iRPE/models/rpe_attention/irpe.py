@@ -353,23 +353,21 @@ def _is_recorded() -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func transforms this call, for example torch.vmap.
-
-    PyTorch's attention then cannot always differentiate its mask.
-    """
+    """Whether torch.func transforms this call, for example torch.vmap."""
     return torch._C._are_functorch_transforms_active()
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the query
 def _is_differentiated_by_func() -> bool:
-    """Whether torch.func.grad, jvp or a relative of theirs differentiates this call. rpe_ops supports none of them."""
+    """Whether torch.func.grad, jvp or a similar transform differentiates this call. rpe_ops supports none of them."""
     interpreters = torch._C._functorch.get_interpreter_stack() or []
     return any(interpreter.key().name in ("Grad", "Jvp") for interpreter in interpreters)
 
 
 def _use_rpe_ops(device: torch.device) -> bool:
-    if not HAS_RPE_OPS or _is_recorded() or _is_transformed() and _is_differentiated_by_func():
+    if not HAS_RPE_OPS or _is_recorded() or (_is_transformed() and _is_differentiated_by_func()):
         return False
-    return device.type == "cpu" or device.type == "cuda" and rpe_ops.has_cuda
+    return device.type == "cpu" or (device.type == "cuda" and rpe_ops.has_cuda)
 
 
 def _gather_buckets(lookup: Tensor, ids: Tensor) -> Tensor:
@@ -721,12 +719,13 @@ def rpe_attention(
         the map and skip.
     """
     modules = [module for module in (rpe_q, rpe_k, rpe_v) if module is not None]
-    if not modules:
+    if not modules and (attn_mask is None or not _is_transformed()):
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
-    _check_self_attention(q, k, v)
+    if modules:
+        _check_self_attention(q, k, v)
     # rpe_ops replaces the forward methods of this file's classes, so subclasses with their own forward cannot use it.
     may_use_rpe_ops = all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
-    may_use_rpe_ops = may_use_rpe_ops and HAS_RPE_OPS and not _is_recorded()
+    may_use_rpe_ops = may_use_rpe_ops and HAS_RPE_OPS and len(modules) > 0 and not _is_recorded()
     if may_use_rpe_ops and _goes_by_rows(q, k, v, modules, attn_mask):
         return _attention_by_rows(q, k, v, (rpe_q, rpe_k, rpe_v), height, width, attn_mask, dropout_p)
     q = q * q.shape[-1] ** -0.5
@@ -797,6 +796,7 @@ def _composed_attention(
         mask,
     ]
     terms = [term for term in terms if term is not None]
+    # Under torch.func, PyTorch's attention cannot always differentiate its mask.
     if rpe_v is not None or _is_transformed():
         logits = functools.reduce(torch.add, terms, torch.matmul(q, k.transpose(-2, -1)))
         attn = F.dropout(logits.softmax(-1), dropout_p)
