@@ -481,7 +481,7 @@ def build_train_loader(args: argparse.Namespace, device: torch.device) -> tuple[
 def build_train_sampler(args: argparse.Namespace, dataset: Dataset) -> runtime.SeededSampler:
     """This process's images in the order of training, which depends on ``args.seed`` and the epoch.
 
-    Raises: UserError if they are less than a batch.
+    Raises: UserError if there are fewer images than a batch.
     """
     if args.repeated_aug:
         sampler = RASampler(dataset)
@@ -687,7 +687,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
         raise UserError(f"--opt-betas {args.opt_betas} must be {len(betas)} numbers for --opt {args.opt}")
     if getattr(optimizer, "is_second_order", False):
         raise UserError(
-            f"--opt {args.opt} needs second derivatives, which fused attention does not have: choose "
+            f"--opt {args.opt} needs second derivatives, which attention does not always have: choose "
             "another, such as adamw"
         )
     return optimizer

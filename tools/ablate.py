@@ -64,7 +64,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="parallel processes, which share the cores")
     processes = parser.add_mutually_exclusive_group()
     processes.add_argument("--separately", action="store_true", help="one process per run instead of one per seed")
-    processes.add_argument("--stacked", action="store_true", help="one process for all runs, with the seeds as a stack")
+    processes.add_argument(
+        "--stacked", action="store_true", help="one process for all runs; the seeds of a variant are one stacked model"
+    )
     parser.add_argument("--output_dir", type=Path, metavar="OUT", default=Path("outputs", "ablate"))
     parser.add_argument("more", nargs="*", metavar="FLAG", help="additional flags for main.py, after --")
     args = parser.parse_args(argv)
@@ -239,7 +241,7 @@ class Group:
         words = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
         print(f"$ cd {DEIT.name} && {' '.join(words)} python {shlex.join(command)}", flush=True)
         self.started = time.monotonic()
-        # In its own session the process does not receive Ctrl-C; `work` sends SIGTERM, on which it saves.
+        # In its own session the process does not receive Ctrl-C; `work` sends SIGTERM, on which it ends in order.
         with output, reproduce.signals_deferred():
             self.process = subprocess.Popen(
                 [sys.executable, *command],
