@@ -687,7 +687,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
         raise UserError(f"--opt-betas {args.opt_betas} must be {len(betas)} numbers for --opt {args.opt}")
     if getattr(optimizer, "is_second_order", False):
         raise UserError(
-            f"--opt {args.opt} needs second derivatives, which attention does not always have: choose "
+            f"--opt {args.opt} needs second derivatives, which iRPE's attention does not always support: choose "
             "another, such as adamw"
         )
     return optimizer

@@ -12,9 +12,8 @@ from conftest import ROOT
 # pytest, which also fails if nothing went through attention by rows
 RUN = """
 import sys, pytest
-from rpe_ops import blockwise
-calls, rows = [], blockwise.rows
-attention = rows.attention
+from rpe_ops import rows
+calls, attention = [], rows.attention
 rows.attention = lambda *args: calls.append(1) or attention(*args)
 for key, tile in rows.TILES.items():  # the interpreter's time goes by tiles
     rows.TILES[key] = tile._replace(own=256, other=16 if "sums" in key[0] else 256)
@@ -58,10 +57,10 @@ def test_a_codebase_equals_its_golden_numbers_with_attention_by_rows(folder, tes
 
 COMPILE = """
 import torch
-from rpe_ops import blockwise
+from rpe_ops import rows
 import rpe_models
-calls, attention = [], blockwise.rows.attention
-blockwise.rows.attention = lambda *args: calls.append(1) or attention(*args)
+calls, attention = [], rows.attention
+rows.attention = lambda *args: calls.append(1) or attention(*args)
 from irpe import get_rpe_config
 from rpe_vision_transformer import VisionTransformer
 torch.manual_seed(0)

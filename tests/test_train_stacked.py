@@ -191,22 +191,23 @@ def test_runs_that_are_finished_are_evaluated_only(data, tmp_path, stacked, monk
     assert_close(results(tmp_path, "none0"), results(stacked, "none0"), **EXACT)
 
 
-def test_a_run_whose_loss_is_not_finite_fails_alone(data, tmp_path, stacked, monkeypatch, capsys):
+@pytest.mark.parametrize("failing", ["qkv0", "qkv3"])
+def test_a_run_whose_loss_is_not_finite_fails_alone(failing, data, tmp_path, stacked, monkeypatch, capsys):
     start = train_stacked.train_together.start
 
     def broken(command, *args):
         training = start(command, *args)
-        if command.output_dir.endswith("qkv3"):
+        if command.output_dir.endswith(failing):
             training.state.model.head.weight.data.fill_(math.nan)
         return training
 
     monkeypatch.setattr(train_stacked.train_together, "start", broken)
-    with pytest.raises(UserError, match="1 of the runs failed.*qkv3"):
+    with pytest.raises(UserError, match=f"1 of the runs failed.*{failing}"):
         run_stacked(tmp_path, commands(data, tmp_path))
-    assert f"error: {tmp_path}/qkv3: the mean loss is nan in epoch 0" in capsys.readouterr().err
-    assert not (tmp_path / "qkv3" / "checkpoint.pth").exists()
+    assert f"error: {tmp_path}/{failing}: the mean loss is nan in epoch 0" in capsys.readouterr().err
+    assert not (tmp_path / failing / "checkpoint.pth").exists()
     for name in NAMES:
-        if name != "qkv3":
+        if name != failing:
             assert_close(results(tmp_path, name), results(stacked, name), **EXACT)
 
 

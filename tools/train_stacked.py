@@ -320,6 +320,7 @@ class Stack:
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps = 0
+        self._loss: Tensor | None = None
         self._losses: list[Tensor] = []
 
     def _stack_optimizer(self) -> torch.optim.Optimizer:
@@ -352,9 +353,13 @@ class Stack:
         """The flags of the trainings."""
         return [training.run.args for training in self.trainings]
 
-    def start_epoch(self) -> None:
-        """Take over the learning rates that the trainings' schedules have set."""
-        for group, own in zip(self.optimizer.param_groups, self.trainings[0].state.optimizer.param_groups, strict=True):
+    def start_epoch(self, training: Training) -> None:
+        """Take over the learning rates that the schedule of a training has set.
+
+        Args:
+            training: one that has not failed: the schedules of the others have stopped.
+        """
+        for group, own in zip(self.optimizer.param_groups, training.state.optimizer.param_groups, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(own["lr"])
             else:
@@ -386,11 +391,33 @@ class Stack:
             self._run(images, targets)
         else:
             if self._graph is None:
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph, stream=self._stream):
-                    self._loss = self._compute(images, targets)
+                self._graph = self._capture(images, targets)
             self._graph.replay()
             self._losses.append(self._loss.clone())
+
+    def _capture(self, images: Tensor, targets: Tensor) -> "torch.cuda.CUDAGraph":
+        """Record a step as a CUDA graph, which writes its losses to `_loss`."""
+        graph = torch.cuda.CUDAGraph()
+        cause = None
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                try:
+                    self._loss = self._compute(images, targets)
+                except RuntimeError as error:  # the end of the capture would hide it behind an error of its own
+                    cause = error
+        except RuntimeError as error:
+            raise cause or error from None
+        if cause:
+            raise cause
+        return graph
+
+    def release(self) -> None:
+        """Free the memory of a stack whose trainings have all failed."""
+        self.wait()
+        self._graph, self._losses, self._loss = None, [], None
+        self.model, self.optimizer = None, None
+        if self._stream is not None:
+            torch.cuda.empty_cache()
 
     def _run(self, images: Tensor, targets: Tensor) -> None:
         self._losses.append(self._compute(images, targets))
@@ -501,7 +528,7 @@ class StackedGroup(Group):
             for stack in active:
                 for its_epochs in epochs[id(stack)]:
                     next(its_epochs)
-                stack.start_epoch()
+                stack.start_epoch(self._remaining(stack.trainings)[0])
             if active:
                 self._train_epoch(active, batches, epoch)
                 self._end_epoch(self._remaining_stacks(active), validation)
@@ -516,13 +543,18 @@ class StackedGroup(Group):
         with self.job.training_steps():
             for step, batch in enumerate(batches):
                 self.job.place = f"epoch {epoch}, step {step}"
-                for stack in self._remaining_stacks(stacks):
+                running = self._remaining_stacks(stacks)
+                for stack in running:
                     with self._attempt_all(stack.commands):
                         stack.step(*batch)
-                for stack in stacks:
+                for stack in running:
                     stack.wait()
+                    if not self._remaining(stack.trainings):
+                        stack.release()
                 progress.step()
                 self.job.stop_if_signalled()
+                if not self._remaining_stacks(stacks):
+                    break
 
     def _end_epoch(self, stacks: list[Stack], validation: tuple[Tensor, Tensor]) -> None:
         """Evaluate all stacks; then save and log each training, so that a failed evaluation does not separate them."""
@@ -531,7 +563,8 @@ class StackedGroup(Group):
             with self._attempt_all(stack.commands):
                 evaluated.append((stack, stack.mean_losses(), stack.model.evaluate(*validation).tolist()))
         for stack, losses, all_sums in evaluated:
-            stack.unstack()
+            with self._attempt_all(stack.commands):
+                stack.unstack()
             for training, loss, sums in zip(stack.trainings, losses, all_sums, strict=True):
                 if not self._has_failed(training.run.args):
                     with self._attempt(training.run.args):

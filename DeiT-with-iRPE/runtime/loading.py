@@ -16,7 +16,7 @@ def own_group(_: int) -> None:
 
 
 def read_batches(loader: Iterable) -> Iterator[Any]:
-    """The loader's batches, which it starts to load now.
+    """Start loading; return an iterator over the loader's batches.
 
     A worker that dies while it hands over a batch is reported as a dead worker.
     """

@@ -1,8 +1,8 @@
 """iRPE's operators as one C++/CUDA extension.
 
 `rpe_ops.rpe_index` contains the gather and the bucket sum, and `rpe_ops.reference` their definitions in plain PyTorch.
-`rpe_ops.attention` computes a whole attention on a CPU. `rpe_ops.rows.attention` does so on a GPU, unless the
-environment contains IRPE_ATTENTION=composed.
+`rpe_ops.attention` computes a whole attention on a CPU. On a GPU, `attention` of the module `rpe_ops.rows` does, which
+has to be imported explicitly; `rpe_ops.rows_take` returns for which calls irpe.py uses it.
 
 The import raises ImportError and prints the command to rebuild if the extension was built for another PyTorch or from
 another version of these files. It raises ModuleNotFoundError only if the package is not installed at all.

@@ -99,40 +99,55 @@ def rows_take(
 ) -> bool:
     """Whether `rows.attention` computes this call in place of `modules`, whose `forward` then does not run.
 
-    It does on a GPU, unless the environment contains IRPE_ATTENTION=composed, if `rows.takes` accepts q, k, v
-    (B, H, L, D), the tables, the number of prefix tokens and the mask, if nothing traces or transforms the call, if the
-    mask needs no gradient, and if the modules have neither hooks nor a replaced `forward`. In float32, in which its
-    speed has not been measured, it does so only if the environment contains IRPE_ATTENTION=rows.
+    On a GPU it does if all of these hold:
+
+    - the environment does not contain IRPE_ATTENTION=composed;
+    - the call computes in half precision, or the environment contains IRPE_ATTENTION=rows, because the speed in float32
+      has not been measured;
+    - nothing traces or transforms the call, the mask needs no gradient, and the modules have neither hooks nor a
+      replaced `forward`;
+    - `rows.takes` accepts q, k, v (B, H, L, D), the tables, the number of prefix tokens and the mask.
 
     Raises: ValueError if IRPE_ATTENTION is neither composed nor rows.
     """
     if ATTENTION not in ("composed", "rows"):
         raise ValueError(f"IRPE_ATTENTION is {ATTENTION!r}; it must be composed or rows, or not be set")
+    if ATTENTION == "composed" or not _may_replace(mask, modules):
+        return False
     # With IRPE_ATTENTION=rows, Triton's interpreter may also run on a CPU.
-    if ATTENTION != "rows" or not (_IS_CHOSEN or q.device.type == "cuda") or not _import_rows():
+    if not _IS_CHOSEN and (q.device.type != "cuda" or dtype_of(q) not in (torch.float16, torch.bfloat16)):
         return False
-    if not rows.takes(q, k, v, tables, prefix, mask) or not _may_replace(mask, modules):
-        return False
-    return _IS_CHOSEN or rows.dtype_of(q) != torch.float32
+    return _import_rows() and rows.takes(q, k, v, tables, prefix, mask)
+
+
+def dtype_of(q: Tensor) -> torch.dtype:
+    """The dtype in which attention computes, which autocast may set; q must be on a CPU or a GPU."""
+    kind = q.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
 
 
 def _import_rows() -> bool:
-    """Import `rows`. Returns whether that is possible: PyTorch for CPUs comes without Triton."""
+    """Import `rows`. Returns whether that is possible: PyTorch for CPUs comes without Triton.
+
+    A Triton that cannot be imported raises an error only if the user has asked for it.
+    """
     global rows, _can_import_rows
     if rows is None and _can_import_rows:
         try:
             from . import rows
-        except ImportError as error:
+        except Exception as error:  # an ImportError, or an OSError for a missing library, for example
+            if _IS_CHOSEN:
+                raise
             _can_import_rows = False
             warnings.warn(
-                f"rpe_ops cannot use its kernels for GPUs, because Triton cannot be imported ({error}), and uses "
+                f"rpe_ops cannot use its kernels for GPUs, because Triton cannot be imported ({error!r}), and uses "
                 "PyTorch's operators; IRPE_ATTENTION=composed in the environment chooses them without this warning",
                 stacklevel=2,
             )
     return rows is not None
 
 
-# This is what torch.compiler.assume_constant_result does, but importing that takes seconds, too.
+# This is what torch.compiler.assume_constant_result does, which would import Triton now.
 _import_rows._dynamo_marked_constant = True
 
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import rows_kernels as kernels
+from .blockwise import dtype_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _SPLIT_PROGRAMS = 256  # the number of programs that compute the tables' gradients, if there is enough work for them
@@ -118,12 +119,6 @@ def takes(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], prefix: int, ma
         and all(_has_short_offsets(x) for x in (q, k, v, mask) if x is not None)
         and hasattr(tl, "tuple")
     )
-
-
-def dtype_of(q: Tensor) -> torch.dtype:
-    """The dtype in which attention computes, which autocast may set."""
-    kind = q.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
 
 
 def _has_short_offsets(x):
@@ -609,9 +604,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad) -> tuple[Tensor | None, ...]:
-        if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad):
+        if grad is not None and _is_batched(grad):
             raise RuntimeError(f"attention by rows cannot compute a batch of gradients at once; {_USE_COMPOSED}")
-        saved = ctx.saved_tensors  # gradient checkpointing allows to read them only once
+        saved = ctx.saved_tensors  # gradient checkpointing allows them to be read only once
         with torch.no_grad():
             grad_q, grad_k, grad_v, of_tables, *others = _differentiate(ctx, saved, grad, _backward)
         gradients = grad_q, grad_k, grad_v, *of_tables
@@ -623,12 +618,17 @@ class _Attention(torch.autograd.Function):
 _USE_COMPOSED = "use PyTorch's operators instead, by IRPE_ATTENTION=composed in the environment"
 
 
+def _is_batched(x):
+    """Whether a tensor stands for several, under torch.vmap or for is_grads_batched."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 class _FinalGradients(torch.autograd.Function):
     """Gradients as functions of the tensors they depend on. Differentiating them raises an error."""
 
     @staticmethod
     def forward(ctx, gradients, *dependencies) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in gradients)
+        return tuple(x.clone() for x in gradients)
 
     @staticmethod
     def backward(ctx, *grads) -> None:

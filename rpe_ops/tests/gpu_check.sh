@@ -59,7 +59,7 @@ random=$!
 failed=0
 stage tests
 # Each failure is printed when it happens, so that its name is known even if the time runs out.
-OMP_NUM_THREADS=2 timeout --signal=INT ${TEST_SECONDS:-300} python -m pytest -v -p no:cacheprovider "${tests[@]}" 2>&1 \
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} timeout --signal=INT ${TEST_SECONDS:-300} python -m pytest -v -p no:cacheprovider "${tests[@]}" 2>&1 \
     | grep -E "FAILED|ERROR|^E  |passed|failed|Timeout" || failed=1
 stage "random cases against float64"
 wait "$random" || failed=1

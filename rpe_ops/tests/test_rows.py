@@ -372,6 +372,7 @@ def test_second_derivatives_raise_an_error_that_names_the_alternative():
     case = small_case()
     gradients = torch.autograd.grad(case.by_rows(*case.inputs).sum(), case.inputs, create_graph=True)
     expected = torch.autograd.grad(case.by_rows(*case.inputs).sum(), case.inputs)
+    gradients[-1].mul_(2).div_(2)  # The gradients may be changed in place.
     for gradient, same in zip(gradients, expected, strict=True):
         assert torch.equal(gradient, same)
         with pytest.raises(
@@ -384,7 +385,11 @@ def test_a_batch_of_gradients_raises_an_error_that_names_the_alternative():
     case = small_case()
     out = case.by_rows(*case.inputs)
     with pytest.raises(RuntimeError, match="batch of gradients at once; use PyTorch's operators"):
-        torch.autograd.grad(out, case.inputs, torch.ones(2, *out.shape), is_grads_batched=True)
+        torch.autograd.grad(out, case.inputs, torch.ones(2, *out.shape), is_grads_batched=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match="batch of gradients at once; use PyTorch's operators"):
+        torch.vmap(lambda grad: torch.autograd.grad(out, case.inputs, grad, retain_graph=True)[0])(
+            torch.ones(2, *out.shape)
+        )
 
 
 def test_an_undefined_gradient_gives_undefined_gradients():
@@ -532,7 +537,10 @@ def test_irpe_attention_in_the_environment_selects_the_attention():
     assert run(IRPE_ATTENTION="composed").stdout == "composed False False False\n"
     assert run(IRPE_ATTENTION="rows").stdout == "rows False True True\n"
     assert run(no_triton, IRPE_ATTENTION="rows").stdout == "rows False False False\n"  # as with PyTorch for CPUs
-    assert run(broken_triton, IRPE_ATTENTION="rows").stdout == "rows False False False\n"
+    assert "halted" in run(broken_triton, IRPE_ATTENTION="rows").stderr  # An error, since the user asked for rows.
+    forced = "rpe_ops.blockwise.ON_CUDA; rpe_ops.blockwise._IS_CHOSEN = False; import sys"
+    on_gpu = run(f"{forced}; {broken_triton}; print(rpe_ops.blockwise._import_rows())")
+    assert on_gpu.stdout == "False\nrows False False False\n"
     assert "IRPE_ATTENTION is 'fused'; it must be composed or rows" in run(IRPE_ATTENTION="fused").stderr
 
 
