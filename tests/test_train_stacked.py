@@ -304,8 +304,19 @@ def test_a_checkpoint_that_a_stack_cannot_continue_fails_its_run_only(data, tmp_
         run_stacked(tmp_path, lines)
     errors = capsys.readouterr().err
     assert f"error: {tmp_path}/none0: its checkpoint was saved within epoch 1" in errors
-    assert f"error: {tmp_path}/none5: its checkpoint has other hyperparameters of the optimizer than that of" in errors
+    assert (
+        f"error: {tmp_path}/none5: its checkpoint has other hyperparameters or another number of steps than that of"
+        in errors
+    )
     assert (tmp_path / "none3" / "eval.json").exists()
+
+
+def test_runs_that_have_done_other_numbers_of_steps_are_not_in_one_stack(data, tmp_path, capsys):
+    lines = commands(data, tmp_path, variants={"none": ""})
+    run_separately([f"{lines[0]} --epochs 1", f"{lines[1]} --epochs 1 --batch-size 4 --lr 0.4"])  # the same rate
+    with pytest.raises(UserError, match="1 of the runs failed.*none3"):
+        run_stacked(tmp_path, lines)
+    assert "none3: its checkpoint has other hyperparameters or another number of steps" in capsys.readouterr().err
 
 
 def test_an_error_of_a_stack_does_not_end_the_others(data, tmp_path, stacked, monkeypatch, capsys):

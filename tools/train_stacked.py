@@ -651,8 +651,8 @@ def check_can_join(training: Training, stack: list[Training], command: argparse.
         )
     if stack and hyperparameters(training) != hyperparameters(stack[0]):
         raise UserError(
-            f"its checkpoint has other hyperparameters of the optimizer than that of {stack[0].output_dir}: use "
-            "train_together.py"
+            "its checkpoint has other hyperparameters or another number of steps than that of "
+            f"{stack[0].output_dir}: use train_together.py"
         )
 
 
