@@ -6,8 +6,12 @@ import gzip
 import fashion_mnist
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import datasets
+import main
+import runtime
 from runtime import UserError
 
 
@@ -41,11 +45,27 @@ def test_the_parts_share_no_image_and_each_is_in_the_folder_of_its_class(source,
     assert [len(images) for images in parts.values()] == [30, 20, 20]
     numbers = [int(image[16, 16]) - 100 for part in ("tune/train", "tune/val") for image in parts[part].values()]
     assert sorted(numbers) == [*range(50)]
-    for images in parts.values():
+    for part, images in parts.items():
         for path, image in images.items():
             label = (int(image[16, 16]) - 100) % 10
             assert path.parent.name == fashion_mnist.CLASSES[label]
-            assert image.shape == (32, 32) and not image[:2].any() and image[2:30, 2:30].min() >= 100
+            border = 0 if part == "tune/train" else 2
+            inside = image[border : border + 28, border : border + 28]
+            assert image.shape == (28 + 2 * border, 28 + 2 * border)
+            assert inside.min() >= 100 and np.count_nonzero(image) == 28 * 28
+
+
+def test_training_and_evaluation_see_images_of_the_same_size(source, monkeypatch):
+    monkeypatch.setattr(fashion_mnist, "VAL", 2)
+    run(source)
+    flags = runtime.ArgumentParser(parents=[main.get_args_parser()]).parse_args(
+        "--input-size 28 --min-crop 1 --aa none --color-jitter 0 --hflip 0 --reprob 0".split()
+    )
+    for part, is_train in (("tune/train", True), ("tune/val", False), ("test/val", False)):
+        path = next((source / "out" / part).rglob("*.png"))
+        image = datasets.build_transform(is_train, flags)(Image.open(path).convert("RGB"))
+        assert image.shape == (3, 28, 28)
+        assert torch.allclose(image, image[:, :1, :1].expand_as(image), atol=1e-3)
 
 
 def test_images_without_labels_are_refused(source):

@@ -3,8 +3,9 @@
     python tools/fashion_mnist.py --source /usr/share/datasets/fashion-mnist --output_dir outputs/fashion
 
 OUT/tune/train contains 1,300 (or --train-images) of the 6,000 training images of each class, and OUT/tune/val contains
-200 others of each class, for choosing a recipe. OUT/test/val contains the 10,000 test images. Each image of 28×28
-pixels gets a black border of 2 pixels, which the evaluation of main.py with --input-size 28 crops off again.
+200 others of each class, for choosing a recipe. OUT/test/val contains the 10,000 test images. Images to evaluate get a
+black border of 2 pixels, because main.py with --input-size 28 crops 2 pixels from each side of a 32×32 image when it
+evaluates. With --min-crop 1, training then sees images as large as evaluation does.
 Nothing is downloaded: the four .gz files come with Debian's package dataset-fashion-mnist, or from the data set's page.
 """
 
@@ -61,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     random = np.random.default_rng(SEED)
     for prefix, parts in (("train", {"tune/val": VAL, "tune/train": args.train_images}), ("t10k", {"test/val": TEST})):
         images = read(args.source, f"{prefix}-images-idx3-ubyte.gz", 16, SIDE, SIDE)
-        images = np.pad(images, ((0, 0), (BORDER, BORDER), (BORDER, BORDER)))
+        bordered = np.pad(images, ((0, 0), (BORDER, BORDER), (BORDER, BORDER)))
         labels = read(args.source, f"{prefix}-labels-idx1-ubyte.gz", 8)
         if len(labels) != len(images):
             raise runtime.UserError(
@@ -71,7 +72,8 @@ def main(args: argparse.Namespace) -> None:
         for label, name in enumerate(CLASSES):
             numbers = random.permutation(np.flatnonzero(labels == label))
             for part, count in parts.items():
-                write(images, numbers[:count], args.output_dir / part / name)
+                written = images if part == "tune/train" else bordered
+                write(written, numbers[:count], args.output_dir / part / name)
                 numbers = numbers[count:]
 
 
