@@ -4,12 +4,13 @@ import json
 import math
 import signal
 
-import numpy as np
+import decoded_images
 import pytest
+import stacks
 import torch
 import train_stacked
-from PIL import Image
 from train_stacked import DecodedImages, UserError, build_dataset, build_loader, main
+from trainings import assert_close, run_separately, write_class_folders
 
 import runtime
 
@@ -36,14 +37,8 @@ DEVICES = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Two classes of 20 images for training and of 11 for validation, which differ in brightness."""
-    root, random = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
-    for split, count in (("train", 20), ("val", 11)):
-        for label in range(2):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = random.randint(0, 150, (8, 10, 3)) + 40 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    root = tmp_path_factory.mktemp("data")
+    write_class_folders(root, {"train": 20, "val": 11}, (8, 10, 3), darkest_range=150, step=40)
     return root
 
 
@@ -69,40 +64,12 @@ def run_stacked(out, lines):
     train_stacked.run(train_stacked.argparse.Namespace(commands=path))
 
 
-def run_separately(lines):
-    """Run the commands one after the other, as main.py does."""
-    parser = runtime.ArgumentParser(parents=[main.get_args_parser()])
-    for line in lines:
-        main.main(parser.parse_args(line.split()[2:]))
-
-
 def results(out, name):
     """What a run has written: its checkpoint without the flags, its log, and its evaluation."""
     checkpoint = runtime.load_checkpoint(out / name / "checkpoint.pth")
     del checkpoint["args"]
     log = [json.loads(line) for line in (out / name / "log.txt").read_text().splitlines()]
     return checkpoint, log, json.loads((out / name / "eval.json").read_text())
-
-
-def assert_close(first, second, **tolerance):
-    """Compare nested containers: numbers and tensors within the tolerance, anything else exactly."""
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        torch.testing.assert_close(first, second, **tolerance)
-    elif isinstance(first, dict):
-        assert list(first) == list(second)
-        assert_close(list(first.values()), list(second.values()), **tolerance)
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second)
-        for pair in zip(first, second, strict=True):
-            assert_close(*pair, **tolerance)
-    elif isinstance(first, float):
-        assert first == pytest.approx(second, rel=tolerance["rtol"], abs=tolerance["atol"])
-    else:
-        assert first == second
-
-
-EXACT = {"rtol": 0.0, "atol": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +106,7 @@ def without_key_biases(checkpoint):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_stacked_runs_in_bfloat16_equal_separate_runs_up_to_its_rounding(device, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_stacked, "EAGER_STEPS", 2)  # so that both epochs use CUDA graphs
+    monkeypatch.setattr(stacks, "EAGER_STEPS", 2)  # so that both epochs use CUDA graphs
     variants = {name: VARIANTS[name] for name in ("none", "qkv")}
     more = f"--device {device} --amp-dtype bfloat16 --num_workers 0"
     run_stacked(tmp_path / "stacked", commands(data, tmp_path / "stacked", more, variants))
@@ -154,7 +121,7 @@ def test_stacked_runs_in_bfloat16_equal_separate_runs_up_to_its_rounding(device,
 
 
 def test_loading_processes_and_the_size_of_an_evaluation_change_nothing(data, tmp_path, stacked, monkeypatch):
-    monkeypatch.setattr(train_stacked, "EVALUATION_IMAGES", 5)
+    monkeypatch.setattr(stacks, "EVALUATION_IMAGES", 5)
     more = "--device cpu --amp-dtype float32 --num_workers 1"
     run_stacked(tmp_path, commands(data, tmp_path, more))
     for name in NAMES:
@@ -179,7 +146,7 @@ def test_after_a_signal_the_same_file_continues_with_bit_identical_results(
     assert [(tmp_path / name / "checkpoint.pth").exists() for name in NAMES] == [saved_epochs > 0] * len(NAMES)
     run_stacked(tmp_path, commands(data, tmp_path))
     for name in NAMES:
-        assert_close(results(tmp_path, name), results(stacked, name), **EXACT)
+        assert_close(results(tmp_path, name), results(stacked, name))
 
 
 def test_runs_that_are_finished_are_evaluated_only(data, tmp_path, stacked, monkeypatch):
@@ -188,7 +155,7 @@ def test_runs_that_are_finished_are_evaluated_only(data, tmp_path, stacked, monk
     (tmp_path / "none0" / "eval.json").unlink()
     run_stacked(tmp_path, commands(data, tmp_path))
     assert [(tmp_path / name / "checkpoint.pth").stat().st_mtime_ns for name in NAMES] == before
-    assert_close(results(tmp_path, "none0"), results(stacked, "none0"), **EXACT)
+    assert_close(results(tmp_path, "none0"), results(stacked, "none0"))
 
 
 @pytest.mark.parametrize("failing", ["qkv0", "qkv3"])
@@ -208,7 +175,7 @@ def test_a_run_whose_loss_is_not_finite_fails_alone(failing, data, tmp_path, sta
     assert not (tmp_path / failing / "checkpoint.pth").exists()
     for name in NAMES:
         if name != failing:
-            assert_close(results(tmp_path, name), results(stacked, name), **EXACT)
+            assert_close(results(tmp_path, name), results(stacked, name))
 
 
 def test_batches_equal_those_of_main_exactly(data):
@@ -333,7 +300,7 @@ def test_an_error_of_a_stack_does_not_end_the_others(data, tmp_path, stacked, mo
     assert capsys.readouterr().err.count("qkv") >= 2
     for name in NAMES:
         if "qkv" not in name:
-            assert_close(results(tmp_path, name), results(stacked, name), **EXACT)
+            assert_close(results(tmp_path, name), results(stacked, name))
 
 
 def test_evaluations_need_a_checkpoint_of_the_same_model(data, tmp_path, stacked, capsys):
@@ -381,11 +348,11 @@ def test_buffers_and_evaluation_mode_are_those_of_each_model(data, tmp_path):
 
 
 def test_training_sets_that_need_too_much_memory_are_refused(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_stacked, "MAX_IMAGE_BYTES", 40 * 4 * 80 - 1)
+    monkeypatch.setattr(decoded_images, "MAX_IMAGE_BYTES", 40 * 4 * 80 - 1)
     with pytest.raises(UserError, match="the decoded images of the training set need more than 0 GiB"):
         run_stacked(tmp_path, commands(data, tmp_path))
-    train_stacked.check_memory("training", train_stacked.MAX_IMAGE_BYTES)  # the limit itself is accepted
-    monkeypatch.setattr(train_stacked, "MAX_IMAGE_BYTES", 22 * 4 * 3 * 64 - 1)
+    decoded_images.check_memory("training", decoded_images.MAX_IMAGE_BYTES)  # the limit itself is accepted
+    monkeypatch.setattr(decoded_images, "MAX_IMAGE_BYTES", 22 * 4 * 3 * 64 - 1)
     with pytest.raises(UserError, match="the decoded images of the validation set need more than 0 GiB"):
         run_stacked(tmp_path, commands(data, tmp_path))
 

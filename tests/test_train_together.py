@@ -3,12 +3,11 @@
 import json
 import signal
 
-import numpy as np
 import pytest
 import torch
 import train_together
-from PIL import Image
 from train_together import KeptBatches, UserError, main
+from trainings import assert_close, run_separately, write_class_folders
 
 import runtime
 
@@ -23,14 +22,8 @@ VARIANTS = {"none": "", "k": "--rpe rpe-1.9-product-ctx-1-k", "fast": "--lr 0.1 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Two classes of 16 images for training and of 16 for validation, which differ in brightness."""
-    root, random = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
-    for split in ("train", "val"):
-        for label in range(2):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for number in range(16):
-                pixels = random.randint(0, 60, (8, 8)) + 60 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    root = tmp_path_factory.mktemp("data")
+    write_class_folders(root, {"train": 16, "val": 16}, (8, 8), darkest_range=60, step=60)
     return root
 
 
@@ -53,13 +46,6 @@ def run_together(out, lines):
     train_together.run(train_together.argparse.Namespace(commands=path))
 
 
-def run_separately(lines):
-    """Run the commands one after the other, as main.py does."""
-    parser = runtime.ArgumentParser(parents=[main.get_args_parser()])
-    for line in lines:
-        main.main(parser.parse_args(line.split()[2:]))
-
-
 def results(out, names=tuple(VARIANTS)):
     """What each run has written: its checkpoint without the flags, its log, and its evaluation."""
     found = {}
@@ -72,22 +58,6 @@ def results(out, names=tuple(VARIANTS)):
     return found
 
 
-def assert_equal(first, second):
-    """Compare nested containers; tensors must be equal to the bit."""
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert list(first) == list(second)
-        assert_equal(list(first.values()), list(second.values()))
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second)
-        for pair in zip(first, second, strict=True):
-            assert_equal(*pair)
-    else:
-        assert first == second
-
-
 @pytest.fixture(scope="module")
 def separate(data, tmp_path_factory):
     """The results of separate runs."""
@@ -98,7 +68,7 @@ def separate(data, tmp_path_factory):
 
 def test_runs_on_shared_batches_equal_separate_runs_to_the_bit(data, tmp_path, separate):
     run_together(tmp_path, commands(data, tmp_path))
-    assert_equal(results(tmp_path), separate)
+    assert_close(results(tmp_path), separate)
     weights = [checkpoint["model"]["head.weight"] for checkpoint, *_ in separate.values()]
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
@@ -128,7 +98,7 @@ def test_after_a_signal_all_runs_save_and_resume_to_the_bit(step, data, tmp_path
     places = {name: runtime.resume_point(checkpoint) for name, (checkpoint, *_) in results(tmp_path).items()}
     assert [(epoch, progress["images"]) for epoch, progress in places.values()] == [(1, 8 * (step + 1))] * 3
     run_together(tmp_path, commands(data, tmp_path))
-    assert_equal(results(tmp_path), separate)
+    assert_close(results(tmp_path), separate)
 
 
 def test_runs_that_a_kill_left_at_different_places_resume_to_the_bit(data, tmp_path, separate, monkeypatch):
@@ -143,7 +113,7 @@ def test_runs_that_a_kill_left_at_different_places_resume_to_the_bit(data, tmp_p
         (1, None),
     ]
     run_together(tmp_path, commands(data, tmp_path))
-    assert_equal(results(tmp_path), separate)
+    assert_close(results(tmp_path), separate)
 
 
 def killed_at_the_second_run_of_epoch_one(training):
@@ -160,7 +130,7 @@ def test_a_run_whose_loss_is_not_finite_fails_alone(data, tmp_path, separate, ca
     assert errors.startswith(f"error: {tmp_path}/fast: loss is ") and errors.count("\n") == 1
     assert "to replay it: python main.py --model" in errors
     assert not (tmp_path / "fast" / "eval.json").exists()
-    assert_equal(results(tmp_path, ["none", "k"]), {name: separate[name] for name in ("none", "k")})
+    assert_close(results(tmp_path, ["none", "k"]), {name: separate[name] for name in ("none", "k")})
 
 
 def test_an_error_of_one_model_that_is_no_users_mistake_leaves_the_others_running(data, tmp_path, separate, capsys):
@@ -169,7 +139,7 @@ def test_an_error_of_one_model_that_is_no_users_mistake_leaves_the_others_runnin
         run_together(tmp_path, lines)
     error, *details = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: {tmp_path}/fast: RuntimeError: ") and details[0].startswith("Traceback")
-    assert_equal(results(tmp_path, ["none", "k"]), {name: separate[name] for name in ("none", "k")})
+    assert_close(results(tmp_path, ["none", "k"]), {name: separate[name] for name in ("none", "k")})
 
 
 def test_a_failed_save_fails_its_run_alone(data, tmp_path, separate, monkeypatch, capsys):
@@ -185,7 +155,7 @@ def test_a_failed_save_fails_its_run_alone(data, tmp_path, separate, monkeypatch
         run_together(tmp_path, commands(data, tmp_path))
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert errors == [f"error: {tmp_path}/k: {tmp_path}/k/checkpoint.pth cannot be written: No space left on device"]
-    assert_equal(results(tmp_path, ["none", "fast"]), {name: separate[name] for name in ("none", "fast")})
+    assert_close(results(tmp_path, ["none", "fast"]), {name: separate[name] for name in ("none", "fast")})
 
 
 def test_no_images_are_loaded_after_all_runs_have_failed(data, tmp_path, monkeypatch):

@@ -21,30 +21,23 @@ Exit status: as for train_together.py.
 
 import argparse
 import contextlib
-import copy
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 import train_together
-from PIL import Image
-from timm.data.transforms import MaybeToTensor
-from timm.layers import DropPath, PatchDropout
+from decoded_images import Batches, DecodedImages, build_loader, check_memory
+from stacks import Stack, StackedModel
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torch.utils.data import DataLoader
 from train_together import Group, Training, check_folders_differ, check_same_flags, flag, main, runtime
 
 import engine
 from checkpoint import check_classes, load_weights
 from datasets import build_dataset
-from images import naming
 from runtime import Interrupted, Job, Progress, UserError, print_once
 
 # The flags in which the models of a stack may differ.
@@ -65,9 +58,6 @@ REQUIRED = {
     "lr_noise": None,
     "save_every": 0,
 }
-MAX_IMAGE_BYTES = 8 * 2**30
-EVALUATION_IMAGES = 10_000  # images per forward pass in an evaluation, over all models of the stack
-EAGER_STEPS = 3  # steps before a CUDA graph is captured, so that libraries can initialise
 
 
 # Commands
@@ -104,351 +94,6 @@ def group_by_stack(commands: list[argparse.Namespace]) -> list[list[argparse.Nam
         key = repr({name: value for name, value in vars(command).items() if name not in OF_A_RUN})
         stacks.setdefault(key, []).append(command)
     return list(stacks.values())
-
-
-# Images
-
-
-class DecodedImages(Dataset):
-    """A training set whose images are decoded once; its items are (augmented pixels, class).
-
-    The pixels are uint8, (H, W, 3). `normalization` completes the transform on the model's device.
-
-    Args:
-        dataset: a training set of datasets.py. It loses its transform.
-    Raises: UserError if its transform does not end with the conversion to a tensor and the normalization, or if the
-        images need too much memory.
-    """
-
-    def __init__(self, dataset: Dataset) -> None:
-        *augmentation, to_tensor, normalization = dataset.transform.transforms
-        if not isinstance(to_tensor, MaybeToTensor) or not isinstance(normalization, transforms.Normalize):
-            raise UserError(f"train_stacked.py cannot use the transform {dataset.transform}: use train_together.py")
-        self.augment = transforms.Compose(augmentation)
-        self._mean, self._std = normalization.mean, normalization.std
-        self.classes, self.name = dataset.classes, dataset.name
-        self.oddities = getattr(dataset, "oddities", None)  # for the notes on unusual images
-        dataset.transform = unchanged
-        self._samples = []
-        size = 0
-        for i in range(len(dataset)):
-            image, target = dataset[i]
-            size += 4 * image.width * image.height  # Pillow's RGB images have four bytes per pixel
-            check_memory("training", size)
-            self._samples.append((image, target))
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        image, target = self._samples[i]
-        with naming(self.name(i), "transformed"):
-            return np.asarray(self.augment(image)), target
-
-    def normalization(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """The end of main.py's transform, a function of pixels: (..., H, W, 3) uint8 to (..., 3, H, W) float32."""
-        # A tensor as the divisor, since a GPU divides by a Python number less exactly.
-        white = torch.tensor(255.0, device=device)
-        mean, std = (
-            torch.as_tensor(values, dtype=torch.float32, device=device)[:, None, None]
-            for values in (self._mean, self._std)
-        )
-        return lambda pixels: (pixels.movedim(-1, -3).float() / white - mean) / std
-
-
-def unchanged(image: Image.Image) -> Image.Image:
-    """The image, as the transform of a data set."""
-    return image
-
-
-def check_memory(split: str, size: int) -> None:
-    """Raise ``UserError`` if the images of a data set need too much memory."""
-    if size > MAX_IMAGE_BYTES:
-        raise UserError(
-            f"the decoded images of the {split} set need more than {MAX_IMAGE_BYTES / 2**30:.0f} GiB of memory: "
-            "train_stacked.py is for small images; use train_together.py"
-        )
-
-
-def collate(samples: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """A batch of `DecodedImages`: pixels (B, H, W, 3), classes (B,).
-
-    They are arrays, because a worker hands tensors over by file descriptors, which takes longer than copying them.
-    """
-    pixels, targets = zip(*samples, strict=True)
-    return np.stack(pixels), np.array(targets)
-
-
-def build_loader(command: argparse.Namespace, images: DecodedImages) -> DataLoader:
-    """The batches of one seed, in main.py's order."""
-    return DataLoader(
-        runtime.SeededDataset(images),
-        command.batch_size,
-        sampler=main.build_train_sampler(command, images),
-        drop_last=True,
-        collate_fn=collate,
-        num_workers=command.num_workers,
-        worker_init_fn=runtime.own_group,
-        persistent_workers=command.num_workers > 0,
-        timeout=command.step_timeout if command.num_workers else 0,
-    )
-
-
-# Stacks
-
-
-class Projection(nn.Linear):
-    """nn.Linear for vmap, under which PyTorch's ignores autocast if it has a bias."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
-        return project(x, self.weight, self.bias)
-
-
-class PatchProjection(nn.Conv2d):
-    """A convolution whose patches do not overlap, as a matrix product, for which vmap is faster."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, D, H / patch, W / patch)."""
-        height, width = self.kernel_size
-        patches = x.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, C, rows, height, columns, width)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return project(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-
-
-def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x·weightᵀ + bias in the type of the product."""
-    product = F.linear(x, weight)
-    return product if bias is None else product + bias.to(product.dtype)
-
-
-def skeleton_of(model: nn.Module) -> nn.Module:
-    """A copy of the model, for `functional_call` with other weights."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        check_not_random(module)
-        if type(module) is nn.Linear:
-            module.__class__ = Projection
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # PyTorch's attention does not support vmap on a CPU
-    convolution = model.patch_embed.proj
-    if type(convolution) is nn.Conv2d and convolution.stride == convolution.kernel_size and convolution.groups == 1:
-        convolution.__class__ = PatchProjection
-    return model
-
-
-def check_not_random(module: nn.Module) -> None:
-    """Raise ``UserError`` for a module that draws random numbers, which --model-kwargs may have asked for."""
-    probabilities = {
-        nn.Dropout: "p",
-        DropPath: "drop_prob",
-        PatchDropout: "prob",
-    }
-    for kind, name in probabilities.items():
-        if isinstance(module, kind) and getattr(module, name, 0):
-            raise UserError(
-                f"the model has a {kind.__name__} of {getattr(module, name)}, and train_stacked.py does not support "
-                "random numbers in a model: use train_together.py"
-            )
-
-
-class StackedModel:
-    """Models of one architecture, computed together; S is their number.
-
-    Attributes:
-        parameters, buffers: by name, each with S in front.
-    """
-
-    def __init__(self, models: Sequence[nn.Module], dtype: torch.dtype) -> None:
-        self.size = len(models)
-        self.skeleton = skeleton_of(models[0])
-        self.parameters, self.buffers = stack_module_state(list(models))
-        self.dtype = dtype
-
-    def _outputs(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
-        return functional_call(self.skeleton, (parameters, buffers), (images,)).float()
-
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        """Mixed precision without its cache of weights, which a CUDA graph does not allow."""
-        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
-
-    def losses(self, criterion: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each model on its batch: images (S, B, 3, H, W), targets (S, B) to (S,)."""
-
-        def loss(parameters: dict, buffers: dict, images: Tensor, targets: Tensor) -> Tensor:
-            return criterion(images, self._outputs(parameters, buffers, images), targets)
-
-        self.skeleton.train()
-        # vmap treats dropout as random even if its probability is 0.
-        stacked = torch.vmap(loss, randomness="different")
-        with self._autocast(images.device):
-            return stacked(self.parameters, self.buffers, images, targets)
-
-    @torch.no_grad()
-    def evaluate(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The sums of `engine.batch_sums` over all images, which all models share: (N, 3, H, W), (N,) to (S, 4)."""
-
-        def sums(parameters: dict, buffers: dict, images: Tensor, targets: Tensor) -> Tensor:
-            return engine.batch_sums(self._outputs(parameters, buffers, images).double(), targets)
-
-        self.skeleton.eval()
-        chunk_size = max(1, EVALUATION_IMAGES // self.size)
-        stacked = torch.vmap(sums, in_dims=(0, 0, None, None))
-        with self._autocast(images.device):
-            return sum(
-                stacked(self.parameters, self.buffers, *chunk)
-                for chunk in zip(images.split(chunk_size), targets.split(chunk_size), strict=True)
-            )
-
-
-class Stack:
-    """Trainings that differ only in their seed.
-
-    Args:
-        rows: for each training, the index of its batch among those given to `step`.
-    """
-
-    def __init__(self, trainings: list[Training], rows: list[int], device: torch.device) -> None:
-        self.trainings = trainings
-        self.device = device
-        first = trainings[0]
-        self.criterion = first.criterion
-        self.model = StackedModel([t.state.model for t in trainings], main.amp_dtype(first.run.args, device))
-        self.rows = torch.tensor(rows, device=device)
-        self.optimizer = self._stack_optimizer()
-        # The stacks run side by side on the GPU, each in a stream of its own.
-        self._stream = torch.cuda.Stream() if device.type == "cuda" else None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._steps = 0
-        self._loss: Tensor | None = None
-        self._losses: list[Tensor] = []
-
-    def _stack_optimizer(self) -> torch.optim.Optimizer:
-        """An AdamW with the hyperparameters and the state of the trainings' optimizers."""
-        first = self.trainings[0].state
-        names = {parameter: name for name, parameter in first.model.named_parameters()}
-        groups = []
-        for group in first.optimizer.param_groups:
-            options = {key: value for key, value in group.items() if key != "params"}
-            if self.device.type == "cuda":  # a CUDA graph reads the learning rate and the step from the GPU
-                options |= {"fused": True, "capturable": True, "lr": torch.tensor(group["lr"], device=self.device)}
-            groups.append({**options, "params": [self.model.parameters[names[p]] for p in group["params"]]})
-        optimizer = torch.optim.AdamW(groups)
-        for name, parameter in self.model.parameters.items():
-            states = [self._state_of(training, name) for training in self.trainings]
-            if states[0]:
-                optimizer.state[parameter] = {
-                    key: states[0][key].to(self.device) if key == "step" else torch.stack([s[key] for s in states])
-                    for key in states[0]
-                }
-        return optimizer
-
-    @staticmethod
-    def _state_of(training: Training, name: str) -> dict[str, Tensor]:
-        """The optimizer's state of a parameter in a training of its own."""
-        return training.state.optimizer.state.get(training.state.model.get_parameter(name), {})
-
-    @property
-    def commands(self) -> list[argparse.Namespace]:
-        """The flags of the trainings."""
-        return [training.run.args for training in self.trainings]
-
-    def start_epoch(self, training: Training) -> None:
-        """Take over the learning rates that the schedule of a training has set.
-
-        Args:
-            training: one that has not failed: the schedules of the others have stopped.
-        """
-        for group, own in zip(self.optimizer.param_groups, training.state.optimizer.param_groups, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(own["lr"])
-            else:
-                group["lr"] = own["lr"]
-        self._losses = []
-
-    def step(self, images: Tensor, targets: Tensor) -> None:
-        """Start one step of each training; on a GPU, `wait` has to follow before the next one.
-
-        Args:
-            images, targets: (seeds, B, 3, H, W) and (seeds, B), the same tensors in every step, with new content.
-        """
-        if self._stream is None:
-            self._run(images, targets)
-        else:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                self._run_graph(images, targets)
-        self._steps += 1
-
-    def wait(self) -> None:
-        """Let what follows on the GPU wait for this step."""
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-
-    def _run_graph(self, images: Tensor, targets: Tensor) -> None:
-        """Run a step as a CUDA graph, after a few steps without one."""
-        if self._steps < EAGER_STEPS:
-            self._run(images, targets)
-        else:
-            if self._graph is None:
-                self._graph = self._capture(images, targets)
-            self._graph.replay()
-            self._losses.append(self._loss.clone())
-
-    def _capture(self, images: Tensor, targets: Tensor) -> "torch.cuda.CUDAGraph":
-        """Record a step as a CUDA graph, which writes its losses to `_loss`."""
-        graph = torch.cuda.CUDAGraph()
-        cause = None
-        try:
-            with torch.cuda.graph(graph, stream=self._stream):
-                try:
-                    self._loss = self._compute(images, targets)
-                except RuntimeError as error:  # the end of the capture would hide it behind an error of its own
-                    cause = error
-        except RuntimeError as error:
-            raise cause or error from None
-        if cause:
-            raise cause
-        return graph
-
-    def release(self) -> None:
-        """Free the memory of a stack whose trainings have all failed."""
-        self.wait()
-        self._graph, self._losses, self._loss = None, [], None
-        self.model, self.optimizer = None, None
-        if self._stream is not None:
-            torch.cuda.empty_cache()
-
-    def _run(self, images: Tensor, targets: Tensor) -> None:
-        self._losses.append(self._compute(images, targets))
-
-    def _compute(self, images: Tensor, targets: Tensor) -> Tensor:
-        """One step of the optimizer; returns the losses."""
-        self.optimizer.zero_grad()
-        loss = self.model.losses(self.criterion, images[self.rows], targets[self.rows])
-        loss.sum().backward()
-        self.optimizer.step()
-        return loss.detach()
-
-    def mean_losses(self) -> list[float]:
-        """The mean loss of each training in this epoch."""
-        return torch.stack(self._losses).double().mean(0).tolist()
-
-    @torch.no_grad()
-    def unstack(self) -> None:
-        """Copy the weights and the optimizer's state to the trainings, which save them."""
-        for row, training in enumerate(self.trainings):
-            model, optimizer = training.state.model, training.state.optimizer
-            names = {parameter: name for name, parameter in model.named_parameters()}
-            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-                stacked = self.model.parameters[names[parameter]]
-                parameter.copy_(stacked[row])
-                optimizer.state[parameter] = {
-                    key: value.cpu().clone() if key == "step" else value[row].clone()
-                    for key, value in self.optimizer.state[stacked].items()
-                }
-            for name, buffer in model.named_buffers():
-                buffer.copy_(self.model.buffers[name][row])
 
 
 # The program
@@ -519,7 +164,7 @@ class StackedGroup(Group):
         images, targets = (torch.cat(column).to(self.device) for column in zip(*batches, strict=True))
         return images, targets
 
-    def _train_epochs(self, stacks: list[Stack], batches: "Batches", validation: tuple[Tensor, Tensor]) -> None:
+    def _train_epochs(self, stacks: list[Stack], batches: Batches, validation: tuple[Tensor, Tensor]) -> None:
         """Train all epochs. Runs that were interrupted later than others wait until those have caught up."""
         starts = [(stack, stack.trainings[0].run.epoch) for stack in stacks]
         epochs = {id(stack): [training.run.epochs() for training in stack.trainings] for stack in stacks}
@@ -537,7 +182,7 @@ class StackedGroup(Group):
         """The stacks that still have a run that has not failed."""
         return [stack for stack in stacks if self._remaining(stack.trainings)]
 
-    def _train_epoch(self, stacks: list[Stack], batches: "Batches", epoch: int) -> None:
+    def _train_epoch(self, stacks: list[Stack], batches: Batches, epoch: int) -> None:
         images_per_step = sum(len(stack.trainings) for stack in stacks) * batches.batch_size
         progress = Progress(f"{len(stacks)} stacks, epoch {epoch}", len(batches), images_per_step)
         with self.job.training_steps():
@@ -661,38 +306,6 @@ def hyperparameters(training: Training) -> list[dict[str, Any]]:
     optimizer = training.state.optimizer
     steps = [float(optimizer.state[p]["step"]) for p in optimizer.state if "step" in optimizer.state[p]]
     return [*({k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups), {"steps": steps}]
-
-
-class Batches:
-    """The batches of all seeds, step by step, in tensors whose addresses stay: (seeds, B, 3, H, W), (seeds, B)."""
-
-    def __init__(self, loaders: list[DataLoader], images: DecodedImages, device: torch.device) -> None:
-        self._loaders, self._device = loaders, device
-        self._normalize = images.normalization(device)
-        self.batch_size = loaders[0].batch_size
-        self._images: Tensor | None = None
-        self._targets: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self._loaders[0])
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # All loaders start at once, before the first batch of any of them is waited for.
-        for batches in zip(*[runtime.read_batches(loader) for loader in self._loaders], strict=True):
-            pixels, targets = (self._to_device(np.stack(column)) for column in zip(*batches, strict=True))
-            images = self._normalize(pixels)
-            if self._images is None:
-                self._images, self._targets = images, targets
-            else:
-                self._images.copy_(images)
-                self._targets.copy_(targets)
-            yield self._images, self._targets
-
-    def _to_device(self, values: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(values)
-        if self._device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
 
 
 def run(args: argparse.Namespace) -> None:

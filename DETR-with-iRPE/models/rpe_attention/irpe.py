@@ -723,9 +723,7 @@ def rpe_attention(
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p)
     if modules:
         _check_self_attention(q, k, v)
-    # rpe_ops replaces the forward methods of this file's classes, so subclasses with their own forward cannot use it.
-    may_use_rpe_ops = all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
-    may_use_rpe_ops = may_use_rpe_ops and HAS_RPE_OPS and len(modules) > 0 and not _is_recorded()
+    may_use_rpe_ops = _may_use_rpe_ops(modules)
     if may_use_rpe_ops and _goes_by_rows(q, k, v, modules, attn_mask):
         return _attention_by_rows(q, k, v, (rpe_q, rpe_k, rpe_v), height, width, attn_mask, dropout_p)
     q = q * q.shape[-1] ** -0.5
@@ -736,6 +734,14 @@ def rpe_attention(
     else:
         out = _composed_attention(q, k, v, rpe_q, rpe_k, rpe_v, height, width, mask, dropout_p)
     return out if mask is None else out.masked_fill(fully_masked, 0)
+
+
+def _may_use_rpe_ops(modules: list[nn.Module]) -> bool:
+    """Whether rpe_ops may compute attention with these modules, if its operators take the inputs."""
+    if not modules or not HAS_RPE_OPS or _is_recorded():
+        return False
+    # rpe_ops replaces the forward methods of this file's classes, so subclasses with their own forward cannot use it.
+    return all(type(part) in (iRPE, iRPE_Cross) for rpe in modules for part in rpe.modules())
 
 
 def _additive_mask(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
