@@ -418,24 +418,34 @@ def _scan_tar(path: str, _mtime: int) -> TarIndex:
 
 def _classes_of(names: list[str], path: str) -> list[str]:
     """Class folder of each member; ``UserError`` if the tar does not have the layout that ``ImageTar`` describes."""
-    inner = names
-    while len({name.partition("/")[0] for name in inner}) == 1 and all(name.count("/") > 1 for name in inner):
-        inner = [name.partition("/")[2] for name in inner]  # everything is in one folder, such as train/
     layout = "a tar must hold CLASS/IMAGE for every class, or ANY/FOLDER/CLASS/IMAGE with one ANY/FOLDER for all"
+    inner = _without_common_folders(names)
     for name, rest in zip(names, inner, strict=True):
         if "/" not in rest:
             raise UserError(f"{name} in {path} is in no class folder: {layout}")
-    classes = [name.partition("/")[0] for name in inner]
-    holders = {name.partition("/")[0] for name in inner if name.count("/") == 1}
+    classes = [_first_folder(rest) for rest in inner]
+    class_folders = {_first_folder(rest) for rest in inner if rest.count("/") == 1}
     for name, class_name in zip(names, classes, strict=True):
-        if class_name not in holders:
+        if class_name not in class_folders:
             raise UserError(f"{name} in {path} is too deep, because folder {class_name} holds no image: {layout}")
-    if len(holders) == 1 and (deeper := [name for name, rest in zip(names, inner, strict=True) if rest.count("/") > 1]):
+    in_subfolders = [name for name, rest in zip(names, inner, strict=True) if rest.count("/") > 1]
+    if len(class_folders) == 1 and in_subfolders:
         raise UserError(
             f"all images in {path} are in one class folder, {classes[0]}, some of them in subfolders, such as "
-            f"{deeper[0]}: {layout}"
+            f"{in_subfolders[0]}: {layout}"
         )
     return classes
+
+
+def _without_common_folders(names: list[str]) -> list[str]:
+    """The paths without the folders that hold everything, such as train/, as long as folders remain below them."""
+    while len({_first_folder(name) for name in names}) == 1 and all(name.count("/") > 1 for name in names):
+        names = [name.partition("/")[2] for name in names]
+    return names
+
+
+def _first_folder(path: str) -> str:
+    return path.partition("/")[0]
 
 
 def _bytes(names: list[str]) -> np.ndarray:
