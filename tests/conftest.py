@@ -22,6 +22,7 @@ torch.set_num_threads(1)  # on a busy machine, several threads make small models
 signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
+pytest.register_assert_rewrite("trainings")
 
 PATIENCE = 1200  # seconds after which a process counts as hanging; long enough for a busy machine
 TINY, SMALL = (f"deit_{size}_patch16_224_ctx_product_50_shared_k" for size in ("tiny", "small"))
