@@ -4,8 +4,8 @@
 
 OUT/tune/train contains 1,300 (or --train-images) of the 6,000 training images of each class, and OUT/tune/val contains
 200 others of each class, for choosing a recipe. OUT/test/val contains the 10,000 test images. Images to evaluate get a
-black border of 2 pixels, because main.py with --input-size 28 resizes images to 32 pixels when it evaluates, and crops 2
-pixels from each side. With --min-crop 1, training then sees images as large as evaluation does.
+black border of 2 pixels, because main.py with --input-size 28 resizes images to 32 pixels when it evaluates, and crops
+2 pixels from each side. With --min-crop 1, training then sees images as large as evaluation does.
 Nothing is downloaded: the four .gz files come with Debian's package dataset-fashion-mnist, or from the data set's page.
 """
 
